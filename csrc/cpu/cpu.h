@@ -1,0 +1,88 @@
+/* cpu.h: what the CPU paths share: packed weights and the table of kernels a path fills.
+ *
+ * Contract of every kernel: arrays are float32, rows `ld` floats apart, ld a multiple of
+ * TSAD_LANE; a kernel may write a row up to its padded end. Outputs never alias inputs unless
+ * said. The order of every sum depends on sizes only, never on threads or lanes.
+ */
+#pragma once
+
+#include "../backend.h"
+
+/* Weights of y = x W + bias in panels of `panel` columns: [n_out / panel][n_in][panel], the order
+ * in which they are streamed. Columns beyond n_out are zero. */
+typedef struct tsad_packed {
+    int n_in, n_out;
+    const float *w;
+    const float *bias; /* padded */
+} tsad_packed;
+
+/* A node's packed matrices. */
+typedef struct tsad_cpu_node {
+    int n_parts; /* split blocks: list[2p], list[2p + 1] are part p's two matrices */
+    tsad_packed *list;
+} tsad_cpu_node;
+
+typedef struct tsad_cpu_pruner {
+    tsad_packed keys, values;
+    tsad_packed *out; /* (H) */
+} tsad_cpu_pruner;
+
+typedef struct tsad_cross {
+    const float *const *tokens; /* (S) folded memory tokens */
+    int n_tokens;
+    const tsad_fold *fold;
+    const float *bias;
+    bool causal; /* row i sees token s iff i >= s - 1 */
+    float *work; /* (rows, S * H) */
+} tsad_cross;
+
+typedef struct tsad_kernels {
+    int panel;
+    /* y (rows, n_out) = activation(x (rows, n_in) W + bias) */
+    void (*linear)(const tsad_packed *w, const float *x, int ldx, int rows, tsad_activation act,
+                   float *y, int ldy);
+    /* y = (x - mean) / sqrt(variance + 1e-5) over n channels */
+    void (*layernorm)(const float *x, int ld, int rows, int n, float *y);
+    /* qkv rows: queries (already scaled) of all heads, keys, values; y (rows, heads * dh) */
+    void (*attention)(const float *qkv, int ld, int rows, int heads, int head_dim, bool causal,
+                      float *y, int ldy);
+    /* folded cross-attention of normalised x (rows, D) */
+    void (*cross)(const tsad_cross *c, const float *x, int ld, int rows, float *y);
+    /* x += sum of n arrays, summed first, in order */
+    void (*add)(float *x, const float *const *source, int n, size_t floats);
+    /* s = ((g0 + g1) + (g2 + g3)) of the n given; x += s; slot = s where slot is not NULL */
+    void (*finish)(float *x, float *slot, const float *const *group, int n, size_t floats);
+} tsad_kernels;
+
+/* A CPU backend is the shared interpreter with a path's kernels. */
+typedef struct tsad_cpu_backend {
+    tsad_backend base;
+    const tsad_kernels *kernels;
+} tsad_cpu_backend;
+
+static inline const tsad_kernels *tsad_cpu_kernels(const tsad_model *m)
+{
+    return ((const tsad_cpu_backend *)m->backend)->kernels;
+}
+
+tsad_status tsad_cpu_pack(tsad_model *model);
+void tsad_cpu_unpack(tsad_model *model);
+size_t tsad_cpu_scratch(const tsad_model *model);
+void tsad_cpu_run(tsad_worker *w, const tsad_run *run, int row_begin, int row_end);
+
+#define TSAD_CPU_BACKEND(symbol, label, usable_function, kernel_table)                             \
+    const tsad_cpu_backend symbol = {.base = {.abi = TSAD_BACKEND_ABI,                             \
+                                              .name = label,                                       \
+                                              .usable = usable_function,                           \
+                                              .pack = tsad_cpu_pack,                               \
+                                              .unpack = tsad_cpu_unpack,                           \
+                                              .scratch_floats = tsad_cpu_scratch,                  \
+                                              .run = tsad_cpu_run},                                \
+                                     .kernels = kernel_table}
+
+extern const tsad_cpu_backend tsad_cpu_ref;
+#if defined(__x86_64__)
+extern const tsad_cpu_backend tsad_cpu_avx2, tsad_cpu_avx512;
+#elif defined(__aarch64__)
+extern const tsad_cpu_backend tsad_cpu_neon;
+#endif

@@ -1,0 +1,194 @@
+/* pack.c: plain matrices to panels in execution order, in one allocation. The layout runs twice,
+ * like every arena: first to count, then to place and fill. */
+#include "cpu.h"
+
+#include <string.h>
+
+typedef struct packer {
+    tsad_arena *arena;
+    int panel;
+} packer;
+
+/* columns [c0, c1) and rows [r0, r1) of m, or of its three equal column groups (q, k, v) when
+ * groups is 3; the bias only where with_bias */
+typedef struct slice {
+    int r0, r1, c0, c1, groups;
+    bool with_bias;
+} slice;
+
+static void pack(const packer *p, const tsad_matrix *m, slice s, tsad_packed *out)
+{
+    int n_in = s.r1 - s.r0, width = s.c1 - s.c0, n_out = width * s.groups;
+    int group_stride = m->n_out / s.groups, panel = p->panel;
+    int padded = (n_out + panel - 1) / panel * panel;
+    float *w = TSAD_CARVE(p->arena, float, (size_t)padded * (size_t)n_in);
+    float *bias = TSAD_CARVE(p->arena, float, padded);
+    if (!w) {
+        return; /* counting */
+    }
+    memset(w, 0, sizeof(float) * (size_t)padded * (size_t)n_in);
+    memset(bias, 0, sizeof(float) * (size_t)padded);
+    for (int o = 0; o < n_out; o++) {
+        int column = o / width * group_stride + s.c0 + o % width;
+        float *to = w + (size_t)(o / panel) * (size_t)panel * (size_t)n_in + o % panel;
+        for (int i = 0; i < n_in; i++) {
+            to[(size_t)i * (size_t)panel] =
+                m->data[(size_t)(s.r0 + i) * (size_t)m->n_out + (size_t)column];
+        }
+        bias[o] = s.with_bias ? m->bias[column] : 0;
+    }
+    *out = (tsad_packed){.n_in = n_in, .n_out = n_out, .w = w, .bias = bias};
+}
+
+static slice whole(const tsad_matrix *m)
+{
+    return (slice){0, m->n_in, 0, m->n_out, 1, true};
+}
+
+/* in how many parts a block's sums are split: a property of the model, not of the threads */
+static int count_parts(const tsad_node *node, int panel)
+{
+    for (int parts = TSAD_PARTS; parts > 1; parts--) {
+        if (node->kind == TSAD_SELF_ATTENTION ? node->n_heads % parts == 0
+                                              : node->m[0].n_out % (parts * panel) == 0) {
+            return parts;
+        }
+    }
+    return 1;
+}
+
+static void pack_split(const packer *p, const tsad_node *node, tsad_cpu_node *c)
+{
+    bool attention = node->kind == TSAD_SELF_ATTENTION;
+    int groups = attention ? 3 : 1, width = node->m[0].n_out / groups;
+    int parts = attention || node->kind == TSAD_FEED_FORWARD ? count_parts(node, p->panel) : 1;
+    tsad_packed *list = TSAD_CARVE(p->arena, tsad_packed, 2 * parts);
+    tsad_packed none;
+    int taps = node->kind == TSAD_CONV_BRANCH ? node->kernel : 1;
+    for (int i = 0; i < parts; i++) {
+        int c0 = width * i / parts, c1 = width * (i + 1) / parts;
+        slice first = {0, node->m[0].n_in, c0, c1, groups, true};
+        slice second = {c0 * taps, c1 * taps, 0, node->m[1].n_out, 1, i == 0};
+        pack(p, &node->m[0], first, list ? &list[2 * i] : &none);
+        pack(p, &node->m[1], second, list ? &list[2 * i + 1] : &none);
+    }
+    if (c) {
+        *c = (tsad_cpu_node){.n_parts = parts, .list = list};
+    }
+}
+
+/* keys and values, then per head what they add to the score and value vectors */
+static void pack_fold(const packer *p, const tsad_node *node, tsad_cpu_node *c)
+{
+    int heads = node->n_heads, d = node->m[1].n_in, dh = d / heads;
+    tsad_packed *list = TSAD_CARVE(p->arena, tsad_packed, 1 + 2 * heads);
+    tsad_packed none;
+    pack(p, &node->m[0], whole(&node->m[0]), list ? &list[0] : &none);
+    for (int j = 1; j <= 2; j++) {
+        for (int h = 0; h < heads; h++) {
+            slice s = {h * dh, (h + 1) * dh, 0, d, 1, false};
+            pack(p, &node->m[j], s, list ? &list[1 + (j - 1) * heads + h] : &none);
+        }
+    }
+    if (c) {
+        *c = (tsad_cpu_node){.n_parts = 1, .list = list};
+    }
+}
+
+static void pack_node(const packer *p, tsad_node *node)
+{
+    tsad_cpu_node *c = TSAD_CARVE(p->arena, tsad_cpu_node, 1);
+    tsad_packed none;
+    node->packed = c;
+    switch (node->kind) {
+    case TSAD_SELF_ATTENTION:
+    case TSAD_FEED_FORWARD:
+    case TSAD_CONV_BRANCH:
+        pack_split(p, node, c);
+        break;
+    case TSAD_FOLD:
+        pack_fold(p, node, c);
+        break;
+    case TSAD_LINEAR:
+    case TSAD_CONV:
+    case TSAD_CROSS_ATTENTION: { /* its bias alone */
+        tsad_packed *list = TSAD_CARVE(p->arena, tsad_packed, 1);
+        pack(p, &node->m[0], whole(&node->m[0]), list ? list : &none);
+        if (c) {
+            *c = (tsad_cpu_node){.n_parts = 1, .list = list};
+        }
+        break;
+    }
+    default:
+        break;
+    }
+}
+
+static void pack_pruner(const packer *p, tsad_pruner *pruner)
+{
+    tsad_cpu_pruner *c = TSAD_CARVE(p->arena, tsad_cpu_pruner, 1);
+    int heads = pruner->n_heads, dh = pruner->hidden / heads;
+    tsad_packed *out = TSAD_CARVE(p->arena, tsad_packed, heads);
+    tsad_packed none;
+    pack(p, &pruner->keys, whole(&pruner->keys), c ? &c->keys : &none);
+    pack(p, &pruner->values, whole(&pruner->values), c ? &c->values : &none);
+    for (int h = 0; h < heads; h++) {
+        slice s = {h * dh, (h + 1) * dh, 0, pruner->hidden, 1, false};
+        pack(p, &pruner->out, s, out ? &out[h] : &none);
+    }
+    if (c) {
+        c->out = out;
+    }
+    pruner->packed = c;
+}
+
+static void layout(tsad_model *m, const packer *p)
+{
+    tsad_net *nets[] = {&m->encoder, &m->pruner_net, &m->net};
+    for (int i = 0; i < 3; i++) {
+        for (int n = 0; n < nets[i]->n_nodes; n++) {
+            pack_node(p, &nets[i]->nodes[n]);
+        }
+    }
+    if (m->has_pruner) {
+        pack_pruner(p, &m->pruner);
+    }
+}
+
+tsad_status tsad_cpu_pack(tsad_model *m)
+{
+    packer p = {.arena = &m->packed, .panel = tsad_cpu_kernels(m)->panel};
+    layout(m, &p);
+    TSAD_TRY(tsad_arena_allocate(&m->packed));
+    layout(m, &p);
+    m->weight_bytes = m->packed.size;
+    return TSAD_OK;
+}
+
+void tsad_cpu_unpack(tsad_model *m) { tsad_arena_free(&m->packed); }
+
+/* an upper bound of what one node needs: its inputs normalised or gathered, its middle results,
+ * the parts of its sum, and the stretch that delivery keeps for itself */
+size_t tsad_cpu_scratch(const tsad_model *m)
+{
+    const tsad_net *nets[] = {&m->encoder, &m->pruner_net, &m->net};
+    size_t most = 0;
+    for (int i = 0; i < 3; i++) {
+        for (int n = 0; n < nets[i]->n_nodes; n++) {
+            const tsad_node *node = &nets[i]->nodes[n];
+            const tsad_register *in = &nets[i]->registers[node->in];
+            const tsad_register *out = &nets[i]->registers[node->out];
+            int rows = in->tokens > out->tokens ? in->tokens : out->tokens;
+            int columns = tsad_pad(in->channels) + tsad_pad(in->channels * node->kernel);
+            for (int j = 0; j < 4; j++) {
+                columns += 2 * tsad_pad(node->m[j].n_in) + 2 * tsad_pad(node->m[j].n_out);
+            }
+            columns += (TSAD_PARTS + 1) * tsad_pad(out->channels);
+            columns += tsad_pad(m->n_memory * node->n_heads); /* cross-attention's scores */
+            size_t floats = (size_t)rows * (size_t)columns;
+            most = floats > most ? floats : most;
+        }
+    }
+    size_t pruner = 2 * (size_t)m->pruner.query_tokens * (size_t)tsad_pad(m->pruner.hidden);
+    return (pruner > most ? pruner : most) + TSAD_LANE;
+}

@@ -1,0 +1,185 @@
+/* ref.c: every kernel in plain C. It equals tsad/reference.py (up to the exact rewrites), and the
+ * vector paths equal it. Compiled without contraction, so the bits are the same everywhere. */
+#include "cpu.h"
+
+#include <math.h>
+
+enum { PANEL = 16 };
+
+static float activate(float x, tsad_activation act)
+{
+    switch (act) {
+    case TSAD_GELU:
+        return 0.5f * x * (1 + erff(x * 0.70710678f));
+    case TSAD_RELU:
+        return x > 0 ? x : 0;
+    case TSAD_MISH:
+        return x > 20 ? x : x * tanhf(log1pf(expf(x)));
+    default:
+        return x;
+    }
+}
+
+static void ref_linear(const tsad_packed *w, const float *x, int ldx, int rows, tsad_activation act,
+                       float *y, int ldy)
+{
+    for (int n = 0; n < w->n_out; n += PANEL) {
+        const float *panel = w->w + (size_t)n * (size_t)w->n_in;
+        for (int t = 0; t < rows; t++) {
+            float sum[PANEL];
+            for (int j = 0; j < PANEL; j++) {
+                sum[j] = w->bias[n + j];
+            }
+            for (int i = 0; i < w->n_in; i++) {
+                float xi = x[(size_t)t * (size_t)ldx + (size_t)i];
+                for (int j = 0; j < PANEL; j++) {
+                    sum[j] += xi * panel[(size_t)i * PANEL + (size_t)j];
+                }
+            }
+            for (int j = 0; j < PANEL; j++) {
+                y[(size_t)t * (size_t)ldy + (size_t)(n + j)] = activate(sum[j], act);
+            }
+        }
+    }
+}
+
+static void ref_layernorm(const float *x, int ld, int rows, int n, float *y)
+{
+    for (int t = 0; t < rows; t++) {
+        const float *from = x + (size_t)t * (size_t)ld;
+        float *to = y + (size_t)t * (size_t)ld;
+        float mean = 0, variance = 0;
+        for (int i = 0; i < n; i++) {
+            mean += from[i];
+        }
+        mean /= (float)n;
+        for (int i = 0; i < n; i++) {
+            variance += (from[i] - mean) * (from[i] - mean);
+        }
+        float scale = 1 / sqrtf(variance / (float)n + 1e-5f);
+        for (int i = 0; i < n; i++) {
+            to[i] = (from[i] - mean) * scale;
+        }
+    }
+}
+
+/* weight[0 .. n) = softmax, in place */
+static void softmax(float *weight, int n)
+{
+    float top = weight[0], sum = 0;
+    for (int i = 1; i < n; i++) {
+        top = weight[i] > top ? weight[i] : top;
+    }
+    for (int i = 0; i < n; i++) {
+        weight[i] = expf(weight[i] - top);
+        sum += weight[i];
+    }
+    for (int i = 0; i < n; i++) {
+        weight[i] /= sum;
+    }
+}
+
+static float dot(const float *a, const float *b, int n)
+{
+    float sum = 0;
+    for (int i = 0; i < n; i++) {
+        sum += a[i] * b[i];
+    }
+    return sum;
+}
+
+static void ref_attention(const float *qkv, int ld, int rows, int heads, int head_dim, bool causal,
+                          float *y, int ldy)
+{
+    enum { MAX_ROWS = 4096 };
+    float weight[MAX_ROWS];
+    int width = heads * head_dim;
+    for (int t = 0; t < rows; t++) {
+        int n = causal ? t + 1 : rows;
+        for (int h = 0; h < heads; h++) {
+            const float *q = qkv + (size_t)t * (size_t)ld + h * head_dim;
+            for (int u = 0; u < n; u++) {
+                weight[u] = dot(q, qkv + (size_t)u * (size_t)ld + width + h * head_dim, head_dim);
+            }
+            softmax(weight, n);
+            float *out = y + (size_t)t * (size_t)ldy + h * head_dim;
+            for (int j = 0; j < head_dim; j++) {
+                out[j] = 0;
+            }
+            for (int u = 0; u < n; u++) {
+                const float *v = qkv + (size_t)u * (size_t)ld + 2 * width + h * head_dim;
+                for (int j = 0; j < head_dim; j++) {
+                    out[j] += weight[u] * v[j];
+                }
+            }
+        }
+    }
+}
+
+static void ref_cross(const tsad_cross *c, const float *x, int ld, int rows, float *y)
+{
+    int d = c->fold->width, heads = c->fold->n_heads;
+    for (int t = 0; t < rows; t++) {
+        const float *from = x + (size_t)t * (size_t)ld;
+        float *out = y + (size_t)t * (size_t)ld;
+        int n = c->causal && t + 2 < c->n_tokens ? t + 2 : c->n_tokens;
+        for (int i = 0; i < d; i++) {
+            out[i] = c->bias[i];
+        }
+        for (int h = 0; h < heads; h++) {
+            size_t head = (size_t)h * (size_t)d;
+            for (int s = 0; s < n; s++) {
+                const float *token = c->tokens[s];
+                c->work[s] = dot(from, token + head, d) + token[c->fold->shift + (size_t)h];
+            }
+            softmax(c->work, n);
+            for (int s = 0; s < n; s++) {
+                const float *value = c->tokens[s] + c->fold->value + head;
+                for (int i = 0; i < d; i++) {
+                    out[i] += c->work[s] * value[i];
+                }
+            }
+        }
+    }
+}
+
+static void ref_add(float *x, const float *const *source, int n, size_t floats)
+{
+    for (size_t i = 0; i < floats; i++) {
+        float sum = source[0][i];
+        for (int s = 1; s < n; s++) {
+            sum += source[s][i];
+        }
+        x[i] += sum;
+    }
+}
+
+static void ref_finish(float *x, float *slot, const float *const *group, int n, size_t floats)
+{
+    for (size_t i = 0; i < floats; i++) {
+        float sum = group[0][i];
+        if (n == 4) {
+            sum = (sum + group[1][i]) + (group[2][i] + group[3][i]);
+        } else {
+            for (int g = 1; g < n; g++) {
+                sum += group[g][i];
+            }
+        }
+        x[i] += sum;
+        if (slot) {
+            slot[i] = sum;
+        }
+    }
+}
+
+static bool always(void) { return true; }
+
+static const tsad_kernels kernels = {.panel = PANEL,
+                                     .linear = ref_linear,
+                                     .layernorm = ref_layernorm,
+                                     .attention = ref_attention,
+                                     .cross = ref_cross,
+                                     .add = ref_add,
+                                     .finish = ref_finish};
+
+TSAD_CPU_BACKEND(tsad_cpu_ref, "ref", always, &kernels);

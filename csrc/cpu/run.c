@@ -1,0 +1,591 @@
+/* run.c: the interpreter that all CPU paths share, and how threads share one lane.
+ *
+ * Every thread keeps its own copy of the registers and walks the same program. A split block
+ * (self-attention by heads, feed-forward by hidden units) is computed in parts whose number is
+ * fixed at packing; each thread computes its parts, they meet once, and each sums all parts in
+ * the same tree, so the bits do not depend on the number of threads. Everything else is small
+ * and done by each thread for itself.
+ *
+ * Slots are shared: after a block each thread writes its share of the rows. Two hazards follow,
+ * settled by epochs (an epoch ends at every meeting): a slot read in the epoch it was written in,
+ * and a slot overwritten by a block that has no meeting (cross-attention) in the epoch in which
+ * another thread may still read it. Both cost one extra meeting; all threads see the same ops,
+ * so they agree on when.
+ */
+#include "cpu.h"
+
+#include <math.h>
+#include <string.h>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+static unsigned flush_denormals(void)
+{
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040); /* flush to zero, denormals are zero */
+    return before;
+}
+static void restore_denormals(unsigned before) { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+static unsigned flush_denormals(void)
+{
+    uint64_t before;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" ::"r"(before | (1u << 24)));
+    return (unsigned)before;
+}
+static void restore_denormals(unsigned before)
+{
+    __asm__ volatile("msr fpcr, %0" ::"r"((uint64_t)before));
+}
+#else
+static unsigned flush_denormals(void) { return 0; }
+static void restore_denormals(unsigned before) { (void)before; }
+#endif
+
+typedef struct context {
+    tsad_worker *w;
+    const tsad_run *run;
+    const tsad_kernels *k;
+    const tsad_model *m;
+    const tsad_net *net;
+    int row;
+} context;
+
+static void meet(tsad_worker *w)
+{
+    tsad_barrier_wait(w->policy->barrier, w->size);
+    w->epoch++;
+}
+
+/* a thread's share of `floats`, on cache-line pairs */
+static void share(const tsad_worker *w, size_t floats, size_t *from, size_t *to)
+{
+    size_t units = floats / TSAD_LANE;
+    *from = units * (size_t)w->rank / (size_t)w->size * TSAD_LANE;
+    *to = units * (size_t)(w->rank + 1) / (size_t)w->size * TSAD_LANE;
+}
+
+static float *reg(const context *c, int i) { return c->run->registers[i]; }
+
+/* x (tokens, channels) as rows of `kernel` taps around each output token, zero-padded */
+static const float *gather_taps(const context *c, const tsad_node *node, const float *x, int tokens,
+                                int channels, int tokens_out, int stride, float *taps)
+{
+    (void)c;
+    if (node->kernel == 1 && stride == 1) {
+        return x;
+    }
+    int ld = tsad_pad(channels), ldt = tsad_pad(channels * node->kernel);
+    for (int t = 0; t < tokens_out; t++) {
+        for (int j = 0; j < node->kernel; j++) {
+            int from = t * stride + j - node->kernel / 2;
+            float *to = taps + (size_t)t * (size_t)ldt + (size_t)j * (size_t)channels;
+            if (from < 0 || from >= tokens) {
+                memset(to, 0, sizeof(float) * (size_t)channels);
+            } else {
+                memcpy(to, x + (size_t)from * (size_t)ld, sizeof(float) * (size_t)channels);
+            }
+        }
+    }
+    return taps;
+}
+
+/* ---- blocks ------------------------------------------------------------------------------ */
+
+/* part p of a split block on normalised input x, into y */
+static void block_part(const context *c, const tsad_node *node, int p, const float *x, float *work,
+                       float *y)
+{
+    const tsad_cpu_node *packed = node->packed;
+    const tsad_packed *first = &packed->list[2 * p], *second = &packed->list[2 * p + 1];
+    const tsad_register *in = &c->net->registers[node->in], *out = &c->net->registers[node->out];
+    int T = in->tokens, ldx = tsad_pad(in->channels), ldy = tsad_pad(out->channels);
+    int ld = tsad_pad(first->n_out);
+    float *next = work + (size_t)T * (size_t)ld;
+    if (node->kind == TSAD_SELF_ATTENTION) {
+        int width = first->n_out / 3, heads = node->n_heads / packed->n_parts;
+        c->k->linear(first, x, ldx, T, TSAD_LINEAR_ONLY, work, ld);
+        c->k->attention(work, ld, T, heads, width / heads, node->causal, next, tsad_pad(width));
+        c->k->linear(second, next, tsad_pad(width), T, TSAD_LINEAR_ONLY, y, ldy);
+    } else {
+        c->k->linear(first, x, ldx, T, node->activation, work, ld);
+        c->k->linear(second, work, ld, T, TSAD_LINEAR_ONLY, y, ldy);
+    }
+}
+
+static void conv_branch(const context *c, const tsad_node *node, const float *x, float *work,
+                        float *y)
+{
+    const tsad_packed *list = ((const tsad_cpu_node *)node->packed)->list;
+    const tsad_register *in = &c->net->registers[node->in], *out = &c->net->registers[node->out];
+    int T = in->tokens, hidden = list[0].n_out, ld = tsad_pad(hidden);
+    float *middle = work + (size_t)T * (size_t)tsad_pad(list[0].n_in);
+    float *taps = middle + (size_t)T * (size_t)ld;
+    const float *from = gather_taps(c, node, x, T, in->channels, T, 1, work);
+    c->k->linear(&list[0], from, tsad_pad(list[0].n_in), T, node->activation, middle, ld);
+    from = gather_taps(c, node, middle, T, hidden, T, 1, taps);
+    c->k->linear(&list[1], from, tsad_pad(list[1].n_in), T, TSAD_LINEAR_ONLY, y,
+                 tsad_pad(out->channels));
+}
+
+static void cross_attention(const context *c, const tsad_node *node, const float *x, float *work,
+                            float *y)
+{
+    const tsad_model *m = c->m;
+    const float *tokens[TSAD_MAX_MEMORY];
+    for (int s = 0; s < m->n_memory; s++) {
+        tokens[s] = tsad_folded(m, c->run->lane, c->row, node->layer, s);
+    }
+    const tsad_register *in = &c->net->registers[node->in];
+    tsad_cross cross = {.tokens = tokens,
+                        .n_tokens = m->n_memory,
+                        .fold = &m->fold,
+                        .bias = ((const tsad_cpu_node *)node->packed)->list[0].bias,
+                        .causal = node->causal,
+                        .work = work};
+    c->k->cross(&cross, x, tsad_pad(in->channels), in->tokens, y);
+}
+
+/* how many of `size` threads work on a block of n parts: as many as keep the sum's tree whole */
+static int useful_threads(int size, int parts)
+{
+    if (parts == 4) {
+        return size >= 4 ? 4 : size >= 2 ? 2 : 1;
+    }
+    return size >= parts ? parts : 1;
+}
+
+/* this thread's parts of a split block, summed in the tree's order into the first of `part` */
+static void own_parts(const context *c, const tsad_node *node, int begin, int end, const float *x,
+                      float *work, float *const *part, size_t floats)
+{
+    for (int p = begin; p < end; p++) {
+        block_part(c, node, p, x, work, part[p]);
+    }
+    float *sum = part[begin];
+    if (end - begin == 4) {
+        const float *low = part[begin + 1], *mid = part[begin + 2], *high = part[begin + 3];
+        c->k->add(sum, &low, 1, floats);
+        c->k->add(part[begin + 2], &high, 1, floats);
+        c->k->add(sum, &mid, 1, floats);
+    } else {
+        for (int p = begin + 1; p < end; p++) {
+            const float *next = part[p];
+            c->k->add(sum, &next, 1, floats);
+        }
+    }
+}
+
+/* out register += branch, slot = branch */
+static void deliver(const context *c, const tsad_node *node, float *slot,
+                    const float *const *group, int n, size_t floats)
+{
+    float *x = reg(c, node->out);
+    if (node->cache_point == TSAD_BEFORE_GATE) {
+        int C = c->net->registers[node->out].channels, ld = tsad_pad(C);
+        const float *gate = node->table + (size_t)c->row * (size_t)C;
+        memset(c->w->scratch, 0, sizeof(float) * floats);
+        c->k->finish(c->w->scratch, NULL, group, n, floats);
+        for (size_t i = 0; i < floats; i++) {
+            x[i] += (int)(i % (size_t)ld) < C ? c->w->scratch[i] * gate[i % (size_t)ld] : 0;
+        }
+        x = c->w->scratch; /* the slot keeps the branch before its gate */
+        memset(x, 0, sizeof(float) * floats);
+    }
+    if (!slot) {
+        c->k->finish(x, NULL, group, n, floats);
+        return;
+    }
+    size_t from, to;
+    share(c->w, floats, &from, &to);
+    const float *at[TSAD_PARTS];
+    const size_t cut[4] = {0, from, to, floats};
+    for (int piece = 0; piece < 3; piece++) {
+        for (int g = 0; g < n; g++) {
+            at[g] = group[g] + cut[piece];
+        }
+        c->k->finish(x + cut[piece], piece == 1 ? slot + from : NULL, at, n,
+                     cut[piece + 1] - cut[piece]);
+    }
+}
+
+static void compute(const context *c, const tsad_op *op)
+{
+    tsad_worker *w = c->w;
+    const tsad_node *node = &c->net->nodes[op->node];
+    const tsad_register *in = &c->net->registers[node->in];
+    size_t floats = tsad_register_floats(&c->net->registers[node->out]);
+    const float *x = reg(c, node->in);
+    float *scratch = w->scratch + floats; /* the first stretch belongs to deliver */
+    if (node->normalise) {
+        c->k->layernorm(x, tsad_pad(in->channels), in->tokens, in->channels, scratch);
+        x = scratch;
+        scratch += tsad_register_floats(in);
+    }
+    float *slot = op->dst < 0 ? NULL : tsad_slot(c->net, c->run->lane, op->dst);
+    int parts = ((const tsad_cpu_node *)node->packed)->n_parts;
+    bool split = node->kind == TSAD_SELF_ATTENTION || node->kind == TSAD_FEED_FORWARD;
+    float *part[TSAD_PARTS];
+    const float *group[TSAD_PARTS];
+    float *shared = w->policy->exchange + w->parity * TSAD_PARTS * w->policy->branch_floats;
+    for (int p = 0; p < parts; p++) {
+        part[p] = split && w->size > 1 ? shared + (size_t)p * floats : scratch + (size_t)p * floats;
+    }
+    float *work = split && w->size > 1 ? scratch : scratch + (size_t)parts * floats;
+    group[0] = part[0];
+    int groups = 1;
+    if (!split) {
+        if (node->kind == TSAD_CROSS_ATTENTION) {
+            cross_attention(c, node, x, work, part[0]);
+        } else {
+            conv_branch(c, node, x, work, part[0]);
+        }
+        if (slot && w->size > 1 && (w->read_epoch[node->block] == w->epoch ||
+                                    w->write_epoch[node->block] == w->epoch)) {
+            meet(w);
+        }
+    } else {
+        groups = useful_threads(w->size, parts);
+        int own = parts / groups;
+        if (w->rank < groups) {
+            own_parts(c, node, w->rank * own, (w->rank + 1) * own, x, work, part, floats);
+        }
+        if (w->size > 1) {
+            meet(w);
+            w->parity ^= 1;
+        }
+        for (int g = 0; g < groups; g++) {
+            group[g] = part[g * own];
+        }
+    }
+    deliver(c, node, slot, group, groups, floats);
+    if (slot) {
+        w->write_epoch[node->block] = w->epoch;
+    }
+}
+
+/* ---- reuse ------------------------------------------------------------------------------- */
+
+/* before reading slots: meet if any was written since the last meeting */
+static void settle_reads(const context *c, const int32_t *source, int n)
+{
+    tsad_worker *w = c->w;
+    if (w->size == 1) {
+        return;
+    }
+    for (int i = 0; i < n; i++) {
+        if (w->write_epoch[source[i] % c->net->n_blocks] == w->epoch) {
+            meet(w);
+            break;
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        w->read_epoch[source[i] % c->net->n_blocks] = w->epoch;
+    }
+}
+
+static void add_reused(const context *c, const tsad_op *op)
+{
+    enum { AT_ONCE = 64 };
+    const int32_t *source = c->run->program->sources + op->src;
+    const tsad_node *node = &c->net->nodes[op->node];
+    size_t floats = tsad_register_floats(&c->net->registers[node->out]);
+    const float *from[AT_ONCE];
+    settle_reads(c, source, op->n_src);
+    for (int begin = 0; begin < op->n_src; begin += AT_ONCE) {
+        int n = op->n_src - begin < AT_ONCE ? op->n_src - begin : AT_ONCE;
+        for (int i = 0; i < n; i++) {
+            from[i] = tsad_slot(c->net, c->run->lane, source[begin + i]);
+        }
+        c->k->add(reg(c, node->out), from, n, floats);
+    }
+}
+
+static void add_gated(const context *c, const tsad_op *op)
+{
+    const int32_t *source = c->run->program->sources + op->src;
+    const tsad_node *node = &c->net->nodes[op->node];
+    const tsad_register *out = &c->net->registers[node->out];
+    settle_reads(c, source, 1);
+    const float *slot = tsad_slot(c->net, c->run->lane, source[0]);
+    const float *gate = node->table + (size_t)c->row * (size_t)out->channels;
+    int ld = tsad_pad(out->channels);
+    float *x = reg(c, node->out);
+    for (int t = 0; t < out->tokens; t++) {
+        for (int i = 0; i < out->channels; i++) {
+            x[t * ld + i] += slot[t * ld + i] * gate[i];
+        }
+    }
+}
+
+/* ---- fixed nodes -------------------------------------------------------------------------- */
+
+static void linear_node(const context *c, const tsad_node *node)
+{
+    const tsad_packed *packed = ((const tsad_cpu_node *)node->packed)->list;
+    const tsad_register *in = &c->net->registers[node->in], *out = &c->net->registers[node->out];
+    const float *x = reg(c, node->in);
+    float *y = reg(c, node->out), *work = c->w->scratch;
+    int ld = tsad_pad(out->channels);
+    if (node->normalise) {
+        c->k->layernorm(x, tsad_pad(in->channels), in->tokens, in->channels, work);
+        x = work;
+    }
+    if (node->kind == TSAD_CONV) {
+        x = gather_taps(c, node, x, in->tokens, in->channels, out->tokens, node->stride, work);
+    }
+    c->k->linear(packed, x, tsad_pad(packed->n_in), out->tokens, node->activation, y, ld);
+    if (node->table) {
+        for (int t = 0; t < out->tokens; t++) {
+            for (int i = 0; i < out->channels; i++) {
+                y[t * ld + i] += node->table[(size_t)t * (size_t)out->channels + (size_t)i];
+            }
+        }
+    }
+}
+
+/* copies: upsample, concat, copy, and the encoder's joining of tokens */
+static void move_node(const context *c, const tsad_node *node)
+{
+    const tsad_register *in = &c->net->registers[node->in], *out = &c->net->registers[node->out];
+    const float *x = reg(c, node->in);
+    float *y = reg(c, node->out);
+    size_t ld = (size_t)tsad_pad(in->channels), ldy = (size_t)tsad_pad(out->channels);
+    size_t row = sizeof(float) * (size_t)in->channels;
+    if (node->kind == TSAD_TOKENS) {
+        memcpy(y, node->table + (size_t)c->row * (size_t)in->channels, row);
+        y += ldy;
+    }
+    int repeat = node->kind == TSAD_UPSAMPLE ? node->stride : 1;
+    for (int t = 0; t < in->tokens * repeat && t < out->tokens; t++) {
+        memcpy(y + (size_t)t * ldy, x + (size_t)(t / repeat) * ld, row);
+    }
+    if (node->kind == TSAD_CONCAT) {
+        const tsad_register *in2 = &c->net->registers[node->in2];
+        for (int t = 0; t < in2->tokens; t++) {
+            memcpy(y + (size_t)t * ldy + in->channels,
+                   reg(c, node->in2) + (size_t)t * (size_t)tsad_pad(in2->channels),
+                   sizeof(float) * (size_t)in2->channels);
+        }
+    }
+}
+
+static void keep_memory(const context *c, const tsad_node *node)
+{
+    if (c->run->lane->memory) {
+        size_t floats = tsad_register_floats(&c->net->registers[node->in]);
+        memcpy(c->run->lane->memory + (size_t)c->row * floats, reg(c, node->in),
+               sizeof(float) * floats);
+    }
+}
+
+static void fold_node(const context *c, const tsad_node *node)
+{
+    const tsad_fold *fold = &c->m->fold;
+    const tsad_packed *list = ((const tsad_cpu_node *)node->packed)->list;
+    const tsad_register *in = &c->net->registers[node->in];
+    int d = fold->width, heads = fold->n_heads, dh = d / heads, ld = tsad_pad(2 * d);
+    float *kv = c->w->scratch;
+    c->k->linear(&list[0], reg(c, node->in), tsad_pad(d), in->tokens, TSAD_LINEAR_ONLY, kv, ld);
+    size_t at = ((size_t)c->row * (size_t)c->m->n_layers + (size_t)node->layer) * (size_t)in->tokens;
+    for (int s = 0; s < in->tokens; s++) {
+        /* rows of a panel may run into the next vector, so: keys, values, constants, ascending */
+        float *out = c->run->lane->fold + (at + (size_t)s) * fold->floats;
+        const float *key = kv + (size_t)s * (size_t)ld, *value = key + d;
+        for (int h = 0; h < heads; h++) {
+            c->k->linear(&list[1 + h], key + h * dh, ld, 1, TSAD_LINEAR_ONLY,
+                         out + (size_t)h * (size_t)d, d);
+        }
+        for (int h = 0; h < heads; h++) {
+            c->k->linear(&list[1 + heads + h], value + h * dh, ld, 1, TSAD_LINEAR_ONLY,
+                         out + fold->value + (size_t)h * (size_t)d, d);
+        }
+        for (int h = 0; h < heads; h++) {
+            float shift = 0;
+            for (int j = h * dh; j < (h + 1) * dh; j++) {
+                shift += key[j] * node->table[j];
+            }
+            out[fold->shift + (size_t)h] = shift;
+        }
+    }
+}
+
+/* ---- the pruner's nodes ------------------------------------------------------------------- */
+
+static void prune_keys(const context *c)
+{
+    const tsad_pruner *p = &c->m->pruner;
+    const tsad_cpu_pruner *packed = p->packed;
+    if (c->row > 0 && !c->m->encode_rows) {
+        return; /* observation tokens are the same at every step */
+    }
+    int n = p->hidden, heads = p->n_heads, dh = n / heads, S = p->query_tokens, ld = tsad_pad(n);
+    const float *memory = c->run->lane->memory +
+                          (size_t)c->row * (size_t)S * (size_t)tsad_pad(c->m->width);
+    float *key = c->w->scratch, *value = key + (size_t)S * (size_t)ld;
+    c->k->linear(&packed->keys, memory, tsad_pad(c->m->width), S, TSAD_LINEAR_ONLY, key, ld);
+    c->k->linear(&packed->values, memory, tsad_pad(c->m->width), S, TSAD_LINEAR_ONLY, value, ld);
+    for (int s = 0; s < S; s++) {
+        size_t at = (size_t)c->row * (size_t)S + (size_t)s;
+        float *score = c->run->lane->prune_score + at * (size_t)p->n_blocks * (size_t)heads;
+        float *out = c->run->lane->prune_value + at * (size_t)heads * (size_t)n;
+        for (int b = 0; b < p->n_blocks; b++) {
+            for (int h = 0; h < heads; h++) {
+                const float *q = p->query + (size_t)b * (size_t)n + h * dh;
+                float dot = 0;
+                for (int j = 0; j < dh; j++) {
+                    dot += q[j] * key[s * ld + h * dh + j];
+                }
+                score[b * heads + h] = dot;
+            }
+        }
+        for (int h = 0; h < heads; h++) {
+            c->k->linear(&packed->out[h], value + s * ld + h * dh, ld, 1, TSAD_LINEAR_ONLY,
+                         out + (size_t)h * (size_t)n, n);
+        }
+    }
+}
+
+/* memory token s of this step: its scores (B, H) and values (H, hidden) */
+static void prune_token(const context *c, int s, const float **score, const float **value)
+{
+    const tsad_pruner *p = &c->m->pruner;
+    size_t scores = (size_t)p->n_blocks * (size_t)p->n_heads;
+    size_t values = (size_t)p->n_heads * (size_t)p->hidden;
+    if (p->time_score && s == 0) {
+        *score = p->time_score + (size_t)c->row * scores;
+        *value = p->time_value + (size_t)c->row * values;
+        return;
+    }
+    size_t at = p->time_score ? (size_t)(s - 1)
+                              : (size_t)c->row * (size_t)p->query_tokens + (size_t)s;
+    *score = c->run->lane->prune_score + at * scores;
+    *value = c->run->lane->prune_value + at * values;
+}
+
+static void prune_query(const context *c, const tsad_node *node)
+{
+    const tsad_pruner *p = &c->m->pruner;
+    int n = p->hidden, heads = p->n_heads, S = c->m->n_memory, ld = tsad_pad(n);
+    const float *score[TSAD_MAX_MEMORY], *value[TSAD_MAX_MEMORY];
+    float weight[TSAD_MAX_MEMORY];
+    for (int s = 0; s < S; s++) {
+        prune_token(c, s, &score[s], &value[s]);
+    }
+    for (int b = 0; b < p->n_blocks; b++) {
+        float *x = reg(c, node->out) + (size_t)b * (size_t)ld;
+        memcpy(x, p->token + (size_t)b * (size_t)n, sizeof(float) * (size_t)n);
+        for (int h = 0; h < heads; h++) {
+            float top = -INFINITY, sum = 0;
+            for (int s = 0; s < S; s++) {
+                top = fmaxf(top, score[s][b * heads + h]);
+            }
+            for (int s = 0; s < S; s++) {
+                weight[s] = expf(score[s][b * heads + h] - top);
+                sum += weight[s];
+            }
+            for (int s = 0; s < S; s++) {
+                float share_of_s = weight[s] / sum;
+                const float *v = value[s] + (size_t)h * (size_t)n;
+                for (int i = 0; i < n; i++) {
+                    x[i] += share_of_s * v[i];
+                }
+            }
+        }
+    }
+}
+
+static void prune_store(const context *c, const tsad_node *node)
+{
+    int B = c->m->n_blocks, ld = tsad_pad(4);
+    float *out = c->run->lane->scores + (size_t)c->row * (size_t)B * 4;
+    for (int b = 0; b < B; b++) {
+        memcpy(out + b * 4, reg(c, node->in) + b * ld, sizeof(float) * 4);
+    }
+}
+
+/* ---- the sampler and the loop ------------------------------------------------------------- */
+
+static void update_sample(const context *c)
+{
+    const float *t = c->m->sampler + (size_t)c->row * TSAD_SAMPLER_COLUMNS;
+    float a = t[0], b = t[1], r = t[2], cx0 = t[3], d = t[4], f = t[5], g = t[6], h = t[7];
+    const tsad_run *run = c->run;
+    const float *z = h != 0 ? run->noise + (size_t)(c->row + 1) * run->noise_step : NULL;
+    float *x = reg(c, c->net->input), *previous = c->w->previous_x0;
+    const float *e = reg(c, c->net->output);
+    int ld = tsad_pad(c->m->action_dim), A = c->m->action_dim;
+    for (int i = 0; i < c->m->horizon; i++) {
+        for (int j = 0; j < A; j++) {
+            int at = i * ld + j;
+            float x0 = a * x[at] + b * e[at];
+            x0 = x0 > r ? r : x0 < -r ? -r : x0;
+            float next = cx0 * x0 + d * x[at] + f * e[at] + g * previous[at];
+            x[at] = z ? next + h * z[i * A + j] : next;
+            previous[at] = x0;
+        }
+    }
+}
+
+static void run_node(const context *c, const tsad_node *node)
+{
+    switch (node->kind) {
+    case TSAD_LINEAR:
+    case TSAD_CONV:
+        linear_node(c, node);
+        break;
+    case TSAD_KEEP_MEMORY:
+        keep_memory(c, node);
+        break;
+    case TSAD_FOLD:
+        fold_node(c, node);
+        break;
+    case TSAD_PRUNE_KEYS:
+        prune_keys(c);
+        break;
+    case TSAD_PRUNE_QUERY:
+        prune_query(c, node);
+        break;
+    case TSAD_PRUNE_STORE:
+        prune_store(c, node);
+        break;
+    default:
+        move_node(c, node);
+    }
+}
+
+void tsad_cpu_run(tsad_worker *w, const tsad_run *run, int row_begin, int row_end)
+{
+    const tsad_model *m = w->policy->model;
+    context c = {.w = w, .run = run, .k = tsad_cpu_kernels(m), .m = m, .net = run->net};
+    const tsad_program *program = run->program;
+    unsigned mode = flush_denormals();
+    for (c.row = row_begin; c.row < row_end; c.row++) {
+        for (int i = program->row_start[c.row]; i < program->row_start[c.row + 1]; i++) {
+            const tsad_op *op = &program->ops[i];
+            switch (op->kind) {
+            case TSAD_OP_NODE:
+                run_node(&c, &run->net->nodes[op->node]);
+                break;
+            case TSAD_OP_COMPUTE:
+                compute(&c, op);
+                break;
+            case TSAD_OP_ADD:
+                add_reused(&c, op);
+                break;
+            case TSAD_OP_GATED:
+                add_gated(&c, op);
+                break;
+            case TSAD_OP_UPDATE:
+                if (run->update) {
+                    update_sample(&c);
+                }
+                break;
+            default:
+                break;
+            }
+        }
+    }
+    restore_denormals(mode);
+}

@@ -1,0 +1,203 @@
+/* model.c: check a specification, build its networks, pack them for a backend. Immutable after. */
+#include "backend.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+const tsad_backend *tsad_backend_find(const char *name)
+{
+    if (!name || !*name || strcmp(name, "auto") == 0) {
+        name = getenv("TSAD_CPU");
+    }
+    bool any = !name || !*name || strcmp(name, "auto") == 0;
+    for (int i = 0; tsad_backends[i]; i++) {
+        if (tsad_backends[i]->usable() && (any || strcmp(name, tsad_backends[i]->name) == 0)) {
+            return tsad_backends[i];
+        }
+    }
+    return NULL;
+}
+
+int tsad_backend_names(const char **names, int capacity)
+{
+    int n = 0;
+    for (int i = 0; tsad_backends[i]; i++) {
+        if (tsad_backends[i]->usable()) {
+            if (n < capacity) {
+                names[n] = tsad_backends[i]->name;
+            }
+            n++;
+        }
+    }
+    return n;
+}
+
+static tsad_status check_spec(const tsad_model_spec *s)
+{
+    const struct {
+        const char *name;
+        int value, least, most;
+    } sizes[] = {
+        {"horizon", s->horizon, 1, 4096},
+        {"n_obs_steps", s->n_obs_steps, 1, 4096},
+        {"n_action_steps", s->n_action_steps, 1, s->horizon - s->n_obs_steps + 1},
+        {"obs_dim", s->obs_dim, 1, 1 << 20},
+        {"action_dim", s->action_dim, 1, 1 << 16},
+        {"n_steps", s->n_steps, 1, 1 << 16},
+        {"n_blocks", s->n_blocks, 1, 1 << 14},
+    };
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        if (sizes[i].value < sizes[i].least || sizes[i].value > sizes[i].most) {
+            return tsad_fail(TSAD_ARGUMENT, "%s: expected %d to %d, got %d", sizes[i].name,
+                             sizes[i].least, sizes[i].most, sizes[i].value);
+        }
+    }
+    for (int b = 0; b < s->n_blocks; b++) {
+        if (s->block_cost[b] < 0) {
+            return tsad_fail(TSAD_ARGUMENT, "block_cost[%d]: expected >= 0, got %lld", b,
+                             (long long)s->block_cost[b]);
+        }
+    }
+    for (int a = 0; a < s->action_dim; a++) {
+        if (s->action_scale[a] == 0 || !isfinite(s->action_scale[a])) {
+            return tsad_fail(TSAD_ARGUMENT, "action_scale[%d]: expected a finite number that is "
+                             "not 0 (actions are divided by it), got %g", a,
+                             (double)s->action_scale[a]);
+        }
+    }
+    return TSAD_OK;
+}
+
+static tsad_status copy_tables(const tsad_model_spec *s, tsad_model *m)
+{
+    m->horizon = s->horizon;
+    m->n_obs_steps = s->n_obs_steps;
+    m->n_action_steps = s->n_action_steps;
+    m->obs_dim = s->obs_dim;
+    m->action_dim = s->action_dim;
+    m->n_steps = s->n_steps;
+    m->n_blocks = s->n_blocks;
+    TSAD_TRY(tsad_copy_floats(&m->sampler, s->sampler, (size_t)s->n_steps * TSAD_SAMPLER_COLUMNS));
+    TSAD_TRY(tsad_copy_floats(&m->obs_scale, s->obs_scale, (size_t)s->obs_dim));
+    TSAD_TRY(tsad_copy_floats(&m->obs_offset, s->obs_offset, (size_t)s->obs_dim));
+    TSAD_TRY(tsad_copy_floats(&m->action_scale, s->action_scale, (size_t)s->action_dim));
+    TSAD_TRY(tsad_copy_floats(&m->action_offset, s->action_offset, (size_t)s->action_dim));
+    m->block_cost = tsad_allocate(sizeof(int64_t) * (size_t)s->n_blocks);
+    if (!m->block_cost) {
+        return tsad_fail(TSAD_MEMORY, "out of memory for %d block costs", s->n_blocks);
+    }
+    for (int b = 0; b < s->n_blocks; b++) {
+        m->block_cost[b] = s->block_cost[b];
+        m->dense_cost += s->block_cost[b] * s->n_steps;
+    }
+    for (int k = 0; k < s->n_steps; k++) {
+        m->adds_noise |= m->sampler[k * TSAD_SAMPLER_COLUMNS + 7] != 0;
+    }
+    return TSAD_OK;
+}
+
+static void free_plain(tsad_model *m)
+{
+    tsad_net *nets[] = {&m->net, &m->encoder, &m->pruner_net};
+    for (int i = 0; i < 3; i++) {
+        for (int n = 0; n < nets[i]->n_nodes; n++) {
+            for (int j = 0; j < 4; j++) {
+                tsad_matrix_free(&nets[i]->nodes[n].m[j]);
+            }
+        }
+    }
+    tsad_matrix_free(&m->pruner.keys);
+    tsad_matrix_free(&m->pruner.values);
+    tsad_matrix_free(&m->pruner.out);
+}
+
+static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
+{
+    TSAD_TRY(check_spec(spec));
+    m->backend = tsad_backend_find(spec->backend);
+    if (!m->backend) {
+        const char *wanted = spec->backend && strcmp(spec->backend, "auto") ? spec->backend
+                                                                            : getenv("TSAD_CPU");
+        return tsad_fail(TSAD_ARGUMENT, "backend '%s' is unknown or not usable on this CPU",
+                         wanted ? wanted : "auto");
+    }
+    TSAD_TRY(copy_tables(spec, m));
+    if (strcmp(spec->family, "diffusion_policy_transformer") == 0) {
+        TSAD_TRY(tsad_net_dpt(spec, m));
+    } else if (strcmp(spec->family, "nodes") == 0) {
+        TSAD_TRY(tsad_net_nodes(spec, m));
+    } else {
+        return tsad_fail(TSAD_ARGUMENT, "family: expected 'diffusion_policy_transformer' or "
+                         "'nodes', got '%s'", spec->family);
+    }
+    if (m->net.n_blocks != spec->n_blocks) {
+        return tsad_fail(TSAD_SHAPE, "block_cost: expected %d entries, one per block, got %d",
+                         m->net.n_blocks, spec->n_blocks);
+    }
+    TSAD_TRY(m->backend->pack(m));
+    free_plain(m);
+    return TSAD_OK;
+}
+
+tsad_status tsad_model_create(const tsad_model_spec *spec, tsad_model **out)
+{
+    *out = NULL;
+    tsad_model *m = tsad_allocate(sizeof *m);
+    if (!m) {
+        return tsad_fail(TSAD_MEMORY, "out of memory for a model");
+    }
+    atomic_store(&m->references, 1);
+    tsad_status status = build(spec, m);
+    if (status != TSAD_OK) {
+        tsad_model_destroy(m);
+        return status;
+    }
+    *out = m;
+    return TSAD_OK;
+}
+
+void tsad_model_retain(tsad_model *m) { atomic_fetch_add(&m->references, 1); }
+
+void tsad_model_destroy(tsad_model *m)
+{
+    if (!m || atomic_fetch_sub(&m->references, 1) > 1) {
+        return;
+    }
+    if (m->backend) {
+        m->backend->unpack(m);
+    }
+    free_plain(m);
+    tsad_net_free(&m->net);
+    tsad_net_free(&m->encoder);
+    tsad_net_free(&m->pruner_net);
+    float *tables[] = {m->sampler,      m->obs_scale,         m->obs_offset,       m->action_scale,
+                       m->action_offset, m->time_fold,        m->pruner.query,     m->pruner.token,
+                       m->pruner.time_score, m->pruner.time_value};
+    for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
+        tsad_deallocate(tables[i]);
+    }
+    tsad_deallocate(m->block_cost);
+    tsad_deallocate(m);
+}
+
+tsad_model_info tsad_model_get_info(const tsad_model *m)
+{
+    return (tsad_model_info){
+        .n_steps = m->n_steps,
+        .n_blocks = m->n_blocks,
+        .horizon = m->horizon,
+        .n_obs_steps = m->n_obs_steps,
+        .n_action_steps = m->n_action_steps,
+        .obs_dim = m->obs_dim,
+        .action_dim = m->action_dim,
+        .has_pruner = m->has_pruner,
+        .adds_noise = m->adds_noise,
+        .block_type = m->net.block_type,
+        .block_cost = m->block_cost,
+        .backend = m->backend->name,
+        .weight_bytes = m->weight_bytes,
+        .ring_bytes = sizeof(float) * m->net.row_floats,
+        .rollout_bytes = sizeof(float) * m->net.row_floats * (size_t)m->n_steps,
+    };
+}

@@ -1,0 +1,225 @@
+/* build.c: putting a node list together. The families (dpt.c, nodes.c) describe, this file checks
+ * and places: numbers the prunable blocks, gives every one its slot, and refuses lists that do
+ * not fit together, naming the node. */
+#include "../internal.h"
+#include "../plan_core.h"
+
+#include <stdio.h>
+#include <string.h>
+
+bool tsad_node_is_prunable(tsad_node_kind kind)
+{
+    return kind == TSAD_SELF_ATTENTION || kind == TSAD_CROSS_ATTENTION ||
+           kind == TSAD_FEED_FORWARD || kind == TSAD_CONV_BRANCH;
+}
+
+tsad_status tsad_net_begin(tsad_net *net, int max_nodes, int max_registers)
+{
+    *net = (tsad_net){.max_nodes = max_nodes, .max_registers = max_registers};
+    net->nodes = tsad_allocate(sizeof(tsad_node) * (size_t)max_nodes);
+    net->registers = tsad_allocate(sizeof(tsad_register) * (size_t)max_registers);
+    if (!net->nodes || !net->registers) {
+        return tsad_fail(TSAD_MEMORY, "out of memory for a list of %d nodes", max_nodes);
+    }
+    return TSAD_OK;
+}
+
+int tsad_net_register(tsad_net *net, int tokens, int channels)
+{
+    net->registers[net->n_registers] = (tsad_register){tokens, channels};
+    return net->n_registers++;
+}
+
+tsad_node *tsad_net_add(tsad_net *net, tsad_node_kind kind, int in, int out)
+{
+    tsad_node *node = &net->nodes[net->n_nodes++];
+    *node = (tsad_node){.kind = kind, .in = in, .in2 = -1, .out = out, .residual = -1, .block = -1};
+    node->n_heads = node->kernel = node->stride = 1;
+    return node;
+}
+
+static tsad_status check_node(const tsad_net *net, int i)
+{
+    const tsad_node *node = &net->nodes[i];
+    const tsad_register *in = &net->registers[node->in], *out = &net->registers[node->out];
+    bool prunable = tsad_node_is_prunable(node->kind);
+    if (prunable && node->residual < 0 && node->in != node->out) {
+        return tsad_fail(TSAD_SHAPE,
+                         "node %d: a branch without a residual map works in place; got register "
+                         "%d into %d",
+                         i, node->in, node->out);
+    }
+    if (prunable && node->residual >= 0) {
+        const tsad_node *map = &net->nodes[node->residual];
+        if (node->residual >= i || tsad_node_is_prunable(map->kind) || map->out != node->out ||
+            map->in != node->in) {
+            return tsad_fail(TSAD_SHAPE,
+                             "node %d: its residual must be an earlier fixed node from register "
+                             "%d to register %d",
+                             i, node->in, node->out);
+        }
+    }
+    if (node->kind == TSAD_CONCAT) {
+        const tsad_register *in2 = &net->registers[node->in2];
+        if (in->tokens != in2->tokens || out->tokens != in->tokens ||
+            out->channels != in->channels + in2->channels) {
+            return tsad_fail(TSAD_SHAPE, "node %d: concat of (%d, %d) and (%d, %d) into (%d, %d)",
+                             i, in->tokens, in->channels, in2->tokens, in2->channels, out->tokens,
+                             out->channels);
+        }
+    }
+    return TSAD_OK;
+}
+
+tsad_status tsad_net_finish(tsad_net *net)
+{
+    for (int i = 0; i < net->n_nodes; i++) {
+        TSAD_TRY(check_node(net, i));
+        if (net->nodes[i].residual >= 0) {
+            net->nodes[net->nodes[i].residual].is_residual = true;
+        }
+        net->n_blocks += tsad_node_is_prunable(net->nodes[i].kind);
+    }
+    size_t n = net->n_blocks ? (size_t)net->n_blocks : 1;
+    net->block_node = tsad_allocate(sizeof(int) * n);
+    net->block_type = tsad_allocate(n);
+    net->slot_offset = tsad_allocate(sizeof(size_t) * n);
+    if (!net->block_node || !net->block_type || !net->slot_offset) {
+        return tsad_fail(TSAD_MEMORY, "out of memory for %d blocks", net->n_blocks);
+    }
+    size_t shape_of_type[TSAD_MAX_TYPES] = {0};
+    int b = 0;
+    for (int i = 0; i < net->n_nodes; i++) {
+        tsad_node *node = &net->nodes[i];
+        if (!tsad_node_is_prunable(node->kind)) {
+            continue;
+        }
+        const tsad_register *out = &net->registers[node->out];
+        size_t shape = (size_t)out->tokens << 32 | (size_t)out->channels;
+        if (node->type < 0 || node->type >= TSAD_MAX_TYPES) {
+            return tsad_fail(TSAD_ARGUMENT, "node %d: reuse type %d, expected 0 to %d", i,
+                             node->type, TSAD_MAX_TYPES - 1);
+        }
+        if (shape_of_type[node->type] && shape_of_type[node->type] != shape) {
+            return tsad_fail(TSAD_SHAPE,
+                             "node %d: reuse type %d has branches of different shapes; give each "
+                             "shape a type of its own",
+                             i, node->type);
+        }
+        shape_of_type[node->type] = shape;
+        node->block = b;
+        net->block_node[b] = i;
+        net->block_type[b] = (uint8_t)node->type;
+        net->slot_offset[b] = net->row_floats;
+        net->row_floats += tsad_register_floats(out);
+        b++;
+    }
+    return TSAD_OK;
+}
+
+void tsad_net_free(tsad_net *net)
+{
+    for (int i = 0; i < net->n_nodes; i++) {
+        for (int j = 0; j < 4; j++) {
+            tsad_matrix_free(&net->nodes[i].m[j]);
+        }
+        tsad_deallocate(net->nodes[i].table);
+    }
+    tsad_deallocate(net->nodes);
+    tsad_deallocate(net->registers);
+    tsad_deallocate(net->block_node);
+    tsad_deallocate(net->block_type);
+    tsad_deallocate(net->slot_offset);
+    *net = (tsad_net){0};
+}
+
+/* ---- matrices and tensors ---------------------------------------------------------------- */
+
+tsad_status tsad_matrix_make(tsad_matrix *m, int n_in, int n_out)
+{
+    *m = (tsad_matrix){.n_in = n_in, .n_out = n_out};
+    m->data = tsad_allocate(sizeof(float) * (size_t)n_in * (size_t)n_out);
+    m->bias = tsad_allocate(sizeof(float) * (size_t)n_out);
+    if (!m->data || !m->bias) {
+        return tsad_fail(TSAD_MEMORY, "out of memory for a matrix of (%d, %d)", n_in, n_out);
+    }
+    return TSAD_OK;
+}
+
+void tsad_matrix_free(tsad_matrix *m)
+{
+    tsad_deallocate(m->data);
+    tsad_deallocate(m->bias);
+    m->data = m->bias = NULL; /* the sizes stay: they describe what was packed */
+}
+
+const tsad_tensor *tsad_find(const tsad_tensor *tensors, int n, const char *name)
+{
+    for (int i = 0; i < n; i++) {
+        if (strcmp(tensors[i].name, name) == 0) {
+            return &tensors[i];
+        }
+    }
+    return NULL;
+}
+
+tsad_status tsad_take(const tsad_tensor *tensors, int n, const char *name, int64_t rows,
+                      int64_t cols, const float **out)
+{
+    const tsad_tensor *t = tsad_find(tensors, n, name);
+    if (!t) {
+        return tsad_fail(TSAD_ARGUMENT, "tensor '%s' is missing", name);
+    }
+    int64_t count = 1;
+    for (int i = 0; i < t->n_dims; i++) {
+        count *= t->shape[i];
+    }
+    bool shaped = cols ? t->n_dims >= 2 && t->shape[t->n_dims - 1] == cols &&
+                             t->shape[t->n_dims - 2] == rows
+                       : t->n_dims == 1 && t->shape[0] == rows;
+    if (!shaped || count != rows * (cols ? cols : 1)) {
+        char got[96] = "";
+        int used = 0;
+        for (int i = 0; i < t->n_dims && used < 80; i++) {
+            used += snprintf(got + used, sizeof got - (size_t)used, i ? ", %lld" : "%lld",
+                             (long long)t->shape[i]);
+        }
+        if (cols) {
+            return tsad_fail(TSAD_SHAPE, "tensor '%s': expected shape (%lld, %lld), got (%s)", name,
+                             (long long)rows, (long long)cols, got);
+        }
+        return tsad_fail(TSAD_SHAPE, "tensor '%s': expected shape (%lld,), got (%s)", name,
+                         (long long)rows, got);
+    }
+    *out = t->data;
+    return TSAD_OK;
+}
+
+void tsad_matrix_fold(tsad_matrix *m, const float *weight, const float *bias, const float *gain,
+                      const float *shift, float scale)
+{
+    int n_in = m->n_in, n_out = m->n_out;
+    for (int o = 0; o < n_out; o++) {
+        const float *row = weight + (size_t)o * (size_t)n_in;
+        double b = bias ? bias[o] : 0;
+        for (int i = 0; i < n_in; i++) {
+            double w = row[i];
+            if (shift) {
+                b += w * shift[i];
+            }
+            m->data[(size_t)i * (size_t)n_out + (size_t)o] =
+                (float)((gain ? w * gain[i] : w) * scale);
+        }
+        m->bias[o] = (float)(b * scale);
+    }
+}
+
+tsad_status tsad_copy_floats(float **out, const float *source, size_t n)
+{
+    *out = tsad_allocate(sizeof(float) * n);
+    if (!*out) {
+        return tsad_fail(TSAD_MEMORY, "out of memory for %zu floats", n);
+    }
+    memcpy(*out, source, sizeof(float) * n);
+    return TSAD_OK;
+}

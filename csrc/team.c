@@ -1,0 +1,166 @@
+/* team.c: the process's worker threads.
+ *
+ * One team per process, leased to one chunk at a time by try-lock; the loser runs alone on its
+ * own thread, with the same bits (the order of partial sums is fixed when weights are packed).
+ * Between chunks workers sleep on a condition variable; within a chunk they meet at spin
+ * barriers that yield after a while, so that a core taken by another process costs time, never a
+ * deadlock. After fork() the child has no team and makes a new one when it first needs it.
+ */
+#include "internal.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#if defined(__x86_64__) || defined(__i386__)
+#define PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define PAUSE() __asm__ volatile("yield")
+#else
+#define PAUSE() ((void)0)
+#endif
+
+enum { MAX_TEAM = 64, SPINS_BEFORE_YIELD = 4000 };
+
+static struct {
+    pthread_mutex_t lock;  /* guards the fields below */
+    pthread_cond_t work;
+    atomic_int leased;
+    atomic_int running;    /* workers still inside fn */
+    int n_threads;         /* started, without the caller */
+    unsigned generation;   /* of jobs */
+    unsigned born[MAX_TEAM]; /* the generation at a worker's birth: it must not run older jobs */
+    int job_size;
+    void (*fn)(void *, int, int);
+    void *context;
+    pthread_t threads[MAX_TEAM];
+} team = {.lock = PTHREAD_MUTEX_INITIALIZER, .work = PTHREAD_COND_INITIALIZER};
+
+void tsad_barrier_wait(tsad_barrier *barrier, int size)
+{
+    if (size <= 1) {
+        return;
+    }
+    unsigned generation = atomic_load_explicit(&barrier->generation, memory_order_acquire);
+    unsigned before = atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel);
+    if (before + 1 == (unsigned)size) {
+        atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&barrier->generation, generation + 1, memory_order_release);
+        return;
+    }
+    for (int spins = 0;
+         atomic_load_explicit(&barrier->generation, memory_order_acquire) == generation; spins++) {
+        if (spins < SPINS_BEFORE_YIELD) {
+            PAUSE();
+        } else {
+            sched_yield();
+        }
+    }
+}
+
+static void *worker_main(void *argument)
+{
+    int rank = (int)(intptr_t)argument + 1;
+    pthread_mutex_lock(&team.lock);
+    unsigned seen = team.born[rank - 1];
+    pthread_mutex_unlock(&team.lock);
+    for (;;) {
+        pthread_mutex_lock(&team.lock);
+        while (team.generation == seen) {
+            pthread_cond_wait(&team.work, &team.lock);
+        }
+        seen = team.generation;
+        int size = team.job_size;
+        void (*fn)(void *, int, int) = team.fn;
+        void *context = team.context;
+        pthread_mutex_unlock(&team.lock);
+        if (rank < size) {
+            fn(context, rank, size);
+            atomic_fetch_sub_explicit(&team.running, 1, memory_order_release);
+        }
+    }
+    return NULL;
+}
+
+/* the child of a fork has the parent's memory but none of its threads */
+static void forget_after_fork(void)
+{
+    pthread_mutex_init(&team.lock, NULL);
+    pthread_cond_init(&team.work, NULL);
+    atomic_store(&team.leased, 0);
+    atomic_store(&team.running, 0);
+    team.n_threads = 0;
+}
+
+static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_after_fork); }
+
+static void start_threads(int size)
+{
+    if (size > MAX_TEAM) {
+        size = MAX_TEAM;
+    }
+    pthread_mutex_lock(&team.lock);
+    while (team.n_threads < size - 1) {
+        pthread_attr_t attributes;
+        pthread_attr_init(&attributes);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        team.born[team.n_threads] = team.generation;
+        int failed = pthread_create(&team.threads[team.n_threads], &attributes, worker_main,
+                                    (void *)(intptr_t)team.n_threads);
+        pthread_attr_destroy(&attributes);
+        if (failed) {
+            break;
+        }
+        team.n_threads++;
+    }
+    pthread_mutex_unlock(&team.lock);
+}
+
+tsad_status tsad_team_reserve(int size)
+{
+    if (size <= 1) {
+        return TSAD_OK;
+    }
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_forks);
+    int expected = 0;
+    if (atomic_compare_exchange_strong(&team.leased, &expected, 1)) {
+        start_threads(size);
+        atomic_store(&team.leased, 0);
+    }
+    return TSAD_OK; /* fewer threads than asked only cost time */
+}
+
+int tsad_team_run(void (*fn)(void *, int, int), void *context, int size)
+{
+    int expected = 0;
+    if (size <= 1 || !atomic_compare_exchange_strong(&team.leased, &expected, 1)) {
+        fn(context, 0, 1);
+        return 1;
+    }
+    if (team.n_threads < size - 1) {
+        start_threads(size); /* only after a fork, or where tsad_team_reserve could not */
+    }
+    if (size > team.n_threads + 1) {
+        size = team.n_threads + 1;
+    }
+    if (size > 1) {
+        pthread_mutex_lock(&team.lock);
+        team.fn = fn;
+        team.context = context;
+        team.job_size = size;
+        team.generation++;
+        atomic_store_explicit(&team.running, size - 1, memory_order_relaxed);
+        pthread_cond_broadcast(&team.work);
+        pthread_mutex_unlock(&team.lock);
+    }
+    fn(context, 0, size);
+    for (int spins = 0; atomic_load_explicit(&team.running, memory_order_acquire) > 0; spins++) {
+        if (spins < SPINS_BEFORE_YIELD) {
+            PAUSE();
+        } else {
+            sched_yield();
+        }
+    }
+    atomic_store(&team.leased, 0);
+    return size;
+}

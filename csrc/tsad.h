@@ -1,0 +1,211 @@
+/* tsad.h: every public type and function of the core. Read this file first.
+ *
+ * The core runs diffusion action heads with test-time sparsity: before each action chunk a plan
+ * says, for every residual block b at every denoising step k, whether to compute it or to reuse
+ * a cached result. The core knows nothing of Python. A model is immutable and shared, a policy
+ * is mutable and used by one thread at a time (tsad_policy_acquire).
+ *
+ * Letters in shape comments: K denoising steps, B prunable blocks, T action tokens (horizon),
+ * A action size, S memory tokens, O observation size, D width, L lanes.
+ */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- status ---------------------------------------------------------------------------- */
+
+/* One list: code and text cannot drift apart. */
+#define TSAD_STATUS_LIST(X)                                                                        \
+    X(OK, "ok")                                                                                    \
+    X(ARGUMENT, "bad argument")                                                                    \
+    X(SHAPE, "bad shape")                                                                          \
+    X(PLAN, "invalid plan")                                                                        \
+    X(MEMORY, "out of memory")                                                                     \
+    X(BUSY, "policy is busy")                                                                      \
+    X(BACKEND, "backend failure")
+
+typedef enum tsad_status {
+#define X(code, text) TSAD_##code,
+    TSAD_STATUS_LIST(X)
+#undef X
+} tsad_status;
+
+/* The fixed text of a status, and the detail of this thread's last failure ("" if none). */
+const char *tsad_status_text(tsad_status status);
+const char *tsad_error_detail(void);
+
+/* ---- plans ------------------------------------------------------------------------------ */
+
+/* Where the value of a (step, block) cell comes from. */
+enum tsad_source {
+    TSAD_COMPUTE = 0,       /* run the branch */
+    TSAD_REUSE_TYPE = 1,    /* last computed block of the same type, any layer, this chunk */
+    TSAD_REUSE_STEP = 2,    /* same block, an earlier step of this chunk */
+    TSAD_REUSE_ROLLOUT = 3, /* same cell, an earlier chunk of this episode */
+    TSAD_SKIP = 4,          /* add nothing */
+    TSAD_N_SOURCES = 5
+};
+
+/* Why a plan is refused; the position of the first offending cell. */
+typedef enum tsad_plan_reason {
+    TSAD_PLAN_VALID = 0,
+    TSAD_PLAN_UNKNOWN_SOURCE,
+    TSAD_PLAN_EMPTY_TYPE,       /* no block of this type has been computed yet */
+    TSAD_PLAN_EMPTY_STEP,       /* this block has not been computed yet */
+    TSAD_PLAN_FIRST_ROLLOUT,    /* the first plan after a reset reads a rollout slot */
+    TSAD_PLAN_EMPTY_ROLLOUT     /* the rollout slot was not filled */
+} tsad_plan_reason;
+
+typedef struct tsad_plan_fault {
+    tsad_plan_reason reason;
+    int step, block;
+} tsad_plan_fault;
+
+/* Resolve a plan to slots on integers. slot[k * B + b] becomes the slot that cell (k, b) writes
+ * (compute) or reads (reuse), -1 for skip; slots are k * B + b. `filled[k * B + b]` says which
+ * rollout slots hold a value; NULL means none does. slot may be NULL (validation only). */
+tsad_plan_fault tsad_plan_resolve(const uint8_t *sources, int n_steps, int n_blocks,
+                                  const uint8_t *block_type, const uint8_t *filled, int32_t *slot);
+const char *tsad_plan_reason_text(tsad_plan_reason reason);
+
+/* ---- model ------------------------------------------------------------------------------ */
+
+typedef struct tsad_model tsad_model;
+typedef struct tsad_policy tsad_policy;
+
+/* A named float32 array, C-contiguous, borrowed for the call. */
+typedef struct tsad_tensor {
+    const char *name;
+    const float *data;
+    int n_dims;
+    int64_t shape[4];
+} tsad_tensor;
+
+#define TSAD_SAMPLER_COLUMNS 8 /* a b r c d f g h: see tsad/samplers.py */
+
+/* Everything a model is made of; borrowed for the call. */
+typedef struct tsad_model_spec {
+    const char *family; /* "diffusion_policy_transformer", or "nodes": an explicit node list */
+    int horizon, n_obs_steps, n_action_steps, obs_dim, action_dim;
+    int n_layers, n_heads, n_emb, n_cond_layers, causal;
+
+    int n_steps;
+    const float *sampler;  /* (K, 8) */
+    const float *time_emb; /* (K, D), the sinusoidal code of each step's timestep */
+
+    const float *obs_scale, *obs_offset;       /* (O): normalised = raw * scale + offset */
+    const float *action_scale, *action_offset; /* (A) */
+
+    int n_blocks;              /* B, checked against the network */
+    const int64_t *block_cost; /* (B) multiply-accumulates as executed */
+
+    const tsad_tensor *tensors;
+    int n_tensors;
+
+    /* optional pruner; n_pruner_tensors == 0 means none */
+    const tsad_tensor *pruner_tensors;
+    int n_pruner_tensors;
+    int pruner_hidden, pruner_heads, pruner_ff;
+    const float *block_emb; /* (B, pruner_hidden), the sinusoidal code of each block id */
+
+    /* family "nodes" only: see net/nodes.c */
+    const int32_t *nodes;     /* (n_nodes, 10) */
+    const int32_t *registers; /* (n_registers, 2): tokens, channels */
+    int n_nodes, n_registers;
+
+    const char *backend; /* NULL or "auto": the best this CPU has; "ref", "avx2", "avx512", "neon" */
+} tsad_model_spec;
+
+tsad_status tsad_model_create(const tsad_model_spec *spec, tsad_model **out);
+void tsad_model_retain(tsad_model *model);
+void tsad_model_destroy(tsad_model *model); /* drops one reference; NULL is fine */
+
+/* Facts of a model that its users need. */
+typedef struct tsad_model_info {
+    int n_steps, n_blocks, horizon, n_obs_steps, n_action_steps, obs_dim, action_dim;
+    int has_pruner;
+    int adds_noise;             /* the sampler reads noise rows after the first */
+    const uint8_t *block_type;  /* (B) small integers; equal means interchangeable */
+    const int64_t *block_cost;  /* (B) */
+    const char *backend;
+    size_t weight_bytes;
+    size_t ring_bytes;    /* branch outputs of one lane without rollout reuse */
+    size_t rollout_bytes; /* ... and with it */
+} tsad_model_info;
+
+tsad_model_info tsad_model_get_info(const tsad_model *model);
+
+/* Backends compiled in and usable on this CPU, best first; returns the count. */
+int tsad_backend_names(const char **names, int capacity);
+
+/* ---- policy ----------------------------------------------------------------------------- */
+
+enum { TSAD_ENCODE, TSAD_PRUNE, TSAD_PLAN_STAGE, TSAD_DENOISE, TSAD_TOTAL, TSAD_N_TIMERS };
+
+/* What the last chunk of a lane did. */
+typedef struct tsad_lane_stats {
+    int64_t cost;                  /* multiply-accumulates of the computed cells */
+    int32_t cells[TSAD_N_SOURCES]; /* cells by source */
+    int32_t forced;                /* cells computed because the slot to reuse was empty */
+    uint32_t max_age;              /* oldest rollout slot read, in chunks; 0 if none */
+    uint64_t chunks;               /* chunks since the last reset */
+} tsad_lane_stats;
+
+/* One chunk for n_lanes distinct lanes. Row i of obs, noise and actions belongs to lanes[i]. */
+typedef struct tsad_call {
+    const int *lanes;
+    int n_lanes;
+    const float *obs;   /* (n_lanes, n_obs_steps, O), raw units */
+    const float *noise; /* z of row k, call row i at noise + k * noise_step + i * noise_lane */
+    size_t noise_step, noise_lane;
+    const float *initial; /* (n_lanes, T, A) or NULL: noise row 0 */
+    float *actions;       /* (n_lanes, n_action_steps, A) or (n_lanes, T, A), raw units */
+    int whole_horizon;
+} tsad_call;
+
+tsad_status tsad_policy_create(tsad_model *model, int n_lanes, int n_threads, tsad_policy **out);
+void tsad_policy_destroy(tsad_policy *policy); /* NULL is fine */
+
+/* One thread at a time: every call below needs an acquired policy, except the two themselves. */
+tsad_status tsad_policy_acquire(tsad_policy *policy); /* TSAD_BUSY if another thread holds it */
+void tsad_policy_release(tsad_policy *policy);
+
+/* Start of an episode for one lane: its rollout slots are forgotten. */
+void tsad_policy_reset(tsad_policy *policy, int lane);
+
+/* Fix a lane's plan: uint8 (K, B) each; `first` runs on the first chunk after a reset.
+ * Refused (and nothing changed) if a cell reads an empty slot. */
+tsad_status tsad_policy_set_plan(tsad_policy *policy, int lane, const uint8_t *sources,
+                                 const uint8_t *first);
+/* Let the pruner plan every chunk of every lane. sparsity < 0: its own argmax; otherwise the
+ * cells with the highest compute score that fit the budget. */
+tsad_status tsad_policy_set_pruner(tsad_policy *policy, double sparsity);
+
+/* Run one chunk. Everything that can be refused is refused before any state changes. */
+tsad_status tsad_policy_step(tsad_policy *policy, const tsad_call *call);
+
+/* The network alone, dense, no state touched: sample (n, T, A) normalised, obs raw; out (n, T, A). */
+tsad_status tsad_policy_predict_noise(tsad_policy *policy, int n, const float *sample, int step,
+                                      const float *obs, float *out);
+
+/* Scores of the pruner for one observation: out (K, B, 4), already flipped to loop order. */
+tsad_status tsad_policy_pruner_scores(tsad_policy *policy, const float *obs, float *out);
+
+/* Copies of the last executed plan (K, B), the ages of rollout slots (K, B; 0: empty, 1: computed
+ * in the last chunk), statistics, nanoseconds per stage. */
+void tsad_policy_get_plan(const tsad_policy *policy, int lane, uint8_t *sources);
+void tsad_policy_get_ages(const tsad_policy *policy, int lane, uint32_t *ages);
+tsad_lane_stats tsad_policy_get_stats(const tsad_policy *policy, int lane);
+void tsad_policy_get_timings(const tsad_policy *policy, int64_t ns[TSAD_N_TIMERS]);
+size_t tsad_policy_bytes(const tsad_policy *policy);
+/* (L, K, T, A): room for one chunk's noise, for callers that draw it themselves. */
+float *tsad_policy_noise_buffer(tsad_policy *policy);
+
+#ifdef __cplusplus
+}
+#endif
