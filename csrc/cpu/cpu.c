@@ -2,6 +2,10 @@
 #include "cpu.h"
 
 const tsad_backend *const tsad_backends[] = {
+#if defined(__x86_64__)
+    &tsad_cpu_avx512.base,
+    &tsad_cpu_avx2.base,
+#endif
     &tsad_cpu_ref.base,
     NULL,
 };

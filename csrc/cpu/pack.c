@@ -184,7 +184,7 @@ size_t tsad_cpu_scratch(const tsad_model *m)
                 columns += 2 * tsad_pad(node->m[j].n_in) + 2 * tsad_pad(node->m[j].n_out);
             }
             columns += (TSAD_PARTS + 1) * tsad_pad(out->channels);
-            columns += tsad_pad(m->n_memory * node->n_heads); /* cross-attention's scores */
+            columns += node->n_heads * tsad_pad(m->n_memory); /* cross-attention's weights */
             size_t floats = (size_t)rows * (size_t)columns;
             most = floats > most ? floats : most;
         }

@@ -226,7 +226,7 @@ static void compute(const context *c, const tsad_op *op)
     float *slot = op->dst < 0 ? NULL : tsad_slot(c->net, c->run->lane, op->dst);
     int parts = ((const tsad_cpu_node *)node->packed)->n_parts;
     bool split = node->kind == TSAD_SELF_ATTENTION || node->kind == TSAD_FEED_FORWARD;
-    float *part[TSAD_PARTS];
+    float *part[TSAD_PARTS] = {NULL};
     const float *group[TSAD_PARTS];
     float *shared = w->policy->exchange + w->parity * TSAD_PARTS * w->policy->branch_floats;
     for (int p = 0; p < parts; p++) {

@@ -21,7 +21,7 @@ typedef struct source {
 /* the named tensor under the prefix, (rows, cols) or (rows) */
 static tsad_status take(const source *s, const char *name, int rows, int cols, const float **out)
 {
-    char full[128];
+    char full[256];
     snprintf(full, sizeof full, "%s%s", s->prefix, name);
     return tsad_take(s->spec->tensors, s->spec->n_tensors, full, rows, cols, out);
 }

@@ -1,0 +1,27 @@
+/* avx2.c: 8 floats, 16 registers. */
+#if defined(__x86_64__)
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#include <immintrin.h>
+
+typedef float vf __attribute__((vector_size(32)));
+typedef int vi __attribute__((vector_size(32)));
+
+#define W 8
+#define PANEL 16
+#define MAX_ROWS 6
+#define V_FMA(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define V_SET1(x) ((vf)_mm256_set1_ps(x))
+#define path(name) avx2_##name
+#include "simd.h"
+#pragma GCC pop_options
+
+static bool usable(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+TSAD_CPU_BACKEND(tsad_cpu_avx2, "avx2", usable, &avx2_kernels);
+
+#endif

@@ -1,0 +1,377 @@
+/* simd.h: the kernels over a vector of W floats. Included once by each instruction set's file,
+ * which defines before: W, vf (vector of W floats), vi (of W int32), PANEL (two vectors),
+ * MAX_ROWS (of a tile, by the number of registers), V_FMA(a, b, c) = a * b + c in one rounding,
+ * V_SET1, and path(name), which prefixes symbols.
+ *
+ * The matrix product is a tile of up to MAX_ROWS rows by one panel of two vectors: every weight
+ * is loaded once for all rows, in the order in which it lies in memory, prefetched ahead
+ * (measured: 4 KB ahead of the stream is best; less or more is slower).
+ */
+#include "cpu.h"
+
+#include <math.h>
+#include <string.h>
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+enum { PREFETCH_BYTES = 4096, MAX_TOKENS = 4096 };
+
+ALWAYS_INLINE vf load(const float *p)
+{
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+ALWAYS_INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+/* the sum of a vector, always in the same tree */
+ALWAYS_INLINE float total(vf v)
+{
+    float lane[W];
+    store(lane, v);
+    for (int half = W / 2; half >= 1; half /= 2) {
+        for (int i = 0; i < half; i++) {
+            lane[i] += lane[i + half];
+        }
+    }
+    return lane[0];
+}
+
+ALWAYS_INLINE vf select_vf(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+ALWAYS_INLINE vf lower(vf a, vf b) { return select_vf(a < b, a, b); }
+ALWAYS_INLINE vf upper(vf a, vf b) { return select_vf(a > b, a, b); }
+
+/* exp, 2 units in the last place; 0 below -87 */
+ALWAYS_INLINE vf exponential(vf x)
+{
+    const vf magic = V_SET1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    vf clamped = upper(lower(x, V_SET1(88.0f)), V_SET1(-87.0f));
+    vf shifted = V_FMA(clamped, V_SET1(1.44269504f), magic);
+    vf n = shifted - magic;
+    vf r = V_FMA(n, V_SET1(-0.693145752f), clamped);
+    r = V_FMA(n, V_SET1(-1.42860677e-6f), r);
+    vf p = V_SET1(1.3981999e-3f);
+    p = V_FMA(p, r, V_SET1(8.3334519e-3f));
+    p = V_FMA(p, r, V_SET1(4.1665795e-2f));
+    p = V_FMA(p, r, V_SET1(0.16666667f));
+    p = V_FMA(p, r, V_SET1(0.5f));
+    p = V_FMA(p, r, V_SET1(1.0f));
+    p = V_FMA(p, r, V_SET1(1.0f));
+    vi scale = ((vi)shifted - (vi)magic) << 23;
+    return select_vf(x < V_SET1(-87.0f), V_SET1(0.0f), (vf)((vi)p + scale));
+}
+
+/* x * Phi(x): Phi - 1/2 is odd, x * R(x^2), R a degree-13 polynomial fitted on |x| <= 5.3 in the
+ * variable x^2 mapped to [-1, 1], where nothing cancels; |error| of Phi 1.9e-7 in float32 */
+ALWAYS_INLINE vf gelu(vf x)
+{
+    static const float R[] = {-6.519656132e-04f, 1.668331924e-03f, -1.433658837e-03f, 1.925196975e-03f,
+                              -5.462710269e-03f, 9.600075166e-03f, -1.339639923e-02f, 1.867418539e-02f,
+                              -2.524295801e-02f, 3.211837673e-02f, -3.959507674e-02f, 4.926192739e-02f,
+                              -6.651831391e-02f, 1.333925834e-01f};
+    vf c = upper(lower(x, V_SET1(5.3f)), V_SET1(-5.3f));
+    vf s = V_FMA(c * c, V_SET1(2.0f / (5.3f * 5.3f)), V_SET1(-1.0f));
+    vf p = V_SET1(R[0]);
+#pragma GCC unroll 16
+    for (size_t i = 1; i < sizeof R / sizeof R[0]; i++) {
+        p = V_FMA(p, s, V_SET1(R[i]));
+    }
+    return x * V_FMA(c, p, V_SET1(0.5f));
+}
+
+/* x * tanh(log(1 + e^x)) = x * (q - 1) / (q + 1) with q = (1 + e^x)^2; x itself above 20 */
+ALWAYS_INLINE vf mish(vf x)
+{
+    vf e = exponential(lower(x, V_SET1(20.0f)));
+    vf n = e * (e + V_SET1(2.0f));
+    return select_vf(x > V_SET1(20.0f), x, x * n / (n + V_SET1(2.0f)));
+}
+
+ALWAYS_INLINE vf activate(vf x, tsad_activation act)
+{
+    switch (act) {
+    case TSAD_GELU:
+        return gelu(x);
+    case TSAD_RELU:
+        return upper(x, V_SET1(0.0f));
+    case TSAD_MISH:
+        return mish(x);
+    default:
+        return x;
+    }
+}
+
+/* ---- y = activation(x W + bias) ----------------------------------------------------------- */
+
+/* M rows by one panel */
+ALWAYS_INLINE void tile(const int M, const float *x, int ldx, const float *w, const float *bias,
+                        int n_in, tsad_activation act, float *y, int ldy)
+{
+    vf sum[MAX_ROWS][2];
+    const float *row[MAX_ROWS];
+#pragma GCC unroll 16
+    for (int t = 0; t < M; t++) {
+        row[t] = x + (size_t)t * (size_t)ldx;
+        sum[t][0] = load(bias);
+        sum[t][1] = load(bias + W);
+    }
+    for (int i = 0; i < n_in; i++) {
+        vf w0 = load(w), w1 = load(w + W);
+        __builtin_prefetch((const char *)w + PREFETCH_BYTES);
+        if (PANEL * sizeof(float) > 64) {
+            __builtin_prefetch((const char *)w + PREFETCH_BYTES + 64);
+        }
+#pragma GCC unroll 16
+        for (int t = 0; t < M; t++) {
+            vf v = V_SET1(row[t][i]);
+            sum[t][0] = V_FMA(v, w0, sum[t][0]);
+            sum[t][1] = V_FMA(v, w1, sum[t][1]);
+        }
+        w += PANEL;
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < M; t++) {
+        store(y + (size_t)t * (size_t)ldy, activate(sum[t][0], act));
+        store(y + (size_t)t * (size_t)ldy + W, activate(sum[t][1], act));
+    }
+}
+
+#define TILE(M)                                                                                    \
+    case M:                                                                                        \
+        tile(M, x, ldx, w, bias, n_in, act, y, ldy);                                               \
+        break
+
+static void tile_rows(int rows, const float *x, int ldx, const float *w, const float *bias,
+                      int n_in, tsad_activation act, float *y, int ldy)
+{
+    switch (rows) {
+        TILE(1);
+        TILE(2);
+        TILE(3);
+        TILE(4);
+        TILE(5);
+        TILE(6);
+#if MAX_ROWS > 6
+        TILE(7);
+        TILE(8);
+        TILE(9);
+        TILE(10);
+#endif
+#if MAX_ROWS > 10
+        TILE(11);
+        TILE(12);
+#endif
+    default:
+        break;
+    }
+}
+
+static void path(linear)(const tsad_packed *packed, const float *x, int ldx, int rows,
+                         tsad_activation act, float *y, int ldy)
+{
+    int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int n = 0; n < packed->n_out; n += PANEL) {
+        const float *w = packed->w + (size_t)n * (size_t)packed->n_in;
+        for (int i = 0; i < tiles; i++) { /* as equal as can be; the panel is in L1 by then */
+            int from = rows * i / tiles, to = rows * (i + 1) / tiles;
+            tile_rows(to - from, x + (size_t)from * (size_t)ldx, ldx, w, packed->bias + n,
+                      packed->n_in, act, y + (size_t)from * (size_t)ldy + n, ldy);
+        }
+    }
+}
+
+/* ---- LayerNorm ----------------------------------------------------------------------------- */
+
+static void path(layernorm)(const float *x, int ld, int rows, int n, float *y)
+{
+    int whole = n / W * W;
+    for (int t = 0; t < rows; t++) {
+        const float *from = x + (size_t)t * (size_t)ld;
+        float *to = y + (size_t)t * (size_t)ld;
+        vf sum = V_SET1(0.0f);
+        float rest = 0;
+        for (int i = 0; i < whole; i += W) {
+            sum += load(from + i);
+        }
+        for (int i = whole; i < n; i++) {
+            rest += from[i];
+        }
+        float mean = (total(sum) + rest) / (float)n;
+        vf centre = V_SET1(mean), square = V_SET1(0.0f);
+        rest = 0;
+        for (int i = 0; i < whole; i += W) {
+            vf v = load(from + i) - centre;
+            square = V_FMA(v, v, square);
+        }
+        for (int i = whole; i < n; i++) {
+            rest += (from[i] - mean) * (from[i] - mean);
+        }
+        float scale = 1 / sqrtf((total(square) + rest) / (float)n + 1e-5f);
+        for (int i = 0; i < whole; i += W) {
+            store(to + i, (load(from + i) - centre) * V_SET1(scale));
+        }
+        for (int i = whole; i < n; i++) {
+            to[i] = (from[i] - mean) * scale;
+        }
+    }
+}
+
+/* ---- attention ----------------------------------------------------------------------------- */
+
+ALWAYS_INLINE float dot(const float *a, const float *b, int n)
+{
+    vf sum = V_SET1(0.0f);
+    float rest = 0;
+    int i = 0;
+    for (; i + W <= n; i += W) {
+        sum = V_FMA(load(a + i), load(b + i), sum);
+    }
+    for (; i < n; i++) {
+        rest += a[i] * b[i];
+    }
+    return total(sum) + rest;
+}
+
+/* weight[0 .. n) = softmax; room for n rounded up to W */
+ALWAYS_INLINE void softmax(float *weight, int n)
+{
+    float top = weight[0];
+    for (int i = 1; i < n; i++) {
+        top = weight[i] > top ? weight[i] : top;
+    }
+    for (int i = n; i % W; i++) {
+        weight[i] = -INFINITY;
+    }
+    vf sum = V_SET1(0.0f);
+    for (int i = 0; i < n; i += W) {
+        vf e = exponential(load(weight + i) - V_SET1(top));
+        store(weight + i, e);
+        sum += e;
+    }
+    float scale = 1 / total(sum);
+    for (int i = 0; i < n; i += W) {
+        store(weight + i, load(weight + i) * V_SET1(scale));
+    }
+}
+
+static void path(attention)(const float *qkv, int ld, int rows, int heads, int head_dim,
+                            bool causal, float *y, int ldy)
+{
+    float weight[MAX_TOKENS + W];
+    int width = heads * head_dim, whole = head_dim / W * W;
+    for (int t = 0; t < rows; t++) {
+        int n = causal ? t + 1 : rows;
+        for (int h = 0; h < heads; h++) {
+            const float *q = qkv + (size_t)t * (size_t)ld + h * head_dim;
+            const float *k = qkv + width + h * head_dim, *v = k + width;
+            float *out = y + (size_t)t * (size_t)ldy + h * head_dim;
+            for (int u = 0; u < n; u++) {
+                weight[u] = dot(q, k + (size_t)u * (size_t)ld, head_dim);
+            }
+            softmax(weight, n);
+            for (int i = 0; i < whole; i += W) {
+                vf sum = V_SET1(0.0f);
+                for (int u = 0; u < n; u++) {
+                    sum = V_FMA(V_SET1(weight[u]), load(v + (size_t)u * (size_t)ld + i), sum);
+                }
+                store(out + i, sum);
+            }
+            for (int i = whole; i < head_dim; i++) {
+                float sum = 0;
+                for (int u = 0; u < n; u++) {
+                    sum += weight[u] * v[(size_t)u * (size_t)ld + (size_t)i];
+                }
+                out[i] = sum;
+            }
+        }
+    }
+}
+
+/* scores of one row against all folded tokens, head by head, then their softmax */
+ALWAYS_INLINE void cross_weights(const tsad_cross *c, const float *x, int n, int stride,
+                                 float *weight)
+{
+    int d = c->fold->width;
+    for (int h = 0; h < c->fold->n_heads; h++) {
+        float *of_head = weight + (size_t)h * (size_t)stride;
+        for (int s = 0; s < n; s++) {
+            const float *token = c->tokens[s];
+            of_head[s] = dot(x, token + (size_t)h * (size_t)d, d) +
+                         token[c->fold->shift + (size_t)h];
+        }
+        softmax(of_head, n);
+    }
+}
+
+static void path(cross)(const tsad_cross *c, const float *x, int ld, int rows, float *y)
+{
+    enum { MAX_WEIGHTS = 1024 };
+    int d = c->fold->width, heads = c->fold->n_heads, whole = d / W * W;
+    int stride = (c->n_tokens + W - 1) / W * W;
+    float local[MAX_WEIGHTS], *weight = heads * stride <= MAX_WEIGHTS ? local : c->work;
+    for (int t = 0; t < rows; t++) {
+        float *out = y + (size_t)t * (size_t)ld;
+        int n = c->causal && t + 2 < c->n_tokens ? t + 2 : c->n_tokens;
+        cross_weights(c, x + (size_t)t * (size_t)ld, n, stride, weight);
+        for (int i = 0; i < whole; i += W) {
+            vf sum = load(c->bias + i);
+            for (int h = 0; h < heads; h++) {
+                size_t at = c->fold->value + (size_t)h * (size_t)d + (size_t)i;
+                for (int s = 0; s < n; s++) {
+                    sum = V_FMA(V_SET1(weight[h * stride + s]), load(c->tokens[s] + at), sum);
+                }
+            }
+            store(out + i, sum);
+        }
+        for (int i = whole; i < d; i++) {
+            float sum = c->bias[i];
+            for (int h = 0; h < heads; h++) {
+                size_t at = c->fold->value + (size_t)h * (size_t)d + (size_t)i;
+                for (int s = 0; s < n; s++) {
+                    sum += weight[h * stride + s] * c->tokens[s][at];
+                }
+            }
+            out[i] = sum;
+        }
+    }
+}
+
+/* ---- sums ---------------------------------------------------------------------------------- */
+
+static void path(add)(float *x, const float *const *source, int n, size_t floats)
+{
+    for (size_t i = 0; i < floats; i += W) {
+        vf sum = load(source[0] + i);
+        for (int s = 1; s < n; s++) {
+            sum += load(source[s] + i);
+        }
+        store(x + i, load(x + i) + sum);
+    }
+}
+
+static void path(finish)(float *x, float *slot, const float *const *group, int n, size_t floats)
+{
+    for (size_t i = 0; i < floats; i += W) {
+        vf sum = load(group[0] + i);
+        if (n == 4) {
+            sum = (sum + load(group[1] + i)) + (load(group[2] + i) + load(group[3] + i));
+        } else {
+            for (int g = 1; g < n; g++) {
+                sum += load(group[g] + i);
+            }
+        }
+        store(x + i, load(x + i) + sum);
+        if (slot) {
+            store(slot + i, sum);
+        }
+    }
+}
+
+static const tsad_kernels path(kernels) = {.panel = PANEL,
+                                           .linear = path(linear),
+                                           .layernorm = path(layernorm),
+                                           .attention = path(attention),
+                                           .cross = path(cross),
+                                           .add = path(add),
+                                           .finish = path(finish)};

@@ -1,0 +1,64 @@
+/* dlpack.h: the part of the DLPack ABI that a consumer of CPU arrays needs, no more.
+ *
+ * Field order and values are those of DLPack 1.x (github.com/dmlc/dlpack, include/dlpack/dlpack.h).
+ * Both capsules are understood: "dltensor" (before 1.0) and "dltensor_versioned". Widening this
+ * subset is a deliberate change; the asserts below hold the layout.
+ */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define DLPACK_CAPSULE "dltensor"
+#define DLPACK_CAPSULE_USED "used_dltensor"
+#define DLPACK_CAPSULE_VERSIONED "dltensor_versioned"
+#define DLPACK_CAPSULE_VERSIONED_USED "used_dltensor_versioned"
+#define DLPACK_MAJOR 1
+#define DLPACK_READ_ONLY ((uint64_t)1)
+
+enum dlpack_device { DLPACK_CPU = 1, DLPACK_CUDA = 2, DLPACK_CUDA_HOST = 3, DLPACK_ROCM = 10,
+                     DLPACK_ROCM_HOST = 11, DLPACK_METAL = 8 };
+enum dlpack_code { DLPACK_INT = 0, DLPACK_UINT = 1, DLPACK_FLOAT = 2, DLPACK_BFLOAT = 4,
+                   DLPACK_COMPLEX = 5, DLPACK_BOOL = 6 };
+
+typedef struct dlpack_tensor {
+    void *data;
+    int32_t device_type, device_id;
+    int32_t n_dims;
+    struct {
+        uint8_t code, bits;
+        uint16_t lanes;
+    } dtype;
+    int64_t *shape;
+    int64_t *strides; /* in elements; NULL: C-contiguous */
+    uint64_t byte_offset;
+} dlpack_tensor;
+
+typedef struct dlpack_managed {
+    dlpack_tensor tensor;
+    void *context;
+    void (*deleter)(struct dlpack_managed *self); /* may be NULL */
+} dlpack_managed;
+
+typedef struct dlpack_versioned {
+    uint32_t major, minor;
+    void *context;
+    void (*deleter)(struct dlpack_versioned *self); /* may be NULL */
+    uint64_t flags;
+    dlpack_tensor tensor;
+} dlpack_versioned;
+
+#if UINTPTR_MAX == UINT64_MAX
+_Static_assert(sizeof(dlpack_tensor) == 48, "DLTensor");
+_Static_assert(offsetof(dlpack_tensor, n_dims) == 16, "DLTensor.ndim");
+_Static_assert(offsetof(dlpack_tensor, dtype) == 20, "DLTensor.dtype");
+_Static_assert(offsetof(dlpack_tensor, shape) == 24, "DLTensor.shape");
+_Static_assert(offsetof(dlpack_tensor, strides) == 32, "DLTensor.strides");
+_Static_assert(offsetof(dlpack_tensor, byte_offset) == 40, "DLTensor.byte_offset");
+_Static_assert(offsetof(dlpack_managed, context) == 48, "DLManagedTensor.manager_ctx");
+_Static_assert(offsetof(dlpack_managed, deleter) == 56, "DLManagedTensor.deleter");
+_Static_assert(offsetof(dlpack_versioned, context) == 8, "DLManagedTensorVersioned.manager_ctx");
+_Static_assert(offsetof(dlpack_versioned, deleter) == 16, "DLManagedTensorVersioned.deleter");
+_Static_assert(offsetof(dlpack_versioned, flags) == 24, "DLManagedTensorVersioned.flags");
+_Static_assert(offsetof(dlpack_versioned, tensor) == 32, "DLManagedTensorVersioned.dl_tensor");
+#endif

@@ -1,0 +1,134 @@
+/* edge.h: what the files of the Python edge share. The edge knows Python and nothing of diffusion:
+ * it borrows arrays, checks them, leaves the GIL, calls the core, and turns statuses into
+ * exceptions. Limited API 3.11; NumPy's headers are included by array.c and noise.c alone.
+ */
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "../tsad.h"
+
+/* ---- module.c ---------------------------------------------------------------------------- */
+
+typedef struct edge_state {
+    PyTypeObject *model_type, *policy_type;
+    PyObject *pcg64, *seed_sequence; /* numpy.random.PCG64, numpy.random.SeedSequence */
+    PyObject *max_version;           /* {"max_version": (1, 0)}, for __dlpack__ */
+    PyObject *empty;                 /* () */
+} edge_state;
+
+/* The state of the module that defined `type` or one of its bases; NULL with an exception. */
+edge_state *edge_state_of_type(PyTypeObject *type);
+extern PyModuleDef edge_module;
+
+/* The one place where a status becomes an exception; always returns NULL. */
+PyObject *edge_raise(tsad_status status);
+
+extern PyType_Spec edge_model_spec, edge_policy_spec;
+
+/* ---- array.c ----------------------------------------------------------------------------- */
+
+typedef enum edge_dtype { EDGE_FLOAT32, EDGE_UINT8, EDGE_INT32, EDGE_INT64, EDGE_UINT32, EDGE_ANY }
+    edge_dtype;
+
+enum { EDGE_MAX_DIMS = 8 };
+
+/* Somebody's C-contiguous array in host memory, borrowed until edge_return. A zeroed view is
+ * empty and may be returned. */
+typedef struct edge_view {
+    void *data;
+    int n_dims;
+    int64_t shape[EDGE_MAX_DIMS];
+    size_t bytes;
+    bool read_only;
+    const char *kind;  /* "numpy", "dlpack", "dlpack_versioned" */
+    char dtype[24];    /* "float32" */
+    PyObject *owner;   /* strong */
+    void *managed;     /* the DLPack struct to give back */
+} edge_view;
+
+/* Borrow `object` or raise an exception that calls it `name`. */
+int edge_borrow(edge_state *state, PyObject *object, const char *name, edge_dtype dtype,
+                bool writable, edge_view *view);
+void edge_return(edge_view *view);
+
+/* Does the view have this shape? A dimension of -1 accepts any size. */
+bool edge_has_shape(const edge_view *view, int n_dims, const int64_t *shape);
+/* ValueError: "name: expected shape (2, 20), got (2, 19); advice"; always returns -1. */
+int edge_raise_shape(const char *name, const edge_view *view, int n_dims, const int64_t *shape,
+                     const char *advice);
+int edge_expect_shape(const char *name, const edge_view *view, int n_dims, const int64_t *shape);
+/* ValueError naming the first NaN or Inf of float32 data. */
+int edge_expect_finite(const char *name, const edge_view *view);
+/* ValueError if the two memory ranges meet. */
+int edge_expect_apart(const char *name, const edge_view *view, const char *other_name,
+                      const edge_view *other);
+
+/* A new NumPy array; *data is its memory. */
+PyObject *edge_new_array(edge_dtype dtype, int n_dims, const int64_t *shape, void **data);
+int edge_import_numpy(void);
+
+/* ---- noise.c ----------------------------------------------------------------------------- */
+
+/* The stream of one lane: a numpy.random.PCG64 of its own. */
+typedef struct edge_stream {
+    PyObject *generator; /* owns what bits points at */
+    void *bits;          /* bitgen_t */
+} edge_stream;
+
+/* PCG64(SeedSequence(seed, spawn_key=(spawn,))), without a spawn key if spawn < 0. */
+int edge_stream_open(edge_state *state, PyObject *seed, Py_ssize_t spawn, edge_stream *stream);
+void edge_stream_close(edge_stream *stream);
+/* n normal numbers as numpy.random.Generator draws them; needs no GIL. */
+void edge_stream_normal(edge_stream *stream, size_t n, float *out);
+
+/* ---- model_type.c ------------------------------------------------------------------------ */
+
+typedef struct edge_model {
+    PyObject_HEAD
+    tsad_model *model; /* NULL until initialised */
+} edge_model;
+
+PyObject *edge_block_types(const tsad_model *model);
+PyObject *edge_block_costs(const tsad_model *model);
+
+/* ---- policy_type.c, policy_call.c, policy_state.c ------------------------------------------ */
+
+typedef struct edge_policy {
+    PyObject_HEAD
+    edge_state *state;
+    PyObject *model; /* edge_model */
+    tsad_policy *policy; /* NULL until initialised */
+    tsad_model_info info;
+    int n_lanes, n_threads;
+    edge_stream *streams; /* (n_lanes) */
+    int *lanes;           /* (n_lanes) scratch of the call: the lanes listed */
+    uint8_t *listed;      /* (n_lanes) scratch of edge_parse_lanes, zero between calls */
+    uint8_t *ran;         /* (n_lanes) has this lane run a chunk since its reset */
+} edge_policy;
+
+/* RuntimeError if the policy is not initialised or busy; else it is ours until edge_leave. */
+int edge_enter(edge_policy *self);
+void edge_leave(edge_policy *self);
+
+/* `lanes` (None: all, an int, or a sequence) into self->lanes; returns how many, -1 on error. */
+int edge_parse_lanes(edge_policy *self, PyObject *lanes);
+/* A single lane number; -1 on error. */
+int edge_parse_lane(edge_policy *self, PyObject *lane);
+
+PyObject *edge_policy_call(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *edge_policy_predict_noise(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *edge_policy_pruner_scores(PyObject *self, PyObject *obs);
+
+PyObject *edge_policy_reset(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *edge_policy_set_plan(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *edge_policy_set_plans(PyObject *self, PyObject *plans);
+PyObject *edge_policy_set_pruner(PyObject *self, PyObject *sparsity);
+PyObject *edge_policy_get_plan(PyObject *self, PyObject *lane);
+PyObject *edge_policy_ages(PyObject *self, PyObject *lane);
+PyObject *edge_policy_stats(PyObject *self, PyObject *lane);
+PyObject *edge_policy_timings(PyObject *self, PyObject *unused);
