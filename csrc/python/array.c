@@ -77,8 +77,8 @@ static int raise_from(PyObject *type, const char *format, ...)
 static bool is_of(PyObject *object, const char *package)
 {
     PyObject *module = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__module__");
-    const char *text = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8AndSize(module, NULL)
-                                                         : NULL;
+    const char *text =
+        module && PyUnicode_Check(module) ? PyUnicode_AsUTF8AndSize(module, NULL) : NULL;
     size_t n = strlen(package);
     bool yes = text && strncmp(text, package, n) == 0 && (text[n] == 0 || text[n] == '.');
     if (!text) {
@@ -107,8 +107,10 @@ static int refuse_dtype(PyObject *object, const char *name, edge_dtype dtype, bo
 {
     const char *wanted = dtypes[dtype].name;
     if (writable) {
-        PyErr_Format(PyExc_TypeError, "%s: expected %s, got %s; allocate it with np.empty(shape, "
-                     "np.%s)", name, wanted, got, wanted);
+        PyErr_Format(PyExc_TypeError,
+                     "%s: expected %s, got %s; allocate it with np.empty(shape, "
+                     "np.%s)",
+                     name, wanted, got, wanted);
     } else if (is_of(object, "torch")) {
         PyErr_Format(PyExc_TypeError, "%s: expected %s, got %s; use %s.to(torch.%s)", name, wanted,
                      got, name, wanted);
@@ -230,13 +232,15 @@ int edge_expect_apart(const char *name, const edge_view *view, const char *other
                       const edge_view *other)
 {
     const char *a = view->data, *b = other->data;
-    if (!a || !b || !view->bytes || !other->bytes || a + view->bytes <= b || b + other->bytes <= a) {
+    if (!a || !b || !view->bytes || !other->bytes || a + view->bytes <= b ||
+        b + other->bytes <= a) {
         return 0;
     }
-    PyErr_Format(PyExc_ValueError,
-                 "%s: expected memory of its own, got an array that overlaps `%s`; allocate it with "
-                 "np.empty(shape, np.float32)",
-                 name, other_name);
+    PyErr_Format(
+        PyExc_ValueError,
+        "%s: expected memory of its own, got an array that overlaps `%s`; allocate it with "
+        "np.empty(shape, np.float32)",
+        name, other_name);
     return -1;
 }
 
@@ -360,8 +364,8 @@ static int check_device(PyObject *object, const char *name)
         return refuse_producer(object, name, "__dlpack_device__");
     }
     long type = -1, id = 0;
-    PyObject *first = PyTuple_Check(pair) && PyTuple_Size(pair) == 2 ? PyTuple_GetItem(pair, 0)
-                                                                    : NULL;
+    PyObject *first =
+        PyTuple_Check(pair) && PyTuple_Size(pair) == 2 ? PyTuple_GetItem(pair, 0) : NULL;
     if (first) {
         type = PyLong_AsLong(first); /* an IntEnum in some producers */
         id = PyLong_AsLong(PyTuple_GetItem(pair, 1));
@@ -473,8 +477,8 @@ static int check_strides(PyObject *object, const char *name, const dlpack_tensor
 
 static void write_dtype(char *text, size_t size, const dlpack_tensor *t)
 {
-    static const char *const names[] = {"int", "uint", "float", "opaque", "bfloat", "complex",
-                                        "bool"};
+    static const char *const names[] = {"int",    "uint",    "float", "opaque",
+                                        "bfloat", "complex", "bool"};
     unsigned code = t->dtype.code, bits = t->dtype.bits, lanes = t->dtype.lanes;
     if (code == DLPACK_BOOL) {
         PyOS_snprintf(text, size, "bool");
@@ -490,8 +494,8 @@ static int fill_view(PyObject *object, const char *name, edge_dtype dtype, bool 
 {
     size_t size = t->dtype.bits / 8u;
     write_dtype(view->dtype, sizeof view->dtype, t);
-    if (dtype != EDGE_ANY && (t->dtype.code != dtypes[dtype].code ||
-                              size != dtypes[dtype].size || t->dtype.lanes != 1)) {
+    if (dtype != EDGE_ANY && (t->dtype.code != dtypes[dtype].code || size != dtypes[dtype].size ||
+                              t->dtype.lanes != 1)) {
         return refuse_dtype(object, name, dtype, writable, view->dtype);
     }
     if (t->n_dims < 0 || t->n_dims > EDGE_MAX_DIMS) {

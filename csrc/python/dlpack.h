@@ -16,10 +16,22 @@
 #define DLPACK_MAJOR 1
 #define DLPACK_READ_ONLY ((uint64_t)1)
 
-enum dlpack_device { DLPACK_CPU = 1, DLPACK_CUDA = 2, DLPACK_CUDA_HOST = 3, DLPACK_ROCM = 10,
-                     DLPACK_ROCM_HOST = 11, DLPACK_METAL = 8 };
-enum dlpack_code { DLPACK_INT = 0, DLPACK_UINT = 1, DLPACK_FLOAT = 2, DLPACK_BFLOAT = 4,
-                   DLPACK_COMPLEX = 5, DLPACK_BOOL = 6 };
+enum dlpack_device {
+    DLPACK_CPU = 1,
+    DLPACK_CUDA = 2,
+    DLPACK_CUDA_HOST = 3,
+    DLPACK_ROCM = 10,
+    DLPACK_ROCM_HOST = 11,
+    DLPACK_METAL = 8
+};
+enum dlpack_code {
+    DLPACK_INT = 0,
+    DLPACK_UINT = 1,
+    DLPACK_FLOAT = 2,
+    DLPACK_BFLOAT = 4,
+    DLPACK_COMPLEX = 5,
+    DLPACK_BOOL = 6
+};
 
 typedef struct dlpack_tensor {
     void *data;

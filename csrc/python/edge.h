@@ -32,8 +32,14 @@ extern PyType_Spec edge_model_spec, edge_policy_spec;
 
 /* ---- array.c ----------------------------------------------------------------------------- */
 
-typedef enum edge_dtype { EDGE_FLOAT32, EDGE_UINT8, EDGE_INT32, EDGE_INT64, EDGE_UINT32, EDGE_ANY }
-    edge_dtype;
+typedef enum edge_dtype {
+    EDGE_FLOAT32,
+    EDGE_UINT8,
+    EDGE_INT32,
+    EDGE_INT64,
+    EDGE_UINT32,
+    EDGE_ANY
+} edge_dtype;
 
 enum { EDGE_MAX_DIMS = 8 };
 
@@ -45,10 +51,10 @@ typedef struct edge_view {
     int64_t shape[EDGE_MAX_DIMS];
     size_t bytes;
     bool read_only;
-    const char *kind;  /* "numpy", "dlpack", "dlpack_versioned" */
-    char dtype[24];    /* "float32" */
-    PyObject *owner;   /* strong */
-    void *managed;     /* the DLPack struct to give back */
+    const char *kind; /* "numpy", "dlpack", "dlpack_versioned" */
+    char dtype[24];   /* "float32" */
+    PyObject *owner;  /* strong */
+    void *managed;    /* the DLPack struct to give back */
 } edge_view;
 
 /* Borrow `object` or raise an exception that calls it `name`. */
@@ -89,8 +95,7 @@ void edge_stream_normal(edge_stream *stream, size_t n, float *out);
 /* ---- model_type.c ------------------------------------------------------------------------ */
 
 typedef struct edge_model {
-    PyObject_HEAD
-    tsad_model *model; /* NULL until initialised */
+    PyObject_HEAD tsad_model *model; /* NULL until initialised */
 } edge_model;
 
 PyObject *edge_block_types(const tsad_model *model);
@@ -99,9 +104,8 @@ PyObject *edge_block_costs(const tsad_model *model);
 /* ---- policy_type.c, policy_call.c, policy_state.c ------------------------------------------ */
 
 typedef struct edge_policy {
-    PyObject_HEAD
-    edge_state *state;
-    PyObject *model; /* edge_model */
+    PyObject_HEAD edge_state *state;
+    PyObject *model;     /* edge_model */
     tsad_policy *policy; /* NULL until initialised */
     tsad_model_info info;
     int n_lanes, n_threads;

@@ -8,10 +8,10 @@
 /* ---- keywords ---------------------------------------------------------------------------- */
 
 static const char *const keywords[] = {
-    "family",     "horizon",       "n_obs_steps", "n_action_steps", "obs_dim",     "action_dim",
-    "n_layers",   "n_heads",       "n_emb",       "n_cond_layers",  "causal",      "sampler",
-    "time_emb",   "obs_scale",     "obs_offset",  "action_scale",   "action_offset",
-    "block_cost", "tensors",       "pruner",      "nodes",          "registers",   "backend",
+    "family",   "horizon",   "n_obs_steps", "n_action_steps", "obs_dim",       "action_dim",
+    "n_layers", "n_heads",   "n_emb",       "n_cond_layers",  "causal",        "sampler",
+    "time_emb", "obs_scale", "obs_offset",  "action_scale",   "action_offset", "block_cost",
+    "tensors",  "pruner",    "nodes",       "registers",      "backend",
 };
 static const char *const pruner_keywords[] = {"tensors", "hidden", "heads", "ff", "block_emb"};
 
@@ -168,13 +168,13 @@ static int take_tensor(source *s, int which, Py_ssize_t i, const char *dict_name
 
 static int take_tensors(source *s, int which, PyObject *dict, const char *dict_name)
 {
-    if (!dict || !PyDict_Check(dict)) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a dict of name: float32 array, got %R; pass one",
-                     dict_name, dict ? dict : Py_None);
-        return -1;
-    }
-    s->items[which] = PyDict_Items(dict); /* keeps names and arrays alive whatever happens to it */
+    /* a list of its own keeps names and arrays alive, whatever happens to the dict */
+    s->items[which] = dict ? PyMapping_Items(dict) : NULL;
     if (!s->items[which]) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError,
+                     "%s: expected a dict of name: float32 array, got %R; pass one", dict_name,
+                     dict ? dict : Py_None);
         return -1;
     }
     Py_ssize_t n = PyList_Size(s->items[which]);
@@ -295,8 +295,8 @@ static int read_nodes(source *s, PyObject *kw, tsad_model_spec *spec)
         spec->nodes = view->data;
         spec->n_nodes = (int)view->shape[0];
     }
-    view = PyErr_Occurred() ? NULL : take_array(s, kw, "registers", EDGE_INT32, 2, registers,
-                                                needed);
+    view =
+        PyErr_Occurred() ? NULL : take_array(s, kw, "registers", EDGE_INT32, 2, registers, needed);
     if (view) {
         spec->registers = view->data;
         spec->n_registers = (int)view->shape[0];
@@ -340,14 +340,15 @@ static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
     int result = read_spec(&s, kwargs, &spec);
     if (result == 0) {
         tsad_model *model = NULL;
-        Py_BEGIN_ALLOW_THREADS
-        status = tsad_model_create(&spec, &model);
-        Py_END_ALLOW_THREADS
-        if (status == TSAD_OK && self->model) { /* another thread was faster */
-            tsad_model_destroy(model);
-        } else if (status == TSAD_OK) {
+        Py_BEGIN_ALLOW_THREADS status = tsad_model_create(&spec, &model);
+        Py_END_ALLOW_THREADS if (status == TSAD_OK && self->model) { /* another thread was faster */
+                                                                     tsad_model_destroy(model); }
+        else if (status == TSAD_OK)
+        {
             self->model = model;
-        } else {
+        }
+        else
+        {
             edge_raise(status);
             result = -1;
         }
@@ -389,9 +390,23 @@ PyObject *edge_block_costs(const tsad_model *model)
     return array;
 }
 
-enum fact { N_STEPS, N_BLOCKS, HORIZON, N_OBS_STEPS, N_ACTION_STEPS, OBS_DIM, ACTION_DIM,
-            HAS_PRUNER, ADDS_NOISE, BLOCK_TYPE, BLOCK_COST, BACKEND, WEIGHT_BYTES, RING_BYTES,
-            ROLLOUT_BYTES };
+enum fact {
+    N_STEPS,
+    N_BLOCKS,
+    HORIZON,
+    N_OBS_STEPS,
+    N_ACTION_STEPS,
+    OBS_DIM,
+    ACTION_DIM,
+    HAS_PRUNER,
+    ADDS_NOISE,
+    BLOCK_TYPE,
+    BLOCK_COST,
+    BACKEND,
+    WEIGHT_BYTES,
+    RING_BYTES,
+    ROLLOUT_BYTES
+};
 
 static PyObject *get_fact(PyObject *object, void *closure)
 {
@@ -456,9 +471,15 @@ static PyGetSetDef facts[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(model_doc,
-             "An immutable model, shared by policies: weights packed for one backend, rewritten\n"
-             "tables, sampler. Keyword arguments as in struct tsad_model_spec of csrc/tsad.h.");
+PyDoc_STRVAR(
+    model_doc,
+    "Model(*, family='diffusion_policy_transformer', horizon, n_obs_steps, n_action_steps,\n"
+    "      obs_dim, action_dim, n_layers=0, n_heads=0, n_emb=0, n_cond_layers=0, causal=True,\n"
+    "      sampler, time_emb=None, obs_scale, obs_offset, action_scale, action_offset,\n"
+    "      block_cost, tensors, pruner=None, nodes=None, registers=None, backend=None)\n--\n\n"
+    "An immutable model, shared by policies: weights packed for one backend, rewritten tables,\n"
+    "sampler. The arguments are those of struct tsad_model_spec in csrc/tsad.h; arrays are read\n"
+    "by the constructor alone. Only family 'nodes' may leave out sizes of layers and time_emb.");
 
 static PyType_Slot model_slots[] = {
     {Py_tp_doc, (void *)model_doc}, {Py_tp_new, PyType_GenericNew}, {Py_tp_init, model_init},

@@ -90,7 +90,9 @@ static int check_plan_size(const edge_view *sources, const edge_view *types)
     return 0;
 }
 
-static PyObject *resolve(PyObject *module, PyObject *args, PyObject *kwargs)
+/* Slots if the plan is valid; else NULL without an exception, and *fault says why. */
+static PyObject *resolve_plan(PyObject *module, PyObject *args, PyObject *kwargs,
+                              tsad_plan_fault *fault)
 {
     static char *names[] = {"sources", "block_type", "filled", NULL};
     PyObject *sources, *types, *filled = Py_None, *result = NULL;
@@ -103,19 +105,46 @@ static PyObject *resolve(PyObject *module, PyObject *args, PyObject *kwargs)
     if (borrow_plan(state_of(module), sources, types, filled, view) == 0 &&
         check_plan_size(&view[0], &view[1]) == 0 &&
         (result = edge_new_array(EDGE_INT32, 2, view[0].shape, &slots))) {
-        tsad_plan_fault fault =
-            tsad_plan_resolve(view[0].data, (int)view[0].shape[0], (int)view[0].shape[1],
-                              view[1].data, view[2].data, slots);
-        if (fault.reason != TSAD_PLAN_VALID) {
+        *fault = tsad_plan_resolve(view[0].data, (int)view[0].shape[0], (int)view[0].shape[1],
+                                   view[1].data, view[2].data, slots);
+        if (fault->reason != TSAD_PLAN_VALID) {
             Py_CLEAR(result);
-            PyErr_Format(PyExc_ValueError, "step %d, block %d: %s", fault.step, fault.block,
-                         tsad_plan_reason_text(fault.reason));
         }
     }
     for (int i = 0; i < 3; i++) {
         edge_return(&view[i]);
     }
     return result;
+}
+
+static PyObject *resolve(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    tsad_plan_fault fault = {TSAD_PLAN_VALID, -1, -1};
+    PyObject *slots = resolve_plan(module, args, kwargs, &fault);
+    if (fault.reason != TSAD_PLAN_VALID) {
+        PyErr_Format(PyExc_ValueError, "step %d, block %d: %s", fault.step, fault.block,
+                     tsad_plan_reason_text(fault.reason));
+    }
+    return slots;
+}
+
+PyDoc_STRVAR(plan_fault_doc,
+             "_plan_fault(sources, block_type, filled=None)\n--\n\n"
+             "What resolve would refuse: (step, block, reason code, reason), or None.");
+
+static PyObject *plan_fault(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    tsad_plan_fault fault = {TSAD_PLAN_VALID, -1, -1};
+    PyObject *slots = resolve_plan(module, args, kwargs, &fault);
+    if (fault.reason != TSAD_PLAN_VALID) {
+        return Py_BuildValue("(iiis)", fault.step, fault.block, (int)fault.reason,
+                             tsad_plan_reason_text(fault.reason));
+    }
+    if (!slots) {
+        return NULL;
+    }
+    Py_DECREF(slots);
+    return Py_NewRef(Py_None);
 }
 
 PyDoc_STRVAR(backends_doc, "backends()\n--\n\n"
@@ -139,7 +168,7 @@ static PyObject *backends(PyObject *module, PyObject *unused)
 }
 
 PyDoc_STRVAR(borrow_doc,
-             "_borrow(array)\n--\n\n"
+             "_borrow($module, array, /)\n--\n\n"
              "For tests: what the core would see of an array: a dict of ptr, shape, dtype,\n"
              "read_only and kind ('numpy', 'dlpack', 'dlpack_versioned').");
 
@@ -167,6 +196,8 @@ static PyObject *borrow(PyObject *module, PyObject *array)
 
 static PyMethodDef methods[] = {
     {"resolve", (PyCFunction)(void (*)(void))resolve, METH_VARARGS | METH_KEYWORDS, resolve_doc},
+    {"_plan_fault", (PyCFunction)(void (*)(void))plan_fault, METH_VARARGS | METH_KEYWORDS,
+     plan_fault_doc},
     {"backends", backends, METH_NOARGS, backends_doc},
     {"_borrow", borrow, METH_O, borrow_doc},
     {NULL, NULL, 0, NULL},

@@ -1,0 +1,260 @@
+/* policy_call.c: policy(obs) and its relatives: parse and borrow, check everything, leave the GIL,
+ * run, take the GIL. A refused call has drawn no noise and changed nothing.
+ */
+#include "edge.h"
+
+/* A test counts allocations between these two, which tests/malloc_count.c defines; weak, so they
+ * are otherwise absent. The GIL is not held there. */
+#if defined(__ELF__)
+__attribute__((weak, visibility("default"))) extern void tsad_mark_chunk_begin(void);
+__attribute__((weak, visibility("default"))) extern void tsad_mark_chunk_end(void);
+#define MARK(which)                                                                                \
+    do {                                                                                           \
+        if (tsad_mark_chunk_##which) {                                                             \
+            tsad_mark_chunk_##which();                                                             \
+        }                                                                                          \
+    } while (0)
+#else
+#define MARK(which) ((void)0)
+#endif
+
+typedef struct chunk {
+    edge_view obs, out, noise;
+    int n_lanes;
+    bool drop_axis;   /* obs came without the axis of lanes */
+    bool noise_given; /* all of it */
+    bool initial_given;
+    int whole_horizon;
+    PyObject *actions; /* new reference */
+    float *data;
+} chunk;
+
+static void chunk_close(chunk *c)
+{
+    edge_return(&c->obs);
+    edge_return(&c->out);
+    edge_return(&c->noise);
+}
+
+static int borrow_obs(edge_policy *self, chunk *c, PyObject *obs)
+{
+    int64_t shape[3] = {c->n_lanes, self->info.n_obs_steps, self->info.obs_dim};
+    if (edge_borrow(self->state, obs, "obs", EDGE_FLOAT32, false, &c->obs) < 0) {
+        return -1;
+    }
+    if (self->n_lanes == 1 && edge_has_shape(&c->obs, 2, shape + 1)) {
+        c->drop_axis = true;
+    } else if (!edge_has_shape(&c->obs, 3, shape)) {
+        return edge_raise_shape(
+            "obs", &c->obs, 3, shape,
+            self->n_lanes == 1 ? "these are (lanes, n_obs_steps, obs_dim); without the first "
+                                 "axis is fine too"
+                               : "these are (lanes, n_obs_steps, obs_dim); pass lanes=[...] to "
+                                 "run a subset");
+    }
+    return 0;
+}
+
+static int place_actions(edge_policy *self, chunk *c, PyObject *out)
+{
+    int64_t shape[3] = {c->n_lanes,
+                        c->whole_horizon ? self->info.horizon : self->info.n_action_steps,
+                        self->info.action_dim};
+    int skip = c->drop_axis ? 1 : 0;
+    if (out == Py_None) {
+        void *data;
+        c->actions = edge_new_array(EDGE_FLOAT32, 3 - skip, shape + skip, &data);
+        c->data = c->actions ? data : NULL;
+        return c->actions ? 0 : -1;
+    }
+    if (edge_borrow(self->state, out, "out", EDGE_FLOAT32, true, &c->out) < 0) {
+        return -1;
+    }
+    if (!edge_has_shape(&c->out, 3 - skip, shape + skip)) {
+        return edge_raise_shape("out", &c->out, 3 - skip, shape + skip,
+                                "allocate it with np.empty(shape, np.float32)");
+    }
+    c->actions = Py_NewRef(out);
+    c->data = c->out.data;
+    return edge_expect_apart("out", &c->out, "obs", &c->obs);
+}
+
+static int borrow_noise(edge_policy *self, chunk *c, PyObject *noise)
+{
+    const tsad_model_info *info = &self->info;
+    int64_t shape[4] = {info->n_steps, c->n_lanes, info->horizon, info->action_dim};
+    if (noise == Py_None) {
+        return 0;
+    }
+    if (edge_borrow(self->state, noise, "noise", EDGE_FLOAT32, false, &c->noise) < 0) {
+        return -1;
+    }
+    c->noise_given = edge_has_shape(&c->noise, 4, shape);
+    c->initial_given = edge_has_shape(&c->noise, 3, shape + 1);
+    if (!c->noise_given && !c->initial_given) {
+        return edge_raise_shape("noise", &c->noise, 4, shape,
+                                "these are (num_inference_steps, lanes, horizon, action_dim); "
+                                "without the first axis it is the initial sample alone");
+    }
+    if (c->out.kind && edge_expect_apart("out", &c->out, "noise", &c->noise) < 0) {
+        return -1;
+    }
+    return edge_expect_finite("noise", &c->noise);
+}
+
+/* Draw what the caller did not give. Per chunk and lane that is standard_normal((K, T, A)), or its
+ * first row alone where the sampler adds no noise. Needs no GIL. */
+static void draw(edge_policy *self, const chunk *c, tsad_call *call)
+{
+    const tsad_model_info *info = &self->info;
+    size_t row = (size_t)info->horizon * (size_t)info->action_dim;
+    size_t n = info->adds_noise ? row * (size_t)info->n_steps : row;
+    if (c->noise_given) {
+        call->noise = c->noise.data;
+        call->noise_step = row * (size_t)c->n_lanes;
+        call->noise_lane = row;
+        return;
+    }
+    if (c->initial_given) {
+        call->initial = c->noise.data;
+        if (!info->adds_noise) {
+            return;
+        }
+    }
+    float *buffer = tsad_policy_noise_buffer(self->policy);
+    call->noise = buffer;
+    call->noise_step = row;
+    call->noise_lane = row * (size_t)info->n_steps;
+    for (int i = 0; i < c->n_lanes; i++) {
+        edge_stream *stream = &self->streams[self->lanes[i]];
+        edge_stream_normal(stream, n, buffer + (size_t)i * call->noise_lane);
+    }
+}
+
+static int run(edge_policy *self, const chunk *c)
+{
+    tsad_call call = {
+        .lanes = self->lanes,
+        .n_lanes = c->n_lanes,
+        .obs = c->obs.data,
+        .actions = c->data,
+        .whole_horizon = c->whole_horizon,
+    };
+    tsad_status status;
+    Py_BEGIN_ALLOW_THREADS MARK(begin);
+    draw(self, c, &call);
+    status = tsad_policy_step(self->policy, &call);
+    MARK(end);
+    Py_END_ALLOW_THREADS if (status != TSAD_OK)
+    {
+        edge_raise(status);
+        return -1;
+    }
+    for (int i = 0; i < c->n_lanes; i++) {
+        self->ran[self->lanes[i]] = 1;
+    }
+    return 0;
+}
+
+PyObject *edge_policy_call(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"obs", "out", "noise", "lanes", "return_horizon", NULL};
+    edge_policy *self = (edge_policy *)object;
+    PyObject *obs, *out = Py_None, *noise = Py_None, *lanes = Py_None;
+    chunk c = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOp:policy", names, &obs, &out, &noise,
+                                     &lanes, &c.whole_horizon) ||
+        edge_enter(self) < 0) {
+        return NULL;
+    }
+    c.n_lanes = edge_parse_lanes(self, lanes);
+    if (c.n_lanes < 0 || borrow_obs(self, &c, obs) < 0 || place_actions(self, &c, out) < 0 ||
+        borrow_noise(self, &c, noise) < 0 || edge_expect_finite("obs", &c.obs) < 0 ||
+        run(self, &c) < 0) {
+        Py_CLEAR(c.actions);
+    }
+    edge_leave(self);
+    chunk_close(&c); /* after the policy is free: a deleter may run anything */
+    return c.actions;
+}
+
+/* ---- the network alone -------------------------------------------------------------------- */
+
+static int borrow_samples(edge_policy *self, PyObject *sample, PyObject *obs, chunk *c)
+{
+    const tsad_model_info *info = &self->info;
+    int64_t shape[3] = {-1, info->horizon, info->action_dim};
+    if (edge_borrow(self->state, sample, "sample", EDGE_FLOAT32, false, &c->noise) < 0 ||
+        edge_expect_shape("sample", &c->noise, 3, shape) < 0) {
+        return -1;
+    }
+    if (c->noise.shape[0] < 1 || c->noise.shape[0] > 1 << 20) {
+        return edge_raise_shape("sample", &c->noise, 3, shape, "n is 1 to 1048576");
+    }
+    c->n_lanes = (int)c->noise.shape[0];
+    int64_t obs_shape[3] = {c->n_lanes, info->n_obs_steps, info->obs_dim};
+    if (edge_borrow(self->state, obs, "obs", EDGE_FLOAT32, false, &c->obs) < 0 ||
+        edge_expect_shape("obs", &c->obs, 3, obs_shape) < 0 ||
+        edge_expect_finite("sample", &c->noise) < 0 || edge_expect_finite("obs", &c->obs) < 0) {
+        return -1;
+    }
+    void *data;
+    c->actions = edge_new_array(EDGE_FLOAT32, 3, c->noise.shape, &data);
+    c->data = c->actions ? data : NULL;
+    return c->actions ? 0 : -1;
+}
+
+PyObject *edge_policy_predict_noise(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"sample", "step", "obs", NULL};
+    edge_policy *self = (edge_policy *)object;
+    PyObject *sample, *obs;
+    int step;
+    chunk c = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OiO:predict_noise", names, &sample, &step,
+                                     &obs) ||
+        edge_enter(self) < 0) {
+        return NULL;
+    }
+    if (borrow_samples(self, sample, obs, &c) < 0) {
+        Py_CLEAR(c.actions);
+    } else {
+        tsad_status status;
+        Py_BEGIN_ALLOW_THREADS status = tsad_policy_predict_noise(
+            self->policy, c.n_lanes, c.noise.data, step, c.obs.data, c.data);
+        Py_END_ALLOW_THREADS if (status != TSAD_OK)
+        {
+            edge_raise(status);
+            Py_CLEAR(c.actions);
+        }
+    }
+    edge_leave(self);
+    chunk_close(&c);
+    return c.actions;
+}
+
+PyObject *edge_policy_pruner_scores(PyObject *object, PyObject *obs)
+{
+    edge_policy *self = (edge_policy *)object;
+    const tsad_model_info *info = &self->info;
+    int64_t obs_shape[2] = {info->n_obs_steps, info->obs_dim};
+    int64_t shape[3] = {info->n_steps, info->n_blocks, 4};
+    chunk c = {0};
+    void *data;
+    if (edge_enter(self) < 0) {
+        return NULL;
+    }
+    if (edge_borrow(self->state, obs, "obs", EDGE_FLOAT32, false, &c.obs) == 0 &&
+        edge_expect_shape("obs", &c.obs, 2, obs_shape) == 0 &&
+        edge_expect_finite("obs", &c.obs) == 0 &&
+        (c.actions = edge_new_array(EDGE_FLOAT32, 3, shape, &data))) {
+        tsad_status status = tsad_policy_pruner_scores(self->policy, c.obs.data, data);
+        if (status != TSAD_OK) {
+            edge_raise(status);
+            Py_CLEAR(c.actions);
+        }
+    }
+    edge_leave(self);
+    chunk_close(&c);
+    return c.actions;
+}

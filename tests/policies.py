@@ -1,0 +1,48 @@
+"""`SparsePolicy` objects of random weights, without files; for the tests of the Python side.
+
+The network predicts the sample and nothing is clipped: random weights that predict noise would
+drive nearly all actions to the ends of their range, where different runs look alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from cases import config, random_pruner, random_tensors
+
+from tsad import SparsePolicy
+from tsad.config import PolicyConfig
+from tsad.load import make_model
+from tsad.samplers import make_sampler
+
+
+def make_policy(
+    name: str = "tiny",
+    *,
+    seed: int = 0,
+    lanes: int = 1,
+    threads: int = 1,
+    sampler: str | None = None,
+    steps: int | None = 8,
+    pruner: bool = False,
+) -> SparsePolicy:
+    case = config(name, pruner=pruner, prediction_type="sample", clip_sample=False)
+    table = make_sampler(case["scheduler"], sampler=sampler, num_inference_steps=steps)
+    parsed = PolicyConfig.from_dict(case)
+    weights = random_tensors(case["network"], seed)
+    pruner_weights = random_pruner(case["pruner"], case["network"], seed) if pruner else None
+    model = make_model(parsed, weights, pruner_weights, table)
+    return SparsePolicy(model, config=parsed, sampler=table, lanes=lanes, threads=threads)
+
+
+def observations(policy: Any, seed: int, rows: int | None = None) -> Any:
+    """float32 (rows or lanes, n_obs_steps, obs_dim)."""
+    shape = (rows or policy.lanes, policy.n_obs_steps, policy.obs_dim)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def noises(policy: Any, seed: int, rows: int | None = None) -> Any:
+    """float32 (K, rows or lanes, horizon, action_dim)."""
+    shape = (policy.num_inference_steps, rows or policy.lanes, policy.horizon, policy.action_dim)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)

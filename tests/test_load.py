@@ -1,0 +1,177 @@
+"""tsad.load: every kind of source, every argument, and what is said when they are wrong."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+
+import tsad
+from tsad.checkpoint import CheckpointError, write_folder
+from tsad.config import PolicyConfig
+from tsad.load import THREADS_PER_LANE, bundled, usable_cpus
+
+ASSET = Path(tsad.__file__).parent / "assets" / "pusht"
+
+
+def a_folder(path: Path, *, pruner: bool = False) -> Path:
+    config = cases.config("tiny", pruner=pruner, num_train_timesteps=20, num_inference_steps=20)
+    network = config["network"]
+    extra = cases.random_pruner(config["pruner"], network, 2) if pruner else None
+    tensors = cases.random_tensors(network, 1)
+    write_folder(path, PolicyConfig.from_dict(config), tensors, extra, dtype="float32")
+    return path
+
+
+def actions(policy: Any, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    shape = (policy.lanes, policy.n_obs_steps, policy.obs_dim)
+    policy.reset(seed=0)
+    return policy(rng.random(shape, np.float32))
+
+
+def test_bundled() -> None:
+    assert bundled() == ["pusht"]
+    policy = tsad.load("pusht", num_inference_steps=4, sampler="ddim", lanes=2)
+    assert (policy.horizon, policy.n_obs_steps, policy.n_action_steps) == (10, 2, 8)
+    assert (policy.obs_dim, policy.action_dim, len(policy.blocks)) == (20, 2, 24)
+    assert policy.num_inference_steps == 4 and policy.lanes == 2
+    assert policy.device == "cpu" and policy.precision == "float32"
+    obs = np.full((2, 2, 20), 256, np.float32)
+    policy.reset(seed=0)
+    result = policy(obs)
+    assert result.shape == (2, 8, 2) and (result > 0).all() and (result < 512).all()
+
+
+def test_a_folder_by_str_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_folder(tmp_path / "pusht")
+    expected = actions(tsad.load(folder))
+    np.testing.assert_array_equal(actions(tsad.load(str(folder))), expected)
+    # a name is the bundled policy's, whatever lies in the current folder
+    monkeypatch.chdir(tmp_path)
+    assert tsad.load("pusht").obs_dim == 20
+    assert tsad.load("./pusht").obs_dim == tsad.load(Path("pusht")).obs_dim == 6
+
+
+def test_a_folder_with_a_pruner_plans_with_it(tmp_path: Path) -> None:
+    policy = tsad.load(a_folder(tmp_path / "with", pruner=True))
+    assert policy.planner == "pruner"
+    assert tsad.load(a_folder(tmp_path / "without")).planner == "uniform"
+
+
+def test_a_checkpoint_equals_its_converted_folder(tmp_path: Path) -> None:
+    checkpoints = pytest.importorskip("checkpoints")
+    from tsad.convert import convert
+
+    source = checkpoints.save(tmp_path / "latest.ckpt", checkpoints.payload())
+    convert(source, tmp_path / "folder")
+    policy = tsad.load(source)
+    np.testing.assert_array_equal(actions(policy), actions(tsad.load(tmp_path / "folder")))
+    assert policy.config["provenance"]["weights"] == "ema"
+
+
+def test_sampler_and_steps_override_the_checkpoint(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path)
+    assert tsad.load(folder).num_inference_steps == 20
+    policy = tsad.load(folder, sampler="dpmsolver++", num_inference_steps=5)
+    assert len(policy.timesteps) == policy.num_inference_steps == 5
+
+
+def test_threads_default_to_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable_cpus() >= 1
+    import tsad.policy
+
+    seen = []
+
+    class Spy:
+        def __init__(self, model: Any, **options: Any) -> None:
+            seen.append((options["lanes"], options["threads"]))
+
+    monkeypatch.setattr(tsad.policy, "SparsePolicy", Spy)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(1000)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda _: "max 100000\n")
+    tsad.load("pusht")
+    tsad.load("pusht", lanes=3)
+    tsad.load("pusht", lanes=1000)
+    tsad.load("pusht", threads=2)
+    monkeypatch.setattr(Path, "read_text", lambda _: "150000 100000\n")  # a container's quota
+    tsad.load("pusht")
+    assert seen == [(1, THREADS_PER_LANE), (3, 3 * THREADS_PER_LANE), (1000, 64), (1, 2), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"lanes": 0}, ValueError, "lanes: expected an integer from 1 to .*, got 0"),
+        ({"lanes": -1}, ValueError, "lanes: .*got -1"),
+        ({"lanes": 1.0}, TypeError, r"lanes: .*1\.0 \(float\)"),
+        ({"lanes": True}, TypeError, "lanes"),
+        ({"threads": 0}, ValueError, "threads: expected an integer from 1 to 64, got 0"),
+        ({"threads": "2"}, TypeError, "threads"),
+        ({"device": "cuda"}, ValueError, "device: expected \"cpu\", got 'cuda'; .*no CUDA"),
+        ({"device": "cuda:1"}, ValueError, "device: .*'cuda:1'"),
+        ({"device": "tpu"}, ValueError, "device: .*'tpu'"),
+        ({"precision": "bfloat16"}, ValueError, "precision: .*'auto', 'float32', got 'bfloat16'"),
+        ({"sampler": "euler"}, ValueError, "sampler: .*ddpm.*ddim.*got 'euler'"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps: .*1 to 100"),
+        ({"num_inference_steps": 101}, ValueError, "num_inference_steps: .*got 101"),
+        ({"num_inference_steps": 2.5}, ValueError, "num_inference_steps: .*got 2.5"),
+    ],
+)
+def test_arguments_are_refused_by_name(options: dict, error: type, says: str) -> None:
+    with pytest.raises(error, match=says):
+        tsad.load("pusht", **options)
+
+
+def test_unknown_sources(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'pusht'.*tsad folder.*ckpt.*got 'puhst'"):
+        tsad.load("puhst")
+    for path in ("nowhere/at/all", "latest.ckpt", tmp_path / "x"):
+        with pytest.raises(FileNotFoundError, match="source: "):
+            tsad.load(path)
+    with pytest.raises(TypeError, match="source: .*got int"):
+        tsad.load(3)
+    with pytest.raises(ValueError, match=r"source: .*no config\.json"):
+        tsad.load(tmp_path)
+    a_folder(tmp_path / "folder")
+    with pytest.raises(ValueError, match="source: .*give the folder"):
+        tsad.load(tmp_path / "folder" / "model.safetensors")
+    (tmp_path / "x.ckpt").write_bytes(b"hello")
+    with pytest.raises(CheckpointError, match=r"x\.ckpt"):
+        tsad.load(tmp_path / "x.ckpt")
+
+
+def test_lerobot_folders_are_recognised(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"type": "diffusion", "horizon": 16}')
+    with pytest.raises(ValueError, match="LeRobot checkpoint of type 'diffusion'; its UNet is not"):
+        tsad.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"type": "act"}')
+    with pytest.raises(ValueError, match="LeRobot checkpoint of type 'act'"):
+        tsad.load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 100, 20_000, -1])
+def test_truncated_weights(tmp_path: Path, size: int) -> None:
+    folder = shutil.copytree(ASSET, tmp_path / "copy")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:size])
+    with pytest.raises(CheckpointError, match=r"copy/model\.safetensors: .*truncated"):
+        tsad.load(folder)
+
+
+def test_loading_imports_numpy_only() -> None:
+    """Not torch and not safetensors, even where they are installed; nor what converts pickles."""
+    code = (
+        "import sys, tsad\n"
+        "tsad.load('pusht', num_inference_steps=2)\n"
+        "heavy = {'torch', 'safetensors', 'omegaconf', 'dill', 'diffusers', 'matplotlib', 'tqdm'}\n"
+        "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

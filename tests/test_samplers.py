@@ -1,0 +1,284 @@
+"""The coefficient tables against the installed diffusers, check values, and misuse."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+
+from tsad.samplers import COLUMNS, Sampler, make_sampler
+
+torch = pytest.importorskip("torch", reason="pip install 'tsad-policy[test]'")
+pytest.importorskip("diffusers", reason="pip install 'tsad-policy[test]'")
+
+import torch_oracle  # noqa: E402
+
+STEPS = (1, 2, 3, 7, 10, 16, 40, 50, 100)
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def scheduler(**keys: Any) -> dict[str, Any]:
+    return cases.SCHEDULER | keys
+
+
+def theirs(config: dict[str, Any]) -> Any:
+    return torch_oracle.diffusers_scheduler(config)
+
+
+def run_theirs(config: dict[str, Any], e: Any, noise: Any, *, double: bool) -> Any:
+    dtype = torch.float64 if double else torch.float32
+    outputs = torch.tensor(e, dtype=dtype)
+    solver = torch_oracle.diffusers_scheduler(config, double=double)
+    return torch_oracle.run_diffusers(solver, noise, lambda k, x: outputs[k], dtype)
+
+
+def run_ours(sampler: Sampler, e: Any, noise: Any) -> tuple[Any, float]:
+    """The final sample, and the largest magnitude on the way: rounding is relative to it."""
+    x, previous, largest = noise[0], np.zeros_like(noise[0]), 1.0
+    for k, (a, b, r, c, d, f, g, h) in enumerate(sampler.table):
+        x0 = np.clip(a * x + b * e[k], -r, r)
+        x = c * x0 + d * x + f * e[k] + g * previous
+        if k + 1 < len(noise):
+            x = x + h * noise[k + 1]
+        previous = x0
+        largest = max(largest, np.abs(x).max(), np.abs(x0).max())
+    return x, largest
+
+
+def float32_rounding(sampler: Sampler, config: dict[str, Any]) -> float:
+    """What float32 costs diffusers, relative to the largest magnitude.
+
+    DDPM takes beta as 1 - A_t / A_previous of two float32 numbers near 1: an error of 2^-24 that is
+    the larger the smaller beta is. DPM-Solver++ takes differences of float32 logarithms.
+    """
+    if sampler.name == "ddpm":
+        share = theirs(config).alphas_cumprod.double().numpy()[sampler.timesteps]
+        return 1e-6 + 2.0**-24 / (1 - share / np.append(share[1:], 1.0)).min()
+    return 1e-5 if sampler.name == "dpmsolver++" else 2e-6
+
+
+def compare(config: dict[str, Any]) -> None:
+    K = config["num_inference_steps"]
+    sampler = make_sampler(config)
+    assert sampler.table.shape == (K, 8)
+    np.testing.assert_array_equal(sampler.timesteps, theirs(config).timesteps.numpy())
+    rng = np.random.default_rng(K)
+    e, noise = rng.standard_normal((2, K, 4, 6))
+    ours, largest = run_ours(sampler, e, noise)
+    error = np.abs(run_theirs(config, e, noise, double=False) - ours).max()
+    assert error <= float32_rounding(sampler, config) * largest
+    if sampler.name != "dpmsolver++":  # that one is float32 inside, whatever it is given
+        error = np.abs(run_theirs(config, e, noise, double=True) - ours).max()
+        assert error <= 1e-13 * largest
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["clip", "noclip"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", ["ddpm", "ddim", "dpmsolver++"])
+def test_loop_equals_diffusers(kind, schedule, spacing, prediction, clip):
+    for K in STEPS:
+        if kind == "dpmsolver++" and spacing != "trailing" and K == 100:
+            continue  # diffusers divides by zero; see the tests of these two cases
+        config = scheduler(
+            type=kind,
+            beta_schedule=schedule,
+            timestep_spacing=spacing,
+            prediction_type=prediction,
+            clip_sample=clip,
+            num_inference_steps=K,
+        )
+        compare(config)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"type": "ddpm", "variance_type": "fixed_small_log"},
+        {"type": "ddpm", "variance_type": "fixed_large"},
+        {"type": "ddpm", "clip_sample_range": 0.3},
+        {"type": "ddpm", "num_train_timesteps": 1000, "beta_schedule": "linear"},
+        {"type": "ddpm", "num_train_timesteps": 37, "num_inference_steps": 37},
+        {"type": "ddpm", "steps_offset": 3},
+        {"type": "ddim", "set_alpha_to_one": False},
+        {"type": "ddim", "steps_offset": 1, "set_alpha_to_one": False},
+        {"type": "ddim", "steps_offset": 1, "prediction_type": "sample"},
+        {"type": "ddim", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"},
+        {"type": "dpmsolver++", "steps_offset": 2},
+        {"type": "dpmsolver++", "clip_sample_range": 0.3},
+        {"type": "dpmsolver++", "num_train_timesteps": 1000, "timestep_spacing": "linspace"},
+        {"type": "dpmsolver++", "num_inference_steps": 14, "timestep_spacing": "trailing"},
+        {"type": "dpmsolver++", "num_inference_steps": 15, "timestep_spacing": "trailing"},
+    ],
+    ids=lambda keys: "-".join(str(value) for value in keys.values()),
+)
+def test_options_equal_diffusers(keys):
+    compare(scheduler(**({"num_inference_steps": 16} | keys)))
+
+
+@pytest.mark.parametrize("train", [1, 2, 37, 100, 999, 1000])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_noise_levels_are_those_of_diffusers_bit_for_bit(schedule, train):
+    for start, end in ((0.0001, 0.02), (0.00085, 0.012), (0.001, 0.05)):
+        config = scheduler(
+            type="ddim",
+            num_train_timesteps=train,
+            num_inference_steps=train,
+            beta_schedule=schedule,
+            beta_start=start,
+            beta_end=end,
+        )
+        a = make_sampler(config).table[:, 0]
+        levels = (a[::-1] ** -2).astype(np.float32)
+        np.testing.assert_array_equal(levels, theirs(config).alphas_cumprod.numpy())
+
+
+@pytest.mark.parametrize(
+    ("t", "amplification", "c0", "ct", "sigma"),
+    [
+        (99, 2029.2, 0.015568297, 0.031615104, 0.99937862),
+        (98, 64.169, 0.023376762, 0.49969642, 0.86567485),
+        (78, 3.11076, 0.03210946, 0.94589869, 0.29106259),
+        (50, 1.44599, 0.04249065, 0.95471531, 0.17494105),
+        (10, 1.01707, 0.16382557, 0.83615481, 0.06809615),
+        (1, 1.00087, 0.63895610, 0.36104381, 0.02008703),
+    ],
+)
+def test_check_values_of_the_squared_cosine_schedule(t, amplification, c0, ct, sigma):
+    """Computed elsewhere in double throughout; ours start from float32 levels, hence 1e-4."""
+    sampler = make_sampler(scheduler())
+    row = dict(zip(COLUMNS, sampler.table[99 - t], strict=True))
+    assert sampler.timesteps[99 - t] == t
+    assert row["a"] == pytest.approx(amplification, rel=1e-4)
+    assert row["b"] == pytest.approx(-np.sqrt(row["a"] ** 2 - 1), rel=1e-6)
+    assert (row["c"], row["d"]) == pytest.approx((c0, ct), rel=1e-4)
+    assert row["h"] == pytest.approx(sigma, rel=1e-4)
+    assert (row["r"], row["f"], row["g"]) == (1, 0, 0)
+
+
+def test_ddpm_ends_in_the_clipped_sample():
+    last = make_sampler(scheduler()).table[-1]
+    assert last[3:].tolist() == [1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim", "dpmsolver++"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_number_of_steps_gives_a_sound_table(kind, spacing):
+    for K in range(1, 101):
+        if (kind, spacing, K) == ("dpmsolver++", "leading", 100):
+            continue
+        config = scheduler(type=kind, timestep_spacing=spacing, num_inference_steps=K)
+        sampler = make_sampler(config)
+        assert sampler.timesteps.shape == (K,)
+        assert sampler.table.shape == (K, 8)
+        assert np.isfinite(sampler.table).all()
+        strictly = not (kind == "dpmsolver++" and K == 100)
+        assert (np.diff(sampler.timesteps) <= -strictly).all()
+        assert 0 <= sampler.timesteps[-1] <= sampler.timesteps[0] <= 99
+        row = dict(zip(COLUMNS, sampler.table.T, strict=True))
+        assert row["g"][0] == 0
+        assert row["h"][-1] == 0
+        assert sampler.adds_noise == (kind == "ddpm" and K > 1)
+        if kind != "ddim":  # which may end short of the clean sample: see _fill_ddim
+            assert row["c"][-1] == 1
+            assert row["d"][-1] == 0
+
+
+def test_one_timestep_too_many_of_trailing_is_left_out():
+    config = scheduler(type="ddim", timestep_spacing="trailing", num_inference_steps=29)
+    broken = theirs(config).timesteps.numpy()
+    if len(broken) == 29:
+        pytest.skip("this diffusers has mended its trailing spacing")
+    assert broken[-1] == -1
+    np.testing.assert_array_equal(make_sampler(config).timesteps, broken[:-1])
+
+
+def test_a_repeated_timestep_of_dpmsolver_changes_nothing():
+    config = scheduler(type="dpmsolver++", timestep_spacing="linspace", clip_sample=False)
+    sampler = make_sampler(config)
+    (k,) = np.flatnonzero(np.diff(sampler.timesteps) == 0)
+    c, d, g = (sampler.table[:, COLUMNS.index(name)] for name in "cdg")
+    assert (c[k], d[k], g[k]) == (0, 1, 0)
+    assert g[k + 1] == 0
+    # x0 known and constant: any consistent solver follows x = alpha x0 + sigma e exactly
+    x0, e = np.full((100, 1, 3), 0.3), np.full((100, 1, 3), -0.7)
+    constant = make_sampler(config | {"prediction_type": "sample"})
+    share = np.append(sampler.table[:, 0] ** -2, 1.0)
+    start = np.sqrt(share[0]) * x0[0] + np.sqrt(1 - share[0]) * e[0]
+    x, _ = run_ours(constant, x0, start[None])
+    np.testing.assert_allclose(x, x0[0], rtol=0, atol=1e-12)
+
+
+def test_dpmsolver_clips_as_the_checkpoint_says():
+    def bound(name: str | None, **keys: Any) -> float:
+        config = scheduler(num_inference_steps=10, **keys)
+        if keys.get("clip_sample") is None:
+            del config["clip_sample"]
+        return make_sampler(config, sampler=name).table[:, COLUMNS.index("r")].max()
+
+    override = "dpmsolver++"
+    assert bound(override, type="ddpm", clip_sample=True, clip_sample_range=1.5) == 1.5
+    assert bound(override, type="ddim", clip_sample=False) == np.inf
+    assert bound(override, type="ddpm") == 1
+    assert bound(None, type="dpmsolver++", clip_sample=True) == 1
+    assert bound(None, type="dpmsolver++") == np.inf
+    assert bound("ddim", type="dpmsolver++") == np.inf
+
+
+def test_arguments_override_the_checkpoint():
+    sampler = make_sampler(scheduler(), sampler="ddim", num_inference_steps=np.int64(8))
+    assert (sampler.name, sampler.timesteps.tolist()) == ("ddim", [84, 72, 60, 48, 36, 24, 12, 0])
+    assert sampler.prediction_type == "epsilon"
+    assert make_sampler(scheduler(num_inference_steps=5)).timesteps.tolist() == [80, 60, 40, 20, 0]
+    for array in (sampler.table, sampler.timesteps):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "arguments", "words"),
+    [
+        ({"type": "euler"}, {}, ["scheduler.type", '"ddpm", "ddim", "dpmsolver++"', "'euler'"]),
+        ({}, {"sampler": "ddpmm"}, ["sampler", '"ddpm", "ddim", "dpmsolver++"', "'ddpmm'"]),
+        ({}, {"num_inference_steps": 101}, ["num_inference_steps", "1 to 100", "101"]),
+        ({}, {"num_inference_steps": 0}, ["num_inference_steps", "1 to 100", "0"]),
+        ({}, {"num_inference_steps": 2.5}, ["num_inference_steps", "integer", "2.5"]),
+        ({}, {"num_inference_steps": True}, ["num_inference_steps", "integer", "True"]),
+        ({"beta_schedule": "sigmoid"}, {}, ["beta_schedule", '"linear"', "'sigmoid'"]),
+        ({"timestep_spacing": "log"}, {}, ["timestep_spacing", '"trailing"', "'log'"]),
+        ({"prediction_type": "v_prediction"}, {}, ["prediction_type", '"epsilon"', "v_prediction"]),
+        ({"variance_type": "learned"}, {}, ["variance_type", '"fixed_small"', "'learned'"]),
+        ({"thresholding": True}, {}, ["thresholding"]),
+        ({"steps_offset": 1}, {}, ["steps_offset", "at most 0", "got 1"]),
+        ({"beta_schedule": "linear", "beta_end": 1.0}, {}, ["beta_end", "0.02"]),
+        (
+            {"type": "ddpm", "variance_type": "fixed_large", "timestep_spacing": "trailing"},
+            {"num_inference_steps": 10},
+            ["variance_type", "fixed_small", "fixed_large"],
+        ),
+        (
+            {"type": "dpmsolver++"},
+            {},
+            ["num_inference_steps", "at most 99", "got 100", "10 is usual"],
+        ),
+    ],
+)
+def test_misuse_is_named(keys, arguments, words):
+    with pytest.raises(ValueError) as error:
+        make_sampler(scheduler(**keys), **arguments)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_a_largest_offset_named_in_an_error_works():
+    for spacing, K in itertools.product(["leading"], (1, 7, 40)):
+        config = scheduler(timestep_spacing=spacing, num_inference_steps=K, steps_offset=100)
+        with pytest.raises(ValueError, match="at most ([0-9]+)") as error:
+            make_sampler(config)
+        most = int(str(error.value).split("at most ")[1].split()[0])
+        assert make_sampler(config | {"steps_offset": most}).timesteps[0] == 99

@@ -1,0 +1,362 @@
+"""tsad/sim: the score's definition, lanes that do not matter, results that survive Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from fakes import FakePolicy, FakeWorld
+
+from tsad import sim
+from tsad.sim import results
+from tsad.sim.results import Journal, ResultsError
+
+SEEDS = list(range(100, 120))
+
+
+def play(lanes: int, seeds: list[int] = SEEDS) -> dict[int, sim.Episode]:
+    policy = FakePolicy(lanes)
+    worlds = [FakeWorld() for _ in range(min(lanes, len(seeds)))]
+    # Times are not results.
+    return {
+        episode.seed: replace(episode, chunk_ms_mean=0.0, chunk_ms_max=0.0)
+        for episode in sim.rollouts(policy, worlds, seeds)
+    }
+
+
+# --- rollouts
+
+
+def test_lanes_do_not_change_results() -> None:
+    alone = play(1)
+    assert sorted(alone) == SEEDS
+    # The case is only worth something if lanes end at different times, by both ways of ending.
+    assert len({episode.steps for episode in alone.values()}) > 4
+    assert {episode.success for episode in alone.values()} == {True, False}
+    for lanes in (2, 3, 7, 20, 30):
+        assert play(lanes) == alone
+
+
+def test_order_of_seeds_does_not_change_results() -> None:
+    assert play(3, SEEDS[::-1]) == play(2)
+
+
+def test_only_running_lanes_are_called() -> None:
+    policy = FakePolicy(4)
+    list(sim.rollouts(policy, [FakeWorld() for _ in range(4)], SEEDS[:5]))
+    assert policy.calls[0] == [0, 1, 2, 3]
+    assert all(call == sorted(set(call)) for call in policy.calls)
+    assert min(len(call) for call in policy.calls) == 1
+
+
+def test_window_repeats_the_first_observation_and_then_slides() -> None:
+    seen: list[sim.Chunk] = []
+    world = FakeWorld()
+    first = world.reset(7)
+    list(sim.rollouts(FakePolicy(), [world], [7], on_chunk=seen.append))
+    np.testing.assert_array_equal(seen[0].obs, [[first, first]])
+    # Replay the first chunk by hand: the window holds the last two observations, in order.
+    world.reset(7)
+    observations = [world.step(action).obs for action in seen[0].actions[0]]
+    np.testing.assert_array_equal(seen[1].obs[0], observations[-2:])
+
+
+def test_episode_counts_and_score_is_the_largest_of_its_steps() -> None:
+    trace: list[tuple[int, float]] = []
+    (episode,) = sim.rollouts(
+        FakePolicy(), [FakeWorld()], [104], on_step=lambda _, n, best: trace.append((n, best))
+    )
+    assert [steps for steps, _ in trace] == list(range(episode.steps + 1))
+    assert trace[-1][1] == episode.score == max(best for _, best in trace)
+    assert episode.chunks == -(-episode.steps // FakePolicy.n_action_steps)
+
+
+def test_noise_is_not_the_simulators_own_stream() -> None:
+    """The simulator starts from default_rng(seed): the noise must not repeat its bits."""
+    seed = 100_000
+    world, noise = np.random.default_rng(seed), np.random.default_rng(sim.noise_seed(seed))
+    assert not np.allclose(world.standard_normal(8), noise.standard_normal(8))
+    assert len({sim.noise_seed(seed) for seed in range(2000)}) == 2000
+    assert all(0 <= sim.noise_seed(seed) < 2**63 for seed in range(100))
+
+
+def test_policy_of_another_size_is_refused() -> None:
+    policy = FakePolicy()
+    policy.obs_dim = 4
+    with pytest.raises(ValueError, match="obs_dim is 4, but the simulator 'fake' has 3"):
+        next(sim.rollouts(policy, [FakeWorld()], [0]))
+
+
+def test_more_environments_than_lanes_are_refused() -> None:
+    with pytest.raises(ValueError, match="environments: got 2, expected 1 to 1"):
+        next(sim.rollouts(FakePolicy(1), [FakeWorld(), FakeWorld()], [0]))
+
+
+def test_actions_that_are_not_finite_stop_the_run() -> None:
+    class Broken(FakePolicy):
+        def __call__(self, obs: np.ndarray, *, lanes: list[int]) -> np.ndarray:
+            return super().__call__(obs, lanes=lanes) * np.nan
+
+    with pytest.raises(RuntimeError, match="not finite in the episodes \\[5\\]"):
+        next(sim.rollouts(Broken(), [FakeWorld()], [5]))
+
+
+def test_registry() -> None:
+    assert "pusht" in sim.names()
+    assert sim.facts("pusht").first_seed == 100_000
+    with pytest.raises(ValueError, match="unknown simulator 'pushT'; expected one of .*pusht"):
+        sim.make("pushT")
+
+
+# --- statistics
+
+
+def episode(seed: int, score: float, success: bool = False, ms: float = 1.0, chunks: int = 2):
+    return sim.Episode(seed, score, success, 10, chunks, ms, 2 * ms)
+
+
+def test_summary() -> None:
+    scores = [0.2, 0.4, 0.9, 1.0]
+    rows = [episode(i, s, s == 1.0, ms=i + 1.0, chunks=i + 1) for i, s in enumerate(scores)]
+    summary = results.summarise(rows)
+    assert summary["score"]["mean"] == pytest.approx(0.625)
+    assert summary["score"]["standard_error"] == pytest.approx(np.std(scores, ddof=1) / 2)
+    low, high = summary["score"]["interval95"]
+    assert 0.2 <= low < 0.45 and 0.8 < high <= 1.0
+    assert summary["success"]["mean"] == 0.25
+    # Wilson's interval of 1 in 4, from its closed form.
+    assert summary["success"]["interval95"] == pytest.approx([0.0456, 0.6994], abs=1e-3)
+    # By chunks, not by episodes: (1 + 4 + 9 + 16) / 10.
+    assert summary["chunk_ms"] == {"mean": pytest.approx(3.0), "max": 8.0}
+    assert results.summarise(rows) == summary
+
+
+def test_bootstrap_covers_the_true_mean() -> None:
+    rng = np.random.default_rng(3)
+    hits = 0
+    for _ in range(60):
+        low, high = results._bootstrap(rng.uniform(0, 1, 30))
+        hits += low <= 0.5 <= high
+    assert hits >= 51  # 95 % of 60 is 57
+
+
+def test_no_success_is_not_certainty() -> None:
+    low, high = results.summarise([episode(i, 0.5) for i in range(20)])["success"]["interval95"]
+    assert low == 0.0 and 0.1 < high < 0.2
+
+
+def test_comparison_is_paired() -> None:
+    ours = [episode(seed, 0.5 + 0.01 * seed) for seed in range(10)]
+    theirs = [episode(seed, 0.4 + 0.01 * seed) for seed in range(5, 15)]
+    paired = results.compare(ours, theirs)
+    assert paired["pairs"] == 5
+    assert paired["score"]["mean_difference"] == pytest.approx(0.1)
+    # The seeds differ much, the pairs not at all.
+    assert paired["score"]["standard_error"] == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(ResultsError, match="no seed in common"):
+        results.compare(ours[:3], theirs)
+
+
+# --- the journal
+
+SETTINGS = {"sparsity": 0.9, "weights_sha256": "ab"}
+
+
+def test_interrupted_run_goes_on_to_the_same_results(tmp_path) -> None:
+    whole = play(2)
+    out = tmp_path / "r.json"
+    journal = Journal(out, SETTINGS)
+    for count, done in enumerate(sim.rollouts(FakePolicy(3), [FakeWorld()] * 1, SEEDS)):
+        if count == 6:
+            break  # as Ctrl-C would
+        journal.append(replace(done, chunk_ms_mean=0.0, chunk_ms_max=0.0))
+    journal.close()
+    assert not out.exists() and results.partial_path(out).exists()
+
+    again = Journal(out, SETTINGS, resume=True)
+    assert len(again.episodes) == 6
+    todo = [seed for seed in SEEDS if seed not in again.episodes]
+    for seed, done in play(2, todo).items():
+        assert seed not in again.episodes
+        again.append(done)
+    assert again.episodes == whole
+    again.finish({
+        "format": "tsad-eval", "format_version": 1, "settings": SETTINGS,
+        "episodes": [asdict(done) for done in again.episodes.values()],
+    })
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    assert results.read_results(out) == (SETTINGS, list(again.episodes.values()))
+
+
+def test_finished_run_can_be_extended(tmp_path) -> None:
+    out = tmp_path / "r.json"
+    document = {"format": "tsad-eval", "format_version": 1, "settings": SETTINGS}
+    first = Journal(out, SETTINGS)
+    first.finish({**document, "episodes": [asdict(episode(1, 0.5))]})
+    assert Journal(out, SETTINGS, resume=True).episodes == {1: episode(1, 0.5)}
+
+
+def test_torn_last_line_is_run_again(tmp_path) -> None:
+    out = tmp_path / "r.json"
+    journal = Journal(out, SETTINGS)
+    journal.append(episode(1, 0.25))
+    journal.append(episode(2, 0.5))
+    journal.close()
+    partial = results.partial_path(out)
+    content = partial.read_bytes()
+    for cut in range(len(content) - 40, len(content)):
+        partial.write_bytes(content[:cut])
+        again = Journal(out, SETTINGS, resume=True)
+        again.append(episode(3, 0.75))
+        again.close()
+        assert list(Journal(out, SETTINGS, resume=True).episodes) == [1, 3]
+    partial.write_bytes(content.replace(b'"seed": 1', b'"seed": ', 1))
+    with pytest.raises(ResultsError, match="line 2 is broken"):
+        Journal(out, SETTINGS, resume=True)
+
+
+def test_other_settings_are_refused_by_name(tmp_path) -> None:
+    out = tmp_path / "r.json"
+    Journal(out, SETTINGS).close()
+    before = results.partial_path(out).read_bytes()
+    with pytest.raises(ResultsError, match=r"sparsity: the file has 0\.9, this run 0\.5; fix"):
+        Journal(out, {**SETTINGS, "sparsity": 0.5}, resume=True)
+    with pytest.raises(ResultsError, match=r"--resume goes on with it, --overwrite starts anew"):
+        Journal(out, SETTINGS)
+    assert results.partial_path(out).read_bytes() == before
+    assert Journal(out, {**SETTINGS, "sparsity": 0.5}, overwrite=True).episodes == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": 1}', b"\xff\xfe", b"null"])
+def test_foreign_files_are_refused_and_kept(tmp_path, content: bytes) -> None:
+    out = tmp_path / "r.json"
+    out.write_bytes(content)
+    with pytest.raises(ResultsError, match="not a results file"):
+        Journal(out, SETTINGS, resume=True)
+    assert out.read_bytes() == content
+
+
+# --- Push-T
+
+
+@pytest.fixture
+def table():
+    pytest.importorskip("gym_pusht")
+    environment = sim.make("pusht")
+    yield environment
+    environment.close()
+
+
+def place(table, x: float, y: float, angle: float) -> float:
+    """Put the T at a pose, the agent far away, and take one step; returns the coverage."""
+    table.reset(0)
+    simulator = table._simulator
+    simulator.agent.position = (40.0, 40.0)
+    # pymunk turns a body about its centre of gravity: angle first, then the position.
+    simulator.block.angle = angle
+    simulator.block.position = (x, y)
+    return simulator.step(np.array([40.0, 40.0]))[4]["coverage"]
+
+
+def test_score_and_success_of_poses(table) -> None:
+    goal = (256.0, 256.0, np.pi / 4)
+    assert place(table, *goal) == pytest.approx(1.0)
+    step = table.step(np.array([40.0, 40.0]))
+    assert step.score == 1.0 and step.success and step.done
+
+    # Moved along its stem by d, a T keeps a known part of its area: count it on a fine grid.
+    moved = place(table, goal[0] + 10, goal[1], goal[2])
+    axis = np.arange(-200, 200, 0.5) + 0.25
+    gx, gy = np.meshgrid(axis, axis)
+
+    def inside(dx: float, dy: float):
+        c, s = np.cos(goal[2]), np.sin(goal[2])
+        x, y = gx - dx, gy - dy
+        u, v = c * x + s * y, -s * x + c * y
+        return ((abs(u) < 60) & (v > 0) & (v < 30)) | ((abs(u) < 15) & (v >= 30) & (v < 120))
+
+    expected = (inside(0, 0) & inside(10, 0)).sum() / inside(0, 0).sum()
+    assert moved == pytest.approx(expected, abs=0.01)
+    step = table.step(np.array([40.0, 40.0]))
+    assert step.score == pytest.approx(moved / 0.95) and not step.success and not step.done
+
+
+def test_score_definition() -> None:
+    from tsad.sim.pusht import score
+
+    assert [score(c) for c in (0.0, 0.475, 0.95, 1.0)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_success_needs_more_than_95_percent(table) -> None:
+    """Exactly 95 % is the full score and no success, as gym-pusht has it."""
+    table.reset(0)
+    simulator = table._simulator
+    for value, expected in ((0.95, False), (0.9500001, True)):
+        simulator._get_coverage = lambda value=value: value
+        assert table.step(np.array([40.0, 40.0])).success is expected
+
+
+def test_keypoints_are_those_of_the_demonstrations() -> None:
+    """Frame 5000 of the published demonstrations (pusht_cchi_v7): its state and keypoints."""
+    from tsad.sim.pusht import observation
+
+    state = [116.22679, 133.8668, 176.613617, 236.507629, 2.22847414]
+    recorded = [
+        99.688, 188.804, 214.831, 188.970, 140.482, 285.567, 156.563, 220.679, 88.013, 150.301,
+        126.768, 247.290, 175.142, 184.871, 137.147, 184.766, 163.569, 256.178,
+    ]
+    got = observation(np.array(state))
+    assert got.dtype == np.float32 and got.shape == (20,)
+    np.testing.assert_allclose(got[:18], recorded, atol=0.002)
+    np.testing.assert_allclose(got[18:], state[:2], rtol=1e-6)
+
+
+def test_keypoints_lie_on_the_t(table) -> None:
+    """In the block's frame they are within the T that gym-pusht draws, to the line's width."""
+    from tsad.sim.pusht import keypoints
+
+    x, y = keypoints(0.0, 0.0, 0.0).T
+    bar = (abs(x) < 62) & (y > -2) & (y < 34)
+    stem = (abs(x) < 18) & (y > 0) & (y < 124)
+    assert (bar | stem).all()
+    # A quarter turn takes x to y.
+    turned = keypoints(7.0, 9.0, np.pi / 2)
+    np.testing.assert_allclose(turned, np.stack([7.0 - y, 9.0 + x], 1), atol=1e-9)
+
+
+def test_same_seed_same_world_whatever_came_before(table) -> None:
+    other = sim.make("pusht")
+    actions = np.random.default_rng(0).uniform(100, 400, (40, 2))
+
+    def trace(environment, seed):
+        return [environment.reset(seed)] + [environment.step(a).obs for a in actions]
+
+    trace(other, 3)
+    trace(other, 4)
+    np.testing.assert_array_equal(trace(table, 5), trace(other, 5))
+    assert not np.array_equal(table.reset(5), table.reset(6))
+
+
+def test_start_is_gym_pushts(table) -> None:
+    """The start of a seed is that of gymnasium's own environment."""
+    gymnasium = pytest.importorskip("gymnasium")
+    from tsad.sim.pusht import observation
+
+    reference = gymnasium.make("gym_pusht/PushT-v0", obs_type="state", disable_env_checker=True)
+    for seed in (100_000, 100_001):
+        state, _ = reference.reset(seed=seed)
+        np.testing.assert_array_equal(table.reset(seed), observation(state))
+    assert reference.spec.max_episode_steps == table.max_steps
+    reference.close()
+
+
+def test_render(table) -> None:
+    table.reset(1)
+    frame = table.render(96)
+    assert frame.shape == (96, 96, 3) and frame.dtype == np.uint8 and len(np.unique(frame)) > 10
+
+
+def test_results_are_json() -> None:
+    json.dumps(results.summarise([episode(1, 0.5)]), allow_nan=False)

@@ -1,0 +1,52 @@
+"""tsad: diffusion policies with test-time sparsity, in C.
+
+>>> import tsad
+>>> policy = tsad.load("pusht")
+>>> policy.sparsity = 0.95
+>>> policy.reset(seed=0)
+>>> actions = policy(obs)
+
+Importing and running need NumPy only; everything else is imported where it is used.
+"""
+
+from typing import Any
+
+try:
+    from tsad import _core  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"tsad's compiled core can't be imported ({error}); build and install it with "
+        "'pip install .', and run Python outside the source folder"
+    ) from error
+
+from tsad import planners
+from tsad.load import load
+from tsad.plan import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, SKIP, Plan
+from tsad.policy import SparsePolicy
+
+__all__ = [
+    "COMPUTE",
+    "REUSE_ROLLOUT",
+    "REUSE_STEP",
+    "REUSE_TYPE",
+    "SKIP",
+    "Plan",
+    "SparsePolicy",
+    "__version__",
+    "load",
+    "planners",
+]
+
+__version__: str
+
+
+def __getattr__(name: str) -> Any:
+    if name != "__version__":
+        raise AttributeError(f"module 'tsad' has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
+    try:
+        globals()["__version__"] = version("tsad-policy")
+    except PackageNotFoundError:  # a source tree, built in place
+        globals()["__version__"] = "0+unknown"
+    return globals()["__version__"]

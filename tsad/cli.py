@@ -1,0 +1,95 @@
+"""The command line: `tsad COMMAND`, one module of `tsad.commands` each.
+
+A command module offers `add_parser(subparsers)`, which sets `run`, and `run(args) -> int`. Anything
+heavy is imported inside `run`, so `--help` answers at once.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from tsad._extras import MissingExtraError
+from tsad.commands.common import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Formatter,
+    InterruptedRunError,
+    UsageError,
+)
+
+COMMANDS = ("demo", "eval", "bench", "show", "info", "convert", "train_policy")
+
+DESCRIPTION = """\
+Diffusion action heads with test-time sparsity: before each chunk of actions, most of the network's
+residual blocks are replaced by cached results."""
+
+EPILOG = """\
+examples:
+  tsad demo                                       see a policy push the T, dense and sparse
+  tsad info pusht                                 what is in a policy, and this machine
+  tsad bench pusht --sparsity 0.9                 time it here
+  tsad eval pusht --seeds 50 --sparsity 0.9       score it in the simulator
+  tsad convert policy.ckpt policy/                a Diffusion Policy checkpoint to a tsad folder
+  tsad COMMAND --help                             options and examples of one command
+
+exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted"""
+
+
+class _Version(argparse.Action):
+    """Prints the version; imported only then, so that `--help` needs no built extension."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import tsad
+
+        print(f"tsad {tsad.__version__}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="tsad", description=DESCRIPTION, epilog=EPILOG, formatter_class=Formatter
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    subparsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND [OPTIONS]", required=True, title="commands"
+    )
+    for name in COMMANDS:
+        importlib.import_module(f"tsad.commands.{name}").add_parser(subparsers)
+    return parser
+
+
+def _complain(args: argparse.Namespace, message: object) -> None:
+    print(f"tsad {args.command}: error: {message}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Wrong options leave by SystemExit(2)."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except UsageError as error:
+        _complain(args, error)
+        return EXIT_USAGE
+    except (KeyboardInterrupt, InterruptedRunError) as error:
+        detail = f"; {error}" if str(error) else ""
+        print(f"\ntsad {args.command}: interrupted{detail}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left (`tsad show ... | head`); nothing to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except (MissingExtraError, OSError, RuntimeError, MemoryError) as error:
+        _complain(args, str(error) or type(error).__name__)
+        return EXIT_FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

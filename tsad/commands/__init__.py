@@ -1,0 +1,1 @@
+"""The commands of `tsad`, one module each; see `tsad.cli`."""

@@ -1,0 +1,195 @@
+"""`tsad bench`: how long a chunk and its stages take, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsad.commands.common import (
+    Formatter,
+    Progress,
+    add_policy_options,
+    argument,
+    cpu_name,
+    load_policy,
+    planner_name,
+    positive_int,
+    sampler_name,
+    set_sparsity,
+    sparsity,
+    table,
+)
+
+if TYPE_CHECKING:
+    from tsad import SparsePolicy
+
+STAGES = ("encode", "prune", "plan", "denoise", "total")
+ROUNDS = 5
+PERCENTILES = (50, 90, 99)
+
+DESCRIPTION = """\
+Time chunks and their stages (encode, prune, plan, denoise) on this machine, dense and sparse.
+
+The settings take turns in rounds, so that a machine that slows down slows all of them. The first
+chunks of a round are not counted; the first after a reset, which may be dense, is timed apart."""
+
+EPILOG = """\
+examples:
+  tsad bench                                        the bundled policy, dense and 0.9
+  tsad bench pusht --sparsity 0.5 0.9 0.95 --chunks 500
+  tsad bench pusht --sampler ddim --steps 16 --threads 1
+  tsad bench runs/mine --lanes 8 --json"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "bench", help="time chunks and their stages here", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=Formatter,
+    )
+    parser.add_argument(
+        "policy", metavar="SRC", nargs="?", default="pusht",
+        help="bundled name, tsad folder or checkpoint (default: pusht)",
+    )
+    parser.add_argument(
+        "--sparsity", type=sparsity, nargs="+", default=[0.9], metavar="S",
+        help="times these beside dense (default: 0.9)",
+    )
+    parser.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
+    parser.add_argument("--lanes", type=positive_int, default=1, metavar="L", help="default: 1")
+    parser.add_argument(
+        "--chunks", type=positive_int, default=100, metavar="N", help="of each (default: 100)"
+    )
+    add_policy_options(parser)
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.set_defaults(run=run)
+
+
+def observations(policy: SparsePolicy, n: int) -> NDArray[np.float32]:
+    """Made-up observations within the range of the training data, (n, lanes, steps, dim)."""
+    normalizer = policy.config["normalizer"]["obs"]
+    scale = np.asarray(normalizer["scale"], np.float64)
+    offset = np.asarray(normalizer["offset"], np.float64)
+    shape = (n, policy.lanes, policy.n_obs_steps, policy.obs_dim)
+    inside = np.random.default_rng(0).uniform(-1, 1, shape)
+    # A constant feature has scale 0 in some checkpoints, and any value then means the same.
+    raw = (inside - offset) / np.where(scale == 0, 1, scale)
+    return raw.astype(np.float32)
+
+
+class Clock:
+    """The times of one sparsity, in milliseconds."""
+
+    def __init__(self, value: float) -> None:
+        self.sparsity = value
+        self.wall: list[float] = []
+        self.first: list[float] = []
+        self.stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        self.plan: Any = None
+
+    def round(self, policy: SparsePolicy, obs: NDArray[np.float32]) -> None:
+        """One chunk per row of `obs`, after a reset and two chunks that do not count."""
+        policy.sparsity = self.sparsity
+        policy.reset(seed=0)
+        self.first.append(_call(policy, obs[0]))
+        _call(policy, obs[0])
+        for row in obs:
+            self.wall.append(_call(policy, row))
+            timings = policy.timings
+            for stage in STAGES:
+                self.stages[stage].append(float(timings[stage]))
+        plan = policy.plan
+        self.plan = plan[0] if isinstance(plan, list) else plan
+
+    def facts(self, policy: SparsePolicy) -> dict[str, Any]:
+        """Percentiles and rates."""
+        per_second = 1e3 * policy.lanes * len(self.wall) / sum(self.wall)
+        return {
+            "sparsity": float(self.plan.sparsity),
+            "cell_sparsity": float(self.plan.cell_sparsity),
+            "passes": float(self.plan.cost) * policy.num_inference_steps,
+            "chunks": len(self.wall) * policy.lanes,
+            "call_ms": _percentiles(self.wall),
+            "first_call_ms": float(np.median(self.first)),
+            "stages_ms": {stage: _percentiles(self.stages[stage]) for stage in STAGES},
+            "chunks_per_second": per_second,
+            "actions_per_second": per_second * policy.n_action_steps,
+        }
+
+
+def _call(policy: SparsePolicy, obs: NDArray[np.float32]) -> float:
+    begin = time.perf_counter()
+    policy(obs)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    numbers = np.percentile(values, PERCENTILES)
+    return {f"p{p}": float(v) for p, v in zip(PERCENTILES, numbers, strict=True)}
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _report(document: dict[str, Any]) -> str:
+    results = document["results"]
+    heads = [f"{r['sparsity']:.1%}" if r["sparsity"] else "dense" for r in results]
+    rows = [["ms, p50 / p90 / p99", *heads]]
+
+    def three(values: dict[str, float]) -> str:
+        return " / ".join(_milliseconds(values[f"p{p}"]) for p in PERCENTILES)
+
+    for stage in STAGES[:-1]:
+        rows.append([stage, *(three(r["stages_ms"][stage]) for r in results)])
+    rows.append(["chunk, as called", *(three(r["call_ms"]) for r in results)])
+    rows.append(["first after reset", *(_milliseconds(r["first_call_ms"]) for r in results)])
+    rows.append(["chunks/s", *(f"{r['chunks_per_second']:.1f}" for r in results)])
+    rows.append(["actions/s", *(f"{r['actions_per_second']:.0f}" for r in results)])
+    rows.append(["sparsity of cells", *(f"{r['cell_sparsity']:.1%}" for r in results)])
+    rows.append(["dense passes", *(f"{r['passes']:.2f}" for r in results)])
+    dense = results[0]["call_ms"]["p50"]
+    rows.append(["times faster, p50", *(f"{dense / r['call_ms']['p50']:.2f}" for r in results)])
+    lanes = document["lanes"]
+    return (
+        f"policy {document['policy']} ({document['sampler']}), planner {document['planner']}, "
+        f"{lanes} lane{'s' if lanes > 1 else ''}\n"
+        f"{document['cpu']}, {document['backend']}, threads {document['threads']}\n\n{table(rows)}"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    import tsad
+
+    policy = load_policy(args.policy, args, name="SRC", lanes=args.lanes)
+    if args.planner is not None:
+        with argument("--planner"):
+            policy.planner = args.planner
+    for value in args.sparsity:
+        set_sparsity(policy, value)
+    clocks = [Clock(0.0), *(Clock(value) for value in args.sparsity if value > 0)]
+    obs = observations(policy, -(-args.chunks // ROUNDS))
+    with Progress(ROUNDS * len(clocks), "bench", unit="rounds") as progress:
+        for _ in range(ROUNDS):
+            for clock in clocks:
+                clock.round(policy, obs)
+                progress.update(f"{np.median(clock.wall):.2f} ms")
+    document = {
+        "tsad": tsad.__version__,
+        "policy": args.policy,
+        "sampler": sampler_name(policy),
+        "planner": planner_name(policy),
+        "cpu": cpu_name(),
+        "backend": policy.backend,
+        "threads": policy.threads,
+        "lanes": policy.lanes,
+        "results": [clock.facts(policy) for clock in clocks],
+    }
+    print(json.dumps(document, indent=1) if args.json else _report(document))
+    return 0

@@ -1,0 +1,248 @@
+"""What the commands share: errors, options of a policy, progress, tables."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tsad.config import SAMPLERS
+
+if TYPE_CHECKING:
+    from tsad import Plan, SparsePolicy
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be; the message names the argument and the fix."""
+
+
+class InterruptedRunError(Exception):
+    """Ctrl-C, with a message that says what was kept and how to go on."""
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and examples; room for long option names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
+@contextlib.contextmanager
+def argument(name: str) -> Iterator[None]:
+    """Errors of the library inside are the user's: they name the argument, without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        raise UsageError(f"argument {name}: {text}") from error
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
+    return value
+
+
+def sparsity(text: str) -> float:
+    """An argparse type: a number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected a number from 0 (dense) to 1, the share of the cost not "
+            "computed; e.g. 0.9"
+        )
+    return value
+
+
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say how a policy is loaded, for every command that loads one."""
+    group = parser.add_argument_group("the policy")
+    group.add_argument(
+        "--sampler", choices=SAMPLERS, help="denoise with this sampler (default: the policy's own)"
+    )
+    group.add_argument(
+        "--steps", type=positive_int, metavar="K", help="denoising steps (default: the policy's)"
+    )
+    group.add_argument(
+        "--threads", type=positive_int, metavar="T", help="threads (default: the engine's choice)"
+    )
+    group.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
+    group.add_argument(
+        "--precision", default="auto", help='"auto" is float32 on a CPU (default: auto)'
+    )
+
+
+def load_policy(source: str, args: argparse.Namespace, *, name: str, lanes: int) -> SparsePolicy:
+    """`tsad.load` with the options of `add_policy_options`; UsageError names the argument."""
+    import tsad
+
+    with argument(name):
+        return tsad.load(
+            source,
+            lanes=lanes,
+            device=args.device,
+            precision=args.precision,
+            threads=args.threads,
+            sampler=args.sampler,
+            num_inference_steps=args.steps,
+        )
+
+
+def load_plan(path: str, name: str) -> Plan:
+    """A plan file; UsageError if it is missing or not one."""
+    import tsad
+
+    with argument(name):
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"got {path!r}, which is not a file; expected a plan saved by Plan.save or by "
+                "'tsad demo'"
+            )
+        return tsad.Plan.load(path)
+
+
+def set_sparsity(policy: SparsePolicy, value: float) -> None:
+    """Turn the dial; UsageError beyond what the planner reaches."""
+    with argument("--sparsity"):
+        if value > policy.max_sparsity:
+            raise ValueError(
+                f"got {value:g}, but the planner {policy.planner!r} reaches "
+                f"{policy.max_sparsity:.4g} at {policy.num_inference_steps} steps; "
+                "use less, or more --steps"
+            )
+        policy.sparsity = value
+
+
+def files_sha256(source: str) -> dict[str, str]:
+    """SHA-256 of each file that a policy is read from: those of a folder, or a checkpoint."""
+    from importlib import resources
+
+    from tsad.load import bundled
+
+    asset = resources.files("tsad") / "assets" / source
+    path = Path(str(asset)) if source in bundled() else Path(source)
+    if path.is_file():
+        return {"checkpoint": _sha256(path)}
+    names = ("config.json", "model.safetensors", "pruner.safetensors")
+    return {name: _sha256(path / name) for name in names if (path / name).is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def plan_sha256(plan: Plan) -> str:
+    """SHA-256 of what a plan does."""
+    digest = hashlib.sha256(repr(plan.sources.shape).encode() + plan.sources.tobytes())
+    if plan.first is not None:
+        digest.update(plan.first.sources.tobytes())
+    return digest.hexdigest()
+
+
+def cpu_name() -> str:
+    """The processor's marketing name, as well as this system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def planner_name(policy: SparsePolicy) -> str:
+    """The planner in words."""
+    planner = policy.planner
+    return planner if isinstance(planner, str) else repr(planner)
+
+
+def sampler_name(policy: SparsePolicy) -> str:
+    """The sampler in words, e.g. "ddpm, 100 steps"."""
+    scheduler = policy.config["scheduler"]
+    return f"{scheduler['type']}, {policy.num_inference_steps} steps"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first to the left, the others to the right; row 0 is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+class Progress:
+    """A progress bar on standard error; in a log file, a line now and then."""
+
+    LOG_SECONDS = 15.0
+
+    def __init__(self, total: int, label: str, *, unit: str, done: int = 0) -> None:
+        self.total, self.label, self.unit, self.done = total, label, unit, done
+        self._begin = self._said = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            # tqdm comes with the extras; without it the lines of a log do.
+            with contextlib.suppress(ModuleNotFoundError):
+                self._bar = importlib.import_module("tqdm").tqdm(
+                    total=total, initial=done, desc=label, unit=unit, file=sys.stderr,
+                    dynamic_ncols=True,
+                )
+
+    def update(self, note: str = "", n: int = 1) -> None:
+        """`n` more are done; `note` is shown beside."""
+        self.done += n
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(n)
+            return
+        now = time.monotonic()
+        if now - self._said >= self.LOG_SECONDS or self.done == self.total:
+            self._said = now
+            text = f"{self.label}: {self.done} of {self.total} {self.unit}"
+            note = f", {note}" if note else ""
+            print(f"{text}, {now - self._begin:.0f} s{note}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,308 @@
+"""`tsad eval`: closed-loop score of a policy in a simulator."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsad.commands.common import (
+    Formatter,
+    InterruptedRunError,
+    Progress,
+    UsageError,
+    add_policy_options,
+    argument,
+    cpu_name,
+    files_sha256,
+    load_plan,
+    load_policy,
+    natural,
+    plan_sha256,
+    planner_name,
+    positive_int,
+    sampler_name,
+    set_sparsity,
+    sparsity,
+)
+
+if TYPE_CHECKING:
+    from tsad import SparsePolicy
+    from tsad.sim.results import Journal
+
+DESCRIPTION = """\
+Play seeded episodes in a simulator and report score and success with their errors.
+
+An episode's result depends on its seed and on the policy's settings alone: not on --lanes, not on
+--threads, not on the order. So two runs over the same seeds are paired, whatever their sparsity.
+With --out every finished episode is on disk at once, and --resume goes on after an interruption."""
+
+EPILOG = """\
+examples:
+  tsad eval pusht --seeds 50                                       dense, the bundled policy
+  tsad eval pusht --seeds 500 --out dense.json                     kept, and resumable
+  tsad eval pusht --seeds 500 --out sparse.json --sparsity 0.9 --baseline dense.json
+  tsad eval pusht --policy runs/mine --sampler ddim --steps 8 --lanes 4
+  tsad eval pusht --plan plan.npz --json | jq .summary.score"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "eval", help="score a policy in a simulator", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=Formatter,
+    )
+    parser.add_argument("simulator", metavar="SIMULATOR", help="the simulator: pusht")
+    parser.add_argument(
+        "--policy", metavar="SRC",
+        help="bundled name, tsad folder or checkpoint (default: the simulator's bundled policy)",
+    )
+    parser.add_argument(
+        "--seeds", type=positive_int, default=50, metavar="N", help="episodes (default: 50)"
+    )
+    parser.add_argument(
+        "--first-seed", type=natural, metavar="S",
+        help="seeds S to S+N-1 (default: the task's test seeds, from 100000 for pusht)",
+    )
+    parser.add_argument(
+        "--lanes", type=positive_int, default=1, metavar="L",
+        help="environments stepped together (default: 1); never changes the results",
+    )
+    choice = parser.add_argument_group("the plan (default: dense)")
+    choice.add_argument(
+        "--sparsity", type=sparsity, metavar="S",
+        help="share of the cost not computed, 0 to 1 (with --planner pruner: its own choice)",
+    )
+    choice.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
+    choice.add_argument("--plan", metavar="FILE", help="a fixed plan (npz) instead of a planner")
+    add_policy_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FILE", help="write the results, per seed, as JSON")
+    output.add_argument("--resume", action="store_true", help="go on with the episodes in --out")
+    output.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    output.add_argument(
+        "--baseline", metavar="FILE", help="results of another run: report paired differences"
+    )
+    output.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.set_defaults(run=run)
+
+
+def _check_arguments(args: argparse.Namespace) -> Path | None:
+    """What argparse cannot see; returns the output path."""
+    from tsad import sim
+
+    if args.simulator not in sim.names():
+        raise UsageError(
+            f"argument SIMULATOR: unknown simulator {args.simulator!r}; expected one of "
+            f"{', '.join(sim.names())}"
+        )
+    if args.plan is not None and (args.sparsity is not None or args.planner is not None):
+        raise UsageError("argument --plan: a fixed plan leaves nothing to --sparsity or --planner")
+    if args.resume and args.overwrite:
+        raise UsageError("argument --resume: not together with --overwrite")
+    if args.out is None:
+        if args.resume or args.overwrite:
+            option = "--resume" if args.resume else "--overwrite"
+            raise UsageError(f"argument {option}: needs --out FILE")
+        return None
+    out = Path(args.out)
+    if not out.parent.is_dir():
+        raise UsageError(f"argument --out: the folder {str(out.parent)!r} does not exist; make it")
+    if out.is_dir():
+        raise UsageError(f"argument --out: {args.out!r} is a folder, expected a file name")
+    return out
+
+
+def _read_baseline(path: str | None, seeds: list[int]) -> list[Any] | None:
+    """The baseline's episodes, or None; refused at once if no seed is common."""
+    from tsad.sim.results import ResultsError, read_results
+
+    if path is None:
+        return None
+    with argument("--baseline"):
+        episodes = read_results(Path(path))[1]
+        if not {episode.seed for episode in episodes} & set(seeds):
+            raise ResultsError(
+                f"{path} has none of the seeds {seeds[0]} to {seeds[-1]}; use its --first-seed"
+            )
+    return episodes
+
+
+def _configure(policy: SparsePolicy, args: argparse.Namespace) -> dict[str, Any]:
+    """Set planner, sparsity or plan; returns the settings that say so."""
+    if args.plan is not None:
+        plan = load_plan(args.plan, "--plan")
+        with argument("--plan"):
+            policy.plan = plan
+        return {"planner": "file", "sparsity": plan.sparsity, "plan_sha256": plan_sha256(plan)}
+    if args.planner is not None:
+        with argument("--planner"):
+            policy.planner = args.planner
+    if args.planner == "pruner" and args.sparsity is None:
+        policy.sparsity = None  # its own choice
+    else:
+        set_sparsity(policy, args.sparsity or 0.0)
+    # At sparsity 0 every planner is dense: one name, so that such runs can go on with each other.
+    planner = "dense" if policy.sparsity == 0 else planner_name(policy)
+    return {"planner": planner, "sparsity": policy.sparsity, "plan_sha256": None}
+
+
+def _settings(policy: SparsePolicy, source: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All that decides an episode's result; a run resumes only where these are equal."""
+    import tsad
+    from tsad import sim
+
+    settings: dict[str, Any] = {
+        "tsad": tsad.__version__,
+        "simulator": args.simulator,
+        "packages": {},
+        "files_sha256": files_sha256(source),
+        "sampler": policy.config["scheduler"]["type"],
+        "num_inference_steps": policy.num_inference_steps,
+        "device": str(policy.device),
+        "precision": policy.precision,
+        "backend": policy.backend,
+        **_configure(policy, args),
+    }
+    for package in sim.facts(args.simulator).packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            settings["packages"][package] = importlib.metadata.version(package)
+    return settings
+
+
+def _play(
+    policy: SparsePolicy, args: argparse.Namespace, todo: list[int], journal: Journal
+) -> None:
+    """Play the seeds that are left, keeping each episode as it ends."""
+    from tsad import sim
+
+    environments = [sim.make(args.simulator) for _ in range(min(args.lanes, len(todo)))]
+    done = args.seeds - len(todo)
+    label = f"{args.simulator} at {_percent(policy.sparsity)}"
+    try:
+        with Progress(args.seeds, label, unit="episodes", done=done) as progress:
+            for episode in sim.rollouts(policy, environments, todo):
+                journal.append(episode)
+                scores = [kept.score for kept in journal.episodes.values()]
+                progress.update(f"score {sum(scores) / len(scores):.3f}")
+    except KeyboardInterrupt:
+        if journal.out is None:
+            raise InterruptedRunError("nothing was kept; --out FILE keeps episodes") from None
+        raise InterruptedRunError(
+            f"{len(journal.episodes)} episodes are kept; the same command with --resume goes on"
+        ) from None
+    finally:
+        journal.close()
+        for environment in environments:
+            environment.close()
+
+
+def _document(
+    policy: SparsePolicy, source: str, args: argparse.Namespace, journal: Journal, seeds: list[int]
+) -> dict[str, Any]:
+    """The whole result, as it is written and printed."""
+    from tsad.sim import results
+
+    asked = [journal.episodes[seed] for seed in seeds]
+    return {
+        "format": results.FORMAT,
+        "format_version": results.FORMAT_VERSION,
+        "settings": journal.settings,
+        # What may differ between runs of the same settings.
+        "run": {
+            "policy": source,
+            "plan": args.plan,
+            "lanes": policy.lanes,
+            "threads": policy.threads,
+            "cpu": cpu_name(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+        "summary": {
+            "first_seed": seeds[0], "last_seed": seeds[-1], **results.summarise(asked)
+        },
+        "episodes": [asdict(journal.episodes[seed]) for seed in sorted(journal.episodes)],
+    }
+
+
+def _interval(values: list[float]) -> str:
+    return f"95 % interval {values[0]:.3f} to {values[1]:.3f}"
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.3f} (standard error)"
+
+
+def _percent(sparsity: float | None) -> str:
+    return "of its own choice" if sparsity is None else f"{sparsity:.1%}"
+
+
+def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
+    summary, settings, run_ = document["summary"], document["settings"], document["run"]
+    score, success, times = summary["score"], summary["success"], summary["chunk_ms"]
+    count = round(success["mean"] * summary["episodes"])
+    lines = [
+        f"{settings['simulator']}, seeds {summary['first_seed']} to {summary['last_seed']}, "
+        f"policy {run_['policy']} ({sampler_name(policy)}), planner {settings['planner']}, "
+        f"sparsity {_percent(settings['sparsity'])}",
+        f"score    {score['mean']:.3f}{_plus_minus(score['standard_error'])}, "
+        f"{_interval(score['interval95'])}",
+        f"success  {success['mean']:.3f} ({count} of {summary['episodes']}), "
+        f"{_interval(success['interval95'])}",
+        f"chunk    {times['mean']:.2f} ms mean, {times['max']:.2f} ms largest, over "
+        f"{summary['chunks']} chunks ({run_['lanes']} lanes: a lane's share of a call)",
+    ]
+    if "paired" in document:
+        paired = document["paired"]
+        lines.append(f"against {paired['baseline']}, {paired['pairs']} pairs of equal seed:")
+        for name in ("score", "success"):
+            row = paired[name]
+            lines.append(
+                f"{name:<8} {row['mean_difference']:+.3f}{_plus_minus(row['standard_error'])}, "
+                f"{_interval(row['interval95'])}"
+            )
+    return "\n".join(lines)
+
+
+def _paired(args: argparse.Namespace, episodes: list[Any], baseline: list[Any]) -> dict[str, Any]:
+    from tsad.sim.results import compare
+
+    return {"baseline": args.baseline, **compare(episodes, baseline)}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from tsad import sim
+    from tsad.sim.results import Journal
+
+    out = _check_arguments(args)
+    first = sim.facts(args.simulator).first_seed if args.first_seed is None else args.first_seed
+    seeds = list(range(first, first + args.seeds))
+    baseline = _read_baseline(args.baseline, seeds)
+    # Everything that can be refused is refused here, before a file is touched or time is spent.
+    environment = sim.make(args.simulator)
+    source = args.simulator if args.policy is None else args.policy
+    policy = load_policy(source, args, name="--policy", lanes=min(args.lanes, args.seeds))
+    with argument("--policy"):
+        sim.check(policy, environment)
+    settings = _settings(policy, source, args)
+    with argument("--out"):
+        journal = Journal(out, settings, resume=args.resume, overwrite=args.overwrite)
+    todo = [seed for seed in seeds if seed not in journal.episodes]
+    if todo:
+        _play(policy, args, todo, journal)
+    document = _document(policy, source, args, journal, seeds)
+    if baseline is not None:
+        document["paired"] = _paired(args, [journal.episodes[seed] for seed in seeds], baseline)
+    journal.finish(document)
+    if args.json:
+        print(json.dumps(document, indent=1))
+    else:
+        print(_report(document, policy))
+        if out is not None:
+            print(f"written to {out}")
+    return 0

@@ -1,0 +1,157 @@
+"""`tsad info`: this build, this machine, and what is in a policy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from tsad.commands.common import (
+    Formatter,
+    add_policy_options,
+    cpu_name,
+    files_sha256,
+    load_policy,
+    planner_name,
+)
+
+DESCRIPTION = "Say what this build and machine can do, and what is in a policy."
+
+EPILOG = """\
+examples:
+  tsad info                     the build and the machine
+  tsad info pusht               the bundled policy
+  tsad info runs/mine --json"""
+
+CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "info", help="this build, this machine, a policy", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=Formatter,
+    )
+    parser.add_argument("policy", metavar="SRC", nargs="?", help="bundled name, folder, checkpoint")
+    add_policy_options(parser)
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.set_defaults(run=run)
+
+
+def _cpu_features() -> list[str]:
+    """Those of `CPU_FEATURES` that the system reports (Linux; elsewhere none is known)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    words: set[str] = set()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            words.update(line.partition(":")[2].split())
+    return [feature for feature in CPU_FEATURES if feature in words]
+
+
+def build_facts() -> dict[str, Any]:
+    """This build and this machine."""
+    import numpy
+
+    import tsad
+    from tsad import _core
+    from tsad.load import usable_cpus
+
+    return {
+        "tsad": tsad.__version__,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "backends": list(_core.backends()),
+        "extension": str(_core.__file__),
+        "cpu": cpu_name(),
+        "cpu_features": _cpu_features(),
+        "cores": usable_cpus(),
+    }
+
+
+def policy_facts(source: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What is in a policy; the checks of loading it are made."""
+    policy = load_policy(source, args, name="SRC", lanes=1)
+    config = policy.config
+    types: dict[str, dict[str, int]] = {}
+    for name, cost in zip(policy.block_types, policy.block_costs.tolist(), strict=True):
+        entry = types.setdefault(name, {"blocks": 0, "mac": 0})
+        entry["blocks"] += 1
+        entry["mac"] += cost
+    cost = int(policy.block_costs.sum())
+    return {
+        "source": source,
+        "files_sha256": files_sha256(source),
+        "network": config["network"],
+        "sampler": {**config["scheduler"], "num_inference_steps": policy.num_inference_steps},
+        "planner": planner_name(policy),
+        "max_sparsity": policy.max_sparsity,
+        "block_types": types,
+        "mac_per_step": cost,
+        "mac_per_dense_chunk": cost * policy.num_inference_steps,
+        "backend": policy.backend,
+        "threads": policy.threads,
+        "device": str(policy.device),
+        "precision": policy.precision,
+        "weight_bytes": policy.stats["weight_bytes"],
+        "bytes_per_lane": policy.stats["bytes"],
+        "error_bound": policy.stats["error_bound"],
+        "provenance": config.get("provenance", {}),
+    }
+
+
+def _lines(title: str, rows: dict[str, Any]) -> list[str]:
+    width = max(map(len, rows))
+    return [title, *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""]
+
+
+def _policy_rows(facts: dict[str, Any]) -> dict[str, Any]:
+    net, sampler = facts["network"], facts["sampler"]
+    shares = facts["mac_per_step"] or 1
+    rows = {
+        **{f"sha256 {name}": value for name, value in facts["files_sha256"].items()},
+        "network": f"{net['type']}, {net['n_layer']} layers, {net['n_head']} heads, "
+        f"width {net['n_emb']}",
+        "observation": f"{net['n_obs_steps']} steps x {net['obs_dim']}",
+        "action": f"{net['n_action_steps']} of {net['horizon']} steps x {net['action_dim']}",
+        "sampler": f"{sampler['type']}, {sampler['num_inference_steps']} of "
+        f"{sampler['num_train_timesteps']} steps, {sampler['beta_schedule']}, predicts "
+        f"{sampler['prediction_type']}",
+        "planner": f"{facts['planner']}, up to sparsity {facts['max_sparsity']:.4g}",
+        "cost": f"{facts['mac_per_step'] / 1e6:.2f} M MAC a step, "
+        f"{facts['mac_per_dense_chunk'] / 1e9:.3f} G a dense chunk",
+    }
+    for name, entry in facts["block_types"].items():
+        rows[f"  {name}"] = f"{entry['blocks']} blocks, {entry['mac'] / shares:.1%} of the cost"
+    rows["runs on"] = (
+        f"{facts['device']}, {facts['backend']}, {facts['precision']}, {facts['threads']} threads"
+    )
+    rows["memory"] = (
+        f"{facts['weight_bytes'] / 1e6:.1f} MB of weights, shared; "
+        f"{facts['bytes_per_lane'] / 1e6:.1f} MB for one lane"
+    )
+    rows["error bound"] = f"{facts['error_bound']:g} of a normalised action, dense, to float64"
+    return rows
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    facts: dict[str, Any] = {"build": build_facts()}
+    if args.policy is not None:
+        facts["policy"] = policy_facts(args.policy, args)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    build = {
+        name: ", ".join(value) if isinstance(value, list) else value
+        for name, value in facts["build"].items()
+    }
+    lines = _lines("build and machine", build)
+    if "policy" in facts:
+        lines += _lines(f"policy {args.policy}", _policy_rows(facts["policy"]))
+    print("\n".join(lines).rstrip())
+    return 0

@@ -1,0 +1,252 @@
+"""`tsad train-policy`: a diffusion policy from demonstrations."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsad._extras import require
+from tsad.commands.common import (
+    Formatter,
+    InterruptedRunError,
+    Progress,
+    UsageError,
+    argument,
+    natural,
+    positive_int,
+)
+
+if TYPE_CHECKING:
+    from tsad.training.train import Report, Settings, Trainer
+
+DESCRIPTION = """\
+Train a diffusion transformer on low-dimensional demonstrations; DIR becomes a tsad folder.
+
+DATA is an npz file or a zarr v2 folder with the arrays 'obs' (N, obs_dim), 'action' (N, action_dim)
+and 'episode_ends' (E,); or with Push-T's 'state' (N, 5) in place of 'obs'. The normaliser and the
+held-out episodes are those of the first file.
+
+Training ends with --minutes or --steps, its learning rate then being 0: by the clock, so a busy
+machine gets its decay too (time in which the process is stopped doesn't count). Ctrl-C saves;
+--resume goes on, on a CPU and by --steps to the bit as if there had been no stop. It runs on the
+GPU that torch sees (bfloat16, compiled), else on the CPU."""
+
+EPILOG = """\
+examples:
+  tsad train-policy demos.npz --out policy --minutes 120
+  tsad train-policy demos.npz --out policy --resume                go on after Ctrl-C
+  tsad train-policy demos.npz --out policy --resume --minutes 240  longer than first said
+  tsad train-policy demos.npz --out policy --steps 100000 --batch 1024 --lr 1e-3    on a GPU
+  tsad train-policy demos.npz more.npz --shares 0.6 0.4 --out policy --init old --horizon 10 \\
+      --minutes 60                                                 old weights, two sets of data
+  tsad eval pusht --policy policy                                  then see what it is good for"""
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number") from None
+
+
+# option, type, help; the defaults are those of tsad.training.train.Settings
+SETTINGS: tuple[tuple[str, Any, str], ...] = (
+    ("minutes", _number, "train that long"),
+    ("steps", positive_int, "train that many steps"),
+    ("horizon", positive_int, "actions predicted at once (default: 16)"),
+    ("n-obs-steps", positive_int, "observations seen (default: 2)"),
+    ("n-action-steps", positive_int, "actions executed of those predicted (default: 8)"),
+    ("n-layer", positive_int, "decoder layers (default: 8)"),
+    ("n-head", positive_int, "attention heads (default: 4)"),
+    ("n-emb", positive_int, "width (default: 256)"),
+    ("num-train-timesteps", positive_int, "noise levels (default: 100)"),
+    ("batch", positive_int, "windows per step (default: 64)"),
+    ("lr", _number, "learning rate (default: 5e-4)"),
+    ("weight-decay", _number, "of matrices (default: 0.01)"),
+    ("warmup", natural, "steps in which the rate rises (default: 500)"),
+    ("decay", _number, "share of the training in which the rate falls to 0 (default: 0.5)"),
+    ("ema", _number, "largest decay of the averaged weights (default: 0.9995)"),
+    ("dropout", _number, "rate (default: 0)"),
+    ("snr-power", _number, "p of the loss weight SNR^-p: 0 noise, 1 actions (default: 0.5)"),
+    ("val-episodes", natural, "held out: the last ones of the first file (default: 6)"),
+    ("seed", natural, "of weights, order and noise (default: 0)"),
+    ("init", str, "start from the weights and normaliser of this tsad folder"),
+)
+BUDGET = ("minutes", "steps")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "train-policy", help="a policy from demonstrations", description=DESCRIPTION,
+        epilog=EPILOG, formatter_class=Formatter,
+    )
+    parser.add_argument("data", metavar="DATA", nargs="+", help="demonstrations")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the tsad folder to make")
+    parser.add_argument("--resume", action="store_true", help="go on with the training in DIR")
+    parser.add_argument("--keypoints", metavar="FILE", help="JSON, for 'state' (default: Push-T's)")
+    parser.add_argument("--licence", default="", metavar="TEXT", help="of the data, for the card")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    parser.add_argument("--threads", type=positive_int, metavar="T", help="of torch on the CPU")
+    parser.add_argument(
+        "--report-every", type=positive_int, default=250, metavar="N",
+        help="measure the errors every N steps (default: 250)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    group = parser.add_argument_group("settings", argument_default=argparse.SUPPRESS)
+    for name, kind, text in SETTINGS:
+        metavar = "DIR" if name == "init" else "N" if kind in (positive_int, natural) else "X"
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--prediction-type", choices=("epsilon", "sample"), help="predict noise or actions"
+    )
+    group.add_argument(
+        "--shares", type=_number, nargs="+", metavar="X",
+        help="share of each DATA in training (default: by size)",
+    )
+    group.add_argument(
+        "--count-padding", action="store_true",
+        help="learn to repeat the last action after an episode's end, as Diffusion Policy does",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    torch = require("torch", extra="train", purpose="tsad train-policy")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    trainer = _resumed(args) if args.resume else _fresh(args)
+    begun = f"from step {trainer.step}" if trainer.step else "from the beginning"
+    if not args.json:
+        print(_plan(trainer, begun), flush=True)
+    config = _fit(trainer, args)
+    summary = {
+        "out": str(trainer.out),
+        "sha256": config.provenance["sha256"]["model.safetensors"],
+        "steps": trainer.step,
+        "minutes": round(trainer.seconds / 60, 2),
+        "val_loss": trainer.curve[-1].val_loss if trainer.curve else None,
+        "x0_error": trainer.curve[-1].x0_error if trainer.curve else None,
+    }
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(f"written to {trainer.out}: {trainer.step} steps, {trainer.seconds / 60:.1f} minutes")
+        print(f"sha256 of model.safetensors: {summary['sha256']}")
+    return 0
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings on the command line."""
+    names = [name.replace("-", "_") for name, _, _ in SETTINGS]
+    names += ["prediction_type", "shares", "count_padding"]
+    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if "shares" in values:
+        values["shares"] = tuple(values["shares"])
+    return values
+
+
+def _make(args: argparse.Namespace, settings: Settings) -> Trainer:
+    from tsad.training.train import Trainer
+
+    with argument("DATA"):
+        for path in args.data:
+            if not Path(path).exists():
+                raise FileNotFoundError(f"{path!r} does not exist")
+    try:
+        return Trainer(
+            args.data, args.out, settings, keypoints=args.keypoints, device=args.device,
+            licence=args.licence,
+        )
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _fresh(args: argparse.Namespace) -> Trainer:
+    from tsad.training.train import Settings
+
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"argument --out: {args.out!r} exists and isn't empty; choose another folder, or go on "
+            "with the training in it by --resume"
+        )
+    try:
+        settings = Settings(**_given(args))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return _make(args, settings)
+
+
+def _resumed(args: argparse.Namespace) -> Trainer:
+    from dataclasses import replace
+
+    from tsad.training.running import load_state
+    from tsad.training.train import Settings
+
+    with argument("--resume"):
+        state = load_state(args.out)
+        settings = Settings.from_dict(state["settings"])
+    given = _given(args)
+    for name, value in given.items():
+        if name not in BUDGET and value != getattr(settings, name):
+            option = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"argument {option}: got {value}, but the training in {args.out} has "
+                f"{getattr(settings, name)}; leave it out, or begin anew in another folder"
+            )
+    try:
+        budget = {name: given[name] for name in BUDGET if name in given}
+        settings = replace(settings, **budget)
+        trainer = _make(args, settings)
+        trainer.restore(state)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return trainer
+
+
+def _plan(trainer: Trainer, begun: str) -> str:
+    episodes = sum(len(source.ends) for source in trainer.sources)
+    numbers = sum(p.numel() for p in trainer.net.parameters())
+    s = trainer.settings
+    budget = [f"{s.minutes:g} minutes"] if s.minutes else []
+    budget += [f"{s.steps} steps"] if s.steps else []
+    return (
+        f"{episodes} episodes, {len(trainer.data.edges)} windows, {numbers:,} parameters, "
+        f"{trainer.device}; {' or '.join(budget)}, {begun}\n"
+        "x0 error: of the clean actions, in their own units, from little noise to much"
+    )
+
+
+def _fit(trainer: Trainer, args: argparse.Namespace) -> Any:
+    from tsad.training.train import InterruptedTrainingError
+
+    done = round(1000 * trainer.fraction)
+    with Progress(1000, "train", unit="parts", done=done) as progress:
+        note = ""
+
+        def on_step(trainer: Trainer) -> None:
+            parts = min(1000, round(1000 * trainer.fraction)) - progress.done
+            if parts > 0:
+                progress.update(note, parts)
+
+        def on_report(report: Report) -> None:
+            nonlocal note
+            note = f"step {report.step}, {report.text()}"
+
+        try:
+            return trainer.fit(
+                report_every=args.report_every, on_step=on_step, on_report=on_report
+            )
+        except InterruptedTrainingError:
+            command = ["tsad", "train-policy", *args.data, "--out", args.out, "--resume"]
+            command += ["--keypoints", args.keypoints] if args.keypoints else []
+            command += ["--licence", args.licence] if args.licence else []
+            raise InterruptedRunError(
+                f"saved at step {trainer.step}, {trainer.fraction:.0%} of the training; "
+                f"go on with: {shlex.join(command)}"
+            ) from None

@@ -1,0 +1,174 @@
+"""Checkpoints of other libraries to the tsad folder.
+
+``convert`` makes a folder of a Diffusion Policy ``.ckpt``, ``convert_pruner`` adds a pruner to a
+folder. Neither needs torch, and nothing in a file is run: see ``tsad.convert.pickle_machine``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsad.checkpoint import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    PRUNER_FILE,
+    CheckpointError,
+    read_folder,
+    read_json,
+    write_folder,
+    write_pruner,
+)
+from tsad.convert.diffusion_policy import Converted, read_checkpoint, read_pruner
+
+__all__ = ["Converted", "convert", "convert_pruner", "read_checkpoint", "read_pruner"]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    weights: str = "ema",
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Converts a Diffusion Policy checkpoint to a tsad folder.
+
+    ``source`` is a ``.ckpt`` of a low-dimensional or hybrid-image transformer policy, ``out`` the
+    folder to write. ``weights`` is ``"ema"`` or ``"raw"``, ``dtype`` of the stored numbers
+    ``"float32"`` or ``"float16"``. Returns a summary of JSON values. Raises ``FileExistsError`` if
+    ``out`` is there and ``overwrite`` is false or it is no tsad folder, ``FileNotFoundError``, or
+    ``ValueError`` naming what does not fit; nothing is written then.
+    """
+    folder = Path(out)
+    _check_out(folder, overwrite)
+    path = Path(source)
+    if path.is_dir():
+        raise _wrong_folder(path)
+    converted = read_checkpoint(path, weights=weights)
+    provenance = converted.config.provenance | {"source_sha256": _sha256(path)}
+    config = replace(converted.config, provenance=provenance)
+    config = write_folder(folder, config, converted.tensors, dtype=dtype)
+    network = config.network
+    return {
+        "source": str(path),
+        "out": str(folder),
+        "policy": converted.policy,
+        "weights": weights,
+        "network": f"{network.n_layer} layers, {network.n_head} heads, width {network.n_emb}",
+        "horizon": network.horizon,
+        "n_obs_steps": network.n_obs_steps,
+        "n_action_steps": network.n_action_steps,
+        "obs_dim": network.obs_dim,
+        "action_dim": network.action_dim,
+        "scheduler": config.scheduler.type,
+        "num_inference_steps": config.scheduler.num_inference_steps,
+        "parameters": int(sum(tensor.size for tensor in converted.tensors.values())),
+        "dtype": dtype,
+        "bytes": (folder / MODEL_FILE).stat().st_size,
+        "sha256": config.provenance["sha256"][MODEL_FILE],
+        "notes": converted.notes,
+    }
+
+
+def convert_pruner(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    n_head: int | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Adds a pruner checkpoint (``.pt`` in the published layout) to an existing tsad folder.
+
+    ``n_head`` is for bare state dicts, which don't say it (default 8). Returns a summary of JSON
+    values. Raises ``FileExistsError`` if the folder has a pruner and ``overwrite`` is false,
+    ``FileNotFoundError``, or ``ValueError`` naming what does not fit; nothing is written then.
+    """
+    target = Path(folder)
+    config, _, existing = read_folder(target)
+    if existing is not None and not overwrite:
+        raise FileExistsError(
+            f"{target / PRUNER_FILE}: expected no pruner yet, found one; pass overwrite=True"
+        )
+    pruner, tensors = read_pruner(source, config.network, n_head=n_head)
+    provenance = config.provenance | {
+        "pruner": {"source": os.path.basename(source), "source_sha256": _sha256(Path(source))}
+    }
+    config = replace(config, pruner=pruner, provenance=provenance)
+    config = write_pruner(target, config, tensors, dtype)
+    return {
+        "source": str(source),
+        "out": str(target),
+        **pruner.to_dict(),
+        "parameters": int(sum(np.size(tensor) for tensor in tensors.values())),
+        "dtype": dtype,
+        "sha256": config.provenance["sha256"][PRUNER_FILE],
+    }
+
+
+def _check_out(folder: Path, overwrite: bool) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder}: expected a folder that is new or empty, found something there; choose "
+            "another or pass overwrite=True"
+        )
+    try:
+        ours = isinstance(data := read_json(folder / CONFIG_FILE), Mapping)
+        ours = ours and data.get("format") == "tsad"
+    except (CheckpointError, OSError):
+        ours = False
+    if not ours:
+        raise FileExistsError(
+            f"{folder}: expected a tsad folder to overwrite, found something else; choose another"
+        )
+
+
+def _wrong_folder(path: Path) -> ValueError:
+    kind = folder_kind(path)
+    if kind == "lerobot":
+        return lerobot_error(path)
+    if kind == "tsad":
+        return ValueError(f"{path}: expected a checkpoint to convert, got a tsad folder; load it")
+    return ValueError(
+        f"{path}: expected a Diffusion Policy .ckpt file, got a folder; give the file in it"
+    )
+
+
+def folder_kind(path: Path) -> str:
+    """``"tsad"``, ``"lerobot"`` or ``"unknown"``, by what ``config.json`` says of itself.
+
+    A ``config.json`` that is no JSON object raises ``CheckpointError``.
+    """
+    if not (path / CONFIG_FILE).is_file():
+        return "unknown"
+    data = read_json(path / CONFIG_FILE)
+    if isinstance(data, Mapping) and "format" not in data and isinstance(data.get("type"), str):
+        return "lerobot"
+    return "tsad"
+
+
+def lerobot_error(path: Path) -> ValueError:
+    """Why a LeRobot checkpoint is refused."""
+    kind = read_json(path / CONFIG_FILE)["type"]
+    what = "its UNet is" if kind == "diffusion" else "this policy is"
+    return ValueError(
+        f"{path}: expected a tsad folder or a Diffusion Policy .ckpt, got a LeRobot checkpoint of "
+        f"type {str(kind)[:100]!r}; {what} not supported yet, use a transformer policy of "
+        "Diffusion Policy"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

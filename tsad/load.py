@@ -1,0 +1,213 @@
+"""``tsad.load``: from a name, a folder or a checkpoint to a policy that runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tsad.checkpoint import CONFIG_FILE, Tensors, read_folder
+from tsad.config import PolicyConfig
+from tsad.convert import folder_kind, lerobot_error, read_checkpoint
+from tsad.reference import sinusoid
+from tsad.samplers import Sampler, make_sampler
+
+if TYPE_CHECKING:
+    from tsad import _core
+    from tsad.policy import SparsePolicy
+
+PRECISIONS = ("auto", "float32")
+MAX_THREADS = 64  # the team's size in csrc/team.c
+THREADS_PER_LANE = 4  # a lane is shared by at most so many: TSAD_PARTS in csrc/internal.h
+
+_ASSETS = Path(__file__).parent / "assets"
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    lanes: int = 1,
+    device: str = "cpu",
+    precision: str = "auto",
+    threads: int | None = None,
+    sampler: str | None = None,
+    num_inference_steps: int | None = None,
+) -> SparsePolicy:
+    """A policy, ready to run.
+
+    ``source`` is the name of a bundled policy (``"pusht"``; a folder of that name is
+    ``"./pusht"``), a tsad folder, or a Diffusion Policy ``.ckpt``, whose EMA weights are converted
+    in memory without running anything in it.
+
+    ``lanes`` environments are stepped together. ``device`` is ``"cpu"``. ``precision`` ``"auto"``
+    is float32 on a CPU. ``threads`` defaults to the CPUs that this process may use, at most four
+    per lane. ``sampler`` (``"ddpm"``, ``"ddim"``, ``"dpmsolver++"``) and ``num_inference_steps``
+    override the checkpoint's.
+
+    Raises ``ValueError`` or ``TypeError`` naming the argument, what came, what was expected and the
+    fix; ``FileNotFoundError`` if ``source`` is a path to nothing; ``CheckpointError``, a
+    ``ValueError``, for files that are truncated, foreign or do not fit.
+    """
+    lanes = _integer("lanes", lanes, 1, 2**20)
+    cpus = min(usable_cpus(), MAX_THREADS, THREADS_PER_LANE * lanes)
+    threads = cpus if threads is None else _integer("threads", threads, 1, MAX_THREADS)
+    _check_device(device)
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}; "
+            "choose one of these"
+        )
+    config, tensors, pruner = _read(source)
+    table = make_sampler(
+        config.scheduler.to_dict(), sampler=sampler, num_inference_steps=num_inference_steps
+    )
+    model = make_model(config, tensors, pruner, table)
+    # the policy is part of the compiled core; reading and converting files work without it
+    from tsad.policy import SparsePolicy
+
+    return SparsePolicy(
+        model,
+        config=config,
+        sampler=table,
+        lanes=lanes,
+        threads=threads,
+        device="cpu",
+        precision="float32",
+    )
+
+
+def make_model(
+    config: PolicyConfig,
+    tensors: Tensors,
+    pruner: Tensors | None,
+    sampler: Sampler,
+    *,
+    backend: str | None = None,
+) -> _core.Model:
+    """The core's immutable model of checked tensors; it packs them into memory of its own.
+
+    ``backend`` pins the instruction set, one of ``_core.backends()``; ``None`` is the best one.
+    """
+    from tsad import _core
+
+    net = config.network
+
+    def vector(values: tuple[float, ...]) -> Any:
+        return np.array(values, dtype=np.float32)
+
+    packed_pruner = None
+    if pruner is not None and config.pruner is not None:
+        hidden = config.pruner.hidden_dim
+        packed_pruner = {
+            "tensors": pruner,
+            "hidden": hidden,
+            "heads": config.pruner.n_head,
+            "ff": config.pruner.dim_feedforward,
+            "block_emb": sinusoid(np.arange(net.n_blocks), hidden, np.float32),
+        }
+    return _core.Model(
+        family=net.type,
+        horizon=net.horizon,
+        n_obs_steps=net.n_obs_steps,
+        n_action_steps=net.n_action_steps,
+        obs_dim=net.obs_dim,
+        action_dim=net.action_dim,
+        n_layers=net.n_layer,
+        n_heads=net.n_head,
+        n_emb=net.n_emb,
+        n_cond_layers=net.n_cond_layers,
+        causal=net.causal_attn,
+        sampler=np.ascontiguousarray(sampler.table, dtype=np.float32),
+        time_emb=sinusoid(sampler.timesteps, net.n_emb, np.float32),
+        obs_scale=vector(config.normalizer.obs.scale),
+        obs_offset=vector(config.normalizer.obs.offset),
+        action_scale=vector(config.normalizer.action.scale),
+        action_offset=vector(config.normalizer.action.offset),
+        block_cost=np.array(config.costs, dtype=np.int64),
+        tensors=tensors,
+        pruner=packed_pruner,
+        backend=backend,
+    )
+
+
+def bundled() -> list[str]:
+    """Names of the policies that come with the package."""
+    return sorted(path.parent.name for path in _ASSETS.glob(f"*/{CONFIG_FILE}"))
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, and the quota of its container (cgroup v2)."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError, ZeroDivisionError):  # no quota ("max"), or no such system
+        pass
+    return max(count, 1)
+
+
+def _read(source: str | os.PathLike[str]) -> tuple[PolicyConfig, Tensors, Tensors | None]:
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"source: expected a name, a folder or a file as str or Path, got "
+            f'{type(source).__name__}; tsad.load("pusht") loads the bundled policy'
+        )
+    if isinstance(source, str) and source in bundled():
+        return read_folder(_ASSETS / source)
+    path = Path(source)
+    if path.is_dir():
+        kind = folder_kind(path)
+        if kind == "tsad":
+            return read_folder(path)
+        if kind == "lerobot":
+            raise lerobot_error(path)
+        raise ValueError(
+            f"source: expected a tsad folder, got {str(path)!r}, which has no {CONFIG_FILE}; make "
+            "one with: tsad convert CHECKPOINT FOLDER"
+        )
+    if not path.exists():
+        names = ", ".join(map(repr, bundled()))
+        error = ValueError if path.name == str(source) and not path.suffix else FileNotFoundError
+        raise error(
+            f"source: expected the name of a bundled policy ({names}), a tsad folder or a "
+            f"Diffusion Policy .ckpt file, got {str(source)!r}, where nothing is; check the path"
+        )
+    if path.suffix in (".safetensors", ".json"):
+        raise ValueError(
+            f"source: expected a tsad folder, got the file {str(path)!r}; give the folder it is in"
+        )
+    converted = read_checkpoint(path)
+    return converted.config, converted.tensors, None
+
+
+def _check_device(device: Any) -> None:
+    name = str(device)  # a torch.device too
+    if name == "cpu":
+        return
+    if name.partition(":")[0] == "cuda":
+        raise ValueError(
+            f'device: expected "cpu", got {name!r}; this version has no CUDA backend, leave the '
+            "argument out"
+        )
+    raise ValueError(f'device: expected "cpu", got {name!r}; leave the argument out')
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole:
+        raise TypeError(
+            f"{name}: expected an integer from {low} to {high}, got {value!r} "
+            f"({type(value).__name__}); pass an int"
+        )
+    if not low <= value <= high:
+        raise ValueError(
+            f"{name}: expected an integer from {low} to {high}, got {value}; choose one in this "
+            "range"
+        )
+    return int(value)

@@ -1,0 +1,345 @@
+"""`SparsePolicy`: a model, its memory, and the dial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsad import _core, planners
+from tsad.config import block_names, block_types
+from tsad.plan import SOURCE_NAMES, Plan
+from tsad.planners import Planner
+
+if TYPE_CHECKING:
+    from tsad.config import PolicyConfig
+    from tsad.samplers import Sampler
+
+# Largest |difference| of normalised actions from the same policy in float64, same noise. Stated for
+# a dense plan; what a sparse plan loses is the method's, not the arithmetic's.
+ERROR_BOUNDS = {"float32": 1e-4}
+
+
+class SparsePolicy(_core.Policy):
+    """A diffusion policy that runs each chunk along a plan. Made by `tsad.load`.
+
+    ``policy(obs)`` runs one chunk: ``obs`` float32 (lanes, n_obs_steps, obs_dim) in raw units, the
+    newest observation last; the result is float32 (lanes, n_action_steps, action_dim). With one
+    lane, ``obs`` (n_obs_steps, obs_dim) gives (n_action_steps, action_dim). Keywords: ``out``
+    writes into your array; ``noise`` (K, lanes, horizon, action_dim) replaces the policy's own, or
+    (lanes, horizon, action_dim) the initial sample alone; ``lanes=[...]`` runs a subset;
+    ``return_horizon`` returns all actions. Arrays are borrowed, never copied: NumPy, or anything
+    with DLPack (torch, JAX ...) in host memory. A refused call changes nothing.
+
+    ``policy.sparsity = 0.95`` turns the dial, ``policy.plan = plan`` fixes a plan, and
+    ``policy.reset(seed=0)`` starts an episode. A new policy is dense.
+
+    One thread at a time: while a chunk runs, others get ``RuntimeError``, setters and `reset`
+    included. The GIL is free meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: _core.Model,
+        *,
+        config: PolicyConfig,
+        sampler: Sampler,
+        lanes: int = 1,
+        threads: int = 1,
+        device: str = "cpu",
+        precision: str = "float32",
+    ) -> None:
+        super().__init__(model, lanes=lanes, threads=threads)
+        self._config = config
+        self._sampler = sampler
+        self._device = device
+        self._precision = precision
+        self._blocks = block_names(config.network)
+        self._types = block_types(config.network)
+        if len(self._blocks) != self.n_blocks or len(sampler.timesteps) != self.num_inference_steps:
+            raise ValueError(
+                f"config, sampler: expected {self.n_blocks} blocks and {self.num_inference_steps} "
+                f"steps as the model has, got {len(self._blocks)} and {len(sampler.timesteps)}; "
+                "make the model from them (tsad.load)"
+            )
+        self._planner: str | Planner = "pruner" if self.has_pruner else "uniform"
+        self._dial: float | None = 0.0
+        self._fixed = False  # by the user
+        self._plans: list[Plan] | None = None  # one per lane; None: the pruner plans
+        self._follow(self._planner, self._dial)
+
+    # ---- the dial
+
+    @property
+    def sparsity(self) -> float | None:
+        """The dial: the fraction of a chunk's cost that is saved, 0 (dense) to `max_sparsity`.
+
+        The planner meets it at least, in chunks after the first of an episode. None: the pruner
+        decides by its own scores; that needs the planner "pruner". With a fixed `plan` this is the
+        plan's (its mean over the lanes). Setting it frees a fixed plan.
+        """
+        if self._fixed and self._plans is not None:
+            return float(np.mean([plan.sparsity for plan in self._plans]))
+        return self._dial
+
+    @sparsity.setter
+    def sparsity(self, value: float | None) -> None:
+        self._follow(self._planner, self._check_dial(self._planner, value))
+
+    @property
+    def max_sparsity(self) -> float:
+        """The end of the dial: 1 - 1/K, as step 0 is computed; 0 with the planner "dense"."""
+        return self._end_of_dial(self._planner)
+
+    @property
+    def planner(self) -> str | Planner:
+        """Who turns the dial into plans: "dense", "uniform", "pruner", or your own `Planner`.
+
+        Setting it keeps the dial (the planner "dense" turns it to 0) and frees a fixed plan.
+        """
+        return self._planner
+
+    @planner.setter
+    def planner(self, planner: str | Planner) -> None:
+        choices = ", ".join(map(repr, planners.NAMES))
+        if not (planner in planners.NAMES if isinstance(planner, str) else callable(planner)):
+            raise ValueError(
+                f"planner: expected one of {choices}, or a callable (policy, sparsity) -> Plan, "
+                f"got {planner!r}; choose one of these"
+            )
+        if planner == "pruner" and not self.has_pruner:
+            raise ValueError(
+                "planner: got 'pruner', but this policy has none; choose 'uniform', or load a "
+                "folder with pruner.safetensors"
+            )
+        dial = 0.0 if planner == "dense" or self._dial is None else self._dial
+        self._follow(planner, self._check_dial(planner, dial))
+
+    @property
+    def plan(self) -> Plan | list[Plan]:
+        """The last executed plan, a copy (a list for several lanes).
+
+        A lane that has not run yet shows the plan that it will run. Set a `Plan`, or one per lane,
+        to fix it, and None to give the choice back to the planner. In the middle of an episode a
+        plan is refused if it reuses a rollout that is not there.
+        """
+        plans = [self._executed(lane) for lane in range(self.lanes)]
+        return plans[0] if self.lanes == 1 else plans
+
+    @plan.setter
+    def plan(self, plan: Plan | Sequence[Plan] | None) -> None:
+        if plan is None:
+            self._follow(self._planner, self._dial)
+            return
+        plans = self._bind(plan)
+        self._set_plans([self._arrays(item) for item in plans])
+        self._plans, self._fixed = plans, True
+
+    def _end_of_dial(self, planner: str | Planner) -> float:
+        return 0.0 if planner == "dense" else 1 - 1 / self.num_inference_steps
+
+    def _check_dial(self, planner: str | Planner, value: float | None) -> float | None:
+        if value is None:
+            if planner == "pruner":
+                return None
+            raise ValueError(
+                "sparsity: None is the pruner's own choice, but the planner is "
+                f"{planner!r}; set a number, or policy.planner = 'pruner' first"
+            )
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"sparsity: expected a number from 0 (dense) to {self._end_of_dial(planner):.6g}, "
+                f"got {value!r}; set a float"
+            ) from None
+        if not 0 <= number <= 1:
+            raise ValueError(
+                f"sparsity: expected a number from 0 (dense) to {self._end_of_dial(planner):.6g}, "
+                f"got {number!r}; it is the fraction of a chunk's cost to save"
+            )
+        if number > self._end_of_dial(planner):
+            raise ValueError(
+                f"sparsity: expected at most policy.max_sparsity, {self._end_of_dial(planner):.6g} "
+                f"with the planner {planner!r} at {self.num_inference_steps} steps, got "
+                f"{number!r}; use less, or load the policy with more num_inference_steps"
+            )
+        return number
+
+    def _follow(self, planner: str | Planner, dial: float | None) -> None:
+        """Let the planner decide; if it fails or the policy is busy, nothing has changed."""
+        plans: list[Plan] | None = None
+        if dial == 0 and isinstance(planner, str):
+            plans = self._bind(planners.dense(self))
+        elif planner == "uniform" and dial is not None:
+            plans = self._bind(planners.uniform_sparse(self, dial))
+        elif not isinstance(planner, str):
+            plans = self._bind(planner(self, 0.0 if dial is None else dial))
+        if plans is None:
+            self._set_pruner(-1.0 if dial is None else dial)
+        else:
+            self._set_plans([self._arrays(plan) for plan in plans])
+        self._planner, self._dial, self._plans, self._fixed = planner, dial, plans, False
+
+    # ---- plans
+
+    def _bind(self, plan: Plan | Sequence[Plan]) -> list[Plan]:
+        """One checked plan per lane, with this policy's names and costs."""
+        given = [plan] * self.lanes if isinstance(plan, Plan) else plan
+        if not isinstance(given, list | tuple) or not all(isinstance(p, Plan) for p in given):
+            raise TypeError(
+                "plan: expected a tsad.Plan, a list with one per lane, or None, got "
+                f"{type(plan).__name__}; wrap sources in tsad.Plan(sources)"
+            )
+        if len(given) != self.lanes:
+            raise ValueError(
+                f"plan: expected one plan per lane, {self.lanes}, got {len(given)}; pass a single "
+                "plan for all lanes"
+            )
+        bound: dict[int, Plan] = {}  # one object per distinct plan
+        return [bound.setdefault(id(item), self._bind_one(item)) for item in given]
+
+    def _bind_one(self, plan: Plan) -> Plan:
+        expected = (self.num_inference_steps, self.n_blocks)
+        if plan.sources.shape != expected:
+            raise ValueError(
+                f"plan: expected {expected[0]} steps x {expected[1]} blocks, as this policy has, "
+                f"got {plan.sources.shape[0]} x {plan.sources.shape[1]}; make one for this policy, "
+                "or load it with other num_inference_steps"
+            )
+        if plan.blocks != tuple(self._blocks) and plan.has_block_names:
+            pairs = zip(plan.blocks, self._blocks, strict=True)
+            block, (got, wanted) = next((b, p) for b, p in enumerate(pairs) if p[0] != p[1])
+            raise ValueError(
+                f"plan: expected a plan for the blocks of this policy, got one whose block {block} "
+                f"is {got!r}, not {wanted!r}; make one for this policy"
+            )
+        try:
+            return self._make_plan(plan.sources, plan.first, plan.metadata)
+        except ValueError as error:  # other types than the plan was made for
+            raise ValueError(f"plan: {error}") from error
+
+    def _make_plan(
+        self, sources: NDArray[np.uint8], first: Plan | None, metadata: dict[str, Any] | None
+    ) -> Plan:
+        return Plan(
+            sources,
+            first,
+            blocks=self._blocks,
+            types=self._types,
+            cost=self.block_costs,
+            metadata=metadata,
+        )
+
+    @staticmethod
+    def _arrays(plan: Plan) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        first = np.zeros_like(plan.sources) if plan.first is None else plan.first.sources
+        return plan.sources, first
+
+    def _executed(self, lane: int) -> Plan:
+        chosen = None if self._plans is None else self._plans[lane]
+        if not sum(self._stats(lane)["cells"]):  # has never run
+            return planners.dense(self) if chosen is None else chosen  # a pruner begins densely
+        sources = self._get_plan(lane)
+        if chosen is not None and np.array_equal(sources, chosen.sources):
+            return chosen
+        return self._make_plan(sources, None, None)
+
+    # ---- facts
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the prunable blocks in execution order, e.g. "layers.0.cross_attn"."""
+        return list(self._blocks)
+
+    @property
+    def block_types(self) -> list[str]:
+        """Type of each block; blocks of one type may stand in for each other."""
+        return list(self._types)
+
+    @property
+    def timesteps(self) -> NDArray[np.int64]:
+        """Training timestep of each denoising step, (K,), noisiest first."""
+        return np.array(self._sampler.timesteps)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration as ``config.json`` says it, with the sampler that is in use; a copy."""
+        config = self._config.to_dict()
+        config["scheduler"]["type"] = self._sampler.name
+        config["scheduler"]["num_inference_steps"] = self.num_inference_steps
+        return config
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return self._device
+
+    @property
+    def precision(self) -> str:
+        """Type of weights and activations."""
+        return self._precision
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Milliseconds of the last call: encode, prune, plan, denoise, and total."""
+        return self._timings()
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What the last chunk did, over all lanes.
+
+        ``chunks``: chunks since each lane's reset, summed. ``sparsity`` (of the cost) and
+        ``cell_sparsity``: means. ``cells``: cells by source. ``forced``: cells computed because
+        nothing was there to reuse. ``max_age``: oldest rollout reused, in chunks. ``bytes``: memory
+        of this policy; ``weight_bytes``: of the model it shares. ``precision`` and ``error_bound``:
+        largest difference of a dense chunk's normalised actions from float64, same noise.
+        ``lanes``: the first six for each lane.
+        """
+        dense = int(self.block_costs.sum()) * self.num_inference_steps
+        lanes = []
+        for lane in range(self.lanes):
+            raw = self._stats(lane)
+            cells = dict(zip(SOURCE_NAMES, raw["cells"], strict=True))
+            total = sum(raw["cells"])
+            ran = total > 0  # ever
+            lanes.append(
+                {
+                    "chunks": raw["chunks"],
+                    "sparsity": 1 - raw["cost"] / dense if ran else 0.0,
+                    "cell_sparsity": 1 - cells["compute"] / total if ran else 0.0,
+                    "cells": cells,
+                    "forced": raw["forced"],
+                    "max_age": raw["max_age"],
+                }
+            )
+        return {
+            "chunks": sum(s["chunks"] for s in lanes),
+            "sparsity": float(np.mean([s["sparsity"] for s in lanes])),
+            "cell_sparsity": float(np.mean([s["cell_sparsity"] for s in lanes])),
+            "cells": {name: sum(s["cells"][name] for s in lanes) for name in SOURCE_NAMES},
+            "forced": sum(s["forced"] for s in lanes),
+            "max_age": max(s["max_age"] for s in lanes),
+            "bytes": self._bytes,
+            "weight_bytes": self.model.weight_bytes,
+            "precision": self._precision,
+            "error_bound": ERROR_BOUNDS[self._precision],
+            "lanes": lanes,
+        }
+
+    def __repr__(self) -> str:
+        if self._fixed:
+            plan = f"fixed plan, sparsity {self.sparsity:.4g}"
+        elif self._dial is None:
+            plan = f"planner {self._planner!r}, its own sparsity"
+        else:
+            plan = f"planner {self._planner!r}, sparsity {self._dial:.4g}"
+        lanes = f"{self.lanes} lane{'s' if self.lanes > 1 else ''}"
+        return (
+            f"SparsePolicy({self._sampler.name} {self.num_inference_steps} steps x {self.n_blocks} "
+            f"blocks, obs {self.n_obs_steps} x {self.obs_dim} -> actions {self.n_action_steps} x "
+            f"{self.action_dim} of {self.horizon}, {lanes}, {self._device} {self._precision} "
+            f"{self.backend}, {plan})"
+        )

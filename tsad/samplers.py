@@ -1,0 +1,263 @@
+"""Samplers: one table of coefficients for DDPM, DDIM and DPM-Solver++(2M).
+
+A row of the table is one network evaluation. With e the network's output, x the sample, z the noise
+of that row and x0_previous the x0 of the row before, a row (a, b, r, c, d, f, g, h) says
+
+    x0 = clip(a x + b e, -r, r)                        r = inf: no clipping
+    x  = c x0 + d x + f e + g x0_previous + h z
+
+Meaning and timesteps are those of diffusers' ``DDPMScheduler``, ``DDIMScheduler`` (eta 0) and
+``DPMSolverMultistepScheduler`` (dpmsolver++, order 2, midpoint, final sigma 0): betas and their
+cumulative product are float32 tables like there, coefficients are float64. Sources: DDPM
+(arXiv 2006.11239), DDIM (2010.02502), DPM-Solver++ (2211.01095).
+
+Four cases where diffusers gives no usable result, and what happens here instead:
+
+* trailing spacing, where diffusers' float stride yields one timestep too many, -1 (29 of 100 steps,
+  say): the surplus timestep is left out;
+* DDPM whose last timestep is not 0: diffusers adds noise after the last step. With
+  ``fixed_small`` it is 1e-10 z and left out; with ``fixed_large`` it would ruin the actions, and
+  the combination is refused;
+* DPM-Solver++ with so many steps that a timestep comes twice (linspace, 100 of 100): diffusers
+  divides by zero; here the row after the repetition is of first order;
+* DPM-Solver++ with leading spacing and as many steps as in training: diffusers' stride is 0, and
+  every timestep the same; refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsad.config import SAMPLERS, SchedulerConfig
+
+COLUMNS = ("a", "b", "r", "c", "d", "f", "g", "h")
+MIN_VARIANCE = 1e-20
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A denoising loop of K network evaluations."""
+
+    name: str
+    """``"ddpm"``, ``"ddim"`` or ``"dpmsolver++"``."""
+    timesteps: Int
+    """(K,) training timestep of each row, noisiest first."""
+    table: Float
+    """(K, 8) rows of coefficients in the order of ``COLUMNS``."""
+    adds_noise: bool
+    """Whether any row has h != 0. The last row never has."""
+    prediction_type: str
+    """What the network's output is: ``"epsilon"`` or ``"sample"``."""
+
+
+def make_sampler(
+    scheduler: Mapping[str, Any],
+    *,
+    sampler: str | None = None,
+    num_inference_steps: int | None = None,
+) -> Sampler:
+    """The sampler of a ``scheduler`` object of ``config.json`` (keys: ``tsad.config``).
+
+    ``sampler`` overrides ``scheduler["type"]`` and ``num_inference_steps`` the key of that name;
+    every other key keeps its meaning, ``clip_sample`` too: it says that the data lie in a range,
+    and that holds whatever the sampler (diffusers' DPM-Solver++ has no clipping; where
+    ``scheduler["type"]`` is ``"dpmsolver++"``, ``clip_sample`` is false unless given).
+    Raises ``ValueError`` naming the key, the value, the choices and the fix.
+    """
+    given = dict(scheduler)
+    given.setdefault("clip_sample", given.get("type") != "dpmsolver++")
+    if given.get("prediction_type") == "v_prediction":
+        raise ValueError(
+            'scheduler.prediction_type: expected one of "epsilon", "sample", got "v_prediction"; '
+            "velocity prediction is not supported: train the policy to predict the noise (epsilon) "
+            "or the sample"
+        )
+    if sampler is not None:
+        if sampler not in SAMPLERS:
+            choices = ", ".join(f'"{name}"' for name in SAMPLERS)
+            raise ValueError(
+                f"sampler: expected one of {choices}, got {sampler!r}; choose one of these, "
+                "or None for the sampler of the checkpoint"
+            )
+        given["type"] = sampler
+    if num_inference_steps is not None:
+        given["num_inference_steps"] = _check_steps(num_inference_steps, given)
+    config = SchedulerConfig.from_dict(given, file="scheduler")
+
+    timesteps = _timesteps(config)
+    alphas_cumprod = _alphas_cumprod(config)
+    used = alphas_cumprod[timesteps]
+    if not ((used > 0) & (used < 1)).all():
+        raise ValueError(
+            f"scheduler.beta_start, scheduler.beta_end: got {config.beta_start:g} and "
+            f"{config.beta_end:g}, with which a timestep has no noise or no signal at all; "
+            "expected betas well inside (0, 1): choose some such as 0.0001 and 0.02"
+        )
+    fill = {"ddpm": _fill_ddpm, "ddim": _fill_ddim, "dpmsolver++": _fill_dpmsolver}[config.type]
+    table = _fill_x0(config, used)
+    fill(config, timesteps, alphas_cumprod, dict(zip(COLUMNS, table.T, strict=True)))
+    timesteps.setflags(write=False)
+    table.setflags(write=False)
+    adds_noise = bool((table[:, COLUMNS.index("h")] != 0).any())
+    return Sampler(config.type, timesteps, table, adds_noise, config.prediction_type)
+
+
+def _check_steps(steps: Any, given: Mapping[str, Any]) -> int:
+    train = given.get("num_train_timesteps", SchedulerConfig.num_train_timesteps)
+    whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
+    if not whole or not 1 <= steps <= train:
+        raise ValueError(
+            f"num_inference_steps: expected an integer from 1 to {train} (num_train_timesteps), "
+            f"got {steps!r}; choose one in this range, or None for the number of the checkpoint"
+        )
+    return int(steps)
+
+
+# Schedules
+
+
+def _linspace32(start: float, end: float, count: int) -> NDArray[np.float32]:
+    """``torch.linspace`` in float32, to the bit: filled from both ends, one rounding each.
+
+    The bits matter: 1 - beta is a float32 too, and at the small betas one unit in its last place is
+    a few ten-thousandths of the noise level.
+    """
+    first, last = np.float32(start), np.float32(end)
+    if count == 1:
+        return np.array([first])
+    step = np.float64((last - first) / np.float32(count - 1))
+    i = np.arange(count)
+    values = np.where(i < count // 2, first + step * i, last - step * (count - 1 - i))
+    return values.astype(np.float32)
+
+
+def _cosine(u: float) -> float:
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _betas(config: SchedulerConfig) -> NDArray[np.float32]:
+    n, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
+    if config.beta_schedule == "linear":
+        return _linspace32(start, end, n)
+    if config.beta_schedule == "scaled_linear":
+        return _linspace32(start**0.5, end**0.5, n) ** 2
+    ratios = [_cosine((i + 1) / n) / _cosine(i / n) for i in range(n)]
+    return np.array([min(1 - ratio, 0.999) for ratio in ratios], dtype=np.float32)
+
+
+def _alphas_cumprod(config: SchedulerConfig) -> Float:
+    """A_t, the share of signal variance: float32 values, accumulated in double as torch does."""
+    alphas = np.float32(1) - _betas(config)
+    products = np.cumprod(alphas.astype(np.float64)).astype(np.float32)
+    return products.astype(np.float64)
+
+
+def _timesteps(config: SchedulerConfig) -> Int:
+    """Training timesteps in loop order, noisiest first (arXiv 2305.08891, table 2)."""
+    train, steps = config.num_train_timesteps, config.num_inference_steps
+    # DPM-Solver++ counts the noise-free end as one more point of the grid.
+    points = steps + 1 if config.type == "dpmsolver++" else steps
+    ascending: NDArray[Any]
+    if config.timestep_spacing == "linspace":
+        ascending = np.linspace(0, train - 1, points).round()
+    elif config.timestep_spacing == "leading":
+        stride = train // points
+        if stride == 0:
+            raise ValueError(
+                f"num_inference_steps: expected at most {train - 1} with sampler dpmsolver++ and "
+                f"timestep_spacing leading, got {steps}; pass fewer (10 is usual)"
+            )
+        ascending = np.arange(points) * stride + config.steps_offset
+    else:
+        ascending = np.arange(train, 0, -train / steps).round()[:steps][::-1] - 1
+    timesteps = ascending[::-1][:steps].astype(np.int64)
+    if timesteps[0] >= train:
+        most = config.steps_offset - (timesteps[0] - (train - 1))
+        raise ValueError(
+            f"scheduler.steps_offset: expected at most {most} with {steps} steps, got "
+            f"{config.steps_offset}, which leads to timestep {timesteps[0]} while training ended "
+            f"at {train - 1}; lower it, or pass fewer num_inference_steps"
+        )
+    return timesteps
+
+
+# Tables
+
+
+def _fill_x0(config: SchedulerConfig, signal: Float) -> Float:
+    """A table with a, b and r filled: x0 from the sample and the network's output."""
+    table = np.zeros((len(signal), len(COLUMNS)))
+    column = dict(zip(COLUMNS, table.T, strict=True))
+    if config.prediction_type == "epsilon":
+        column["a"][:] = 1 / np.sqrt(signal)
+        column["b"][:] = -np.sqrt(1 - signal) / np.sqrt(signal)
+    else:
+        column["b"][:] = 1
+    column["r"][:] = config.clip_sample_range if config.clip_sample else np.inf
+    return table
+
+
+def _fill_ddpm(
+    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Float, column: dict[str, Float]
+) -> None:
+    """Posterior mean and deviation between neighbouring timesteps of the list."""
+    now = alphas_cumprod[timesteps]
+    then = np.append(now[1:], 1.0)
+    beta = 1 - now / then
+    column["c"][:] = np.sqrt(then) * beta / (1 - now)
+    column["d"][:] = np.sqrt(now / then) * (1 - then) / (1 - now)
+    variance = beta
+    if config.variance_type != "fixed_large":  # fixed_small_log: fixed_small by way of a logarithm
+        variance = np.maximum((1 - then) / (1 - now) * beta, MIN_VARIANCE)
+    elif timesteps[-1] > 0:
+        raise ValueError(
+            'scheduler.variance_type: expected "fixed_small" when the last timestep is not 0 '
+            f'(it is {timesteps[-1]}), got "fixed_large", which would add noise of deviation '
+            f"{math.sqrt(beta[-1]):.2g} to the finished actions; choose fixed_small, or "
+            "timestep_spacing leading with steps_offset 0"
+        )
+    column["h"][:-1] = np.sqrt(variance[:-1])
+
+
+def _fill_ddim(
+    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Float, column: dict[str, Float]
+) -> None:
+    """Deterministic (eta 0); the direction comes from the network's output, not from clipped x0."""
+    now = alphas_cumprod[timesteps]
+    # As in diffusers, one stride earlier: with trailing and linspace not the next of the list.
+    earlier = timesteps - config.num_train_timesteps // config.num_inference_steps
+    final = 1.0 if config.set_alpha_to_one else alphas_cumprod[0]
+    then = np.where(earlier >= 0, alphas_cumprod[earlier], final)
+    column["c"][:] = np.sqrt(then)
+    if config.prediction_type == "epsilon":
+        column["f"][:] = np.sqrt(1 - then)
+    else:  # epsilon = (x - sqrt(now) e) / sqrt(1 - now)
+        column["d"][:] = np.sqrt(1 - then) / np.sqrt(1 - now)
+        column["f"][:] = -column["d"] * np.sqrt(now)
+
+
+def _fill_dpmsolver(
+    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Float, column: dict[str, Float]
+) -> None:
+    """Second order from the x0 of two rows; first order in the first row and the last."""
+    signal = np.append(alphas_cumprod[timesteps], 1.0)
+    alpha, sigma = np.sqrt(signal), np.sqrt(1 - signal)
+    column["d"][:] = sigma[1:] / sigma[:-1]
+    # alpha_t (1 - exp(-h)), without the subtraction of two near numbers' logarithms
+    column["c"][:] = alpha[1:] - column["d"] * alpha[:-1]
+    log_snr = np.log(alpha[:-1]) - np.log(sigma[:-1])
+    step = np.diff(log_snr)
+    for k in range(1, len(timesteps) - 1):
+        if step[k - 1] > 0:
+            half = 0.5 * column["c"][k] * step[k] / step[k - 1]
+            column["c"][k] += half
+            column["g"][k] = -half

@@ -1,0 +1,96 @@
+"""Push-T in gym-pusht: push the T onto its goal; the low-dimensional task of Diffusion Policy.
+
+Observation (20 numbers): nine keypoints of the T (x, y each), then the agent's x and y, in pixels
+of the 512 x 512 table. The keypoints are recomputed from the state, as they were for training:
+gym-pusht's own keypoint observation has eight other points. Action: where the agent shall go.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsad._extras import require
+from tsad.sim import FloatArray, Step
+
+SUCCESS_COVERAGE = 0.95  # of the goal's area; the score is the coverage relative to this
+
+
+@functools.cache
+def _local_keypoints() -> NDArray[np.float64]:
+    """The nine keypoints in the block's frame, (9, 2) pixels."""
+    text = resources.files("tsad").joinpath("assets/pusht/keypoints.json").read_text()
+    local = np.array(json.loads(text)["local_keypoints_block_frame_px"], np.float64)
+    local.setflags(write=False)
+    return local
+
+
+def keypoints(block_x: float, block_y: float, angle: float) -> NDArray[np.float64]:
+    """The nine keypoints of a T at a pose, (9, 2) pixels: R(angle) @ local + position."""
+    c, s = np.cos(angle), np.sin(angle)
+    # Points are rows here, so the rotation stands transposed on the right.
+    turned = _local_keypoints() @ np.array([[c, s], [-s, c]])
+    return np.asarray(turned + np.array([block_x, block_y]), np.float64)
+
+
+def observation(state: FloatArray) -> NDArray[np.float32]:
+    """The policy's observation, float32 (20,), of a state: agent x, y, block x, y, angle."""
+    agent_x, agent_y, block_x, block_y, angle = (float(value) for value in state)
+    points = keypoints(block_x, block_y, angle).ravel()
+    return np.concatenate([points, [agent_x, agent_y]]).astype(np.float32)
+
+
+def score(coverage: float) -> float:
+    """The score of a moment: how much of the goal is covered, 1 from 95 % on."""
+    return min(max(coverage / SUCCESS_COVERAGE, 0.0), 1.0)
+
+
+def _make_simulator() -> Any:
+    """gym-pusht's environment itself, without gymnasium's wrappers: no checks at each step."""
+    # Read by SDL and pygame when imported: no window, no greeting on standard output.
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    module = require("gym_pusht.envs.pusht", extra="sim", purpose="the simulator 'pusht'")
+    return module.PushTEnv(obs_type="state", render_mode="rgb_array")
+
+
+class PushT:
+    """One table with a T; see `tsad.sim.Environment`.
+
+    An episode ends when more than 95 % of the goal is covered, or after 300 steps of 0.1 s.
+    """
+
+    name = "pusht"
+    obs_dim = 20
+    action_dim = 2
+    max_steps = 300
+    obs_meaning = "9 keypoints x 2, then the agent's x and y, in pixels"
+
+    def __init__(self) -> None:
+        self._simulator = _make_simulator()
+
+    def reset(self, seed: int) -> NDArray[np.float32]:
+        # The cross that marks the last action would outlive the episode in pictures.
+        self._simulator._last_action = None
+        state, _ = self._simulator.reset(seed=seed)
+        return observation(state)
+
+    def step(self, action: FloatArray) -> Step:
+        state, _, _, _, info = self._simulator.step(np.asarray(action, np.float64))
+        coverage = float(info["coverage"])
+        success = coverage > SUCCESS_COVERAGE
+        return Step(observation(state), score(coverage), success, success)
+
+    def render(self, size: int) -> NDArray[np.uint8]:
+        self._simulator.visualization_width = self._simulator.visualization_height = size
+        frame: NDArray[np.uint8] = self._simulator.render()
+        return frame
+
+    def close(self) -> None:
+        self._simulator.close()

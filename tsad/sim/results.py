@@ -1,0 +1,226 @@
+"""Results of a closed-loop evaluation on disk, and what they amount to.
+
+While a run goes on, `<out>.partial` holds one JSON line of settings and one per finished episode,
+each flushed to disk; when it ends, `<out>` is written whole and the partial file goes. Whoever is
+interrupted loses the episodes in flight, never a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsad.checkpoint import write_atomically
+from tsad.sim.rollout import Episode
+
+FORMAT = "tsad-eval"
+FORMAT_VERSION = 1
+RESAMPLES = 10_000
+
+
+class ResultsError(ValueError):
+    """A results file that cannot be used, or that belongs to other settings."""
+
+
+def partial_path(out: Path) -> Path:
+    """Where the episodes of an unfinished run are kept."""
+    return out.with_name(out.name + ".partial")
+
+
+def _bootstrap(values: NDArray[np.float64]) -> list[float]:
+    """95 % percentile interval of the mean, from resamples drawn with a fixed seed."""
+    rng = np.random.default_rng(0)
+    blocks = 50  # not all resamples at once: thousands of episodes would take gigabytes
+    means = [
+        values[rng.integers(0, len(values), (RESAMPLES // blocks, len(values)))].mean(axis=1)
+        for _ in range(blocks)
+    ]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+def _wilson(successes: int, n: int) -> list[float]:
+    """95 % score interval of a proportion: unlike the bootstrap's, it is honest at 0 and at n."""
+    z = 1.959964
+    centre = (successes + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * float(np.sqrt(successes * (n - successes) / n + z * z / 4))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def _standard_error(values: NDArray[np.float64]) -> float | None:
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Mean, standard error and 95 % interval of score and success, and the time per chunk.
+
+    The score's interval is a bootstrap over episodes, the success rate's is Wilson's.
+    """
+    if not episodes:
+        return {"episodes": 0}
+    scores = np.array([episode.score for episode in episodes])
+    success = np.array([float(episode.success) for episode in episodes])
+    chunks = np.array([episode.chunks for episode in episodes])
+    means = np.array([episode.chunk_ms_mean for episode in episodes])
+    return {
+        "episodes": len(episodes),
+        "score": {
+            "mean": float(scores.mean()),
+            "standard_error": _standard_error(scores),
+            "interval95": _bootstrap(scores),
+        },
+        "success": {
+            "mean": float(success.mean()),
+            "standard_error": _standard_error(success),
+            "interval95": _wilson(int(success.sum()), len(success)),
+        },
+        "chunks": int(chunks.sum()),
+        "chunk_ms": {
+            "mean": float((means * chunks).sum() / chunks.sum()),
+            "max": max(episode.chunk_ms_max for episode in episodes),
+        },
+    }
+
+
+def compare(episodes: Sequence[Episode], baseline: Sequence[Episode]) -> dict[str, Any]:
+    """Differences to a baseline over the seeds that both have: mean, error, bootstrap interval."""
+    other = {episode.seed: episode for episode in baseline}
+    pairs = [(episode, other[episode.seed]) for episode in episodes if episode.seed in other]
+    if not pairs:
+        raise ResultsError("the two runs have no seed in common; use the same --first-seed")
+    answer: dict[str, Any] = {"pairs": len(pairs)}
+    for name in ("score", "success"):
+        values = np.array([float(getattr(a, name)) - float(getattr(b, name)) for a, b in pairs])
+        answer[name] = {
+            "mean_difference": float(values.mean()),
+            "standard_error": _standard_error(values),
+            "interval95": _bootstrap(values),
+        }
+    return answer
+
+
+def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """The settings that differ, each as "name: the file has A, this run B"."""
+    found: list[str] = []
+    for name in sorted({*recorded, *asked}):
+        old, new = recorded.get(name), asked.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += [f"{name}, {inner}" for inner in differences(old, new)]
+        elif old != new:
+            found.append(f"{name}: the file has {old!r}, this run {new!r}")
+    return found
+
+
+def _episode(fields: Any, where: str) -> Episode:
+    try:
+        return Episode(**fields)
+    except TypeError as error:
+        raise ResultsError(f"{where}: not an episode ({error})") from error
+
+
+def _check_format(header: Any, path: Path) -> None:
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ResultsError(f"{path}: not a results file of 'tsad eval'")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ResultsError(
+            f"{path}: format version {header.get('format_version')!r}, expected {FORMAT_VERSION}; "
+            "it was written by another version of tsad"
+        )
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], list[Episode]]:
+    """Settings and episodes of a finished run; ResultsError if the file is not one."""
+    try:
+        content = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ResultsError(f"{path}: not a results file of 'tsad eval' ({error})") from error
+    _check_format(content, path)
+    return content["settings"], [_episode(fields, str(path)) for fields in content["episodes"]]
+
+
+def _read_partial(path: Path) -> tuple[dict[str, Any], list[Episode]]:
+    """As `read_results`, of an unfinished run. A torn last line is dropped: its episode reruns."""
+    lines = path.read_bytes().split(b"\n")
+    rows: list[Any] = []
+    # What follows the last newline was never finished.
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ResultsError(f"{path}: line {number} is broken ({error}); delete it") from error
+    if not rows:
+        raise ResultsError(f"{path}: holds no settings; delete it")
+    _check_format(rows[0], path)
+    return rows[0]["settings"], [_episode(row, str(path)) for row in rows[1:]]
+
+
+class Journal:
+    """The record of one run: `episodes` so far, `append` for the next, `finish` at the end.
+
+    With `out` None nothing is written, and only memory remembers.
+
+    Raises (on construction):
+        ResultsError: `out` or its partial file exists and neither `resume` nor `overwrite` was
+            given, or resuming finds other settings; the message names each difference.
+    """
+
+    def __init__(
+        self,
+        out: Path | None,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.out, self.settings = out, dict(settings)
+        self.episodes: dict[int, Episode] = {}
+        self._file: Any = None
+        if out is None:
+            return
+        partial = partial_path(out)
+        existing = next((path for path in (partial, out) if path.exists()), None)
+        if existing is not None and not overwrite:
+            if not resume:
+                raise ResultsError(
+                    f"{existing} exists; fix: --resume goes on with it, --overwrite starts anew"
+                )
+            reader = _read_partial if existing == partial else read_results
+            recorded, episodes = reader(existing)
+            changed = differences(recorded, self.settings)
+            if changed:
+                raise ResultsError(
+                    f"{existing} was made with other settings; {'; '.join(changed)}; "
+                    "fix: use its settings, another --out, or --overwrite"
+                )
+            self.episodes = {episode.seed: episode for episode in episodes}
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": self.settings}
+        rows = [header, *(asdict(episode) for episode in self.episodes.values())]
+        write_atomically(partial, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._file = partial.open("ab")
+
+    def append(self, episode: Episode) -> None:
+        """Keep one finished episode, on disk before this returns."""
+        self.episodes[episode.seed] = episode
+        if self._file is not None:
+            self._file.write(json.dumps(asdict(episode)).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def finish(self, document: Mapping[str, Any]) -> None:
+        """Write `out` and drop the partial file."""
+        self.close()
+        if self.out is not None:
+            write_atomically(self.out, (json.dumps(document, indent=1) + "\n").encode())
+            partial_path(self.out).unlink()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,189 @@
+"""N environments stepped together, one per lane of a policy.
+
+What an episode does depends on its seed alone: the seed fixes the world and, through `noise_seed`,
+the noise that its lane draws. So lanes may end at different times and take the next seed, and the
+results are those of one lane.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tsad.sim import Environment, Step
+
+
+class Policy(Protocol):
+    """What `rollouts` asks of a policy; `tsad.SparsePolicy` has it, and so may your own."""
+
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def n_obs_steps(self) -> int: ...
+    @property
+    def n_action_steps(self) -> int: ...
+    @property
+    def obs_dim(self) -> int: ...
+    @property
+    def action_dim(self) -> int: ...
+
+    def __call__(self, obs: NDArray[np.float32], *, lanes: Sequence[int]) -> Any: ...
+
+    def reset(self, lanes: Sequence[int], seed: Sequence[int]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Episode:
+    """The result of one seed. Times are wall milliseconds per chunk, the lanes' share of a call."""
+
+    seed: int
+    score: float
+    success: bool
+    steps: int
+    chunks: int
+    chunk_ms_mean: float
+    chunk_ms_max: float
+
+
+class Chunk(NamedTuple):
+    """One call of the policy: the seeds of its rows, what it saw, what it said, how long it took.
+
+    `obs` (n, n_obs_steps, obs_dim) and `actions` (n, n_action_steps, action_dim) are copies.
+    """
+
+    seeds: list[int]
+    obs: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    milliseconds: float
+
+
+OnStep = Callable[["Environment", int, float], None]
+OnChunk = Callable[[Chunk], None]
+
+
+def noise_seed(seed: int) -> int:
+    """The seed of the policy's noise in the episode `seed`, 63 bits.
+
+    It is not `seed` itself: the simulator draws its start from that very stream, and noise that
+    repeats the start's bits would be tied to the scene.
+    """
+    state = np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+class _Lane:
+    """The episode that one lane plays at the moment."""
+
+    def __init__(self, environment: Environment, n_obs_steps: int) -> None:
+        self.environment = environment
+        self.window = np.zeros((n_obs_steps, environment.obs_dim), np.float32)
+        self.seed = -1
+
+    def start(self, seed: int) -> None:
+        self.seed, self.score, self.success, self.steps = seed, 0.0, False, 0
+        self.chunk_ms: list[float] = []
+        # Before the start nothing was seen: the first observation stands in, as in training.
+        self.window[:] = self.environment.reset(seed)
+
+    def act(self, actions: NDArray[np.float32], on_step: OnStep | None) -> bool:
+        """Execute one chunk (n_action_steps, action_dim); True when the episode is over."""
+        for action in actions:
+            step: Step = self.environment.step(action)
+            self.window[:-1] = self.window[1:]
+            self.window[-1] = step.obs
+            self.steps += 1
+            self.score = max(self.score, step.score)
+            self.success = self.success or step.success
+            if on_step is not None:
+                on_step(self.environment, self.steps, self.score)
+            if step.done or self.steps >= self.environment.max_steps:
+                return True
+        return False
+
+    def episode(self) -> Episode:
+        mean, largest = float(np.mean(self.chunk_ms)), max(self.chunk_ms)
+        return Episode(
+            self.seed, self.score, self.success, self.steps, len(self.chunk_ms), mean, largest
+        )
+
+
+def check(policy: Policy, environment: Environment) -> None:
+    """Does the policy fit the simulator? ValueError saying which size differs if it does not."""
+    for name in ("obs_dim", "action_dim"):
+        wanted, got = getattr(environment, name), getattr(policy, name)
+        if wanted != got:
+            raise ValueError(
+                f"policy: {name} is {got}, but the simulator '{environment.name}' has {wanted} "
+                f"(observation: {environment.obs_meaning}); load a policy trained for this task"
+            )
+
+
+def rollouts(
+    policy: Policy,
+    environments: Sequence[Environment],
+    seeds: Iterable[int],
+    *,
+    on_step: OnStep | None = None,
+    on_chunk: OnChunk | None = None,
+) -> Iterator[Episode]:
+    """Play the episodes of `seeds`; yields each as it ends, in an order that depends on the lanes.
+
+    Args:
+        policy: any `Policy`; lane i steps environments[i].
+        environments: at most policy.lanes of them.
+        seeds: one episode each.
+        on_step: called with (environment, steps, score so far) at the start and after each step.
+        on_chunk: called with a `Chunk` after each call of the policy.
+
+    Raises:
+        ValueError: the policy does not fit the simulator, or has too few lanes.
+        RuntimeError: an action is not finite.
+    """
+    if not 1 <= len(environments) <= policy.lanes:
+        raise ValueError(
+            f"environments: got {len(environments)}, expected 1 to {policy.lanes}, "
+            "one per lane; load the policy with lanes=N"
+        )
+    check(policy, environments[0])
+    queue = iter(seeds)
+    lanes = [_Lane(environment, policy.n_obs_steps) for environment in environments]
+    running: list[int] = []
+
+    def take_next(index: int) -> bool:
+        seed = next(queue, None)
+        if seed is None:
+            return False
+        lanes[index].start(seed)
+        policy.reset(lanes=[index], seed=[noise_seed(seed)])
+        if on_step is not None:
+            on_step(lanes[index].environment, 0, 0.0)
+        return True
+
+    running = [index for index in range(len(lanes)) if take_next(index)]
+    while running:
+        obs = np.stack([lanes[index].window for index in running])
+        begin = time.perf_counter()
+        actions = np.asarray(policy(obs, lanes=running))
+        milliseconds = (time.perf_counter() - begin) * 1e3
+        seeds_now = [lanes[index].seed for index in running]
+        if not np.isfinite(actions).all():
+            raise RuntimeError(f"the policy's actions are not finite in the episodes {seeds_now}")
+        if on_chunk is not None:
+            on_chunk(Chunk(seeds_now, obs, actions.copy(), milliseconds))
+        still: list[int] = []
+        for row, index in enumerate(running):
+            lane = lanes[index]
+            lane.chunk_ms.append(milliseconds / len(running))
+            if not lane.act(actions[row], on_step):
+                still.append(index)
+                continue
+            yield lane.episode()
+            if take_next(index):
+                still.append(index)
+        running = still

@@ -1,0 +1,121 @@
+"""The model card of a trained policy: what made it, how well it fits, what it can't do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tsad.checkpoint import MODEL_FILE
+from tsad.config import PolicyConfig
+
+_SETTINGS = {
+    "batch": "batch",
+    "lr": "learning rate",
+    "weight_decay": "weight decay",
+    "decay": "share of the training in which the rate falls to 0",
+    "ema": "largest decay of the averaged weights",
+    "snr_power": "loss weight: SNR to the power of minus",
+    "dropout": "dropout",
+    "val_episodes": "episodes held out",
+    "seed": "seed",
+    "init": "started from",
+}
+
+
+def model_card(name: str, config: PolicyConfig, *, held_out: bool) -> str:
+    """README.md of a folder of ``tsad train-policy``; facts are in ``config.provenance``."""
+    facts, network = config.provenance, config.network
+    training: Mapping[str, Any] = facts["training"]
+    probe = "held-out episodes" if held_out else "training windows"
+    lines = [
+        f"# {name}",
+        "",
+        "A policy for tsad, made by `tsad train-policy`. Use it with `tsad.load(folder)`.",
+        "",
+        *_table(
+            [
+                ("file", "content"),
+                ("`config.json`", "network, sampler, normaliser, cost table, provenance"),
+                (f"`{MODEL_FILE}`", "averaged weights, float16"),
+                (f"SHA-256 of `{MODEL_FILE}`", f"`{facts['sha256'][MODEL_FILE]}`"),
+            ]
+        ),
+        "",
+        "## Inputs and outputs",
+        "",
+        *_table(
+            [
+                ("", ""),
+                ("observation", f"{network.n_obs_steps} steps of {network.obs_dim} numbers"),
+                (
+                    "action",
+                    f"{network.n_action_steps} executed of {network.horizon} predicted, "
+                    f"{network.action_dim} numbers each",
+                ),
+                (
+                    "network",
+                    f"{network.n_layer} layers, {network.n_head} heads, width {network.n_emb}",
+                ),
+                (
+                    "sampler",
+                    f"{config.scheduler.type}, {config.scheduler.num_inference_steps} steps, "
+                    f"{config.scheduler.prediction_type} prediction",
+                ),
+            ]
+        ),
+        "",
+        "## Data",
+        "",
+        *_data(facts),
+        "",
+        "## Training",
+        "",
+        f"{training['step']:,} steps ({training['epochs']:g} epochs) in "
+        f"{training['seconds'] / 60:.0f} minutes on {training['hardware']}, "
+        f"PyTorch {training['torch']}.",
+        "",
+        *_table([("", ""), *((v, str(training[k])) for k, v in _SETTINGS.items() if training[k])]),
+        "",
+        f"Loss and root-mean-square error of the clean actions (units of the action) on {probe}, "
+        "by noise level, fifths of the time steps from clean to noisy:",
+        "",
+        *_curve(facts["curve"]),
+        "",
+        "## What it can't do",
+        "",
+        "- The error above isn't success in closed loop, which isn't measured here (`tsad eval`).",
+        "- Outside the situations that the data show, what it does is undefined.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
+
+
+def _data(facts: Mapping[str, Any]) -> list[str]:
+    head = ("file", "episodes", "steps", "sha256")
+    rows = [
+        (part["file"], f"{part['episodes']:,}", f"{part['steps']:,}", f"`{part['sha256']}`")
+        for part in facts["data"]
+    ]
+    licence = facts["licence"] or "not stated (`--licence` states it)"
+    return [*_table([head, *rows]), "", f"Licence of the data: {licence}."]
+
+
+def _curve(curve: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [("step", "minutes", "training loss", "loss", "error, clean to noisy")]
+    for point in curve:
+        errors = ", ".join(f"{error:.3g}" for error in point["x0_error"])
+        rows.append(
+            (
+                f"{point['step']:,}",
+                f"{point['seconds'] / 60:.1f}",
+                f"{point['train_loss']:.4g}",
+                f"{point['val_loss']:.4g}",
+                errors,
+            )
+        )
+    return _table(rows)

@@ -1,0 +1,533 @@
+"""Fitting the diffusion transformer to demonstrations; the result is a tsad folder.
+
+The loss is the squared error of the predicted noise, weighted by SNR(t)^-p. With p = 0 most of it
+comes from the last, almost clean steps, where it can't fall; p = 1 is the squared error of the
+clean actions. With sample prediction the same weighting is written in terms of the sample. Time
+steps are stratified over a batch. Actions past the end of an episode, which nobody demonstrated,
+don't count unless ``count_padding``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsad.checkpoint import read_folder, write_atomically, write_folder
+from tsad.config import NetworkConfig, NormalizerConfig, PolicyConfig, SchedulerConfig, block_costs
+from tsad.training.card import model_card
+from tsad.training.data import (
+    DataError,
+    Demonstrations,
+    fit_normalizer,
+    load_demonstrations,
+    normalise,
+    windows,
+)
+from tsad.training.network import TransformerForDiffusion, from_config
+from tsad.training.running import STATE_FILE, STATE_VERSION, Clock, caught_signals, save_state
+
+CURVE_FILE = "curve.jsonl"
+CARD_FILE = "README.md"
+NOISE_BINS = 5
+_PROBE_WINDOWS = 512
+_MIN_WEIGHT, _MAX_WEIGHT = 0.02, 8.0
+_EMA_POWER = 0.75
+
+
+class InterruptedTrainingError(Exception):
+    """Training was stopped by a signal; its state is saved."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained and how. ``minutes`` or ``steps`` ends it; of both, the first."""
+
+    horizon: int = 16
+    n_obs_steps: int = 2
+    n_action_steps: int = 8
+    n_layer: int = 8
+    n_head: int = 4
+    n_emb: int = 256
+    prediction_type: str = "epsilon"
+    num_train_timesteps: int = 100
+    dropout: float = 0.0
+    batch: int = 64
+    lr: float = 5e-4
+    weight_decay: float = 0.01
+    warmup: int = 500
+    decay: float = 0.5
+    ema: float = 0.9995
+    snr_power: float = 0.5
+    count_padding: bool = False
+    val_episodes: int = 6
+    seed: int = 0
+    minutes: float | None = None
+    steps: int | None = None
+    shares: tuple[float, ...] = ()
+    init: str = ""
+
+    def __post_init__(self) -> None:
+        if self.minutes is None and self.steps is None:
+            raise ValueError("minutes, steps: expected one of them, got none; e.g. minutes=60")
+        checks: dict[str, tuple[bool, str]] = {
+            "batch": (self.batch >= 1, "at least 1"),
+            "lr": (0 < self.lr < 1, "a number in (0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < 10, "a number from 0"),
+            "warmup": (self.warmup >= 0, "at least 0"),
+            "decay": (0 <= self.decay <= 1, "a share of the training, 0 to 1"),
+            "ema": (0 <= self.ema < 1, "a number in [0, 1)"),
+            "dropout": (0 <= self.dropout < 1, "a number in [0, 1)"),
+            "val_episodes": (self.val_episodes >= 0, "at least 0"),
+            "minutes": (self.minutes is None or self.minutes > 0, "above 0"),
+            "steps": (self.steps is None or self.steps >= 1, "at least 1"),
+            "shares": (all(s > 0 for s in self.shares), "numbers above 0"),
+            "prediction_type": (self.prediction_type in ("epsilon", "sample"), "epsilon or sample"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Settings:
+        """The settings that ``asdict`` gave."""
+        known = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {k: v for k, v in data.items() if k in known}
+        values["shares"] = tuple(values.get("shares", ()))
+        return cls(**values)
+
+    def scheduler(self) -> SchedulerConfig:
+        """The noise schedule, that of Diffusion Policy."""
+        return SchedulerConfig(
+            "ddpm",
+            num_train_timesteps=self.num_train_timesteps,
+            prediction_type=self.prediction_type,
+            num_inference_steps=self.num_train_timesteps,
+        )
+
+
+def learning_rate(settings: Settings, step: int, fraction: float) -> float:
+    """Rate of a step, from 0, at ``fraction`` of the budget: warm-up, hold, linear decay to 0."""
+    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    left = max(0.0, 1.0 - fraction)
+    fall = min(1.0, left / settings.decay) if settings.decay else float(left > 0)
+    return settings.lr * warm * fall
+
+
+def signal_shares(scheduler: SchedulerConfig) -> Tensor:
+    """A of each time step, float32 ``(num_train_timesteps,)``: x = sqrt(A) x0 + sqrt(1 - A) z."""
+    n = scheduler.num_train_timesteps
+
+    def level(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = np.array([min(1 - level((i + 1) / n) / level(i / n), 0.999) for i in range(n)])
+    return torch.from_numpy(np.cumprod(1 - betas.astype(np.float32), dtype=np.float32))
+
+
+def step_weights(shares: Tensor, settings: Settings) -> Tensor:
+    """Weight of the squared error of the output at each time step, mean 1 for the noise."""
+    snr = shares / (1 - shares)
+    weight = (snr**-settings.snr_power).clamp(_MIN_WEIGHT, _MAX_WEIGHT)
+    weight = weight / weight.mean()
+    # (noise error)^2 = SNR (sample error)^2: the same objective, whichever is predicted
+    return weight if settings.prediction_type == "epsilon" else weight * snr
+
+
+@dataclass
+class _Data:
+    """Windows of one or several files of demonstrations, on the training device."""
+
+    obs: Tensor
+    action: Tensor
+    steps: Tensor
+    counts: Tensor
+    edges: NDArrayF
+
+    @classmethod
+    def build(
+        cls,
+        parts: Sequence[Demonstrations],
+        shares: Sequence[float],
+        settings: Settings,
+        normalizer: NormalizerConfig,
+        device: torch.device,
+    ) -> _Data:
+        steps, inside, weights, start = [], [], [], 0
+        sizes = (settings.horizon, settings.n_obs_steps, settings.n_action_steps)
+        for part, share in zip(parts, shares or [0.0] * len(parts), strict=True):
+            index, within = windows(part.ends, *sizes)
+            steps.append(index + start)
+            inside.append(within | settings.count_padding)
+            weights.append(np.full(len(index), share / len(index) if share else 1.0))
+            start += len(part.obs)
+        obs = normalise(np.concatenate([p.obs for p in parts]), normalizer.obs)
+        action = normalise(np.concatenate([p.action for p in parts]), normalizer.action)
+        weight = np.concatenate(weights)
+        return cls(
+            torch.from_numpy(obs).to(device),
+            torch.from_numpy(action).to(device),
+            torch.from_numpy(np.concatenate(steps)).to(device),
+            torch.from_numpy(np.concatenate(inside)).to(device, torch.float32),
+            np.cumsum(weight / weight.sum()),
+        )
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Windows in the order of an epoch: each as often as its share says, once if equal."""
+        rng = np.random.default_rng([seed, epoch])
+        n = len(self.edges)
+        points = (np.arange(n) + rng.uniform(0.01, 0.99)) / n
+        drawn = np.minimum(np.searchsorted(self.edges, points), n - 1)
+        return torch.from_numpy(rng.permutation(drawn))
+
+
+NDArrayF = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass
+class Report:
+    """A line of the curve. ``x0_error``: RMS of the clean actions by noise level, raw units."""
+
+    step: int
+    seconds: float
+    lr: float
+    train_loss: float
+    val_loss: float
+    x0_error: list[float] = field(default_factory=list)
+
+    def text(self) -> str:
+        """For people."""
+        errors = " ".join(f"{e:.3g}" for e in self.x0_error)
+        return f"loss {self.train_loss:.4g}, held out {self.val_loss:.4g}, x0 error {errors}"
+
+
+class Trainer:
+    """A training in a folder: network, average, optimiser, random state, clock; saved as one."""
+
+    def __init__(
+        self,
+        data: Sequence[str | os.PathLike[str]],
+        out: str | os.PathLike[str],
+        settings: Settings,
+        *,
+        keypoints: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        compile: bool = True,
+        licence: str = "",
+    ) -> None:
+        self.out = Path(out)
+        self.settings = settings
+        self.licence = licence
+        self.sources = [load_demonstrations(path, keypoints=keypoints) for path in data]
+        self.paths = [str(path) for path in data]
+        self._check_sources()
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.device = torch.device(name)
+        torch.manual_seed(settings.seed)
+        self._make_network()
+        self._make_data()
+        self.optimizer = _optimizer(self.net, settings)
+        self.random = torch.Generator().manual_seed(settings.seed)
+        self.signal = signal_shares(settings.scheduler()).to(self.device)
+        self.weights = step_weights(self.signal.cpu(), settings).to(self.device)
+        self.step, self.seconds, self.average_loss = 0, 0.0, math.nan
+        self.curve: list[Report] = []
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        fast = self.device.type == "cuda" and compile
+        self._forward: Callable[..., Tensor] = torch.compile(self.net) if fast else self.net
+
+    def _check_sources(self) -> None:
+        first = self.sources[0]
+        for source, path in zip(self.sources, self.paths, strict=True):
+            for key in ("obs", "action"):
+                got, want = getattr(source, key).shape[1], getattr(first, key).shape[1]
+                if got != want:
+                    raise DataError(
+                        f"{path}: {key}: expected {want} numbers per step, as in {self.paths[0]}, "
+                        f"got {got}; train on files of one kind"
+                    )
+        if self.settings.shares and len(self.settings.shares) != len(self.sources):
+            raise ValueError(
+                f"shares: expected one number for each of {len(self.sources)} files of "
+                f"demonstrations, got {len(self.settings.shares)}"
+            )
+
+    def _make_network(self) -> None:
+        s, first = self.settings, self.sources[0]
+        obs_dim, action_dim = first.obs.shape[1], first.action.shape[1]
+        shape = {k: getattr(s, k) for k in ("horizon", "n_obs_steps", "n_action_steps")}
+        shape |= {k: getattr(s, k) for k in ("n_layer", "n_head", "n_emb")}
+        network = NetworkConfig.from_dict(
+            {**shape, "obs_dim": obs_dim, "action_dim": action_dim}, file="settings"
+        )
+        normalizer = fit_normalizer(first)
+        tensors = None
+        if s.init:
+            config, tensors, _ = read_folder(s.init)
+            if config.network != network:
+                raise ValueError(
+                    f"init: expected a network like {network.to_dict()}, got "
+                    f"{config.network.to_dict()} in {s.init}; give the same sizes"
+                )
+            if config.scheduler.prediction_type != s.prediction_type:
+                raise ValueError(
+                    f"init: {s.init} predicts {config.scheduler.prediction_type!r}, expected "
+                    f"{s.prediction_type!r}; give the same prediction"
+                )
+            normalizer = config.normalizer  # the weights were fitted to these units
+        self.config = PolicyConfig(network, s.scheduler(), normalizer, block_costs(network))
+        parts = network.to_dict()
+        self.net = from_config(parts, p_drop_emb=s.dropout, p_drop_attn=s.dropout).to(self.device)
+        if tensors is not None:
+            self.net.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
+        self.ema = from_config(parts).to(self.device).eval()
+        self.ema.load_state_dict(self.net.state_dict())
+
+    def _make_data(self) -> None:
+        first, held_out = self.sources[0].split(self.settings.val_episodes)
+        parts = [first, *self.sources[1:]]
+        normalizer = self.config.normalizer
+        build = _Data.build
+        self.data = build(parts, self.settings.shares, self.settings, normalizer, self.device)
+        probe = held_out or first
+        self.probe_is_held_out = held_out is not None
+        self.probe = build([probe], (), self.settings, normalizer, self.device)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the budget that is used."""
+        s = self.settings
+        by_step = self.step / s.steps if s.steps else 0.0
+        by_clock = self.seconds / (60 * s.minutes) if s.minutes else 0.0
+        return max(by_step, by_clock)
+
+    def _batch(self) -> Tensor:
+        """Windows of the next batch: a pure function of the step, so that resuming is simple."""
+        n, batch = len(self.data.edges), self.settings.batch
+        at, end = self.step * batch, (self.step + 1) * batch
+        parts: list[Tensor] = []
+        while at < end:
+            epoch = at // n
+            if self._order[0] != epoch:
+                self._order = (epoch, self.data.order(self.settings.seed, epoch))
+            parts.append(self._order[1][at % n :][: end - at])
+            at += len(parts[-1])
+        return torch.cat(parts)
+
+    def _run(
+        self, net: Callable[..., Tensor], data: _Data, index: Tensor, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, noisy actions and clean actions of windows, (batch, horizon, action_dim) each."""
+        steps = data.steps[index.to(self.device)]
+        t, noise = t.to(self.device), noise.to(self.device)
+        clean, obs = data.action[steps], data.obs[steps[:, : self.settings.n_obs_steps]]
+        share = self.signal[t][:, None, None]
+        noisy = share.sqrt() * clean + (1 - share).sqrt() * noise
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            output = net(noisy, t, obs)
+        return output.float(), noisy, clean
+
+    def _loss(self, output: Tensor, target: Tensor, counts: Tensor, t: Tensor) -> Tensor:
+        squares = (output - target.to(self.device)).square().mean(2)
+        errors = (squares * counts).sum(1) / self.settings.horizon
+        return (self.weights[t.to(self.device)] * errors).mean()
+
+    def train_step(self) -> float:
+        """One optimiser step; the loss before it."""
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(s, self.step, self.fraction)
+        index, k = self._batch(), s.num_train_timesteps
+        shift = torch.rand((), generator=self.random)
+        t = ((torch.arange(s.batch) + shift) / s.batch * k).long() % k
+        shape = (s.batch, s.horizon, self.config.network.action_dim)
+        noise = torch.randn(shape, generator=self.random)
+        self.net.train()
+        output, _, clean = self._run(self._forward, self.data, index, t, noise)
+        target = noise if s.prediction_type == "epsilon" else clean
+        loss = self._loss(output, target, self.data.counts[index.to(self.device)], t)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.step += 1
+        keep = min(s.ema, 1 - (1 + self.step) ** -_EMA_POWER)
+        with torch.no_grad():
+            average: list[Tensor] = list(self.ema.parameters())
+            torch._foreach_lerp_(average, list(self.net.parameters()), 1 - keep)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise RuntimeError(
+                f"the loss is {value} at step {self.step}; lower lr (now {s.lr:g}) and go on from "
+                f"the last saved state in {self.out}"
+            )
+        first = math.isnan(self.average_loss)
+        self.average_loss = value if first else 0.99 * self.average_loss + 0.01 * value
+        return value
+
+    @torch.no_grad()
+    def evaluate(self) -> Report:
+        """Errors of the averaged weights on held-out episodes (else training ones), fixed noise."""
+        s, k = self.settings, self.settings.num_train_timesteps
+        n = len(self.probe.steps)
+        index = torch.arange(_PROBE_WINDOWS) * n // _PROBE_WINDOWS
+        t = torch.arange(len(index)) * 7 % k
+        fixed = torch.Generator().manual_seed(1)
+        shape = (len(index), s.horizon, self.config.network.action_dim)
+        noise = torch.randn(shape, generator=fixed)
+        output, noisy, clean = self._run(self.ema, self.probe, index, t, noise)
+        counts = self.probe.counts[index.to(self.device)]
+        guess = output
+        if s.prediction_type == "epsilon":
+            share = self.signal[t.to(self.device)][:, None, None]
+            guess = (noisy - (1 - share).sqrt() * output) / share.sqrt()
+        scale = torch.tensor(self.config.normalizer.action.scale, device=self.device)
+        # clipped as the sampler clips it: else the noisiest steps, divided by almost 0, say nothing
+        squares = ((guess.clamp(-1, 1) - clean) / scale).square().mean(2) * counts
+        level = (t * NOISE_BINS // k).to(self.device)
+        rms = [
+            float((squares[level == b].sum() / counts[level == b].sum().clamp(min=1)).sqrt())
+            for b in range(NOISE_BINS)
+        ]
+        target = noise if s.prediction_type == "epsilon" else clean
+        loss = float(self._loss(output, target, counts, t))
+        rate = learning_rate(s, self.step, self.fraction)
+        return Report(self.step, round(self.seconds, 1), rate, self.average_loss, loss, rms)
+
+    def fit(
+        self,
+        *,
+        report_every: int = 250,
+        save_every: int = 1000,
+        on_step: Callable[[Trainer], None] | None = None,
+        on_report: Callable[[Report], None] | None = None,
+    ) -> PolicyConfig:
+        """Train until the budget is used, then write the folder.
+
+        After SIGINT or SIGTERM the state is saved and ``InterruptedTrainingError`` raised.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with caught_signals() as received:
+            clock = Clock()
+            while self.fraction < 1:
+                self.train_step()
+                self.seconds += clock.lap()
+                if on_step:
+                    on_step(self)
+                if self.step % report_every == 0 or self.fraction >= 1:
+                    self._report(on_report)
+                if self.step % save_every == 0 or self.fraction >= 1 or received:
+                    self.save()
+                if received:
+                    raise InterruptedTrainingError
+        return self.write()
+
+    def _report(self, on_report: Callable[[Report], None] | None) -> None:
+        report = self.evaluate()
+        self.curve.append(report)
+        lines = "".join(json.dumps(asdict(r)) + "\n" for r in self.curve)
+        write_atomically(self.out / CURVE_FILE, lines.encode())
+        if on_report:
+            on_report(report)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a training goes on from."""
+        return {
+            "version": STATE_VERSION,
+            "settings": asdict(self.settings),
+            "data": [s.sha256 for s in self.sources],
+            "net": self.net.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self.random.get_state(),
+            "torch_random": torch.get_rng_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "average_loss": self.average_loss,
+            "curve": [asdict(r) for r in self.curve],
+        }
+
+    def save(self) -> None:
+        """Write the state, whole or not at all."""
+        save_state(self.out / STATE_FILE, self.state())
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of the same settings (budget aside) and data."""
+        hashes = [s.sha256 for s in self.sources]
+        if list(state["data"]) != hashes:
+            raise DataError(
+                f"data: expected the files that the training in {self.out} began with (sha256 "
+                f"{', '.join(h[:12] for h in state['data'])}), got "
+                f"{', '.join(h[:12] for h in hashes)}; give the same files in the same order"
+            )
+        self.net.load_state_dict(state["net"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.random.set_state(state["random"])
+        torch.set_rng_state(state["torch_random"])
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.average_loss = float(state["average_loss"])
+        self.curve = [Report(**r) for r in state["curve"]]
+
+    def write(self) -> PolicyConfig:
+        """Write the tsad folder: averaged weights, configuration, model card."""
+        provenance: dict[str, Any] = {
+            "data": [
+                {"file": s.name, "sha256": s.sha256, "episodes": len(s.ends), "steps": len(s.obs)}
+                for s in self.sources
+            ],
+            "licence": self.licence,
+            "training": {
+                **asdict(self.settings),
+                "step": self.step,
+                "epochs": round(self.step * self.settings.batch / len(self.data.edges), 2),
+                "seconds": round(self.seconds, 1),
+                "hardware": hardware(self.device),
+                "torch": torch.__version__,
+            },
+            "curve": [asdict(r) for r in thin(self.curve)],
+        }
+        provenance["training"]["shares"] = list(self.settings.shares)
+        config = PolicyConfig.from_dict(self.config.to_dict() | {"provenance": provenance})
+        tensors = {k: v.detach().cpu().numpy() for k, v in self.ema.state_dict().items()}
+        config = write_folder(self.out, config, tensors)
+        card = model_card(self.out.resolve().name, config, held_out=self.probe_is_held_out)
+        write_atomically(self.out / CARD_FILE, card.encode())
+        return config
+
+
+def thin(curve: Sequence[Report], most: int = 25) -> list[Report]:
+    """At most that many points of a curve, the last among them."""
+    if len(curve) <= most:
+        return list(curve)
+    picked = np.unique(np.linspace(0, len(curve) - 1, most).round().astype(int))
+    return [curve[i] for i in picked]
+
+
+def hardware(device: torch.device) -> str:
+    """What it was trained on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def _optimizer(net: TransformerForDiffusion, settings: Settings) -> torch.optim.AdamW:
+    """AdamW; biases, norms and position embeddings are not decayed."""
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    for name, value in net.named_parameters():
+        keep = value.ndim < 2 or name.endswith("pos_emb")
+        (plain if keep else decayed).append(value)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=True)
