@@ -89,6 +89,7 @@ typedef struct tsad_node {
     int in, in2, out;     /* registers */
     int residual;         /* -1: identity; else the fixed node that maps in to out */
     int block;            /* index among prunable nodes, -1: fixed */
+    char label[40];       /* of a prunable node, for messages: "layers.3.cross_attn" */
     int type;             /* reuse type of a prunable node */
     int layer;            /* cross-attention and fold: which layer's keys and values */
     tsad_cache_point cache_point;
@@ -227,6 +228,9 @@ typedef struct tsad_worker {
     uint32_t *read_epoch, *write_epoch; /* (B) see cpu/run.c */
     uint32_t epoch;
     unsigned parity;
+    unsigned tickets;       /* taken in this chunk: see stay_together in cpu/run.c */
+    bool stalled;           /* rank 0: another thread's core seems taken */
+    int64_t met_at;         /* rank 0: when the threads last met */
     int32_t *last_of_block; /* (B) the planner's */
     int32_t *keys;          /* (K, B) the planner's */
     int64_t ns[TSAD_N_TIMERS];
@@ -251,6 +255,8 @@ struct tsad_policy {
     uint8_t *filled;         /* (K, B) scratch of tsad_policy_set_plan */
     int64_t ns[TSAD_N_TIMERS];
     struct tsad_barrier *barrier;
+    struct tsad_ticket *ticket;
+    int alone_for, patience; /* chunks to run without the team after a stall, and how many next */
 };
 
 static inline size_t tsad_register_floats(const tsad_register *r)
@@ -332,7 +338,15 @@ typedef struct tsad_barrier {
     _Alignas(64) atomic_uint generation;
 } tsad_barrier;
 
+/* A number that rank 0 publishes and the others wait for: row number << 1 | go alone. */
+typedef struct tsad_ticket {
+    _Alignas(64) atomic_uint value;
+} tsad_ticket;
+
+void tsad_spin(int spins); /* one turn of a waiting loop */
 void tsad_barrier_wait(tsad_barrier *barrier, int size);
+/* A barrier of the threads that share a lane; rank 0 notes whether it was kept waiting. */
+void tsad_worker_meet(tsad_worker *w);
 /* Runs fn(context, rank, size) on `size` threads of the process's team, the caller being rank 0;
  * alone (size 1) when the team is taken or can't be had. Returns the size used. */
 int tsad_team_run(void (*fn)(void *context, int rank, int size), void *context, int size);

@@ -83,6 +83,7 @@ static void layout(tsad_policy *p, tsad_arena *arena)
         layout_worker(p, workers ? &workers[i] : &unplaced, arena);
     }
     p->barrier = TSAD_CARVE(arena, tsad_barrier, 1);
+    p->ticket = TSAD_CARVE(arena, tsad_ticket, 1);
     p->exchange = TSAD_CARVE(arena, float, 2 * TSAD_PARTS * p->branch_floats);
     p->noise = TSAD_CARVE(arena, float,
                           (size_t)p->n_lanes * (size_t)m->n_steps * (size_t)m->horizon *
@@ -204,12 +205,15 @@ static void forget_rollouts(const tsad_policy *p, tsad_lane *lane)
 void tsad_policy_reset(tsad_policy *p, int lane)
 {
     forget_rollouts(p, &p->lanes[lane]);
-    p->lanes[lane].chunk = 0;
+    p->lanes[lane].chunk = p->lanes[lane].stats.chunks = 0;
 }
 
-static tsad_status refuse(const char *which, tsad_plan_fault fault, const char *advice)
+static tsad_status refuse(const tsad_policy *p, const char *which, tsad_plan_fault fault,
+                          const char *advice)
 {
-    return tsad_fail(TSAD_PLAN, "%s: step %d, block %d: %s%s", which, fault.step, fault.block,
+    const tsad_net *net = &p->model->net;
+    return tsad_fail(TSAD_PLAN, "%s: step %d, block %d (%s): %s; %s", which, fault.step,
+                     fault.block, net->nodes[net->block_node[fault.block]].label,
                      tsad_plan_reason_text(fault.reason), advice);
 }
 
@@ -236,7 +240,7 @@ tsad_status tsad_policy_set_plan(tsad_policy *p, int index, const uint8_t *sourc
     const uint8_t *types = m->net.block_type;
     tsad_plan_fault fault = tsad_plan_resolve(first, K, B, types, NULL, NULL);
     if (fault.reason != TSAD_PLAN_VALID) {
-        return refuse("first", fault, "");
+        return refuse(p, "first", fault, "set this cell to compute (0)");
     }
     bool rollout = false;
     for (size_t i = 0; i < cells; i++) {
@@ -245,9 +249,10 @@ tsad_status tsad_policy_set_plan(tsad_policy *p, int index, const uint8_t *sourc
     }
     fault = tsad_plan_resolve(sources, K, B, types, p->filled, NULL);
     if (fault.reason != TSAD_PLAN_VALID) {
-        return refuse("plan", fault,
+        return refuse(p, "plan", fault,
                       fault.reason == TSAD_PLAN_EMPTY_ROLLOUT
-                          ? " (the plan's `first` must compute it)" : "");
+                          ? "let the plan's `first` compute it, or set this cell to compute (0)"
+                          : "set this cell to compute (0)");
     }
     if (lane->chunk > 0 && rollout) {
         for (size_t i = 0; i < cells; i++) {
@@ -255,12 +260,14 @@ tsad_status tsad_policy_set_plan(tsad_policy *p, int index, const uint8_t *sourc
         }
         fault = tsad_plan_resolve(sources, K, B, types, p->filled, NULL);
         if (fault.reason != TSAD_PLAN_VALID) {
-            return refuse("plan", fault, "; call reset() first, then set the plan");
+            return refuse(p, "plan", fault,
+                          "call reset() first and then set the plan, or set this cell to compute "
+                          "(0)");
         }
     }
     if (rollout) {
         TSAD_TRY(use_rollout_memory(p, lane));
-    } else {
+    } else if (lane->chunk == 0) { /* in mid-episode what is kept stays kept */
         lane->rollout_memory = false;
         forget_rollouts(p, lane);
     }
@@ -305,23 +312,48 @@ static int64_t lap(tsad_worker *w, int timer, int64_t since)
     return now;
 }
 
-/* everything before the loop, on one thread */
+/* waiting longer than this, and longer than one's own work took, means a core is taken */
+enum { STALL_NS = 300000, MAX_PATIENCE = 64 };
+
+void tsad_worker_meet(tsad_worker *w)
+{
+    if (w->size == 1 || w->rank > 0) {
+        tsad_barrier_wait(w->policy->barrier, w->size);
+        return;
+    }
+    int64_t arrived = tsad_now();
+    tsad_barrier_wait(w->policy->barrier, w->size);
+    int64_t left = tsad_now();
+    w->stalled |= left - arrived > STALL_NS && left - arrived > arrived - w->met_at;
+    w->met_at = left;
+}
+
+/* Everything before the loop. The encoder's layers are shared out where they do not depend on
+ * each other; the rest is rank 0's. */
 static void prepare_lane(tsad_worker *w, tsad_lane *lane, const float *obs)
 {
     int rank = w->rank, size = w->size;
-    w->rank = 0;
-    w->size = 1;
+    bool shared = !w->policy->model->encode_rows;
     int64_t t = tsad_now();
-    tsad_encode(w, lane, obs);
-    t = lap(w, TSAD_ENCODE, t);
-    if (lane->planner == TSAD_PRUNER_PLAN && lane->chunk > 0) {
-        tsad_prune(w, lane);
+    if (shared) {
+        tsad_encode(w, lane, obs);
+        tsad_worker_meet(w);
     }
-    t = lap(w, TSAD_PRUNE, t);
-    tsad_plan(w, lane);
-    lap(w, TSAD_PLAN_STAGE, t);
-    w->rank = rank;
-    w->size = size;
+    if (rank == 0) {
+        w->size = 1;
+        if (!shared) {
+            tsad_encode(w, lane, obs);
+        }
+        t = lap(w, TSAD_ENCODE, t);
+        if (lane->planner == TSAD_PRUNER_PLAN && lane->chunk > 0) {
+            tsad_prune(w, lane);
+        }
+        t = lap(w, TSAD_PRUNE, t);
+        tsad_plan(w, lane);
+        lap(w, TSAD_PLAN_STAGE, t);
+        w->size = size;
+    }
+    tsad_worker_meet(w);
 }
 
 static void run_lane(tsad_worker *w, const tsad_call *call, int row)
@@ -329,11 +361,7 @@ static void run_lane(tsad_worker *w, const tsad_call *call, int row)
     tsad_policy *p = w->policy;
     const tsad_model *m = p->model;
     tsad_lane *lane = &p->lanes[call->lanes[row]];
-    if (w->rank == 0) {
-        const float *obs = call->obs + (size_t)row * (size_t)m->n_obs_steps * (size_t)m->obs_dim;
-        prepare_lane(w, lane, obs);
-    }
-    tsad_barrier_wait(p->barrier, w->size);
+    prepare_lane(w, lane, call->obs + (size_t)row * (size_t)m->n_obs_steps * (size_t)m->obs_dim);
     int64_t t = tsad_now();
     tsad_denoise(w, lane, call, row);
     lap(w, TSAD_DENOISE, t);
@@ -345,6 +373,9 @@ static void begin_worker(tsad_worker *w, int rank, int size)
     w->size = size;
     w->epoch = 1;
     w->parity = 0;
+    w->tickets = 0;
+    w->stalled = false;
+    w->met_at = tsad_now();
     memset(w->ns, 0, sizeof w->ns);
     memset(w->read_epoch, 0, sizeof(uint32_t) * (size_t)w->policy->model->n_blocks);
     memset(w->write_epoch, 0, sizeof(uint32_t) * (size_t)w->policy->model->n_blocks);
@@ -362,9 +393,29 @@ static void work(void *context, int rank, int size)
             run_lane(w, call, row);
         }
     } else {
-        for (int row = 0; row < call->n_lanes; row++) {
+        for (int row = 0; row < call->n_lanes && w->size > 0; row++) {
             run_lane(w, call, row);
         }
+    }
+}
+
+/* How many threads to ask for: alone for a while after a stall, twice as long each time. */
+static int choose_size(tsad_policy *p, int n_lanes)
+{
+    if (n_lanes < p->n_threads && p->alone_for > 0) {
+        p->alone_for--;
+        return 1;
+    }
+    return p->n_threads;
+}
+
+static void note_stall(tsad_policy *p)
+{
+    if (p->workers[0].stalled) {
+        p->patience = p->patience * 2 < MAX_PATIENCE ? p->patience * 2 + 1 : MAX_PATIENCE;
+        p->alone_for = p->patience;
+    } else {
+        p->patience /= 2;
     }
 }
 
@@ -403,8 +454,12 @@ tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
     TSAD_TRY(check_call(p, call));
     int64_t start = tsad_now();
     job j = {.policy = p, .call = call};
-    int size = tsad_team_run(work, &j, p->n_threads);
+    atomic_store(&p->ticket->value, 0);
+    int size = tsad_team_run(work, &j, choose_size(p, call->n_lanes));
     bool spread = size > 1 && call->n_lanes >= size;
+    if (size > 1 && !spread) {
+        note_stall(p);
+    }
     for (int timer = 0; timer < TSAD_TOTAL; timer++) {
         int64_t sum = 0;
         for (int i = 0; i < (spread ? size : 1); i++) {

@@ -19,7 +19,8 @@
 #define PAUSE() ((void)0)
 #endif
 
-enum { MAX_TEAM = 64, SPINS_BEFORE_YIELD = 4000 };
+/* A yield hands the core to whatever else wants it, for milliseconds: only after a long wait. */
+enum { MAX_TEAM = 64, SPINS_BEFORE_YIELD = 40000 };
 
 static struct {
     pthread_mutex_t lock;  /* guards the fields below */
@@ -35,6 +36,15 @@ static struct {
     pthread_t threads[MAX_TEAM];
 } team = {.lock = PTHREAD_MUTEX_INITIALIZER, .work = PTHREAD_COND_INITIALIZER};
 
+void tsad_spin(int spins)
+{
+    if (spins < SPINS_BEFORE_YIELD) {
+        PAUSE();
+    } else {
+        sched_yield();
+    }
+}
+
 void tsad_barrier_wait(tsad_barrier *barrier, int size)
 {
     if (size <= 1) {
@@ -49,11 +59,7 @@ void tsad_barrier_wait(tsad_barrier *barrier, int size)
     }
     for (int spins = 0;
          atomic_load_explicit(&barrier->generation, memory_order_acquire) == generation; spins++) {
-        if (spins < SPINS_BEFORE_YIELD) {
-            PAUSE();
-        } else {
-            sched_yield();
-        }
+        tsad_spin(spins);
     }
 }
 
@@ -155,11 +161,7 @@ int tsad_team_run(void (*fn)(void *, int, int), void *context, int size)
     }
     fn(context, 0, size);
     for (int spins = 0; atomic_load_explicit(&team.running, memory_order_acquire) > 0; spins++) {
-        if (spins < SPINS_BEFORE_YIELD) {
-            PAUSE();
-        } else {
-            sched_yield();
-        }
+        tsad_spin(spins);
     }
     atomic_store(&team.leased, 0);
     return size;

@@ -59,6 +59,15 @@ def overlapping(obs: Any) -> dict[str, Any]:
     return {"obs": memory[:size].reshape(obs.shape), "out": out}
 
 
+def out_before_obs(obs: Any, shared: int) -> dict[str, Any]:
+    """The last `shared` numbers of out are the first of obs."""
+    memory = np.zeros(1000, F)
+    return {
+        "obs": memory[12 - shared : 12 - shared + obs.size].reshape(obs.shape),
+        "out": memory[:12].reshape(2, 3, 2),
+    }
+
+
 def over_noise(noise: Any) -> dict[str, Any]:
     memory = np.zeros(noise.size, F)
     return {"noise": memory.reshape(noise.shape), "out": memory[-12:].reshape(2, 3, 2)}
@@ -206,6 +215,9 @@ CALLS: dict[str, tuple[type[Exception], str, Make]] = {
         ValueError, "out: expected memory of its own, got an array that overlaps `obs`",
         lambda obs, noise: overlapping(obs),
     ),
+    "out over the beginning of obs": (
+        ValueError, "out: .*overlaps `obs`", lambda obs, noise: out_before_obs(obs, 1),
+    ),
     "out over noise": (
         ValueError, "out: expected memory of its own, got an array that overlaps `noise`",
         lambda obs, noise: {"obs": obs} | over_noise(noise),
@@ -317,6 +329,13 @@ def test_references_survive_bad_calls(policy: Any, item: str) -> None:
     for value in values:
         if isinstance(value, Producer):
             assert value.deleted == value.exports
+
+
+def test_neighbours_do_not_overlap(policy: Any) -> None:
+    near = out_before_obs(observations(policy, 0), 0)
+    assert policy(near["obs"], out=near["out"]) is near["out"]
+    memory = np.zeros(36 + 12, F)
+    policy(memory[:36].reshape(2, 3, 6), out=memory[36:].reshape(2, 3, 2))
 
 
 def test_references_survive_good_calls(policy: Any) -> None:

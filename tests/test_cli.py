@@ -40,6 +40,8 @@ def fake(monkeypatch):
     def load(source, **options):
         if source != "pusht":
             raise FileNotFoundError(f"source: got {source!r}, expected a bundled name or a path")
+        if options["device"] != "cpu":
+            raise ValueError(f"device: expected 'cpu', got {options['device']!r}")
         calls.append(options)
         return FakePushT(options["lanes"])
 
@@ -118,6 +120,7 @@ def test_missing_extra_is_named(capsys, monkeypatch, fake) -> None:
         (["eval", "pusht", "--plan", "p", "--sparsity", "0.5"], ["argument --plan", "--sparsity"]),
         (["eval", "pusht", "--seeds", "0"], ["argument --seeds", "'0'", "at least 1"]),
         (["eval", "pusht", "--lanes", "two"], ["argument --lanes", "'two'", "at least 1"]),
+        (["eval", "pusht", "--device", "tpu"], ["argument --device: ", "'tpu'"]),
         (["eval", "pusht", "--steps", "-4"], ["argument --steps", "'-4'"]),
         (["eval", "pusht", "--first-seed", "-1"], ["argument --first-seed", "'-1'"]),
         (["eval", "pusht", "--sampler", "euler"], ["argument --sampler", "euler", "ddim"]),
@@ -161,6 +164,29 @@ def test_failures_beyond_the_user_exit_1(capsys, monkeypatch, fake) -> None:
     monkeypatch.setattr(FakePushT, "__call__", fail)
     code, out, err = run(capsys, "eval", "pusht", "--seeds", "1")
     assert code == 1 and out == "" and err == "tsad eval: error: the device fell off the bus\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="terminals")
+@pytest.mark.parametrize("size", [(24, 100), (0, 0)])
+def test_progress_bar_on_a_terminal_of_any_size(size) -> None:
+    pytest.importorskip("tqdm")
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    code = (
+        "from tsad.commands.common import Progress\n"
+        "with Progress(4, 'pusht', unit='episodes', done=1) as bar:\n"
+        "    for _ in range(3): bar.update('score 0.5')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)
+    os.close(theirs)
+    text = os.read(ours, 10000).decode()
+    os.close(ours)
+    assert "4/4" in text and "score 0.5" in text and "100%" in text
 
 
 # --- eval

@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tsad import _core
+from tsad.config import PolicyConfig
+from tsad.load import make_model
 from tsad.reference import REUSE_ROLLOUT, REUSE_STEP, SKIP, ReferencePolicy, encode, plan
+from tsad.samplers import make_sampler
 
 torch = pytest.importorskip("torch", reason="pip install 'tsad-policy[test]'")
 pytest.importorskip("diffusers", reason="pip install 'tsad-policy[test]'")
@@ -68,7 +72,66 @@ class ReferenceEngine:
         return plan(self.policy.prune(obs))
 
 
-ENGINES = {"reference": ReferenceEngine}
+class CoreEngine:
+    """The compiled core in float32, on the best instruction set that this machine has."""
+
+    network_tolerance = cases.NETWORK_TOLERANCE
+    chunk_tolerance = cases.CHUNK_TOLERANCE
+    plan_tolerance = cases.PLAN_TOLERANCE
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tensors: cases.Tensors,
+        pruner: cases.Tensors | None = None,
+        *,
+        lanes: int = 1,
+    ) -> None:
+        parsed, table = PolicyConfig.from_dict(config), make_sampler(config["scheduler"])
+        model = make_model(parsed, tensors, pruner, table)
+        self.policy = _core.Policy(model, lanes=lanes, threads=2)
+
+    def predict_noise(self, sample: Any, step: int, obs: Any) -> NDArray[Any]:
+        return self.policy.predict_noise(sample, step, obs)
+
+    def run(
+        self,
+        plan: Any,
+        obs: Any,
+        noise: Any,
+        *,
+        first: Any = None,
+        lanes: Sequence[int] | None = None,
+    ) -> NDArray[Any]:
+        rows = list(range(self.policy.lanes)) if lanes is None else list(lanes)
+        for i, lane in enumerate(rows):
+            dense = np.zeros((self.policy.num_inference_steps, self.policy.n_blocks), np.uint8)
+            if self.policy._stats(lane)["chunks"]:
+                self.policy._set_plan(lane, self._row(plan, i, dense), dense)
+                continue
+            # any plan that reuses earlier chunks makes the lane keep them from its first on
+            start = self._row(first, i, dense)
+            keep = np.where(start == 0, REUSE_ROLLOUT, 0).astype(np.uint8)
+            self.policy._set_plan(lane, keep, start)
+        noise = np.ascontiguousarray(noise)
+        return self.policy(obs, noise=noise, lanes=rows, return_horizon=True)
+
+    @staticmethod
+    def _row(given: Any, i: int, default: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if given is None:
+            return default
+        return np.asarray(given if np.ndim(given) == 2 else given[i], np.uint8)
+
+    def reset(self, lanes: Sequence[int] | None = None) -> None:
+        self.policy.reset(lanes=lanes)
+
+    def pruner_sources(self, obs: Any) -> NDArray[np.uint8]:
+        sources = self.policy._pruner_scores(obs).argmax(-1).astype(np.uint8)
+        sources[0] = 0
+        return sources
+
+
+ENGINES = {"reference": ReferenceEngine, "core": CoreEngine}
 
 
 @pytest.fixture(params=list(ENGINES.values()), ids=list(ENGINES))
@@ -301,6 +364,9 @@ def test_8_first_rollout_is_dense_and_reset_forgets(engine):
     policy.reset()
     dense_other = policy.run(sources, *other)
     np.testing.assert_array_equal(dense_other, engine(config, tensors).run(None, *other))
+    policy.reset()
+    with pytest.raises(ValueError, match="step 0, block 0 .*reuse_rollout"):
+        policy.run(sources, *one, first=sources)
 
 
 def test_8_a_cell_keeps_its_last_computed_value_over_rollouts(engine):

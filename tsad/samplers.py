@@ -178,7 +178,7 @@ def _timesteps(config: SchedulerConfig) -> Int:
             )
         ascending = np.arange(points) * stride + config.steps_offset
     else:
-        ascending = np.arange(train, 0, -train / steps).round()[:steps][::-1] - 1
+        ascending = np.arange(train, 0, -train / steps).round()[::-1] - 1
     timesteps = ascending[::-1][:steps].astype(np.int64)
     if timesteps[0] >= train:
         most = config.steps_offset - (timesteps[0] - (train - 1))

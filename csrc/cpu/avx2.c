@@ -11,6 +11,7 @@ typedef int vi __attribute__((vector_size(32)));
 #define W 8
 #define PANEL 16
 #define MAX_ROWS 6
+#define MAX_PANELS 2
 #define V_FMA(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define V_SET1(x) ((vf)_mm256_set1_ps(x))
 #define path(name) avx2_##name

@@ -11,6 +11,7 @@ typedef int vi __attribute__((vector_size(64)));
 #define W 16
 #define PANEL 32
 #define MAX_ROWS 12
+#define MAX_PANELS 4
 #define V_FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define V_SET1(x) ((vf)_mm512_set1_ps(x))
 #define path(name) avx512_##name

@@ -11,6 +11,9 @@
  * and a slot overwritten by a block that has no meeting (cross-attention) in the epoch in which
  * another thread may still read it. Both cost one extra meeting; all threads see the same ops,
  * so they agree on when.
+ *
+ * A core can be taken by another process in mid-chunk. Then the others are released at the next
+ * row and rank 0 goes on alone (stay_together).
  */
 #include "cpu.h"
 
@@ -54,8 +57,43 @@ typedef struct context {
 
 static void meet(tsad_worker *w)
 {
-    tsad_barrier_wait(w->policy->barrier, w->size);
+    tsad_worker_meet(w);
     w->epoch++;
+}
+
+/* Whether a row has work to share. All threads see the same program, so they agree. */
+static bool shares_work(const tsad_program *program, int row)
+{
+    for (int i = program->row_start[row]; i < program->row_start[row + 1]; i++) {
+        if (program->ops[i].kind == TSAD_OP_COMPUTE) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* At the start of a row with work to share, rank 0 says whether the threads stay together. They
+ * part when one has kept it waiting: its core is taken. The bits do not change. False: this
+ * thread is released. */
+static bool stay_together(tsad_worker *w)
+{
+    atomic_uint *ticket = &w->policy->ticket->value;
+    unsigned number = ++w->tickets, said;
+    if (w->rank == 0) {
+        said = number << 1 | (unsigned)w->stalled;
+        atomic_store_explicit(ticket, said, memory_order_release);
+    } else {
+        for (int spins = 0;
+             (said = atomic_load_explicit(ticket, memory_order_acquire)) >> 1 < number; spins++) {
+            tsad_spin(spins);
+        }
+    }
+    if ((said & 1) == 0 || said >> 1 != number) {
+        return true;
+    }
+    meet(w); /* everyone's shares of the slots are written */
+    w->size = w->rank == 0 ? 1 : 0;
+    return w->rank == 0;
 }
 
 /* a thread's share of `floats`, on cache-line pairs */
@@ -373,10 +411,38 @@ static void move_node(const context *c, const tsad_node *node)
 
 static void keep_memory(const context *c, const tsad_node *node)
 {
-    if (c->run->lane->memory) {
+    if (c->run->lane->memory && c->w->rank == 0) {
         size_t floats = tsad_register_floats(&c->net->registers[node->in]);
         memcpy(c->run->lane->memory + (size_t)c->row * floats, reg(c, node->in),
                sizeof(float) * floats);
+    }
+}
+
+/* score and value vectors of tokens [s, s + rows); a panel may run past the end of a vector, so
+ * keys come first, then values, each ascending, then the constants */
+static void fold_tokens(const context *c, const tsad_node *node, const float *kv, int ld, int rows,
+                        float *out)
+{
+    const tsad_fold *fold = &c->m->fold;
+    const tsad_packed *list = ((const tsad_cpu_node *)node->packed)->list;
+    int d = fold->width, heads = fold->n_heads, dh = d / heads, ldy = (int)fold->floats;
+    for (int h = 0; h < heads; h++) {
+        c->k->linear(&list[1 + h], kv + h * dh, ld, rows, TSAD_LINEAR_ONLY,
+                     out + (size_t)h * (size_t)d, ldy);
+    }
+    for (int h = 0; h < heads; h++) {
+        c->k->linear(&list[1 + heads + h], kv + d + h * dh, ld, rows, TSAD_LINEAR_ONLY,
+                     out + fold->value + (size_t)h * (size_t)d, ldy);
+    }
+    for (int s = 0; s < rows; s++) {
+        const float *key = kv + (size_t)s * (size_t)ld;
+        for (int h = 0; h < heads; h++) {
+            float shift = 0;
+            for (int j = h * dh; j < (h + 1) * dh; j++) {
+                shift += key[j] * node->table[j];
+            }
+            out[(size_t)s * fold->floats + fold->shift + (size_t)h] = shift;
+        }
     }
 }
 
@@ -384,30 +450,18 @@ static void fold_node(const context *c, const tsad_node *node)
 {
     const tsad_fold *fold = &c->m->fold;
     const tsad_packed *list = ((const tsad_cpu_node *)node->packed)->list;
-    const tsad_register *in = &c->net->registers[node->in];
-    int d = fold->width, heads = fold->n_heads, dh = d / heads, ld = tsad_pad(2 * d);
+    int tokens = c->net->registers[node->in].tokens, d = fold->width, ld = tsad_pad(2 * d);
+    if (node->layer % c->w->size != c->w->rank) {
+        return; /* another thread's layer */
+    }
     float *kv = c->w->scratch;
-    c->k->linear(&list[0], reg(c, node->in), tsad_pad(d), in->tokens, TSAD_LINEAR_ONLY, kv, ld);
-    size_t at = ((size_t)c->row * (size_t)c->m->n_layers + (size_t)node->layer) * (size_t)in->tokens;
-    for (int s = 0; s < in->tokens; s++) {
-        /* rows of a panel may run into the next vector, so: keys, values, constants, ascending */
-        float *out = c->run->lane->fold + (at + (size_t)s) * fold->floats;
-        const float *key = kv + (size_t)s * (size_t)ld, *value = key + d;
-        for (int h = 0; h < heads; h++) {
-            c->k->linear(&list[1 + h], key + h * dh, ld, 1, TSAD_LINEAR_ONLY,
-                         out + (size_t)h * (size_t)d, d);
-        }
-        for (int h = 0; h < heads; h++) {
-            c->k->linear(&list[1 + heads + h], value + h * dh, ld, 1, TSAD_LINEAR_ONLY,
-                         out + fold->value + (size_t)h * (size_t)d, d);
-        }
-        for (int h = 0; h < heads; h++) {
-            float shift = 0;
-            for (int j = h * dh; j < (h + 1) * dh; j++) {
-                shift += key[j] * node->table[j];
-            }
-            out[fold->shift + (size_t)h] = shift;
-        }
+    c->k->linear(&list[0], reg(c, node->in), tsad_pad(d), tokens, TSAD_LINEAR_ONLY, kv, ld);
+    size_t at = ((size_t)c->row * (size_t)c->m->n_layers + (size_t)node->layer) * (size_t)tokens;
+    float *out = c->run->lane->fold + at * fold->floats;
+    int rows = d % TSAD_LANE ? 1 : tokens;
+    for (int s = 0; s < tokens; s += rows) {
+        fold_tokens(c, node, kv + (size_t)s * (size_t)ld, ld, rows,
+                    out + (size_t)s * fold->floats);
     }
 }
 
@@ -562,6 +616,9 @@ void tsad_cpu_run(tsad_worker *w, const tsad_run *run, int row_begin, int row_en
     const tsad_program *program = run->program;
     unsigned mode = flush_denormals();
     for (c.row = row_begin; c.row < row_end; c.row++) {
+        if (w->size > 1 && run->update && shares_work(program, c.row) && !stay_together(w)) {
+            break;
+        }
         for (int i = program->row_start[c.row]; i < program->row_start[c.row + 1]; i++) {
             const tsad_op *op = &program->ops[i];
             switch (op->kind) {

@@ -1,6 +1,6 @@
 /* simd.h: the kernels over a vector of W floats. Included once by each instruction set's file,
  * which defines before: W, vf (vector of W floats), vi (of W int32), PANEL (two vectors),
- * MAX_ROWS (of a tile, by the number of registers), V_FMA(a, b, c) = a * b + c in one rounding,
+ * MAX_ROWS and MAX_PANELS (of a tile, by the number of registers), V_FMA(a, b, c) = a * b + c in one rounding,
  * V_SET1, and path(name), which prefixes symbols.
  *
  * The matrix product is a tile of up to MAX_ROWS rows by one panel of two vectors: every weight
@@ -104,64 +104,91 @@ ALWAYS_INLINE vf activate(vf x, tsad_activation act)
 
 /* ---- y = activation(x W + bias) ----------------------------------------------------------- */
 
-/* M rows by one panel */
-ALWAYS_INLINE void tile(const int M, const float *x, int ldx, const float *w, const float *bias,
-                        int n_in, tsad_activation act, float *y, int ldy)
+/* M rows by P panels, `stride` floats apart; M * P keeps the multipliers busy within the registers */
+ALWAYS_INLINE void tile(const int M, const int P, const float *x, int ldx, const float *w,
+                        size_t stride, const float *bias, int n_in, tsad_activation act, float *y,
+                        int ldy)
 {
-    vf sum[MAX_ROWS][2];
+    vf sum[MAX_ROWS][MAX_PANELS][2];
     const float *row[MAX_ROWS];
 #pragma GCC unroll 16
     for (int t = 0; t < M; t++) {
         row[t] = x + (size_t)t * (size_t)ldx;
-        sum[t][0] = load(bias);
-        sum[t][1] = load(bias + W);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            sum[t][p][0] = load(bias + p * PANEL);
+            sum[t][p][1] = load(bias + p * PANEL + W);
+        }
     }
     for (int i = 0; i < n_in; i++) {
-        vf w0 = load(w), w1 = load(w + W);
-        __builtin_prefetch((const char *)w + PREFETCH_BYTES);
-        if (PANEL * sizeof(float) > 64) {
-            __builtin_prefetch((const char *)w + PREFETCH_BYTES + 64);
-        }
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            const float *at = w + (size_t)p * stride;
+            vf w0 = load(at), w1 = load(at + W);
+            __builtin_prefetch((const char *)at + PREFETCH_BYTES);
+            if (PANEL * sizeof(float) > 64) {
+                __builtin_prefetch((const char *)at + PREFETCH_BYTES + 64);
+            }
 #pragma GCC unroll 16
-        for (int t = 0; t < M; t++) {
-            vf v = V_SET1(row[t][i]);
-            sum[t][0] = V_FMA(v, w0, sum[t][0]);
-            sum[t][1] = V_FMA(v, w1, sum[t][1]);
+            for (int t = 0; t < M; t++) {
+                vf v = V_SET1(row[t][i]);
+                sum[t][p][0] = V_FMA(v, w0, sum[t][p][0]);
+                sum[t][p][1] = V_FMA(v, w1, sum[t][p][1]);
+            }
         }
         w += PANEL;
     }
 #pragma GCC unroll 16
     for (int t = 0; t < M; t++) {
-        store(y + (size_t)t * (size_t)ldy, activate(sum[t][0], act));
-        store(y + (size_t)t * (size_t)ldy + W, activate(sum[t][1], act));
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            float *to = y + (size_t)t * (size_t)ldy + p * PANEL;
+            store(to, activate(sum[t][p][0], act));
+            store(to + W, activate(sum[t][p][1], act));
+        }
     }
 }
 
-#define TILE(M)                                                                                    \
+#define TILE(M, P)                                                                                 \
     case M:                                                                                        \
-        tile(M, x, ldx, w, bias, n_in, act, y, ldy);                                               \
+        tile(M, P, x, ldx, w, stride, bias, n_in, act, y, ldy);                                    \
         break
 
-static void tile_rows(int rows, const float *x, int ldx, const float *w, const float *bias,
-                      int n_in, tsad_activation act, float *y, int ldy)
+/* one panel */
+static void narrow(int rows, const float *x, int ldx, const float *w, const float *bias, int n_in,
+                   tsad_activation act, float *y, int ldy)
 {
+    const size_t stride = 0;
     switch (rows) {
-        TILE(1);
-        TILE(2);
-        TILE(3);
-        TILE(4);
-        TILE(5);
-        TILE(6);
+        TILE(1, 1);
+        TILE(2, 1);
+        TILE(3, 1);
+        TILE(4, 1);
+        TILE(5, 1);
+        TILE(6, 1);
 #if MAX_ROWS > 6
-        TILE(7);
-        TILE(8);
-        TILE(9);
-        TILE(10);
+        TILE(7, 1);
+        TILE(8, 1);
+        TILE(9, 1);
+        TILE(10, 1);
 #endif
 #if MAX_ROWS > 10
-        TILE(11);
-        TILE(12);
+        TILE(11, 1);
+        TILE(12, 1);
 #endif
+    default:
+        break;
+    }
+}
+
+/* few rows: MAX_PANELS panels at once, or a row's sums would wait for each other */
+static void wide(int rows, const float *x, int ldx, const float *w, size_t stride,
+                 const float *bias, int n_in, tsad_activation act, float *y, int ldy)
+{
+    switch (rows) {
+        TILE(1, MAX_PANELS);
+        TILE(2, MAX_PANELS);
+        TILE(3, MAX_PANELS);
     default:
         break;
     }
@@ -170,13 +197,20 @@ static void tile_rows(int rows, const float *x, int ldx, const float *w, const f
 static void path(linear)(const tsad_packed *packed, const float *x, int ldx, int rows,
                          tsad_activation act, float *y, int ldy)
 {
-    int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (int n = 0; n < packed->n_out; n += PANEL) {
+    int n = 0, tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    size_t stride = (size_t)PANEL * (size_t)packed->n_in;
+    if (rows <= 3) {
+        for (; n + MAX_PANELS * PANEL <= packed->n_out; n += MAX_PANELS * PANEL) {
+            wide(rows, x, ldx, packed->w + (size_t)n * (size_t)packed->n_in, stride,
+                 packed->bias + n, packed->n_in, act, y + n, ldy);
+        }
+    }
+    for (; n < packed->n_out; n += PANEL) {
         const float *w = packed->w + (size_t)n * (size_t)packed->n_in;
         for (int i = 0; i < tiles; i++) { /* as equal as can be; the panel is in L1 by then */
             int from = rows * i / tiles, to = rows * (i + 1) / tiles;
-            tile_rows(to - from, x + (size_t)from * (size_t)ldx, ldx, w, packed->bias + n,
-                      packed->n_in, act, y + (size_t)from * (size_t)ldy + n, ldy);
+            narrow(to - from, x + (size_t)from * (size_t)ldx, ldx, w, packed->bias + n,
+                   packed->n_in, act, y + (size_t)from * (size_t)ldy + n, ldy);
         }
     }
 }

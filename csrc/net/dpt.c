@@ -162,6 +162,11 @@ static tsad_status build_denoiser(const tsad_model_spec *spec, tsad_model *model
         TSAD_TRY(add_self_attention(net, &layer, h, "norm1", 0, spec->causal));
         TSAD_TRY(add_cross_attention(net, &layer, h, l, 1));
         TSAD_TRY(add_feed_forward(net, &layer, h, "norm3", 2));
+        static const char *const names[] = {"self_attn", "cross_attn", "feed_forward"};
+        for (int i = 0; i < 3; i++) {
+            tsad_node *node = &net->nodes[net->n_nodes - 3 + i];
+            snprintf(node->label, sizeof node->label, "layers.%d.%s", l, names[i]);
+        }
     }
     tsad_node *head = tsad_net_add(net, TSAD_LINEAR, h, noise);
     head->normalise = true;

@@ -75,6 +75,7 @@ static tsad_status add_node(const tsad_model_spec *spec, tsad_net *net, int i)
     const int32_t *row = spec->nodes + (size_t)i * COLUMNS;
     TSAD_TRY(check(spec, i, row));
     tsad_node *node = tsad_net_add(net, (tsad_node_kind)row[KIND], row[IN], row[OUT]);
+    snprintf(node->label, sizeof node->label, "node %d", i);
     node->in2 = row[IN2];
     node->residual = row[RESIDUAL];
     node->type = row[TYPE];

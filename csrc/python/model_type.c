@@ -336,21 +336,20 @@ static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
         return -1;
     }
     tsad_model_spec spec = {0};
-    tsad_status status = TSAD_OK;
+    tsad_status status;
     int result = read_spec(&s, kwargs, &spec);
     if (result == 0) {
         tsad_model *model = NULL;
-        Py_BEGIN_ALLOW_THREADS status = tsad_model_create(&spec, &model);
-        Py_END_ALLOW_THREADS if (status == TSAD_OK && self->model) { /* another thread was faster */
-                                                                     tsad_model_destroy(model); }
-        else if (status == TSAD_OK)
-        {
-            self->model = model;
-        }
-        else
-        {
+        PyThreadState *thread = PyEval_SaveThread();
+        status = tsad_model_create(&spec, &model);
+        PyEval_RestoreThread(thread);
+        if (status != TSAD_OK) {
             edge_raise(status);
             result = -1;
+        } else if (self->model) { /* another thread was faster */
+            tsad_model_destroy(model);
+        } else {
+            self->model = model;
         }
     }
     source_close(&s);

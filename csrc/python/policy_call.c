@@ -140,13 +140,13 @@ static int run(edge_policy *self, const chunk *c)
         .actions = c->data,
         .whole_horizon = c->whole_horizon,
     };
-    tsad_status status;
-    Py_BEGIN_ALLOW_THREADS MARK(begin);
+    PyThreadState *thread = PyEval_SaveThread(); /* leaves the GIL */
+    MARK(begin);
     draw(self, c, &call);
-    status = tsad_policy_step(self->policy, &call);
+    tsad_status status = tsad_policy_step(self->policy, &call);
     MARK(end);
-    Py_END_ALLOW_THREADS if (status != TSAD_OK)
-    {
+    PyEval_RestoreThread(thread);
+    if (status != TSAD_OK) {
         edge_raise(status);
         return -1;
     }
@@ -219,11 +219,11 @@ PyObject *edge_policy_predict_noise(PyObject *object, PyObject *args, PyObject *
     if (borrow_samples(self, sample, obs, &c) < 0) {
         Py_CLEAR(c.actions);
     } else {
-        tsad_status status;
-        Py_BEGIN_ALLOW_THREADS status = tsad_policy_predict_noise(
-            self->policy, c.n_lanes, c.noise.data, step, c.obs.data, c.data);
-        Py_END_ALLOW_THREADS if (status != TSAD_OK)
-        {
+        PyThreadState *thread = PyEval_SaveThread();
+        tsad_status status = tsad_policy_predict_noise(self->policy, c.n_lanes, c.noise.data, step,
+                                                       c.obs.data, c.data);
+        PyEval_RestoreThread(thread);
+        if (status != TSAD_OK) {
             edge_raise(status);
             Py_CLEAR(c.actions);
         }

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib
 import math
+import os
 import platform
 import sys
 import time
@@ -38,13 +39,30 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30)
 
 
+# The library's messages begin with the name of its own argument; here it has another.
+OPTIONS = {
+    "device": "--device",
+    "num_inference_steps": "--steps",
+    "plan": "",
+    "planner": "",
+    "precision": "--precision",
+    "sampler": "--sampler",
+    "source": "",
+    "sparsity": "",
+    "threads": "--threads",
+}
+
+
 @contextlib.contextmanager
 def argument(name: str) -> Iterator[None]:
     """Errors of the library inside are the user's: they name the argument, without a traceback."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    except (ValueError, TypeError, OSError) as error:
+        text = str(error)
+        inner, colon, rest = text.partition(": ")
+        if colon and inner in OPTIONS:
+            name, text = OPTIONS[inner] or name, rest
         raise UsageError(f"argument {name}: {text}") from error
 
 
@@ -216,9 +234,12 @@ class Progress:
         if sys.stderr.isatty():
             # tqdm comes with the extras; without it the lines of a log do.
             with contextlib.suppress(ModuleNotFoundError):
+                # Some terminals (in containers, say) claim a size of 0 x 0; tqdm would be silent.
+                known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
                 self._bar = importlib.import_module("tqdm").tqdm(
-                    total=total, initial=done, desc=label, unit=unit, file=sys.stderr,
-                    dynamic_ncols=True,
+                    total=total, initial=done, desc=label, unit=f" {unit}", file=sys.stderr,
+                    dynamic_ncols=known, ncols=None if known else 80,
+                    nrows=None if known else 24,
                 )
 
     def update(self, note: str = "", n: int = 1) -> None:

@@ -304,7 +304,8 @@ def run(args: argparse.Namespace) -> int:
         with argument("--planner"):
             policy.planner = args.planner
     set_sparsity(policy, args.sparsity)
-    out.mkdir(parents=True, exist_ok=True)
+    with argument("--out"):
+        out.mkdir(parents=True, exist_ok=True)
     arms = [Arm("dense", 0.0), Arm(f"sparsity {args.sparsity:g}", args.sparsity)]
     seconds = SECONDS if args.seeds is None else float("inf")
     reels, differences = _compare(policy, environment, seeds, arms, seconds)

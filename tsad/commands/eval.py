@@ -183,7 +183,8 @@ def _play(
 
     environments = [sim.make(args.simulator) for _ in range(min(args.lanes, len(todo)))]
     done = args.seeds - len(todo)
-    label = f"{args.simulator} at {_percent(policy.sparsity)}"
+    dense = policy.sparsity == 0
+    label = f"{args.simulator}, {'dense' if dense else 'sparsity ' + _percent(policy.sparsity)}"
     try:
         with Progress(args.seeds, label, unit="episodes", done=done) as progress:
             for episode in sim.rollouts(policy, environments, todo):
@@ -241,6 +242,10 @@ def _percent(sparsity: float | None) -> str:
     return "of its own choice" if sparsity is None else f"{sparsity:.1%}"
 
 
+def _lanes(lanes: int) -> str:
+    return "" if lanes == 1 else f" ({lanes} lanes: a lane's share of a call)"
+
+
 def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
     summary, settings, run_ = document["summary"], document["settings"], document["run"]
     score, success, times = summary["score"], summary["success"], summary["chunk_ms"]
@@ -254,7 +259,7 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
         f"success  {success['mean']:.3f} ({count} of {summary['episodes']}), "
         f"{_interval(success['interval95'])}",
         f"chunk    {times['mean']:.2f} ms mean, {times['max']:.2f} ms largest, over "
-        f"{summary['chunks']} chunks ({run_['lanes']} lanes: a lane's share of a call)",
+        f"{summary['chunks']} chunks{_lanes(run_['lanes'])}",
     ]
     if "paired" in document:
         paired = document["paired"]

@@ -66,7 +66,7 @@ def save_gif(reels: Sequence[Reel], path: Path) -> None:
     pictures = [_picture(reels, moment, modules) for moment in range(length)]
     # One palette for all pictures, of a few of them: the colours are few, and none may flicker.
     few = [np.asarray(pictures[index * (length - 1) // 4]) for index in range(5)]
-    palette = modules[0].fromarray(np.concatenate(few)).quantize(64)
+    palette = modules[0].fromarray(np.concatenate(few)).quantize(256)
     pictures = [picture.quantize(palette=palette, dither=0) for picture in pictures]
     data = io.BytesIO()
     pictures[0].save(

@@ -1,0 +1,215 @@
+/* roofline.c: what the machine can do: fused multiply-adds from registers, and reads of a buffer
+ * of the weights' size, in one instruction set. roofline.py compiles and runs it.
+ *
+ *   roofline THREADS BYTES SECONDS   ->   one line of JSON
+ *
+ * The buffer is split evenly; each thread streams its own part over and over, as the engine's
+ * threads do. Figures are sums over the threads, of the best and of the median repetition.
+ */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#ifndef VECTOR_BYTES
+#define VECTOR_BYTES 16
+#endif
+#if defined(__aarch64__)
+#define IN_REGISTER(x) __asm__ volatile("" : "+w"(x))
+#else
+#define IN_REGISTER(x) __asm__ volatile("" : "+v"(x))
+#endif
+/* Independent chains in named variables: an array would live in memory. Twelve hide a latency of
+ * up to six cycles with two units, and fit 16 registers beside the operands. */
+#define EACH_CHAIN(do)                                                                             \
+    do                                                                                             \
+    (0) do(1) do(2) do(3) do(4) do(5) do(6) do(7) do(8) do(9) do(10) do(11)
+#define EACH_STREAM(do)                                                                            \
+    do                                                                                             \
+    (0) do(1) do(2) do(3) do(4) do(5) do(6) do(7)
+
+enum {
+    LANES = VECTOR_BYTES / 4,
+    CHAINS = 12,
+    STREAM = 8,
+    FMA_LOOPS = 1000 * 1000,
+    READ_PASSES = 16,
+    MAX_REPEATS = 4096,
+    MAX_THREADS = 64
+};
+enum { FMA, READ, READ_AHEAD, N_KINDS };
+
+typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
+
+typedef struct worker {
+    pthread_t thread;
+    int rank;
+    const char *data; /* this thread's part */
+    size_t bytes;
+    float sink; /* so that nothing is optimised away */
+} worker;
+
+static pthread_barrier_t gate;
+static double budget, deadline; /* rank 0 writes between barriers */
+static int go_on;
+static double seconds[N_KINDS][MAX_REPEATS];
+static int n_repeats[N_KINDS];
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static vec filled(float value)
+{
+    vec v;
+    for (int i = 0; i < LANES; i++) {
+        v[i] = value;
+    }
+    return v;
+}
+
+static float fma_pass(void)
+{
+    vec m = filled(0.999f), c = filled(0.001f);
+#define START(i) vec a##i = filled(i);
+#define STEP(i)                                                                                    \
+    a##i = a##i * m + c;                                                                           \
+    IN_REGISTER(a##i);
+#define SUM(i) +a##i
+    EACH_CHAIN(START)
+    for (int n = 0; n < FMA_LOOPS; n++) {
+        EACH_CHAIN(STEP)
+    }
+    vec sum = filled(0) EACH_CHAIN(SUM);
+#undef START
+#undef STEP
+    return sum[0];
+}
+
+static float read_pass(const char *data, size_t bytes, size_t ahead)
+{
+#define START(i) vec a##i = filled(0);
+#define STEP(i)                                                                                    \
+    a##i += p[i];                                                                                  \
+    IN_REGISTER(a##i);
+    EACH_STREAM(START)
+    enum { TURN = STREAM * VECTOR_BYTES };
+    for (size_t at = 0; at + TURN <= bytes; at += TURN) {
+        const vec *p = (const vec *)(data + at);
+        if (ahead) {
+            for (int line = 0; line < TURN; line += 64) {
+                __builtin_prefetch(data + at + ahead + line);
+            }
+        }
+        EACH_STREAM(STEP)
+    }
+    vec sum = filled(0) EACH_STREAM(SUM);
+    return sum[0];
+}
+
+static void work(worker *w, int kind)
+{
+    if (kind == FMA) {
+        w->sink += fma_pass();
+        return;
+    }
+    for (int pass = 0; pass < READ_PASSES; pass++) {
+        w->sink += read_pass(w->data, w->bytes, kind == READ_AHEAD ? 4096 : 0);
+    }
+}
+
+static void *run(void *argument)
+{
+    worker *w = argument;
+    for (int kind = 0; kind < N_KINDS; kind++) {
+        for (int n = 0; n < MAX_REPEATS; n++) {
+            if (w->rank == 0) {
+                if (n == 0) {
+                    deadline = now() + budget / N_KINDS;
+                }
+                go_on = n < 3 || now() < deadline;
+            }
+            pthread_barrier_wait(&gate);
+            if (!go_on) {
+                break;
+            }
+            double start = now();
+            work(w, kind);
+            pthread_barrier_wait(&gate); /* until the slowest is done */
+            if (w->rank == 0) {
+                seconds[kind][n] = now() - start;
+                n_repeats[kind] = n + 1;
+            }
+        }
+        pthread_barrier_wait(&gate);
+    }
+    return NULL;
+}
+
+static int ascending(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static int start(worker *workers, int threads, size_t part)
+{
+    for (int i = 0; i < threads; i++) {
+        size_t size = part + 8192; /* prefetches run past the end */
+        char *data = aligned_alloc(4096, size);
+        if (!data) {
+            fprintf(stderr, "roofline: out of memory\n");
+            return 1;
+        }
+        memset(data, 1, size);
+        workers[i] = (worker){.rank = i, .data = data, .bytes = part};
+        if (i > 0 && pthread_create(&workers[i].thread, NULL, run, &workers[i]) != 0) {
+            fprintf(stderr, "roofline: no thread\n");
+            return 1;
+        }
+    }
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    static worker workers[MAX_THREADS];
+    int threads = argc > 1 ? atoi(argv[1]) : 0;
+    size_t bytes = argc > 2 ? strtoull(argv[2], NULL, 10) : 0;
+    budget = argc > 3 ? atof(argv[3]) : 0;
+    if (threads < 1 || threads > MAX_THREADS || bytes < 65536u * MAX_THREADS || budget <= 0) {
+        fprintf(stderr, "usage: roofline THREADS(1-%d) BYTES(>= 4 MiB) SECONDS\n", MAX_THREADS);
+        return 2;
+    }
+    size_t part = bytes / (size_t)threads / 4096 * 4096;
+    pthread_barrier_init(&gate, NULL, (unsigned)threads);
+    if (start(workers, threads, part)) {
+        return 1;
+    }
+    run(&workers[0]);
+    float sink = workers[0].sink;
+    for (int i = 1; i < threads; i++) {
+        pthread_join(workers[i].thread, NULL);
+        sink += workers[i].sink;
+    }
+    double best[N_KINDS], median[N_KINDS];
+    for (int kind = 0; kind < N_KINDS; kind++) {
+        double amount = kind == FMA ? 2.0 * CHAINS * LANES * FMA_LOOPS : (double)READ_PASSES * part;
+        amount *= 1e-9 * threads;
+        qsort(seconds[kind], (size_t)n_repeats[kind], sizeof(double), ascending);
+        best[kind] = amount / seconds[kind][0];
+        median[kind] = amount / seconds[kind][n_repeats[kind] / 2];
+    }
+    int kind = best[READ_AHEAD] > best[READ] ? READ_AHEAD : READ;
+    printf("{\"threads\": %d, \"vector_bytes\": %d, \"bytes\": %zu, \"gflops\": %.2f, "
+           "\"gflops_median\": %.2f, \"read_gbs\": %.2f, \"read_gbs_median\": %.2f, "
+           "\"prefetch\": %s, \"sink\": %.1f}\n",
+           threads, VECTOR_BYTES, part * (size_t)threads, best[FMA], median[FMA], best[kind],
+           median[kind], kind == READ_AHEAD ? "true" : "false", (double)sink);
+    return 0;
+}
