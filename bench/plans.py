@@ -26,9 +26,7 @@ STANDARD_STEPS = 100
 REUSES = np.array([REUSE_TYPE, REUSE_STEP, REUSE_ROLLOUT], np.uint8)
 
 
-def equal_shares(
-    steps: int, types: list[str], cost: float, seed: int
-) -> NDArray[np.uint8]:
+def equal_shares(steps: int, types: list[str], cost: float, seed: int) -> NDArray[np.uint8]:
     """Sources (steps, B) that compute the share `cost` of the cells of every type of block.
 
     Step 0 is computed, so that every reuse finds something; the rest of the budget is spread at
@@ -62,11 +60,16 @@ def equal_shares(
     return sources
 
 
+def standard_costs() -> list[int]:
+    """Cost of a cell of each block of the standard transformer."""
+    return list(block_costs(STANDARD))
+
+
 def sparse95(seed: int = 0, *, policy: Any = None) -> tsad.Plan:
     """The 95 % plan of the standard transformer, or of `policy`; other seeds, other cells."""
     if policy is None:
         steps, blocks = STANDARD_STEPS, list(block_names(STANDARD))
-        types, costs = list(block_types(STANDARD)), block_costs(STANDARD)
+        types, costs = list(block_types(STANDARD)), standard_costs()
     else:
         steps, blocks = policy.num_inference_steps, policy.blocks
         types, costs = policy.block_types, policy.block_costs

@@ -23,12 +23,8 @@
 #endif
 /* Independent chains in named variables: an array would live in memory. Twelve hide a latency of
  * up to six cycles with two units, and fit 16 registers beside the operands. */
-#define EACH_CHAIN(do)                                                                             \
-    do                                                                                             \
-    (0) do(1) do(2) do(3) do(4) do(5) do(6) do(7) do(8) do(9) do(10) do(11)
-#define EACH_STREAM(do)                                                                            \
-    do                                                                                             \
-    (0) do(1) do(2) do(3) do(4) do(5) do(6) do(7)
+#define EACH_CHAIN(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+#define EACH_STREAM(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 
 enum {
     LANES = VECTOR_BYTES / 4,

@@ -70,9 +70,9 @@ void tsad_arena_free(tsad_arena *arena)
 void *tsad_allocate(size_t bytes)
 {
     bytes = round_up(bytes ? bytes : 1);
-    void *memory = aligned_alloc(bytes >= HUGE_PAGE ? HUGE_PAGE : TSAD_ALIGN,
-                                 bytes >= HUGE_PAGE ? (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE
-                                                    : bytes);
+    void *memory =
+        aligned_alloc(bytes >= HUGE_PAGE ? HUGE_PAGE : TSAD_ALIGN,
+                      bytes >= HUGE_PAGE ? (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE : bytes);
     if (memory) {
 #ifdef MADV_HUGEPAGE
         if (bytes >= HUGE_PAGE) {

@@ -19,19 +19,20 @@ extern "C" {
 typedef struct tsad_run {
     const tsad_net *net;
     const tsad_program *program;
-    float **registers;     /* the calling worker's */
+    float **registers; /* the calling worker's */
     tsad_lane *lane;
-    const float *noise;    /* z of row k at noise + k * noise_step; NULL: none */
+    const float *noise; /* z of row k at noise + k * noise_step; NULL: none */
     size_t noise_step;
-    bool update;           /* false: stop before the sampler (predict_noise) */
+    bool update; /* false: stop before the sampler (predict_noise) */
 } tsad_run;
 
 typedef struct tsad_backend {
     uint32_t abi;
     const char *name;
-    bool (*usable)(void);                  /* on this machine */
-    tsad_status (*pack)(tsad_model *model); /* plain matrices -> packed; plain ones are freed after */
-    void (*unpack)(tsad_model *model);      /* frees what pack made; accepts half-packed models */
+    bool (*usable)(void); /* on this machine */
+    tsad_status (*pack)(
+        tsad_model *model);            /* plain matrices -> packed; plain ones are freed after */
+    void (*unpack)(tsad_model *model); /* frees what pack made; accepts half-packed models */
     size_t (*scratch_floats)(const tsad_model *model);
     void (*run)(tsad_worker *w, const tsad_run *run, int row_begin, int row_end);
 } tsad_backend;

@@ -13,11 +13,11 @@
 
 #include "tsad.h"
 
-#define TSAD_ALIGN 256  /* bytes: every carved array starts on such a boundary */
-#define TSAD_LANE 32    /* floats: rows of registers and slots are padded to a multiple of this */
+#define TSAD_ALIGN 256 /* bytes: every carved array starts on such a boundary */
+#define TSAD_LANE 32   /* floats: rows of registers and slots are padded to a multiple of this */
 #define TSAD_MAX_BLOCKS 16384
 #define TSAD_MAX_MEMORY 256 /* memory tokens of a step */
-#define TSAD_PARTS 4    /* at most: partial sums of a split block, fixed when weights are packed */
+#define TSAD_PARTS 4 /* at most: partial sums of a split block, fixed when weights are packed */
 
 static inline int tsad_pad(int n) { return (n + TSAD_LANE - 1) / TSAD_LANE * TSAD_LANE; }
 
@@ -86,17 +86,17 @@ typedef struct tsad_matrix {
 
 typedef struct tsad_node {
     tsad_node_kind kind;
-    int in, in2, out;     /* registers */
-    int residual;         /* -1: identity; else the fixed node that maps in to out */
-    int block;            /* index among prunable nodes, -1: fixed */
-    char label[40];       /* of a prunable node, for messages: "layers.3.cross_attn" */
-    int type;             /* reuse type of a prunable node */
-    int layer;            /* cross-attention and fold: which layer's keys and values */
+    int in, in2, out; /* registers */
+    int residual;     /* -1: identity; else the fixed node that maps in to out */
+    int block;        /* index among prunable nodes, -1: fixed */
+    char label[40];   /* of a prunable node, for messages: "layers.3.cross_attn" */
+    int type;         /* reuse type of a prunable node */
+    int layer;        /* cross-attention and fold: which layer's keys and values */
     tsad_cache_point cache_point;
     tsad_activation activation;
-    bool normalise;       /* LayerNorm (its scale and shift folded into m0) before m0 */
+    bool normalise; /* LayerNorm (its scale and shift folded into m0) before m0 */
     bool causal;
-    bool is_residual;     /* a later branch's residual map: runs with that branch */
+    bool is_residual; /* a later branch's residual map: runs with that branch */
     int n_heads, kernel, stride;
     tsad_matrix m[4];
     float *table; /* added after: (tokens, c_out); TOKENS: (K, c); gate rows: (K, c) */
@@ -124,20 +124,20 @@ typedef struct tsad_net {
  * A folded token is key (H, D), value (H, D), shift (H padded). */
 typedef struct tsad_fold {
     int n_heads, width;
-    size_t floats; /* of one folded token */
+    size_t floats;       /* of one folded token */
     size_t value, shift; /* offsets; key is at 0 */
 } tsad_fold;
 
 typedef struct tsad_pruner {
     int hidden, n_heads, n_blocks;
-    int query_tokens;      /* memory tokens that PRUNE_KEYS handles at once: To, or S per row */
-    tsad_matrix keys;      /* memory (D) -> keys (hidden), query scale folded */
-    tsad_matrix values;    /* memory (D) -> values (hidden) */
-    tsad_matrix out;       /* (hidden, hidden): values -> branch, head by head */
-    float *query;          /* (B, hidden) constant queries */
-    float *token;          /* (B, hidden) constant block tokens after self-attention, plus out bias */
-    float *time_score;     /* (K, B, H) scores against the time token; NULL with an encoder */
-    float *time_value;     /* (K, H, hidden) */
+    int query_tokens;   /* memory tokens that PRUNE_KEYS handles at once: To, or S per row */
+    tsad_matrix keys;   /* memory (D) -> keys (hidden), query scale folded */
+    tsad_matrix values; /* memory (D) -> values (hidden) */
+    tsad_matrix out;    /* (hidden, hidden): values -> branch, head by head */
+    float *query;       /* (B, hidden) constant queries */
+    float *token;       /* (B, hidden) constant block tokens after self-attention, plus out bias */
+    float *time_score;  /* (K, B, H) scores against the time token; NULL with an encoder */
+    float *time_value;  /* (K, H, hidden) */
     void *packed;
 } tsad_pruner;
 
@@ -190,7 +190,7 @@ struct tsad_model {
     bool has_pruner;
     tsad_pruner pruner;
     tsad_fold fold;
-    float *time_fold; /* (K, layers, fold.floats); NULL when encode_rows */
+    float *time_fold;  /* (K, layers, fold.floats); NULL when encode_rows */
     tsad_arena packed; /* the backend's weights */
     size_t weight_bytes;
 };
@@ -200,19 +200,19 @@ struct tsad_model {
 typedef enum tsad_planner_kind { TSAD_FIXED_PLAN, TSAD_PRUNER_PLAN } tsad_planner_kind;
 
 typedef struct tsad_lane {
-    float *slots;          /* rollout: (K, row_floats), else one row */
-    uint32_t *computed_at; /* (K, B) rollout memory only: chunk number, 0: empty */
-    float *memory;         /* encoder output: (To or K * S, D padded) */
-    float *fold;           /* (rows, layers, tokens, fold.floats) */
-    float *prune_score;    /* (rows, tokens, B, H) */
-    float *prune_value;    /* (rows, tokens, H, hidden) */
-    float *scores;         /* (K, B, 4), memory order */
-    uint8_t *plan;         /* (K, B) last executed */
+    float *slots;                      /* rollout: (K, row_floats), else one row */
+    uint32_t *computed_at;             /* (K, B) rollout memory only: chunk number, 0: empty */
+    float *memory;                     /* encoder output: (To or K * S, D padded) */
+    float *fold;                       /* (rows, layers, tokens, fold.floats) */
+    float *prune_score;                /* (rows, tokens, B, H) */
+    float *prune_value;                /* (rows, tokens, H, hidden) */
+    float *scores;                     /* (K, B, 4), memory order */
+    uint8_t *plan;                     /* (K, B) last executed */
     uint8_t *plan_first, *plan_steady; /* (K, B) what a fixed plan runs */
     tsad_program first, steady, dynamic;
     const tsad_program *program; /* of the running chunk */
-    uint64_t chunk;        /* since the reset; 0: the next one is the first */
-    bool rollout_memory;   /* slots hold K rows, not one */
+    uint64_t chunk;              /* since the reset; 0: the next one is the first */
+    bool rollout_memory;         /* slots hold K rows, not one */
     tsad_planner_kind planner;
     tsad_lane_stats stats;
 } tsad_lane;
@@ -220,11 +220,11 @@ typedef struct tsad_lane {
 /* One thread's private memory for a chunk. */
 typedef struct tsad_worker {
     struct tsad_policy *policy;
-    int rank, size;         /* threads that share this lane's chunk */
-    float **registers;      /* denoiser's registers, private copies */
+    int rank, size;    /* threads that share this lane's chunk */
+    float **registers; /* denoiser's registers, private copies */
     float **encoder_registers, **pruner_registers;
-    float *scratch;         /* backend's */
-    float *previous_x0;     /* (T, A padded) */
+    float *scratch;                     /* backend's */
+    float *previous_x0;                 /* (T, A padded) */
     uint32_t *read_epoch, *write_epoch; /* (B) see cpu/run.c */
     uint32_t epoch;
     unsigned parity;
@@ -240,19 +240,19 @@ struct tsad_policy {
     tsad_model *model;
     atomic_int busy;
     int n_lanes, n_threads;
-    int slot_rows;           /* that slot_arena has room for: 1 or K */
-    double sparsity;         /* of the pruner's budget; < 0: argmax */
-    tsad_arena arena;        /* everything but the slots */
-    tsad_arena slot_arena;   /* remade when rollout memory is first needed */
-    tsad_lane *lanes;        /* n_lanes, and one more for predict_noise */
-    tsad_worker *workers;    /* n_threads */
-    float *exchange;         /* (2, TSAD_PARTS, branch_floats) partial sums between threads */
+    int slot_rows;         /* that slot_arena has room for: 1 or K */
+    double sparsity;       /* of the pruner's budget; < 0: argmax */
+    tsad_arena arena;      /* everything but the slots */
+    tsad_arena slot_arena; /* remade when rollout memory is first needed */
+    tsad_lane *lanes;      /* n_lanes, and one more for predict_noise */
+    tsad_worker *workers;  /* n_threads */
+    float *exchange;       /* (2, TSAD_PARTS, branch_floats) partial sums between threads */
     size_t branch_floats;
     tsad_program dense, encode, prune;
-    float *noise;            /* (L, K, T, A) */
-    int32_t *last_of_block;  /* (B) scratch of the planner outside chunks */
-    uint8_t *dense_plan;     /* (K, B) zeros */
-    uint8_t *filled;         /* (K, B) scratch of tsad_policy_set_plan */
+    float *noise;           /* (L, K, T, A) */
+    int32_t *last_of_block; /* (B) scratch of the planner outside chunks */
+    uint8_t *dense_plan;    /* (K, B) zeros */
+    uint8_t *filled;        /* (K, B) scratch of tsad_policy_set_plan */
     int64_t ns[TSAD_N_TIMERS];
     struct tsad_barrier *barrier;
     struct tsad_ticket *ticket;

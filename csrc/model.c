@@ -61,9 +61,10 @@ static tsad_status check_spec(const tsad_model_spec *s)
     }
     for (int a = 0; a < s->action_dim; a++) {
         if (s->action_scale[a] == 0 || !isfinite(s->action_scale[a])) {
-            return tsad_fail(TSAD_ARGUMENT, "action_scale[%d]: expected a finite number that is "
-                             "not 0 (actions are divided by it), got %g", a,
-                             (double)s->action_scale[a]);
+            return tsad_fail(TSAD_ARGUMENT,
+                             "action_scale[%d]: expected a finite number that is "
+                             "not 0 (actions are divided by it), got %g",
+                             a, (double)s->action_scale[a]);
         }
     }
     return TSAD_OK;
@@ -117,8 +118,8 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
     TSAD_TRY(check_spec(spec));
     m->backend = tsad_backend_find(spec->backend);
     if (!m->backend) {
-        const char *wanted = spec->backend && strcmp(spec->backend, "auto") ? spec->backend
-                                                                            : getenv("TSAD_CPU");
+        const char *wanted =
+            spec->backend && strcmp(spec->backend, "auto") ? spec->backend : getenv("TSAD_CPU");
         return tsad_fail(TSAD_ARGUMENT, "backend '%s' is unknown or not usable on this CPU",
                          wanted ? wanted : "auto");
     }
@@ -128,8 +129,10 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
     } else if (strcmp(spec->family, "nodes") == 0) {
         TSAD_TRY(tsad_net_nodes(spec, m));
     } else {
-        return tsad_fail(TSAD_ARGUMENT, "family: expected 'diffusion_policy_transformer' or "
-                         "'nodes', got '%s'", spec->family);
+        return tsad_fail(TSAD_ARGUMENT,
+                         "family: expected 'diffusion_policy_transformer' or "
+                         "'nodes', got '%s'",
+                         spec->family);
     }
     if (m->net.n_blocks != spec->n_blocks) {
         return tsad_fail(TSAD_SHAPE, "block_cost: expected %d entries, one per block, got %d",
@@ -171,8 +174,8 @@ void tsad_model_destroy(tsad_model *m)
     tsad_net_free(&m->net);
     tsad_net_free(&m->encoder);
     tsad_net_free(&m->pruner_net);
-    float *tables[] = {m->sampler,      m->obs_scale,         m->obs_offset,       m->action_scale,
-                       m->action_offset, m->time_fold,        m->pruner.query,     m->pruner.token,
+    float *tables[] = {m->sampler,           m->obs_scale,        m->obs_offset,   m->action_scale,
+                       m->action_offset,     m->time_fold,        m->pruner.query, m->pruner.token,
                        m->pruner.time_score, m->pruner.time_value};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         tsad_deallocate(tables[i]);

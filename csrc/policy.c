@@ -32,7 +32,7 @@ static void layout_worker(tsad_policy *p, tsad_worker *w, tsad_arena *arena)
     w->encoder_registers = carve_registers(arena, &m->encoder);
     w->pruner_registers = carve_registers(arena, &m->pruner_net);
     w->scratch = TSAD_CARVE(arena, float, m->backend->scratch_floats(m));
-    w->previous_x0 = TSAD_CARVE(arena, float, m->horizon * tsad_pad(m->action_dim));
+    w->previous_x0 = TSAD_CARVE(arena, float, m->horizon *tsad_pad(m->action_dim));
     w->read_epoch = TSAD_CARVE(arena, uint32_t, m->n_blocks);
     w->write_epoch = TSAD_CARVE(arena, uint32_t, m->n_blocks);
     w->last_of_block = TSAD_CARVE(arena, int32_t, m->n_blocks);
@@ -53,14 +53,13 @@ static void layout_lane(const tsad_policy *p, tsad_lane *lane, tsad_arena *arena
     tsad_program_carve(&lane->first, arena, m->n_steps, ops, (int)cells);
     tsad_program_carve(&lane->steady, arena, m->n_steps, ops, (int)cells);
     if (m->encoder.n_nodes) {
-        lane->fold = TSAD_CARVE(arena, float, rows * (size_t)m->n_layers * tokens * m->fold.floats);
+        lane->fold = TSAD_CARVE(arena, float, rows *(size_t)m->n_layers * tokens * m->fold.floats);
     }
     if (m->has_pruner) {
         size_t hidden = (size_t)m->pruner.hidden, heads = (size_t)m->pruner.n_heads;
         tsad_program_carve(&lane->dynamic, arena, m->n_steps, ops, (int)cells);
         lane->memory = TSAD_CARVE(arena, float, rows * tokens * (size_t)tsad_pad(m->width));
-        lane->prune_score =
-            TSAD_CARVE(arena, float, rows * tokens * (size_t)m->n_blocks * heads);
+        lane->prune_score = TSAD_CARVE(arena, float, rows * tokens * (size_t)m->n_blocks * heads);
         lane->prune_value = TSAD_CARVE(arena, float, rows * tokens * heads * hidden + TSAD_LANE);
         lane->scores = TSAD_CARVE(arena, float, cells * 4);
     }
@@ -85,9 +84,9 @@ static void layout(tsad_policy *p, tsad_arena *arena)
     p->barrier = TSAD_CARVE(arena, tsad_barrier, 1);
     p->ticket = TSAD_CARVE(arena, tsad_ticket, 1);
     p->exchange = TSAD_CARVE(arena, float, 2 * TSAD_PARTS * p->branch_floats);
-    p->noise = TSAD_CARVE(arena, float,
-                          (size_t)p->n_lanes * (size_t)m->n_steps * (size_t)m->horizon *
-                              (size_t)m->action_dim);
+    p->noise = TSAD_CARVE(
+        arena, float,
+        (size_t)p->n_lanes *(size_t)m->n_steps *(size_t)m->horizon *(size_t)m->action_dim);
     p->last_of_block = TSAD_CARVE(arena, int32_t, m->n_blocks);
     p->dense_plan = TSAD_CARVE(arena, uint8_t, cells);
     p->filled = TSAD_CARVE(arena, uint8_t, cells);
@@ -105,12 +104,11 @@ static tsad_status place_slots(tsad_policy *p, int rows)
     size_t floats = p->model->net.row_floats;
     tsad_arena arena = {0};
     for (int i = 0; i <= p->n_lanes; i++) {
-        TSAD_CARVE(&arena, float, floats * (size_t)(i < p->n_lanes ? rows : 1));
+        TSAD_CARVE(&arena, float, floats *(size_t)(i < p->n_lanes ? rows : 1));
     }
     TSAD_TRY(tsad_arena_allocate(&arena));
     for (int i = 0; i <= p->n_lanes; i++) {
-        p->lanes[i].slots =
-            TSAD_CARVE(&arena, float, floats * (size_t)(i < p->n_lanes ? rows : 1));
+        p->lanes[i].slots = TSAD_CARVE(&arena, float, floats *(size_t)(i < p->n_lanes ? rows : 1));
     }
     tsad_arena_free(&p->slot_arena);
     p->slot_arena = arena;

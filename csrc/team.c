@@ -23,12 +23,12 @@
 enum { MAX_TEAM = 64, SPINS_BEFORE_YIELD = 40000 };
 
 static struct {
-    pthread_mutex_t lock;  /* guards the fields below */
+    pthread_mutex_t lock; /* guards the fields below */
     pthread_cond_t work;
     atomic_int leased;
-    atomic_int running;    /* workers still inside fn */
-    int n_threads;         /* started, without the caller */
-    unsigned generation;   /* of jobs */
+    atomic_int running;      /* workers still inside fn */
+    int n_threads;           /* started, without the caller */
+    unsigned generation;     /* of jobs */
     unsigned born[MAX_TEAM]; /* the generation at a worker's birth: it must not run older jobs */
     int job_size;
     void (*fn)(void *, int, int);

@@ -55,10 +55,10 @@ enum tsad_source {
 typedef enum tsad_plan_reason {
     TSAD_PLAN_VALID = 0,
     TSAD_PLAN_UNKNOWN_SOURCE,
-    TSAD_PLAN_EMPTY_TYPE,       /* no block of this type has been computed yet */
-    TSAD_PLAN_EMPTY_STEP,       /* this block has not been computed yet */
-    TSAD_PLAN_FIRST_ROLLOUT,    /* the first plan after a reset reads a rollout slot */
-    TSAD_PLAN_EMPTY_ROLLOUT     /* the rollout slot was not filled */
+    TSAD_PLAN_EMPTY_TYPE,    /* no block of this type has been computed yet */
+    TSAD_PLAN_EMPTY_STEP,    /* this block has not been computed yet */
+    TSAD_PLAN_FIRST_ROLLOUT, /* the first plan after a reset reads a rollout slot */
+    TSAD_PLAN_EMPTY_ROLLOUT  /* the rollout slot was not filled */
 } tsad_plan_reason;
 
 typedef struct tsad_plan_fault {
@@ -118,7 +118,8 @@ typedef struct tsad_model_spec {
     const int32_t *registers; /* (n_registers, 2): tokens, channels */
     int n_nodes, n_registers;
 
-    const char *backend; /* NULL or "auto": the best this CPU has; "ref", "avx2", "avx512", "neon" */
+    const char
+        *backend; /* NULL or "auto": the best this CPU has; "ref", "avx2", "avx512", "neon" */
 } tsad_model_spec;
 
 tsad_status tsad_model_create(const tsad_model_spec *spec, tsad_model **out);
@@ -129,9 +130,9 @@ void tsad_model_destroy(tsad_model *model); /* drops one reference; NULL is fine
 typedef struct tsad_model_info {
     int n_steps, n_blocks, horizon, n_obs_steps, n_action_steps, obs_dim, action_dim;
     int has_pruner;
-    int adds_noise;             /* the sampler reads noise rows after the first */
-    const uint8_t *block_type;  /* (B) small integers; equal means interchangeable */
-    const int64_t *block_cost;  /* (B) */
+    int adds_noise;            /* the sampler reads noise rows after the first */
+    const uint8_t *block_type; /* (B) small integers; equal means interchangeable */
+    const int64_t *block_cost; /* (B) */
     const char *backend;
     size_t weight_bytes;
     size_t ring_bytes;    /* branch outputs of one lane without rollout reuse */
@@ -189,7 +190,8 @@ tsad_status tsad_policy_set_pruner(tsad_policy *policy, double sparsity);
 /* Run one chunk. Everything that can be refused is refused before any state changes. */
 tsad_status tsad_policy_step(tsad_policy *policy, const tsad_call *call);
 
-/* The network alone, dense, no state touched: sample (n, T, A) normalised, obs raw; out (n, T, A). */
+/* The network alone, dense, no state touched: sample (n, T, A) normalised, obs raw; out (n, T, A).
+ */
 tsad_status tsad_policy_predict_noise(tsad_policy *policy, int n, const float *sample, int step,
                                       const float *obs, float *out);
 

@@ -90,13 +90,22 @@ class FakePushT(FakePolicy):
     threads = 1
     config = {
         "network": {
-            "type": "diffusion_policy_transformer", "horizon": 10, "n_obs_steps": 2,
-            "n_action_steps": 8, "obs_dim": 20, "action_dim": 2, "n_layer": 2, "n_head": 2,
+            "type": "diffusion_policy_transformer",
+            "horizon": 10,
+            "n_obs_steps": 2,
+            "n_action_steps": 8,
+            "obs_dim": 20,
+            "action_dim": 2,
+            "n_layer": 2,
+            "n_head": 2,
             "n_emb": 16,
         },
         "scheduler": {
-            "type": "ddim", "num_train_timesteps": 100, "beta_schedule": "linear",
-            "prediction_type": "epsilon", "num_inference_steps": 4,
+            "type": "ddim",
+            "num_train_timesteps": 100,
+            "beta_schedule": "linear",
+            "prediction_type": "epsilon",
+            "num_inference_steps": 4,
         },
         "normalizer": {"obs": {"scale": [0.004] * 20, "offset": [-1.0] * 20}},
     }

@@ -296,8 +296,8 @@ static void test_plans(tsad_model *model)
     check(tsad_policy_acquire(p) == TSAD_BUSY, "a second caller is refused");
     tsad_policy_release(p);
     observations[1] = NAN;
-    tsad_call call = {.lanes = (int[]){0}, .n_lanes = 1, .obs = observations, .noise = noise,
-                      .actions = a};
+    tsad_call call = {
+        .lanes = (int[]){0}, .n_lanes = 1, .obs = observations, .noise = noise, .actions = a};
     check(tsad_policy_step(p, &call) == TSAD_ARGUMENT, "NaN in the observation is refused");
     observations[1] = 0;
     tsad_policy_destroy(p);

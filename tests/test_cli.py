@@ -217,7 +217,11 @@ def test_eval_json(capsys, monkeypatch, fake) -> None:
     short_world(monkeypatch)
     one = evaluate(capsys, "--seeds", "4", "--sparsity", "0.5", "--sampler", "ddim", "--steps", "4")
     assert fake[0] == {
-        "lanes": 1, "device": "cpu", "precision": "auto", "threads": None, "sampler": "ddim",
+        "lanes": 1,
+        "device": "cpu",
+        "precision": "auto",
+        "threads": None,
+        "sampler": "ddim",
         "num_inference_steps": 4,
     }
     assert [episode["seed"] for episode in one["episodes"]] == [100000 + i for i in range(4)]

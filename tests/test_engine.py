@@ -71,7 +71,8 @@ def test_a_thousand_random_plans_equal_the_reference(backend: str) -> None:
         for lane in range(lanes):
             engine._set_plan(lane, later[lane], first[lane])
         for _rollout in range(3):
-            obs, noise = random_inputs(config(name), int(rng.integers(1 << 30)), lanes=lanes, steps=K)
+            seed = int(rng.integers(1 << 30))
+            obs, noise = random_inputs(config(name), seed, lanes=lanes, steps=K)
             got = engine(obs, noise=noise, return_horizon=True)
             expected = reference(obs, noise, later, return_horizon=True, first=first)
             worst = max(worst, relative_error(got, expected))
@@ -108,8 +109,9 @@ def test_bits_do_not_depend_on_threads_or_lanes(name: str, backend: str) -> None
             if together:
                 results.append(policy(obs, noise=noise))
             else:
+                alone = np.ascontiguousarray(noise.swapaxes(0, 1))[:, :, None]  # (lanes, K, 1, ...)
                 rows = [
-                    policy(obs[i : i + 1], noise=np.ascontiguousarray(noise[:, i : i + 1]), lanes=[i])
+                    policy(obs[i : i + 1], noise=alone[i], lanes=[i])
                     for i in reversed(range(lanes))
                 ]
                 results.append(np.concatenate(rows[::-1]))
@@ -245,9 +247,7 @@ def test_the_budget_is_met_in_cost_and_takes_the_best_scores(sparsity: float) ->
     later, computed = margin[1:], plan[1:] == COMPUTE
     if computed.any() and not computed.all():
         assert later[computed].min() >= later[~computed].max()
-    np.testing.assert_array_equal(
-        plan[1:][~computed], 1 + scores[1:, :, 1:].argmax(-1)[~computed]
-    )
+    np.testing.assert_array_equal(plan[1:][~computed], 1 + scores[1:, :, 1:].argmax(-1)[~computed])
 
 
 # ---- the floating-point environment ----------------------------------------------------------

@@ -53,7 +53,8 @@ def test_noise_prediction(name: str) -> None:
         with torch.no_grad():
             sample = torch.from_numpy(noise[0]).double()
             expected = model(sample, torch.tensor(99 - step), normalise(case, obs)).numpy()
-        assert relative_error(engine.predict_noise(noise[0], step, obs), expected) < NETWORK_TOLERANCE
+        got = engine.predict_noise(noise[0], step, obs)
+        assert relative_error(got, expected) < NETWORK_TOLERANCE
 
 
 def bundled() -> tuple[dict[str, Any], Any]:

@@ -66,7 +66,8 @@ def episodes(draw: Any) -> tuple[Any, list[Any]]:
     types = draw(st.lists(st.integers(0, 3), min_size=blocks, max_size=blocks))
     cells = st.lists(
         st.sampled_from([COMPUTE, COMPUTE, REUSE_TYPE, REUSE_STEP, REUSE_ROLLOUT, SKIP]),
-        min_size=steps * blocks, max_size=steps * blocks,
+        min_size=steps * blocks,
+        max_size=steps * blocks,
     )
     plans = draw(st.lists(cells, min_size=1, max_size=4))
     shaped = [np.array(plan, np.uint8).reshape(steps, blocks) for plan in plans]
@@ -158,7 +159,11 @@ def test_sources_are_integers(sources: Any) -> None:
 def test_row_0_may_reuse_what_exists() -> None:
     sources = [[0, 0, 0, 1, 1, 1], [2, 2, 2, 1, 1, 1]]
     assert Plan(sources).counts == {
-        "compute": 3, "reuse_type": 6, "reuse_step": 3, "reuse_rollout": 0, "skip": 0,
+        "compute": 3,
+        "reuse_type": 6,
+        "reuse_step": 3,
+        "reuse_rollout": 0,
+        "skip": 0,
     }
     Plan([[3, 3, 3], [3, 4, 3]])  # from the first rollout, which is dense
 
@@ -256,8 +261,12 @@ def test_save_and_load(tmp_path: Any) -> None:
         first = random_plan(rng, 7, 6, filled=False)
         sources = random_plan(rng, 7, 6, filled=first == COMPUTE)
         plan = Plan(
-            sources, first, types=["x", "y", "z"] * 2, blocks=list("abcdef"),
-            cost=rng.integers(1, 9, 6), metadata={"planner": "random", "seed": i},
+            sources,
+            first,
+            types=["x", "y", "z"] * 2,
+            blocks=list("abcdef"),
+            cost=rng.integers(1, 9, 6),
+            metadata={"planner": "random", "seed": i},
         )
         path = tmp_path / "plan.npz"
         plan.save(path)

@@ -239,7 +239,9 @@ def test_the_pruner_at_the_dial() -> None:
 def test_facts() -> None:
     policy = make_policy(lanes=2, threads=2, sampler="ddim")
     assert policy.blocks[:3] == [
-        "layers.0.self_attn", "layers.0.cross_attn", "layers.0.feed_forward",
+        "layers.0.self_attn",
+        "layers.0.cross_attn",
+        "layers.0.feed_forward",
     ]
     assert policy.block_types == ["self_attn", "cross_attn", "feed_forward"] * 2
     assert (policy.horizon, policy.n_obs_steps, policy.n_action_steps) == (5, 3, 3)

@@ -182,10 +182,14 @@ def test_interrupted_run_goes_on_to_the_same_results(tmp_path) -> None:
         assert seed not in again.episodes
         again.append(done)
     assert again.episodes == whole
-    again.finish({
-        "format": "tsad-eval", "format_version": 1, "settings": SETTINGS,
-        "episodes": [asdict(done) for done in again.episodes.values()],
-    })
+    again.finish(
+        {
+            "format": "tsad-eval",
+            "format_version": 1,
+            "settings": SETTINGS,
+            "episodes": [asdict(done) for done in again.episodes.values()],
+        }
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
     assert results.read_results(out) == (SETTINGS, list(again.episodes.values()))
 
@@ -304,8 +308,24 @@ def test_keypoints_are_those_of_the_demonstrations() -> None:
 
     state = [116.22679, 133.8668, 176.613617, 236.507629, 2.22847414]
     recorded = [
-        99.688, 188.804, 214.831, 188.970, 140.482, 285.567, 156.563, 220.679, 88.013, 150.301,
-        126.768, 247.290, 175.142, 184.871, 137.147, 184.766, 163.569, 256.178,
+        99.688,
+        188.804,
+        214.831,
+        188.970,
+        140.482,
+        285.567,
+        156.563,
+        220.679,
+        88.013,
+        150.301,
+        126.768,
+        247.290,
+        175.142,
+        184.871,
+        137.147,
+        184.766,
+        163.569,
+        256.178,
     ]
     got = observation(np.array(state))
     assert got.dtype == np.float32 and got.shape == (20,)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from tsad._extras import MissingExtraError  # noqa: E402
 from tsad.checkpoint import read_folder  # noqa: E402
 from tsad.commands import train_policy  # noqa: E402
 from tsad.commands.common import InterruptedRunError, UsageError  # noqa: E402
@@ -278,6 +280,13 @@ def test_zarr_folder_gives_the_same_data(tmp_path, demos):
     assert np.array_equal(a.obs, b.obs) and np.array_equal(a.ends, b.ends)
 
 
+def test_missing_zarr_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    (tmp_path / "demos.zarr").mkdir()
+    with pytest.raises(MissingExtraError, match="pip install zarr, or save the arrays"):
+        load_demonstrations(tmp_path / "demos.zarr")
+
+
 # The trainer
 
 
@@ -495,10 +504,6 @@ def test_command_names_what_is_wrong(demos, tmp_path, words, message):
 
 
 def test_missing_torch_names_the_extra(demos, tmp_path, monkeypatch):
-    import sys
-
-    from tsad._extras import MissingExtraError
-
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"tsad-policy\[train\]"):
         call(str(demos), "--out", str(tmp_path / "out"), "--steps", "5")

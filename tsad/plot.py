@@ -65,8 +65,14 @@ def _draw_rows(ax: Any, plan: Plan) -> None:
             ax.axhline(begin - 0.5, color=INK, linewidth=0.7)
         if labels[begin][0]:
             ax.annotate(
-                labels[begin][0], (-38, (begin + end - 1) / 2), fontsize=8, color=INK,
-                xycoords=("axes points", "data"), ha="center", va="center", rotation=90,
+                labels[begin][0],
+                (-38, (begin + end - 1) / 2),
+                fontsize=8,
+                color=INK,
+                xycoords=("axes points", "data"),
+                ha="center",
+                va="center",
+                rotation=90,
                 annotation_clip=False,
             )
 
@@ -88,7 +94,11 @@ def plot_plan(plan: Plan, ax: Any = None) -> Any:
         pyplot = require("matplotlib.pyplot", extra="sim", purpose="a picture of a plan")
         ax = pyplot.subplots(figsize=_size(n_steps, n_blocks), layout="constrained")[1]
     ax.imshow(
-        plan.sources.T, cmap=colors.ListedColormap(COLORS), vmin=-0.5, vmax=4.5, aspect="auto",
+        plan.sources.T,
+        cmap=colors.ListedColormap(COLORS),
+        vmin=-0.5,
+        vmax=4.5,
+        aspect="auto",
         interpolation="nearest",
     )
     # White lines tell neighbouring cells of one colour apart, while there is room for them.
@@ -105,13 +115,25 @@ def plot_plan(plan: Plan, ax: Any = None) -> Any:
     ax.set_title(title(plan), fontsize=10, color=INK, loc="left")
     counts = np.bincount(plan.sources.ravel(), minlength=5)
     handles = [
-        patches.Patch(facecolor=COLORS[i], edgecolor=INK, linewidth=0.5,
-                      label=f"{SOURCE_MEANINGS[i]} ({counts[i]:,})")
+        patches.Patch(
+            facecolor=COLORS[i],
+            edgecolor=INK,
+            linewidth=0.5,
+            label=f"{SOURCE_MEANINGS[i]} ({counts[i]:,})",
+        )
         for i in range(5)
         if counts[i]
     ]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), borderaxespad=4.2,
-              ncols=3, frameon=False, fontsize=9, labelcolor=INK)
+    ax.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        borderaxespad=4.2,
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
     return ax
 
 

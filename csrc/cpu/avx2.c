@@ -18,10 +18,7 @@ typedef int vi __attribute__((vector_size(32)));
 #include "simd.h"
 #pragma GCC pop_options
 
-static bool usable(void)
-{
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+static bool usable(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 TSAD_CPU_BACKEND(tsad_cpu_avx2, "avx2", usable, &avx2_kernels);
 

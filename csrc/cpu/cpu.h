@@ -65,6 +65,23 @@ static inline const tsad_kernels *tsad_cpu_kernels(const tsad_model *m)
     return ((const tsad_cpu_backend *)m->backend)->kernels;
 }
 
+/* Where the interpreter is. */
+typedef struct context {
+    tsad_worker *w;
+    const tsad_run *run;
+    const tsad_kernels *k;
+    const tsad_model *m;
+    const tsad_net *net;
+    int row;
+} context;
+
+static inline float *reg(const context *c, int i) { return c->run->registers[i]; }
+
+/* x (tokens, channels) as rows of `kernel` taps around each output token, zero-padded */
+const float *tsad_cpu_taps(const tsad_node *node, const float *x, int tokens, int channels,
+                           int tokens_out, int stride, float *taps);
+void tsad_cpu_fixed(const context *c, const tsad_node *node); /* run a fixed node */
+
 tsad_status tsad_cpu_pack(tsad_model *model);
 void tsad_cpu_unpack(tsad_model *model);
 size_t tsad_cpu_scratch(const tsad_model *model);

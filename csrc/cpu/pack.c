@@ -21,7 +21,7 @@ static void pack(const packer *p, const tsad_matrix *m, slice s, tsad_packed *ou
     int n_in = s.r1 - s.r0, width = s.c1 - s.c0, n_out = width * s.groups;
     int group_stride = m->n_out / s.groups, panel = p->panel;
     int padded = (n_out + panel - 1) / panel * panel;
-    float *w = TSAD_CARVE(p->arena, float, (size_t)padded * (size_t)n_in);
+    float *w = TSAD_CARVE(p->arena, float, (size_t)padded *(size_t)n_in);
     float *bias = TSAD_CARVE(p->arena, float, padded);
     if (!w) {
         return; /* counting */
@@ -40,10 +40,7 @@ static void pack(const packer *p, const tsad_matrix *m, slice s, tsad_packed *ou
     *out = (tsad_packed){.n_in = n_in, .n_out = n_out, .w = w, .bias = bias};
 }
 
-static slice whole(const tsad_matrix *m)
-{
-    return (slice){0, m->n_in, 0, m->n_out, 1, true};
-}
+static slice whole(const tsad_matrix *m) { return (slice){0, m->n_in, 0, m->n_out, 1, true}; }
 
 /* in how many parts a block's sums are split: a property of the model, not of the threads */
 static int count_parts(const tsad_node *node, int panel)

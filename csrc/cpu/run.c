@@ -17,7 +17,6 @@
  */
 #include "cpu.h"
 
-#include <math.h>
 #include <string.h>
 
 #if defined(__SSE__)
@@ -45,15 +44,6 @@ static void restore_denormals(unsigned before)
 static unsigned flush_denormals(void) { return 0; }
 static void restore_denormals(unsigned before) { (void)before; }
 #endif
-
-typedef struct context {
-    tsad_worker *w;
-    const tsad_run *run;
-    const tsad_kernels *k;
-    const tsad_model *m;
-    const tsad_net *net;
-    int row;
-} context;
 
 static void meet(tsad_worker *w)
 {
@@ -104,31 +94,6 @@ static void share(const tsad_worker *w, size_t floats, size_t *from, size_t *to)
     *to = units * (size_t)(w->rank + 1) / (size_t)w->size * TSAD_LANE;
 }
 
-static float *reg(const context *c, int i) { return c->run->registers[i]; }
-
-/* x (tokens, channels) as rows of `kernel` taps around each output token, zero-padded */
-static const float *gather_taps(const context *c, const tsad_node *node, const float *x, int tokens,
-                                int channels, int tokens_out, int stride, float *taps)
-{
-    (void)c;
-    if (node->kernel == 1 && stride == 1) {
-        return x;
-    }
-    int ld = tsad_pad(channels), ldt = tsad_pad(channels * node->kernel);
-    for (int t = 0; t < tokens_out; t++) {
-        for (int j = 0; j < node->kernel; j++) {
-            int from = t * stride + j - node->kernel / 2;
-            float *to = taps + (size_t)t * (size_t)ldt + (size_t)j * (size_t)channels;
-            if (from < 0 || from >= tokens) {
-                memset(to, 0, sizeof(float) * (size_t)channels);
-            } else {
-                memcpy(to, x + (size_t)from * (size_t)ld, sizeof(float) * (size_t)channels);
-            }
-        }
-    }
-    return taps;
-}
-
 /* ---- blocks ------------------------------------------------------------------------------ */
 
 /* part p of a split block on normalised input x, into y */
@@ -160,9 +125,9 @@ static void conv_branch(const context *c, const tsad_node *node, const float *x,
     int T = in->tokens, hidden = list[0].n_out, ld = tsad_pad(hidden);
     float *middle = work + (size_t)T * (size_t)tsad_pad(list[0].n_in);
     float *taps = middle + (size_t)T * (size_t)ld;
-    const float *from = gather_taps(c, node, x, T, in->channels, T, 1, work);
+    const float *from = tsad_cpu_taps(node, x, T, in->channels, T, 1, work);
     c->k->linear(&list[0], from, tsad_pad(list[0].n_in), T, node->activation, middle, ld);
-    from = gather_taps(c, node, middle, T, hidden, T, 1, taps);
+    from = tsad_cpu_taps(node, middle, T, hidden, T, 1, taps);
     c->k->linear(&list[1], from, tsad_pad(list[1].n_in), T, TSAD_LINEAR_ONLY, y,
                  tsad_pad(out->channels));
 }
@@ -216,8 +181,8 @@ static void own_parts(const context *c, const tsad_node *node, int begin, int en
 }
 
 /* out register += branch, slot = branch */
-static void deliver(const context *c, const tsad_node *node, float *slot,
-                    const float *const *group, int n, size_t floats)
+static void deliver(const context *c, const tsad_node *node, float *slot, const float *const *group,
+                    int n, size_t floats)
 {
     float *x = reg(c, node->out);
     if (node->cache_point == TSAD_BEFORE_GATE) {
@@ -279,8 +244,8 @@ static void compute(const context *c, const tsad_op *op)
         } else {
             conv_branch(c, node, x, work, part[0]);
         }
-        if (slot && w->size > 1 && (w->read_epoch[node->block] == w->epoch ||
-                                    w->write_epoch[node->block] == w->epoch)) {
+        if (slot && w->size > 1 &&
+            (w->read_epoch[node->block] == w->epoch || w->write_epoch[node->block] == w->epoch)) {
             meet(w);
         }
     } else {
@@ -357,208 +322,6 @@ static void add_gated(const context *c, const tsad_op *op)
     }
 }
 
-/* ---- fixed nodes -------------------------------------------------------------------------- */
-
-static void linear_node(const context *c, const tsad_node *node)
-{
-    const tsad_packed *packed = ((const tsad_cpu_node *)node->packed)->list;
-    const tsad_register *in = &c->net->registers[node->in], *out = &c->net->registers[node->out];
-    const float *x = reg(c, node->in);
-    float *y = reg(c, node->out), *work = c->w->scratch;
-    int ld = tsad_pad(out->channels);
-    if (node->normalise) {
-        c->k->layernorm(x, tsad_pad(in->channels), in->tokens, in->channels, work);
-        x = work;
-    }
-    if (node->kind == TSAD_CONV) {
-        x = gather_taps(c, node, x, in->tokens, in->channels, out->tokens, node->stride, work);
-    }
-    c->k->linear(packed, x, tsad_pad(packed->n_in), out->tokens, node->activation, y, ld);
-    if (node->table) {
-        for (int t = 0; t < out->tokens; t++) {
-            for (int i = 0; i < out->channels; i++) {
-                y[t * ld + i] += node->table[(size_t)t * (size_t)out->channels + (size_t)i];
-            }
-        }
-    }
-}
-
-/* copies: upsample, concat, copy, and the encoder's joining of tokens */
-static void move_node(const context *c, const tsad_node *node)
-{
-    const tsad_register *in = &c->net->registers[node->in], *out = &c->net->registers[node->out];
-    const float *x = reg(c, node->in);
-    float *y = reg(c, node->out);
-    size_t ld = (size_t)tsad_pad(in->channels), ldy = (size_t)tsad_pad(out->channels);
-    size_t row = sizeof(float) * (size_t)in->channels;
-    if (node->kind == TSAD_TOKENS) {
-        memcpy(y, node->table + (size_t)c->row * (size_t)in->channels, row);
-        y += ldy;
-    }
-    int repeat = node->kind == TSAD_UPSAMPLE ? node->stride : 1;
-    for (int t = 0; t < in->tokens * repeat && t < out->tokens; t++) {
-        memcpy(y + (size_t)t * ldy, x + (size_t)(t / repeat) * ld, row);
-    }
-    if (node->kind == TSAD_CONCAT) {
-        const tsad_register *in2 = &c->net->registers[node->in2];
-        for (int t = 0; t < in2->tokens; t++) {
-            memcpy(y + (size_t)t * ldy + in->channels,
-                   reg(c, node->in2) + (size_t)t * (size_t)tsad_pad(in2->channels),
-                   sizeof(float) * (size_t)in2->channels);
-        }
-    }
-}
-
-static void keep_memory(const context *c, const tsad_node *node)
-{
-    if (c->run->lane->memory && c->w->rank == 0) {
-        size_t floats = tsad_register_floats(&c->net->registers[node->in]);
-        memcpy(c->run->lane->memory + (size_t)c->row * floats, reg(c, node->in),
-               sizeof(float) * floats);
-    }
-}
-
-/* score and value vectors of tokens [s, s + rows); a panel may run past the end of a vector, so
- * keys come first, then values, each ascending, then the constants */
-static void fold_tokens(const context *c, const tsad_node *node, const float *kv, int ld, int rows,
-                        float *out)
-{
-    const tsad_fold *fold = &c->m->fold;
-    const tsad_packed *list = ((const tsad_cpu_node *)node->packed)->list;
-    int d = fold->width, heads = fold->n_heads, dh = d / heads, ldy = (int)fold->floats;
-    for (int h = 0; h < heads; h++) {
-        c->k->linear(&list[1 + h], kv + h * dh, ld, rows, TSAD_LINEAR_ONLY,
-                     out + (size_t)h * (size_t)d, ldy);
-    }
-    for (int h = 0; h < heads; h++) {
-        c->k->linear(&list[1 + heads + h], kv + d + h * dh, ld, rows, TSAD_LINEAR_ONLY,
-                     out + fold->value + (size_t)h * (size_t)d, ldy);
-    }
-    for (int s = 0; s < rows; s++) {
-        const float *key = kv + (size_t)s * (size_t)ld;
-        for (int h = 0; h < heads; h++) {
-            float shift = 0;
-            for (int j = h * dh; j < (h + 1) * dh; j++) {
-                shift += key[j] * node->table[j];
-            }
-            out[(size_t)s * fold->floats + fold->shift + (size_t)h] = shift;
-        }
-    }
-}
-
-static void fold_node(const context *c, const tsad_node *node)
-{
-    const tsad_fold *fold = &c->m->fold;
-    const tsad_packed *list = ((const tsad_cpu_node *)node->packed)->list;
-    int tokens = c->net->registers[node->in].tokens, d = fold->width, ld = tsad_pad(2 * d);
-    if (node->layer % c->w->size != c->w->rank) {
-        return; /* another thread's layer */
-    }
-    float *kv = c->w->scratch;
-    c->k->linear(&list[0], reg(c, node->in), tsad_pad(d), tokens, TSAD_LINEAR_ONLY, kv, ld);
-    size_t at = ((size_t)c->row * (size_t)c->m->n_layers + (size_t)node->layer) * (size_t)tokens;
-    float *out = c->run->lane->fold + at * fold->floats;
-    int rows = d % TSAD_LANE ? 1 : tokens;
-    for (int s = 0; s < tokens; s += rows) {
-        fold_tokens(c, node, kv + (size_t)s * (size_t)ld, ld, rows,
-                    out + (size_t)s * fold->floats);
-    }
-}
-
-/* ---- the pruner's nodes ------------------------------------------------------------------- */
-
-static void prune_keys(const context *c)
-{
-    const tsad_pruner *p = &c->m->pruner;
-    const tsad_cpu_pruner *packed = p->packed;
-    if (c->row > 0 && !c->m->encode_rows) {
-        return; /* observation tokens are the same at every step */
-    }
-    int n = p->hidden, heads = p->n_heads, dh = n / heads, S = p->query_tokens, ld = tsad_pad(n);
-    const float *memory = c->run->lane->memory +
-                          (size_t)c->row * (size_t)S * (size_t)tsad_pad(c->m->width);
-    float *key = c->w->scratch, *value = key + (size_t)S * (size_t)ld;
-    c->k->linear(&packed->keys, memory, tsad_pad(c->m->width), S, TSAD_LINEAR_ONLY, key, ld);
-    c->k->linear(&packed->values, memory, tsad_pad(c->m->width), S, TSAD_LINEAR_ONLY, value, ld);
-    for (int s = 0; s < S; s++) {
-        size_t at = (size_t)c->row * (size_t)S + (size_t)s;
-        float *score = c->run->lane->prune_score + at * (size_t)p->n_blocks * (size_t)heads;
-        float *out = c->run->lane->prune_value + at * (size_t)heads * (size_t)n;
-        for (int b = 0; b < p->n_blocks; b++) {
-            for (int h = 0; h < heads; h++) {
-                const float *q = p->query + (size_t)b * (size_t)n + h * dh;
-                float dot = 0;
-                for (int j = 0; j < dh; j++) {
-                    dot += q[j] * key[s * ld + h * dh + j];
-                }
-                score[b * heads + h] = dot;
-            }
-        }
-        for (int h = 0; h < heads; h++) {
-            c->k->linear(&packed->out[h], value + s * ld + h * dh, ld, 1, TSAD_LINEAR_ONLY,
-                         out + (size_t)h * (size_t)n, n);
-        }
-    }
-}
-
-/* memory token s of this step: its scores (B, H) and values (H, hidden) */
-static void prune_token(const context *c, int s, const float **score, const float **value)
-{
-    const tsad_pruner *p = &c->m->pruner;
-    size_t scores = (size_t)p->n_blocks * (size_t)p->n_heads;
-    size_t values = (size_t)p->n_heads * (size_t)p->hidden;
-    if (p->time_score && s == 0) {
-        *score = p->time_score + (size_t)c->row * scores;
-        *value = p->time_value + (size_t)c->row * values;
-        return;
-    }
-    size_t at = p->time_score ? (size_t)(s - 1)
-                              : (size_t)c->row * (size_t)p->query_tokens + (size_t)s;
-    *score = c->run->lane->prune_score + at * scores;
-    *value = c->run->lane->prune_value + at * values;
-}
-
-static void prune_query(const context *c, const tsad_node *node)
-{
-    const tsad_pruner *p = &c->m->pruner;
-    int n = p->hidden, heads = p->n_heads, S = c->m->n_memory, ld = tsad_pad(n);
-    const float *score[TSAD_MAX_MEMORY], *value[TSAD_MAX_MEMORY];
-    float weight[TSAD_MAX_MEMORY];
-    for (int s = 0; s < S; s++) {
-        prune_token(c, s, &score[s], &value[s]);
-    }
-    for (int b = 0; b < p->n_blocks; b++) {
-        float *x = reg(c, node->out) + (size_t)b * (size_t)ld;
-        memcpy(x, p->token + (size_t)b * (size_t)n, sizeof(float) * (size_t)n);
-        for (int h = 0; h < heads; h++) {
-            float top = -INFINITY, sum = 0;
-            for (int s = 0; s < S; s++) {
-                top = fmaxf(top, score[s][b * heads + h]);
-            }
-            for (int s = 0; s < S; s++) {
-                weight[s] = expf(score[s][b * heads + h] - top);
-                sum += weight[s];
-            }
-            for (int s = 0; s < S; s++) {
-                float share_of_s = weight[s] / sum;
-                const float *v = value[s] + (size_t)h * (size_t)n;
-                for (int i = 0; i < n; i++) {
-                    x[i] += share_of_s * v[i];
-                }
-            }
-        }
-    }
-}
-
-static void prune_store(const context *c, const tsad_node *node)
-{
-    int B = c->m->n_blocks, ld = tsad_pad(4);
-    float *out = c->run->lane->scores + (size_t)c->row * (size_t)B * 4;
-    for (int b = 0; b < B; b++) {
-        memcpy(out + b * 4, reg(c, node->in) + b * ld, sizeof(float) * 4);
-    }
-}
-
 /* ---- the sampler and the loop ------------------------------------------------------------- */
 
 static void update_sample(const context *c)
@@ -582,33 +345,6 @@ static void update_sample(const context *c)
     }
 }
 
-static void run_node(const context *c, const tsad_node *node)
-{
-    switch (node->kind) {
-    case TSAD_LINEAR:
-    case TSAD_CONV:
-        linear_node(c, node);
-        break;
-    case TSAD_KEEP_MEMORY:
-        keep_memory(c, node);
-        break;
-    case TSAD_FOLD:
-        fold_node(c, node);
-        break;
-    case TSAD_PRUNE_KEYS:
-        prune_keys(c);
-        break;
-    case TSAD_PRUNE_QUERY:
-        prune_query(c, node);
-        break;
-    case TSAD_PRUNE_STORE:
-        prune_store(c, node);
-        break;
-    default:
-        move_node(c, node);
-    }
-}
-
 void tsad_cpu_run(tsad_worker *w, const tsad_run *run, int row_begin, int row_end)
 {
     const tsad_model *m = w->policy->model;
@@ -623,7 +359,7 @@ void tsad_cpu_run(tsad_worker *w, const tsad_run *run, int row_begin, int row_en
             const tsad_op *op = &program->ops[i];
             switch (op->kind) {
             case TSAD_OP_NODE:
-                run_node(&c, &run->net->nodes[op->node]);
+                tsad_cpu_fixed(&c, &run->net->nodes[op->node]);
                 break;
             case TSAD_OP_COMPUTE:
                 compute(&c, op);

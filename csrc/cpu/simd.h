@@ -1,7 +1,7 @@
 /* simd.h: the kernels over a vector of W floats. Included once by each instruction set's file,
  * which defines before: W, vf (vector of W floats), vi (of W int32), PANEL (two vectors),
- * MAX_ROWS and MAX_PANELS (of a tile, by the number of registers), V_FMA(a, b, c) = a * b + c in one rounding,
- * V_SET1, and path(name), which prefixes symbols.
+ * MAX_ROWS and MAX_PANELS (of a tile, by the number of registers), V_FMA(a, b, c) = a * b + c in
+ * one rounding, V_SET1, and path(name), which prefixes symbols.
  *
  * The matrix product is a tile of up to MAX_ROWS rows by one panel of two vectors: every weight
  * is loaded once for all rows, in the order in which it lies in memory, prefetched ahead
@@ -66,9 +66,10 @@ ALWAYS_INLINE vf exponential(vf x)
  * variable x^2 mapped to [-1, 1], where nothing cancels; |error| of Phi 1.9e-7 in float32 */
 ALWAYS_INLINE vf gelu(vf x)
 {
-    static const float R[] = {-6.519656132e-04f, 1.668331924e-03f, -1.433658837e-03f, 1.925196975e-03f,
-                              -5.462710269e-03f, 9.600075166e-03f, -1.339639923e-02f, 1.867418539e-02f,
-                              -2.524295801e-02f, 3.211837673e-02f, -3.959507674e-02f, 4.926192739e-02f,
+    static const float R[] = {-6.519656132e-04f, 1.668331924e-03f,  -1.433658837e-03f,
+                              1.925196975e-03f,  -5.462710269e-03f, 9.600075166e-03f,
+                              -1.339639923e-02f, 1.867418539e-02f,  -2.524295801e-02f,
+                              3.211837673e-02f,  -3.959507674e-02f, 4.926192739e-02f,
                               -6.651831391e-02f, 1.333925834e-01f};
     vf c = upper(lower(x, V_SET1(5.3f)), V_SET1(-5.3f));
     vf s = V_FMA(c * c, V_SET1(2.0f / (5.3f * 5.3f)), V_SET1(-1.0f));
@@ -104,7 +105,8 @@ ALWAYS_INLINE vf activate(vf x, tsad_activation act)
 
 /* ---- y = activation(x W + bias) ----------------------------------------------------------- */
 
-/* M rows by P panels, `stride` floats apart; M * P keeps the multipliers busy within the registers */
+/* M rows by P panels, `stride` floats apart; M * P keeps the multipliers busy within the registers
+ */
 ALWAYS_INLINE void tile(const int M, const int P, const float *x, int ldx, const float *w,
                         size_t stride, const float *bias, int n_in, tsad_activation act, float *y,
                         int ldy)
@@ -331,8 +333,8 @@ ALWAYS_INLINE void cross_weights(const tsad_cross *c, const float *x, int n, int
         float *of_head = weight + (size_t)h * (size_t)stride;
         for (int s = 0; s < n; s++) {
             const float *token = c->tokens[s];
-            of_head[s] = dot(x, token + (size_t)h * (size_t)d, d) +
-                         token[c->fold->shift + (size_t)h];
+            of_head[s] =
+                dot(x, token + (size_t)h * (size_t)d, d) + token[c->fold->shift + (size_t)h];
         }
         softmax(of_head, n);
     }

@@ -174,9 +174,9 @@ tsad_status tsad_take(const tsad_tensor *tensors, int n, const char *name, int64
     for (int i = 0; i < t->n_dims; i++) {
         count *= t->shape[i];
     }
-    bool shaped = cols ? t->n_dims >= 2 && t->shape[t->n_dims - 1] == cols &&
-                             t->shape[t->n_dims - 2] == rows
-                       : t->n_dims == 1 && t->shape[0] == rows;
+    bool shaped =
+        cols ? t->n_dims >= 2 && t->shape[t->n_dims - 1] == cols && t->shape[t->n_dims - 2] == rows
+             : t->n_dims == 1 && t->shape[0] == rows;
     if (!shaped || count != rows * (cols ? cols : 1)) {
         char got[96] = "";
         int used = 0;

@@ -200,8 +200,7 @@ static tsad_status build_encoder(const tsad_model_spec *spec, tsad_model *model)
     } else {
         net->output = tsad_net_register(net, S, d);
         tsad_node *join = tsad_net_add(net, TSAD_TOKENS, token, net->output);
-        TSAD_TRY(tsad_copy_floats(&join->table, spec->time_emb,
-                                  (size_t)spec->n_steps * (size_t)d));
+        TSAD_TRY(tsad_copy_floats(&join->table, spec->time_emb, (size_t)spec->n_steps * (size_t)d));
         for (int k = 0; k < spec->n_steps; k++) {
             for (int i = 0; i < d; i++) {
                 join->table[(size_t)k * (size_t)d + (size_t)i] += pos[i];

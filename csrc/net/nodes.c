@@ -108,17 +108,17 @@ static tsad_status add_node(const tsad_model_spec *spec, tsad_net *net, int i)
         }
         int hidden = (int)bias->shape[0];
         TSAD_TRY(take_matrix(spec, i, 0, c, hidden, gain, shift, &node->m[0]));
-        TSAD_TRY(take_matrix(spec, i, 1, hidden * node->kernel, out->channels, NULL, NULL,
-                             &node->m[1]));
+        TSAD_TRY(
+            take_matrix(spec, i, 1, hidden * node->kernel, out->channels, NULL, NULL, &node->m[1]));
     } else if (node->kind == TSAD_LINEAR || node->kind == TSAD_CONV) {
         TSAD_TRY(take_matrix(spec, i, 0, c, out->channels, gain, shift, &node->m[0]));
     }
     if (gate) {
         return tsad_copy_floats(&node->table, gate, (size_t)spec->n_steps * (size_t)out->channels);
     }
-    return table ? tsad_copy_floats(&node->table, table,
-                                    (size_t)out->tokens * (size_t)out->channels)
-                 : TSAD_OK;
+    return table
+               ? tsad_copy_floats(&node->table, table, (size_t)out->tokens * (size_t)out->channels)
+               : TSAD_OK;
 }
 
 tsad_status tsad_net_nodes(const tsad_model_spec *spec, tsad_model *model)

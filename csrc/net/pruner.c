@@ -61,7 +61,8 @@ static tsad_status constant_tokens(const tsad_model_spec *spec, double *out, dou
     double *qkv = work, *x = qkv + (size_t)B * 3 * (size_t)n, *y = x + n, *score = y + n;
     for (int t = 0; t < B; t++) {
         for (int i = 0; i < n; i++) {
-            out[(size_t)t * (size_t)n + (size_t)i] = spec->block_emb[(size_t)t * (size_t)n + (size_t)i];
+            out[(size_t)t * (size_t)n + (size_t)i] =
+                spec->block_emb[(size_t)t * (size_t)n + (size_t)i];
         }
         layernorm(out + (size_t)t * (size_t)n, n, gain, shift, x);
         project(w, b, x, n, 3 * n, qkv + (size_t)t * 3 * (size_t)n);
@@ -146,7 +147,8 @@ static void apply(const tsad_matrix *m, const float *x, double *y)
 /* scores and values of the time tokens, for every step */
 static tsad_status tabulate_time(tsad_pruner *p, int K, const float *time_memory, double *work)
 {
-    size_t n = (size_t)p->hidden, B = (size_t)p->n_blocks, heads = (size_t)p->n_heads, dh = n / heads;
+    size_t n = (size_t)p->hidden, B = (size_t)p->n_blocks, heads = (size_t)p->n_heads,
+           dh = n / heads;
     p->time_score = tsad_allocate(sizeof(float) * (size_t)K * B * heads);
     p->time_value = tsad_allocate(sizeof(float) * (size_t)K * heads * n);
     if (!p->time_score || !p->time_value) {

@@ -132,51 +132,41 @@ static int borrow_plan(edge_policy *self, PyObject *sources, PyObject *first, ed
     return 0;
 }
 
-/* In the middle of an episode a plan may read rollout slots that are not filled. */
-static int check_rollouts(edge_policy *self, int lane, const uint8_t *sources, uint32_t *ages)
-{
-    const tsad_model_info *info = &self->info;
-    if (!self->ran[lane]) {
-        return 0;
-    }
-    tsad_policy_get_ages(self->policy, lane, ages);
-    uint8_t *filled = (uint8_t *)ages; /* in place: byte i is written after word i is read */
-    for (int i = 0; i < info->n_steps * info->n_blocks; i++) {
-        filled[i] = ages[i] != 0;
-    }
-    tsad_plan_fault fault =
-        tsad_plan_resolve(sources, info->n_steps, info->n_blocks, info->block_type, filled, NULL);
-    if (fault.reason != TSAD_PLAN_EMPTY_ROLLOUT) {
-        return 0;
-    }
-    PyErr_Format(PyExc_ValueError,
-                 "plan: lane %d, step %d, block %d: %s; call reset() first, then "
-                 "set the plan",
-                 lane, fault.step, fault.block, tsad_plan_reason_text(fault.reason));
-    return -1;
-}
-
-/* Would the core refuse this plan, whatever the lane? */
-static bool is_valid(const edge_policy *self, const edge_view view[2], uint8_t *filled)
+/* Would the core take this plan for this lane now? In the middle of an episode a plan may read
+ * rollout slots that are not filled. `scratch` has room for K * B ages. */
+static bool is_acceptable(const edge_policy *self, int lane, const edge_view view[2],
+                          uint32_t *scratch)
 {
     const tsad_model_info *info = &self->info;
     int K = info->n_steps, B = info->n_blocks;
-    const uint8_t *first = view[1].data;
+    const uint8_t *sources = view[0].data, *first = view[1].data;
+    uint8_t *filled = (uint8_t *)scratch;
     for (int i = 0; i < K * B; i++) {
         filled[i] = first[i] == TSAD_COMPUTE;
     }
-    return !tsad_plan_resolve(first, K, B, info->block_type, NULL, NULL).reason &&
-           !tsad_plan_resolve(view[0].data, K, B, info->block_type, filled, NULL).reason;
+    if (tsad_plan_resolve(first, K, B, info->block_type, NULL, NULL).reason ||
+        tsad_plan_resolve(sources, K, B, info->block_type, filled, NULL).reason) {
+        return false;
+    }
+    if (!self->ran[lane]) {
+        return true;
+    }
+    tsad_policy_get_ages(self->policy, lane, scratch);
+    for (int i = 0; i < K * B; i++) { /* in place: byte i is written after word i is read */
+        filled[i] = scratch[i] != 0;
+    }
+    return !tsad_plan_resolve(sources, K, B, info->block_type, filled, NULL).reason;
 }
 
 static int set_plan(edge_policy *self, int lane, const edge_view view[2])
 {
     tsad_status status = tsad_policy_set_plan(self->policy, lane, view[0].data, view[1].data);
-    if (status != TSAD_OK) {
+    if (status == TSAD_PLAN && self->n_lanes > 1) {
+        PyErr_Format(PyExc_ValueError, "%s (lane %d)", tsad_error_detail(), lane);
+    } else if (status != TSAD_OK) {
         edge_raise(status);
-        return -1;
     }
-    return 0;
+    return status == TSAD_OK ? 0 : -1;
 }
 
 PyObject *edge_policy_set_plan(PyObject *object, PyObject *args, PyObject *kwargs)
@@ -214,11 +204,8 @@ static int set_plans(edge_policy *self, PyObject *list, edge_view (*view)[2], ui
         if (borrow_plan(self, PyTuple_GetItem(pair, 0), PyTuple_GetItem(pair, 1), view[i]) < 0) {
             return -1;
         }
-        if (!is_valid(self, view[i], (uint8_t *)scratch)) {
+        if (!is_acceptable(self, i, view[i], scratch)) {
             return set_plan(self, i, view[i]); /* refuses, and says why */
-        }
-        if (check_rollouts(self, i, view[i][0].data, scratch) < 0) {
-            return -1;
         }
     }
     for (int i = 0; i < self->n_lanes; i++) {

@@ -38,10 +38,12 @@ void tsad_denoise(tsad_worker *w, tsad_lane *lane, const tsad_call *call, int ro
     const tsad_model *m = w->policy->model;
     int T = m->horizon, A = m->action_dim, ld = tsad_pad(A);
     const float *noise = call->noise ? call->noise + (size_t)row * call->noise_lane : NULL;
-    const float *start = call->initial ? call->initial + (size_t)row * (size_t)T * (size_t)A : noise;
+    const float *start =
+        call->initial ? call->initial + (size_t)row * (size_t)T * (size_t)A : noise;
     float *x = w->registers[m->net.input]; /* (T, A padded) */
     for (int t = 0; t < T; t++) {
-        memcpy(x + (size_t)t * (size_t)ld, start + (size_t)t * (size_t)A, sizeof(float) * (size_t)A);
+        memcpy(x + (size_t)t * (size_t)ld, start + (size_t)t * (size_t)A,
+               sizeof(float) * (size_t)A);
     }
     memset(w->previous_x0, 0, sizeof(float) * (size_t)T * (size_t)ld);
     tsad_run run = {.net = &m->net,

@@ -18,9 +18,7 @@ void tsad_encode(tsad_worker *w, tsad_lane *lane, const float *obs)
             x[t * ld + i] = obs[t * m->obs_dim + i] * m->obs_scale[i] + m->obs_offset[i];
         }
     }
-    tsad_run run = {.net = &m->encoder,
-                    .program = &p->encode,
-                    .registers = w->encoder_registers,
-                    .lane = lane};
+    tsad_run run = {
+        .net = &m->encoder, .program = &p->encode, .registers = w->encoder_registers, .lane = lane};
     m->backend->run(w, &run, 0, p->encode.n_rows);
 }

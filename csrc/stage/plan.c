@@ -39,8 +39,8 @@ tsad_plan_fault tsad_plan_resolve(const uint8_t *sources, int n_steps, int n_blo
         for (int b = 0; b < n_blocks; b++) {
             size_t i = (size_t)k * (size_t)n_blocks + (size_t)b;
             tsad_plan_reason reason;
-            int32_t s = tsad_resolver_next(&resolver, sources[i], k, b, block_type[b], filled,
-                                           &reason);
+            int32_t s =
+                tsad_resolver_next(&resolver, sources[i], k, b, block_type[b], filled, &reason);
             if (reason != TSAD_PLAN_VALID) {
                 return (tsad_plan_fault){reason, k, b};
             }
@@ -133,8 +133,8 @@ void tsad_program_compile(tsad_program *program, const tsad_model *model, const 
                 slot[b] = k * B + b; /* validated by whoever made the plan */
                 program->reads_rollout = true;
             } else {
-                slot[b] = tsad_resolver_next(&resolver, row[b], k, b, net->block_type[b], NULL,
-                                             &reason);
+                slot[b] =
+                    tsad_resolver_next(&resolver, row[b], k, b, net->block_type[b], NULL, &reason);
             }
             if (row[b] == TSAD_COMPUTE) {
                 program->cost += model->block_cost[b];

@@ -49,15 +49,25 @@ examples:
 def add_parser(subparsers: Any) -> None:
     """Add the command to `subparsers`."""
     parser = subparsers.add_parser(
-        "bench", help="time chunks and their stages here", description=DESCRIPTION, epilog=EPILOG,
+        "bench",
+        help="time chunks and their stages here",
+        description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=Formatter,
     )
     parser.add_argument(
-        "policy", metavar="SRC", nargs="?", default="pusht",
+        "policy",
+        metavar="SRC",
+        nargs="?",
+        default="pusht",
         help="bundled name, tsad folder or checkpoint (default: pusht)",
     )
     parser.add_argument(
-        "--sparsity", type=sparsity, nargs="+", default=[0.9], metavar="S",
+        "--sparsity",
+        type=sparsity,
+        nargs="+",
+        default=[0.9],
+        metavar="S",
         help="times these beside dense (default: 0.9)",
     )
     parser.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")

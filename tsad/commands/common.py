@@ -237,8 +237,13 @@ class Progress:
                 # Some terminals (in containers, say) claim a size of 0 x 0; tqdm would be silent.
                 known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
                 self._bar = importlib.import_module("tqdm").tqdm(
-                    total=total, initial=done, desc=label, unit=f" {unit}", file=sys.stderr,
-                    dynamic_ncols=known, ncols=None if known else 80,
+                    total=total,
+                    initial=done,
+                    desc=label,
+                    unit=f" {unit}",
+                    file=sys.stderr,
+                    dynamic_ncols=known,
+                    ncols=None if known else 80,
                     nrows=None if known else 24,
                 )
 

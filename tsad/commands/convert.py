@@ -26,24 +26,33 @@ examples:
 def add_parser(subparsers: Any) -> None:
     """Add the command to `subparsers`."""
     parser = subparsers.add_parser(
-        "convert", help="a checkpoint to a tsad folder", description=DESCRIPTION, epilog=EPILOG,
+        "convert",
+        help="a checkpoint to a tsad folder",
+        description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=Formatter,
     )
     parser.add_argument("source", metavar="CHECKPOINT", help="what to read")
     parser.add_argument("out", metavar="FOLDER", help="the tsad folder to write")
     parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema",
+        "--weights",
+        choices=("ema", "raw"),
+        default="ema",
         help="the averaged weights, which one evaluates, or the raw ones (default: ema)",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float16"), default="float32",
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
         help="of the stored weights (default: float32)",
     )
     parser.add_argument(
         "--pruner", action="store_true", help="CHECKPOINT is a pruner, FOLDER an existing policy"
     )
     parser.add_argument(
-        "--heads", type=positive_int, metavar="N",
+        "--heads",
+        type=positive_int,
+        metavar="N",
         help="with --pruner: its attention heads, where the file does not say (default: 8)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in FOLDER")

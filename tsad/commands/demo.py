@@ -54,23 +54,33 @@ examples:
 def add_parser(subparsers: Any) -> None:
     """Add the command to `subparsers`."""
     parser = subparsers.add_parser(
-        "demo", help="watch a policy push the T, dense and sparse", description=DESCRIPTION,
-        epilog=EPILOG, formatter_class=Formatter,
+        "demo",
+        help="watch a policy push the T, dense and sparse",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=Formatter,
     )
     parser.add_argument(
         "--policy", default=SIMULATOR, metavar="SRC", help="a Push-T policy (default: bundled)"
     )
     parser.add_argument(
-        "--sparsity", type=sparsity, default=0.75, metavar="S",
+        "--sparsity",
+        type=sparsity,
+        default=0.75,
+        metavar="S",
         help="share of the cost that the sparse policy does not compute (default: 0.75)",
     )
     parser.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
     parser.add_argument(
-        "--seeds", type=positive_int, metavar="N",
+        "--seeds",
+        type=positive_int,
+        metavar="N",
         help=f"episodes (default: {SEEDS}, fewer where they would take over {SECONDS} s)",
     )
     parser.add_argument(
-        "--first-seed", type=natural, metavar="S",
+        "--first-seed",
+        type=natural,
+        metavar="S",
         help="the seed of the film and the first of the table (default: 100000)",
     )
     add_policy_options(parser)
@@ -114,9 +124,7 @@ def _play(
             reel.add(environment.render(film.SIZE), _caption(arm, score))
 
     policy.sparsity = arm.sparsity
-    episode = next(
-        sim.rollouts(policy, [environment], [seed], on_step=on_step, on_chunk=on_chunk)
-    )
+    episode = next(sim.rollouts(policy, [environment], [seed], on_step=on_step, on_chunk=on_chunk))
     arm.episodes.append(episode)
     arm.plan = _one(policy.plan)
     if reel is not None:
@@ -150,7 +158,10 @@ def _difference(policy: SparsePolicy, seed: int, dense: list[Chunk]) -> list[flo
 
 
 def _compare(
-    policy: SparsePolicy, environment: Environment, seeds: list[int], arms: list[Arm],
+    policy: SparsePolicy,
+    environment: Environment,
+    seeds: list[int],
+    arms: list[Arm],
     seconds: float,
 ) -> tuple[list[Reel], list[float]]:
     """Both arms on every seed, in turn, so that a machine that slows down slows both.
@@ -236,9 +247,7 @@ def _document(
         "seeds": [episode.seed for episode in arms[0].episodes],
         "first_chunk_is_dense": arms[1].plan is not None and arms[1].plan.first is None,
         "speed_up_p50": speed[0] / speed[1],
-        "action_difference_px": {
-            "max": max(differences), "median": float(np.median(differences))
-        },
+        "action_difference_px": {"max": max(differences), "median": float(np.median(differences))},
         "arms": rows,
     }
 
@@ -270,18 +279,20 @@ def _report(document: dict[str, Any], out: Path, seconds: float) -> str:
     }
     width = max(len(str(out / name)) for name in files)
     written = [f"{str(out / name):<{width}}  {meaning}" for name, meaning in files.items()]
-    return "\n".join([
-        f"policy {document['policy']} ({document['sampler']}), planner {document['planner']}, "
-        f"seeds {seeds[0]} to {seeds[-1]}",
-        f"{document['cpu']}, {document['backend']}, {document['threads']} threads",
-        "",
-        _table(document),
-        "",
-        _remarks(document),
-        "",
-        *written,
-        f"{seconds:.0f} s in all",
-    ])
+    return "\n".join(
+        [
+            f"policy {document['policy']} ({document['sampler']}), planner {document['planner']}, "
+            f"seeds {seeds[0]} to {seeds[-1]}",
+            f"{document['cpu']}, {document['backend']}, {document['threads']} threads",
+            "",
+            _table(document),
+            "",
+            _remarks(document),
+            "",
+            *written,
+            f"{seconds:.0f} s in all",
+        ]
+    )
 
 
 def run(args: argparse.Namespace) -> int:

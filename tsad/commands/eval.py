@@ -54,28 +54,39 @@ examples:
 def add_parser(subparsers: Any) -> None:
     """Add the command to `subparsers`."""
     parser = subparsers.add_parser(
-        "eval", help="score a policy in a simulator", description=DESCRIPTION, epilog=EPILOG,
+        "eval",
+        help="score a policy in a simulator",
+        description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=Formatter,
     )
     parser.add_argument("simulator", metavar="SIMULATOR", help="the simulator: pusht")
     parser.add_argument(
-        "--policy", metavar="SRC",
+        "--policy",
+        metavar="SRC",
         help="bundled name, tsad folder or checkpoint (default: the simulator's bundled policy)",
     )
     parser.add_argument(
         "--seeds", type=positive_int, default=50, metavar="N", help="episodes (default: 50)"
     )
     parser.add_argument(
-        "--first-seed", type=natural, metavar="S",
+        "--first-seed",
+        type=natural,
+        metavar="S",
         help="seeds S to S+N-1 (default: the task's test seeds, from 100000 for pusht)",
     )
     parser.add_argument(
-        "--lanes", type=positive_int, default=1, metavar="L",
+        "--lanes",
+        type=positive_int,
+        default=1,
+        metavar="L",
         help="environments stepped together (default: 1); never changes the results",
     )
     choice = parser.add_argument_group("the plan (default: dense)")
     choice.add_argument(
-        "--sparsity", type=sparsity, metavar="S",
+        "--sparsity",
+        type=sparsity,
+        metavar="S",
         help="share of the cost not computed, 0 to 1 (with --planner pruner: its own choice)",
     )
     choice.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
@@ -223,9 +234,7 @@ def _document(
             "cpu": cpu_name(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
-        "summary": {
-            "first_seed": seeds[0], "last_seed": seeds[-1], **results.summarise(asked)
-        },
+        "summary": {"first_seed": seeds[0], "last_seed": seeds[-1], **results.summarise(asked)},
         "episodes": [asdict(journal.episodes[seed]) for seed in sorted(journal.episodes)],
     }
 

@@ -31,7 +31,10 @@ CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", 
 def add_parser(subparsers: Any) -> None:
     """Add the command to `subparsers`."""
     parser = subparsers.add_parser(
-        "info", help="this build, this machine, a policy", description=DESCRIPTION, epilog=EPILOG,
+        "info",
+        help="this build, this machine, a policy",
+        description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=Formatter,
     )
     parser.add_argument("policy", metavar="SRC", nargs="?", help="bundled name, folder, checkpoint")

@@ -34,14 +34,19 @@ a plan file comes from `tsad demo`, or from Python: policy.plan.save("plan.npz")
 def add_parser(subparsers: Any) -> None:
     """Add the command to `subparsers`."""
     parser = subparsers.add_parser(
-        "show", help="a plan in the terminal, or as a picture", description=DESCRIPTION,
-        epilog=EPILOG, formatter_class=Formatter,
+        "show",
+        help="a plan in the terminal, or as a picture",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=Formatter,
     )
     parser.add_argument("plan", metavar="PLAN", help="a plan file (npz)")
     parser.add_argument("--first", action="store_true", help="the plan of the first rollout")
     parser.add_argument("--png", metavar="FILE", help="also draw it into this file (png, pdf, svg)")
     parser.add_argument(
-        "--color", choices=("auto", "always", "never"), default="auto",
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
         help="colours (default: auto, on a terminal without NO_COLOR)",
     )
     parser.add_argument("--json", action="store_true", help="print counts and sources as JSON")

@@ -81,8 +81,11 @@ BUDGET = ("minutes", "steps")
 def add_parser(subparsers: Any) -> None:
     """Add the command to `subparsers`."""
     parser = subparsers.add_parser(
-        "train-policy", help="a policy from demonstrations", description=DESCRIPTION,
-        epilog=EPILOG, formatter_class=Formatter,
+        "train-policy",
+        help="a policy from demonstrations",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=Formatter,
     )
     parser.add_argument("data", metavar="DATA", nargs="+", help="demonstrations")
     parser.add_argument("--out", required=True, metavar="DIR", help="the tsad folder to make")
@@ -92,7 +95,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--threads", type=positive_int, metavar="T", help="of torch on the CPU")
     parser.add_argument(
-        "--report-every", type=positive_int, default=250, metavar="N",
+        "--report-every",
+        type=positive_int,
+        default=250,
+        metavar="N",
         help="measure the errors every N steps (default: 250)",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -104,11 +110,15 @@ def add_parser(subparsers: Any) -> None:
         "--prediction-type", choices=("epsilon", "sample"), help="predict noise or actions"
     )
     group.add_argument(
-        "--shares", type=_number, nargs="+", metavar="X",
+        "--shares",
+        type=_number,
+        nargs="+",
+        metavar="X",
         help="share of each DATA in training (default: by size)",
     )
     group.add_argument(
-        "--count-padding", action="store_true",
+        "--count-padding",
+        action="store_true",
         help="learn to repeat the last action after an episode's end, as Diffusion Policy does",
     )
     parser.set_defaults(run=run)
@@ -159,7 +169,11 @@ def _make(args: argparse.Namespace, settings: Settings) -> Trainer:
                 raise FileNotFoundError(f"{path!r} does not exist")
     try:
         return Trainer(
-            args.data, args.out, settings, keypoints=args.keypoints, device=args.device,
+            args.data,
+            args.out,
+            settings,
+            keypoints=args.keypoints,
+            device=args.device,
             licence=args.licence,
         )
     except (ValueError, OSError) as error:
@@ -239,9 +253,7 @@ def _fit(trainer: Trainer, args: argparse.Namespace) -> Any:
             note = f"step {report.step}, {report.text()}"
 
         try:
-            return trainer.fit(
-                report_every=args.report_every, on_step=on_step, on_report=on_report
-            )
+            return trainer.fit(report_every=args.report_every, on_step=on_step, on_report=on_report)
         except InterruptedTrainingError:
             command = ["tsad", "train-policy", *args.data, "--out", args.out, "--resume"]
             command += ["--keypoints", args.keypoints] if args.keypoints else []

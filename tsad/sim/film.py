@@ -70,7 +70,12 @@ def save_gif(reels: Sequence[Reel], path: Path) -> None:
     pictures = [picture.quantize(palette=palette, dither=0) for picture in pictures]
     data = io.BytesIO()
     pictures[0].save(
-        data, format="GIF", save_all=True, append_images=pictures[1:], loop=0, optimize=False,
+        data,
+        format="GIF",
+        save_all=True,
+        append_images=pictures[1:],
+        loop=0,
+        optimize=False,
         duration=[DELAY_MS] * (length - 1) + [HOLD_MS],
     )
     write_atomically(path, data.getvalue())

@@ -14,6 +14,7 @@ In a zarr folder they may lie in the groups ``data`` and ``meta``, as those of D
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import zipfile
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad._extras import require
+from tsad._extras import MissingExtraError
 from tsad.config import Affine, NormalizerConfig
 
 Floats = NDArray[np.float32]
@@ -124,7 +125,13 @@ def _read_npz(file: Path) -> dict[str, NDArray[Any]]:
 
 
 def _read_zarr(folder: Path) -> dict[str, NDArray[Any]]:
-    zarr = require("zarr", extra="train", purpose=f"reading the zarr folder {folder}")
+    try:
+        zarr: Any = importlib.import_module("zarr")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"reading the zarr folder {folder} needs the Python package '{error.name}', which is "
+            "not installed; fix: pip install zarr, or save the arrays with numpy.savez"
+        ) from error
     try:
         root = zarr.open(str(folder), mode="r")
     except Exception as error:  # zarr raises errors of its own, which differ between versions

@@ -1,0 +1,86 @@
+"""What is timed: a network with its weights, a sampler, lanes, threads; and our engine on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT, ROOT / "tests"):  # tests/cases.py is shared with the benchmarks
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+import cases  # noqa: E402
+
+import tsad  # noqa: E402
+from tsad.checkpoint import read_folder  # noqa: E402
+from tsad.config import PolicyConfig  # noqa: E402
+from tsad.load import _ASSETS, make_model  # noqa: E402
+from tsad.samplers import Sampler, make_sampler  # noqa: E402
+
+# "pusht" is the bundled policy, the standard transformer: d 256, 8 layers, horizon 10. The others
+# have random weights: the published horizon for Push-T, and the size of a manipulation task.
+SHAPES = {"pusht": None, "t16": "pusht", "can": "can", "tiny": "tiny"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A policy to run: `tensors` by name in float32, everything else as `tsad.load` has it."""
+
+    config: PolicyConfig
+    tensors: Mapping[str, np.ndarray]
+    sampler: Sampler
+    lanes: int = 1
+    threads: int = 2
+    dtype: Any = np.float32  # the peers'
+
+
+def make_task(
+    shape: str = "pusht",
+    *,
+    sampler: str | None = None,
+    steps: int | None = None,
+    lanes: int = 1,
+    threads: int = 2,
+    dtype: Any = np.float32,
+) -> Task:
+    """The task of a name in `SHAPES`; `sampler` and `steps` replace the policy's own."""
+    case = SHAPES[shape]
+    if case is None:
+        config, tensors, _ = read_folder(_ASSETS / shape)
+    else:
+        # Random weights that predict noise would drive all actions to the ends of their range,
+        # where everybody agrees.
+        document = cases.config(case, prediction_type="sample", clip_sample=False)
+        config = PolicyConfig.from_dict(document)
+        tensors = cases.random_tensors(document["network"], 0)
+    table = make_sampler(config.scheduler.to_dict(), sampler=sampler, num_inference_steps=steps)
+    return Task(config, tensors, table, lanes, threads, dtype)
+
+
+def engine(task: Task, precision: str = "float32") -> tsad.SparsePolicy:
+    """Our engine on the task."""
+    model = make_model(task.config, task.tensors, None, task.sampler)
+    return tsad.SparsePolicy(
+        model, config=task.config, sampler=task.sampler, lanes=task.lanes, threads=task.threads,
+        precision=precision,
+    )  # fmt: skip
+
+
+def normalise(actions: np.ndarray, task: Task) -> np.ndarray:
+    """Raw actions in the network's units, float64."""
+    affine = task.config.normalizer.action
+    return np.asarray(actions, np.float64) * np.array(affine.scale) + np.array(affine.offset)
+
+
+def observations(task: Task, n: int, seed: int = 0) -> np.ndarray:
+    """Made-up observations within the range of the training data: (n, lanes, n_obs_steps, dim)."""
+    net, affine = task.config.network, task.config.normalizer.obs
+    shape = (n, task.lanes, net.n_obs_steps, net.obs_dim)
+    inside = np.random.default_rng(seed).uniform(-1, 1, shape)
+    return ((inside - np.array(affine.offset)) / np.array(affine.scale)).astype(np.float32)
