@@ -8,12 +8,20 @@
 typedef float vf __attribute__((vector_size(32)));
 typedef int vi __attribute__((vector_size(32)));
 
+static inline __attribute__((always_inline)) float total8(__m256 v)
+{
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
 #define W 8
 #define PANEL 16
 #define MAX_ROWS 6
 #define MAX_PANELS 2
 #define V_FMA(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define V_SET1(x) ((vf)_mm256_set1_ps(x))
+#define V_TOTAL(v) total8((__m256)(v))
 #define path(name) avx2_##name
 #include "simd.h"
 #pragma GCC pop_options

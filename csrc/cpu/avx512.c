@@ -14,6 +14,7 @@ typedef int vi __attribute__((vector_size(64)));
 #define MAX_PANELS 4
 #define V_FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define V_SET1(x) ((vf)_mm512_set1_ps(x))
+#define V_TOTAL(v) _mm512_reduce_add_ps((__m512)(v))
 #define path(name) avx512_##name
 #include "simd.h"
 #pragma GCC pop_options
