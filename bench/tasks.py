@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT, ROOT / "tests"):  # tests/cases.py is shared with the benchmarks
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+# The tree's own tsad where it is built in place, else the installed one; and tests/cases.py, which
+# is shared with the benchmarks.
+if str(ROOT) not in sys.path:
+    sys.path.insert(0 if any(ROOT.glob("tsad/_core*.so")) else len(sys.path), str(ROOT))
+if str(ROOT / "tests") not in sys.path:
+    sys.path.append(str(ROOT / "tests"))
 
 import cases  # noqa: E402
 

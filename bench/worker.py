@@ -81,6 +81,7 @@ class Server:
     def plan(self, name: str) -> dict[str, Any]:
         """Set our engine's plan by name; its facts. Peers know only "dense"."""
         import plans
+
         import tsad
 
         policy = self._policy

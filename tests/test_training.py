@@ -272,7 +272,8 @@ def test_files_that_are_no_data_are_refused(tmp_path):
 def test_zarr_folder_gives_the_same_data(tmp_path, demos):
     zarr = pytest.importorskip("zarr")
     arrays = dict(np.load(demos))
-    root = zarr.open_group(str(tmp_path / "demos.zarr"), mode="w", zarr_format=2)
+    version = {} if zarr.__version__.startswith("2.") else {"zarr_format": 2}
+    root = zarr.open_group(str(tmp_path / "demos.zarr"), mode="w", **version)
     for name, value in arrays.items():
         group = "meta" if name == "episode_ends" else "data"
         root[f"{group}/{name}"] = value

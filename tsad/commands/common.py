@@ -209,6 +209,11 @@ def sampler_name(policy: SparsePolicy) -> str:
     return f"{scheduler['type']}, {policy.num_inference_steps} steps"
 
 
+def seed_range(seeds: Sequence[int]) -> str:
+    """Seeds in words."""
+    return f"seed {seeds[0]}" if seeds[0] == seeds[-1] else f"seeds {seeds[0]} to {seeds[-1]}"
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text: the first to the left, the others to the right; row 0 is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -24,6 +24,7 @@ from tsad.commands.common import (
     planner_name,
     positive_int,
     sampler_name,
+    seed_range,
     set_sparsity,
     sparsity,
     table,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 SIMULATOR = "pusht"
 SEEDS = 5
-SECONDS = 70
+SECONDS = 60
 
 DESCRIPTION = """\
 Run a policy in the simulator twice on the same seeds and noise, dense and sparse, and show what
@@ -221,7 +222,7 @@ def _table(document: dict[str, Any]) -> str:
     add("actions/s", lambda arm: f"{arm['actions_per_second']:.0f}")
     add("sparsity (of cost)", lambda arm: f"{arm['sparsity']:.1%}")
     add("sparsity (of cells)", lambda arm: f"{arm['cell_sparsity']:.1%}")
-    add(f"score, {n} episodes", lambda arm: f"{arm['score']['mean']:.3f}")
+    add(f"score, {n} episode{'s' if n > 1 else ''}", lambda arm: f"{arm['score']['mean']:.3f}")
     add("success", lambda arm: f"{round(arm['success']['mean'] * n)} of {n}")
     difference = document["action_difference_px"]
     label = "largest action difference, px"
@@ -282,7 +283,7 @@ def _report(document: dict[str, Any], out: Path, seconds: float) -> str:
     return "\n".join(
         [
             f"policy {document['policy']} ({document['sampler']}), planner {document['planner']}, "
-            f"seeds {seeds[0]} to {seeds[-1]}",
+            + seed_range(seeds),
             f"{document['cpu']}, {document['backend']}, {document['threads']} threads",
             "",
             _table(document),

@@ -27,6 +27,7 @@ from tsad.commands.common import (
     planner_name,
     positive_int,
     sampler_name,
+    seed_range,
     set_sparsity,
     sparsity,
 )
@@ -260,7 +261,7 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
     score, success, times = summary["score"], summary["success"], summary["chunk_ms"]
     count = round(success["mean"] * summary["episodes"])
     lines = [
-        f"{settings['simulator']}, seeds {summary['first_seed']} to {summary['last_seed']}, "
+        f"{settings['simulator']}, {seed_range([summary['first_seed'], summary['last_seed']])}, "
         f"policy {run_['policy']} ({sampler_name(policy)}), planner {settings['planner']}, "
         f"sparsity {_percent(settings['sparsity'])}",
         f"score    {score['mean']:.3f}{_plus_minus(score['standard_error'])}, "
