@@ -50,7 +50,7 @@ def equal_shares(steps: int, types: list[str], cost: float, seed: int) -> NDArra
         columns = np.flatnonzero([other == kind for other in types])
         later = (steps - 1) * len(columns)
         spare = round(cost * steps * len(columns)) - len(columns)
-        if spare < 0:
+        if cost * steps < 1 - 1e-9:
             raise ValueError(f"cost: expected at least {1 / steps:g}, step 0 alone, got {cost:g}")
         reused = rng.permutation(later)[spare:]
         cells = np.full(later, COMPUTE, np.uint8)
@@ -60,16 +60,17 @@ def equal_shares(steps: int, types: list[str], cost: float, seed: int) -> NDArra
     return sources
 
 
-def standard_costs() -> list[int]:
-    """Cost of a cell of each block of the standard transformer."""
-    return list(block_costs(STANDARD))
+def is_standard(policy: Any) -> bool:
+    """Is the committed plan one for this policy?"""
+    same_costs = policy.block_costs.tolist() == list(block_costs(STANDARD))
+    return same_costs and policy.num_inference_steps == STANDARD_STEPS
 
 
 def sparse95(seed: int = 0, *, policy: Any = None) -> tsad.Plan:
     """The 95 % plan of the standard transformer, or of `policy`; other seeds, other cells."""
     if policy is None:
         steps, blocks = STANDARD_STEPS, list(block_names(STANDARD))
-        types, costs = list(block_types(STANDARD)), standard_costs()
+        types, costs = list(block_types(STANDARD)), list(block_costs(STANDARD))
     else:
         steps, blocks = policy.num_inference_steps, policy.blocks
         types, costs = policy.block_types, policy.block_costs

@@ -32,6 +32,7 @@ enum {
     STREAM = 8,
     FMA_LOOPS = 1000 * 1000,
     READ_PASSES = 16,
+    MIN_BYTES = 65536,
     MAX_REPEATS = 4096,
     MAX_THREADS = 64
 };
@@ -178,8 +179,10 @@ int main(int argc, char **argv)
     int threads = argc > 1 ? atoi(argv[1]) : 0;
     size_t bytes = argc > 2 ? strtoull(argv[2], NULL, 10) : 0;
     budget = argc > 3 ? atof(argv[3]) : 0;
-    if (threads < 1 || threads > MAX_THREADS || bytes < 65536u * MAX_THREADS || budget <= 0) {
-        fprintf(stderr, "usage: roofline THREADS(1-%d) BYTES(>= 4 MiB) SECONDS\n", MAX_THREADS);
+    if (threads < 1 || threads > MAX_THREADS || bytes < MIN_BYTES * (size_t)threads ||
+        budget <= 0) {
+        fprintf(stderr, "usage: roofline THREADS(1-%d) BYTES(>= %d a thread) SECONDS\n",
+                MAX_THREADS, MIN_BYTES);
         return 2;
     }
     size_t part = bytes / (size_t)threads / 4096 * 4096;

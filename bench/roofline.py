@@ -55,8 +55,12 @@ class Roofline:
             raise RooflineError(f"{' '.join(command)}\n{result.stderr}")
 
     def run(self, threads: int, n_bytes: int, seconds: float) -> dict[str, Any]:
-        """Peak GFLOP/s and GB/s of `threads` threads; see roofline.c for the keys."""
-        command = [self._program, str(threads), str(n_bytes), str(seconds)]
+        """Peak GFLOP/s and GB/s of `threads` threads; see roofline.c for the keys.
+
+        The buffer has `n_bytes`, at least 64 KiB for each thread.
+        """
+        size = max(n_bytes, 65536 * threads)
+        command = [self._program, str(threads), str(size), str(seconds)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RooflineError(f"roofline: exit {result.returncode}: {result.stderr}")

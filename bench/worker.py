@@ -86,21 +86,19 @@ class Server:
 
         policy = self._policy
         if name == "dense":
-            policy.sparsity = 0.0
+            chosen = [tsad.planners.dense(policy)] * policy.lanes
         elif name.startswith("uniform-"):
-            policy.planner = "uniform"
-            policy.sparsity = float(name.removeprefix("uniform-")) / 100
+            saved = float(name.removeprefix("uniform-")) / 100
+            chosen = [tsad.planners.uniform_sparse(policy, saved)] * policy.lanes
         elif name == "sparse95":
-            same = policy.lanes == 1 and policy.block_costs.tolist() == plans.standard_costs()
-            if same and policy.num_inference_steps == plans.STANDARD_STEPS:
-                policy.plan = tsad.Plan.load(plans.SPARSE95)
-            else:
-                lanes = range(policy.lanes)
-                policy.plan = [plans.sparse95(lane, policy=policy) for lane in lanes]
+            chosen = [plans.sparse95(lane, policy=policy) for lane in range(policy.lanes)]
+            if policy.lanes == 1 and plans.is_standard(policy):
+                chosen = [tsad.Plan.load(plans.SPARSE95)]
         else:
             raise ValueError(f"plan: expected dense, uniform-PERCENT or sparse95, got {name!r}")
+        policy.reset()  # in mid-episode, a plan is refused that reuses what is not there
+        policy.plan = chosen
         policy.reset(seed=0)
-        chosen = [policy.plan] if policy.lanes == 1 else policy.plan
         return {
             "sparsity": float(np.mean([plan.sparsity for plan in chosen])),
             "cell_sparsity": float(np.mean([plan.cell_sparsity for plan in chosen])),

@@ -144,13 +144,27 @@ static void free_weights(weights *w)
     }
 }
 
-static tsad_model *make_model(void)
+/* a misshapen tensor is refused by name */
+static void test_misshapen(const tsad_model_spec *spec, tsad_tensor *tensor)
+{
+    tsad_model *refused;
+    tensor->shape[0]++;
+    if (tsad_model_create(spec, &refused) != TSAD_SHAPE || refused ||
+        !strstr(tsad_error_detail(), tensor->name)) {
+        check(false, "a misshapen tensor is refused by name");
+    }
+    tensor->shape[0]--;
+}
+
+/* the same weights every time */
+static tsad_model *make_model(const char *backend)
 {
     static weights policy, pruner;
     static const float one[O] = {1, 1, 1}, zero[O];
     int64_t cost[B];
     float sampler[K * TSAD_SAMPLER_COLUMNS] = {0};
     policy.n = pruner.n = 0;
+    state = 1;
     draw_policy(&policy);
     draw_pruner(&pruner);
     float *time_emb = draw(K * D, 1, 0), *block_emb = draw(B * HIDDEN, 1, 0);
@@ -188,15 +202,12 @@ static tsad_model *make_model(void)
                             .pruner_hidden = HIDDEN,
                             .pruner_heads = 2,
                             .pruner_ff = PRUNER_FF,
-                            .block_emb = block_emb};
+                            .block_emb = block_emb,
+                            .backend = backend};
     tsad_model *model;
     must(tsad_model_create(&spec, &model));
 
-    policy.tensors[0].shape[0] = T + 1; /* a misshapen tensor is refused by name */
-    tsad_model *refused;
-    check(tsad_model_create(&spec, &refused) == TSAD_SHAPE && !refused &&
-              strstr(tsad_error_detail(), "pos_emb"),
-          "a misshapen tensor is refused by name");
+    test_misshapen(&spec, &policy.tensors[0]);
     free_weights(&policy);
     free_weights(&pruner);
     free(time_emb);
@@ -303,6 +314,36 @@ static void test_plans(tsad_model *model)
     tsad_policy_destroy(p);
 }
 
+/* every instruction set of this machine equals plain C */
+static void test_paths(void)
+{
+    const char *names[8];
+    int n = tsad_backend_names(names, 8);
+    float actions[8][LANES * T * A];
+    uint8_t first[K * B], steady[K * B];
+    random_plan(first, steady);
+    for (int i = 0; i < n; i++) {
+        tsad_model *model = make_model(names[i]);
+        tsad_policy *p;
+        must(tsad_policy_create(model, LANES, 1, &p));
+        must(tsad_policy_set_plan(p, 0, steady, first));
+        for (int rollout = 0; rollout < 3; rollout++) {
+            chunk(p, LANES, actions[i]);
+        }
+        tsad_policy_destroy(p);
+        tsad_model_destroy(model);
+    }
+    for (int i = 0; i < n; i++) { /* plain C is the last */
+        float worst = 0;
+        for (int j = 0; j < LANES * T * A; j++) {
+            worst = fmaxf(worst, fabsf(actions[i][j] - actions[n - 1][j]));
+        }
+        char text[64];
+        snprintf(text, sizeof text, "%s equals ref (largest difference %.1e)", names[i], worst);
+        check(worst <= 1e-5f, text);
+    }
+}
+
 /* two policies on one model, each with its own thread, both wanting the team */
 static void *hammer(void *model)
 {
@@ -336,7 +377,7 @@ static void count_chunks(tsad_model *model, int n)
 
 int main(int argc, char **argv)
 {
-    tsad_model *model = make_model();
+    tsad_model *model = make_model(NULL);
     for (int i = 0; i < LANES * OBS * O; i++) {
         observations[i] = uniform();
     }
@@ -348,6 +389,7 @@ int main(int argc, char **argv)
     } else {
         test_threads(model);
         test_plans(model);
+        test_paths();
         pthread_t threads[2];
         for (int i = 0; i < 2; i++) {
             pthread_create(&threads[i], NULL, hammer, model);

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -264,9 +265,9 @@ class Plan:
         """Read what `save` wrote. ``ValueError`` names the file and what is wrong with it."""
         advice = "expected a plan saved by Plan.save"
         try:
+            if Path(path).is_file() and not zipfile.is_zipfile(path):
+                raise ValueError("it is not an npz file")  # NumPy would advise to unpickle it
             with np.load(path, allow_pickle=False) as file:
-                if not isinstance(file, np.lib.npyio.NpzFile):
-                    raise ValueError("it is one array, not an npz file")
                 arrays = {name: file[name] for name in file.files}
             header = json.loads(str(arrays["header"]))
             if header["format"] != FORMAT:

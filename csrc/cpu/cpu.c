@@ -5,6 +5,8 @@ const tsad_backend *const tsad_backends[] = {
 #if defined(__x86_64__)
     &tsad_cpu_avx512.base,
     &tsad_cpu_avx2.base,
+#elif defined(__aarch64__)
+    &tsad_cpu_neon.base,
 #endif
     &tsad_cpu_ref.base,
     NULL,

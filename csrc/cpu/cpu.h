@@ -100,4 +100,6 @@ void tsad_cpu_run(tsad_worker *w, const tsad_run *run, int row_begin, int row_en
 extern const tsad_cpu_backend tsad_cpu_ref;
 #if defined(__x86_64__)
 extern const tsad_cpu_backend tsad_cpu_avx2, tsad_cpu_avx512;
+#elif defined(__aarch64__)
+extern const tsad_cpu_backend tsad_cpu_neon;
 #endif

@@ -1,0 +1,23 @@
+/* neon.c: 4 floats, 32 registers. */
+#if defined(__aarch64__)
+
+#include <arm_neon.h>
+
+typedef float vf __attribute__((vector_size(16)));
+typedef int vi __attribute__((vector_size(16)));
+
+#define W 4
+#define PANEL 8
+#define MAX_ROWS 12
+#define MAX_PANELS 4
+#define V_FMA(a, b, c) ((vf)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#define V_SET1(x) ((vf)vdupq_n_f32(x))
+#define V_TOTAL(v) vaddvq_f32((float32x4_t)(v))
+#define path(name) neon_##name
+#include "simd.h"
+
+static bool usable(void) { return true; } /* part of the architecture */
+
+TSAD_CPU_BACKEND(tsad_cpu_neon, "neon", usable, &neon_kernels);
+
+#endif
