@@ -6,6 +6,11 @@ reference's three dictionaries; bits do not depend on threads or lanes.
 
 from __future__ import annotations
 
+import os
+import select
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from cases import (
@@ -266,3 +271,48 @@ def test_denormal_observations_are_accepted() -> None:
     obs, noise = random_inputs(config("tiny"), 0, steps=3)
     obs = np.full_like(obs, 1e-41)
     assert relative_error(engine(obs, noise=noise), reference(obs, noise)) < CHUNK_TOLERANCE
+
+
+# ---- threads and processes ---------------------------------------------------------------------
+
+
+def test_a_forked_child_makes_its_own_team() -> None:
+    engine = make("odd", threads=2, steps=3, **OPEN)
+    inputs = random_inputs(config("odd"), 0, steps=3)
+    expected = engine(inputs[0], noise=inputs[1])
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            same = np.array_equal(engine(inputs[0], noise=inputs[1]), expected)
+            os.write(write, b"same" if same else b"other")
+        finally:
+            os._exit(0)
+    ready, _, _ = select.select([read], [], [], 30)
+    assert ready, "the child hangs"
+    assert os.read(read, 8) == b"same"
+    os.waitpid(child, 0)
+    np.testing.assert_array_equal(engine(inputs[0], noise=inputs[1]), expected)
+
+
+def test_an_idle_policy_uses_no_cpu() -> None:
+    engine = make("odd", threads=2, steps=3, **OPEN)
+    obs, noise = random_inputs(config("odd"), 0, steps=3)
+    for _ in range(3):
+        engine(obs, noise=noise)
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.02
+
+
+def test_policies_in_several_threads_share_a_model() -> None:
+    """The second caller of the team runs alone, with the same bits; nobody waits for ever."""
+    engines = [make("odd", threads=2, steps=3, **OPEN) for _ in range(4)]
+    obs, noise = random_inputs(config("odd"), 0, steps=3)
+    expected = engines[0](obs, noise=noise)
+    with ThreadPoolExecutor(4) as pool:
+        runs = pool.map(lambda engine: [engine(obs, noise=noise) for _ in range(50)], engines)
+        for results in runs:
+            for got in results:
+                np.testing.assert_array_equal(got, expected)
