@@ -1,0 +1,38 @@
+"""The README's Python runs as it stands, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not README.exists(), reason="needs the source tree")
+
+
+def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "plan.npz").exists()
+
+
+def test_the_files_it_lists_exist() -> None:
+    for name in re.findall(r"`((?:tsad|csrc|bench)/[\w./]+)`", README.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_commands_it_names_exist() -> None:
+    from tsad.cli import main
+
+    commands = set(
+        re.findall(r"`?tsad (demo|eval|bench|show|info|convert|train-policy)\b", README.read_text())
+    )
+    assert "demo" in commands
+    for command in commands:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
