@@ -279,7 +279,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--peers", type=names, metavar="A,B", help=f'of {",".join(PEERS)}; "" is ours alone'
     )
     parser.add_argument(
-        "--paced", type=float, nargs="+", default=[], metavar="HZ",
+        "--paced",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="HZ",
         help="also the first case with calls at these rates, e.g. 10 50",
     )
     parser.add_argument("--rounds", type=int, help="at least; twice as many until they agree")
