@@ -230,7 +230,7 @@ typedef struct tsad_worker {
     unsigned parity;
     unsigned tickets;       /* taken in this chunk: see stay_together in cpu/run.c */
     bool stalled;           /* rank 0: another thread's core seems taken */
-    int64_t met_at;         /* rank 0: when the threads last met */
+    int64_t met_at;         /* rank 0: when the threads last met, 0: not in this chunk */
     int32_t *last_of_block; /* (B) the planner's */
     int32_t *keys;          /* (K, B) the planner's */
     int64_t ns[TSAD_N_TIMERS];

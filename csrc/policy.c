@@ -310,8 +310,9 @@ static int64_t lap(tsad_worker *w, int timer, int64_t since)
     return now;
 }
 
-/* waiting longer than this, and longer than one's own work took, means a core is taken */
-enum { STALL_NS = 300000, MAX_PATIENCE = 64 };
+/* Waiting longer than this, and longer than one's own work took, means a core is taken. The first
+ * meeting of a chunk may have to wait for a sleeping core to wake. */
+enum { STALL_NS = 300000, WAKE_NS = 3000000, MAX_PATIENCE = 64 };
 
 void tsad_worker_meet(tsad_worker *w)
 {
@@ -322,7 +323,8 @@ void tsad_worker_meet(tsad_worker *w)
     int64_t arrived = tsad_now();
     tsad_barrier_wait(w->policy->barrier, w->size);
     int64_t left = tsad_now();
-    w->stalled |= left - arrived > STALL_NS && left - arrived > arrived - w->met_at;
+    int64_t limit = w->met_at ? STALL_NS : WAKE_NS, own = w->met_at ? arrived - w->met_at : 0;
+    w->stalled |= left - arrived > limit && left - arrived > own;
     w->met_at = left;
 }
 
@@ -373,7 +375,7 @@ static void begin_worker(tsad_worker *w, int rank, int size)
     w->parity = 0;
     w->tickets = 0;
     w->stalled = false;
-    w->met_at = tsad_now();
+    w->met_at = 0;
     memset(w->ns, 0, sizeof w->ns);
     memset(w->read_epoch, 0, sizeof(uint32_t) * (size_t)w->policy->model->n_blocks);
     memset(w->write_epoch, 0, sizeof(uint32_t) * (size_t)w->policy->model->n_blocks);
