@@ -46,3 +46,9 @@ def noises(policy: Any, seed: int, rows: int | None = None) -> Any:
     """float32 (K, rows or lanes, horizon, action_dim)."""
     shape = (policy.num_inference_steps, rows or policy.lanes, policy.horizon, policy.action_dim)
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def state(policy: Any) -> Any:
+    """Everything that a refused call must leave as it was."""
+    ages = [policy._ages(lane).tolist() for lane in range(policy.lanes)]
+    return ages, policy.stats, policy.plan, policy.sparsity, policy.planner

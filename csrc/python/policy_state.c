@@ -263,7 +263,8 @@ PyObject *edge_policy_set_pruner(PyObject *object, PyObject *sparsity)
 
 /* ---- what the last chunk did ---------------------------------------------------------------- */
 
-PyObject *edge_policy_get_plan(PyObject *object, PyObject *lane)
+/* (K, B) of a lane: its plan as uint8, or the ages of its rollout slots as uint32 */
+static PyObject *cells(PyObject *object, PyObject *lane, edge_dtype dtype)
 {
     edge_policy *self = (edge_policy *)object;
     int64_t shape[2] = {self->info.n_steps, self->info.n_blocks};
@@ -273,28 +274,25 @@ PyObject *edge_policy_get_plan(PyObject *object, PyObject *lane)
         return NULL;
     }
     int index = edge_parse_lane(self, lane);
-    if (index >= 0 && (array = edge_new_array(EDGE_UINT8, 2, shape, &data))) {
-        tsad_policy_get_plan(self->policy, index, data);
+    if (index >= 0 && (array = edge_new_array(dtype, 2, shape, &data))) {
+        if (dtype == EDGE_UINT8) {
+            tsad_policy_get_plan(self->policy, index, data);
+        } else {
+            tsad_policy_get_ages(self->policy, index, data);
+        }
     }
     edge_leave(self);
     return array;
 }
 
+PyObject *edge_policy_get_plan(PyObject *object, PyObject *lane)
+{
+    return cells(object, lane, EDGE_UINT8);
+}
+
 PyObject *edge_policy_ages(PyObject *object, PyObject *lane)
 {
-    edge_policy *self = (edge_policy *)object;
-    int64_t shape[2] = {self->info.n_steps, self->info.n_blocks};
-    PyObject *array = NULL;
-    void *data;
-    if (edge_enter(self) < 0) {
-        return NULL;
-    }
-    int index = edge_parse_lane(self, lane);
-    if (index >= 0 && (array = edge_new_array(EDGE_UINT32, 2, shape, &data))) {
-        tsad_policy_get_ages(self->policy, index, data);
-    }
-    edge_leave(self);
-    return array;
+    return cells(object, lane, EDGE_UINT32);
 }
 
 PyObject *edge_policy_stats(PyObject *object, PyObject *lane)
