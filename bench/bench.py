@@ -355,7 +355,8 @@ def main(argv: list[str] | None = None) -> int:
             if len(case["contenders"]) > 1 and not case["pace_hz"]:
                 report.plot(case, machine, out.with_name(f"{out.stem}-{case['name']}.png"))
     print(report.header({**document, "cases": done}) + "\n\n" + report.table(done))
-    print("\n".join(["", *report.paced_lines(done), f"written to {out}"]))
+    lines = [*report.episode_lines(done), *report.paced_lines(done), f"written to {out}"]
+    print("\n" + "\n".join(lines))
     return 0
 
 

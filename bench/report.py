@@ -167,6 +167,21 @@ def paced_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def episode_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What an episode of ours costs, its first chunk included, which is dense where it must be."""
+    lines = []
+    for case in cases:
+        for contender in case["contenders"]:
+            if contender["status"] == "ok" and "episode" in contender and contender["sparsity"]:
+                first, episode = contender["first_ms"], contender["episode"]
+                lines.append(
+                    f"{title(case)}, {contender['name']}: first chunk {milliseconds(first)} ms, an "
+                    f"episode's mean {milliseconds(episode['mean'])} and largest "
+                    f"{milliseconds(episode['max'])}"
+                )
+    return lines
+
+
 def header(document: Mapping[str, Any]) -> str:
     """The machine and the conditions, for above the table."""
     machine = document["machine"]
