@@ -149,6 +149,7 @@ class Run:
     def _round(self, case: Case, entry: dict[str, Any]) -> dict[str, Any]:
         worker = self._worker(entry["peer"], case.threads)
         time.sleep(SETTLE)
+        measure.wait_for_quiet(self.args.patience)
         options = {"plan": entry["plan"], "seconds": self.args.seconds}
         if case.pace_hz is None:
             least = 1 if case.lanes >= 64 else 2
@@ -163,6 +164,7 @@ class Run:
         if backend not in self._rooflines:
             self._rooflines[backend] = Roofline(backend)
         program = self._rooflines[backend]
+        measure.wait_for_quiet(self.args.patience)
         net = case_task(case).config.network.to_dict()
         _, n_bytes = work(net, [np.zeros((1, 3 * net["n_layer"]), np.uint8)])
         return program.run(case.threads, int(n_bytes), ROOFLINE_SECONDS)
@@ -288,6 +290,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help="at least; twice as many until they agree")
     parser.add_argument("--seconds", type=float, help="of each contender in each round")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="before a turn, wait up to this long for others to leave the machine (default: 0)",
+    )
     parser.add_argument("--precision", default="float32", help="of our engine")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/DATE-CPU.json")
     parser.add_argument(

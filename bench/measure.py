@@ -88,6 +88,17 @@ class Load:
         return self
 
 
+def wait_for_quiet(seconds: float, cores: float = 0.15) -> None:
+    """Wait until others use less than `cores` cores, but not longer than `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        load = Load()
+        time.sleep(0.2)
+        load.stop()
+        if load.foreign is None or load.foreign < cores:
+            return
+
+
 def _lscpu() -> dict[str, str]:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         text = subprocess.run(

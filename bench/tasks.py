@@ -25,6 +25,7 @@ from tsad.checkpoint import read_folder  # noqa: E402
 from tsad.config import PolicyConfig  # noqa: E402
 from tsad.load import _ASSETS, make_model  # noqa: E402
 from tsad.samplers import Sampler, make_sampler  # noqa: E402
+from tsad.sim.pusht import observation  # noqa: E402
 
 # "pusht" is the bundled policy, the standard transformer: d 256, 8 layers, horizon 10. The others
 # have random weights: the published horizon for Push-T, and the size of a manipulation task.
@@ -35,6 +36,7 @@ SHAPES = {"pusht": None, "t16": "pusht", "can": "can", "tiny": "tiny"}
 class Task:
     """A policy to run: `tensors` by name in float32, everything else as `tsad.load` has it."""
 
+    shape: str  # a key of SHAPES
     config: PolicyConfig
     tensors: Mapping[str, np.ndarray]
     sampler: Sampler
@@ -63,7 +65,7 @@ def make_task(
         config = PolicyConfig.from_dict(document)
         tensors = cases.random_tensors(document["network"], 0)
     table = make_sampler(config.scheduler.to_dict(), sampler=sampler, num_inference_steps=steps)
-    return Task(config, tensors, table, lanes, threads, dtype)
+    return Task(shape, config, tensors, table, lanes, threads, dtype)
 
 
 def engine(task: Task, precision: str = "float32") -> tsad.SparsePolicy:
@@ -82,8 +84,23 @@ def normalise(actions: np.ndarray, task: Task) -> np.ndarray:
 
 
 def observations(task: Task, n: int, seed: int = 0) -> np.ndarray:
-    """Made-up observations within the range of the training data: (n, lanes, n_obs_steps, dim)."""
-    net, affine = task.config.network, task.config.normalizer.obs
-    shape = (n, task.lanes, net.n_obs_steps, net.obs_dim)
-    inside = np.random.default_rng(seed).uniform(-1, 1, shape)
+    """Made-up observations, raw units: (n, lanes, n_obs_steps, obs_dim).
+
+    Of Push-T they are scenes: on others the policy would drive its actions to the ends of their
+    range, where everybody agrees. Random weights take anything.
+    """
+    net, rng = task.config.network, np.random.default_rng(seed)
+    shape = (n, task.lanes, net.n_obs_steps)
+    if task.shape == "pusht":
+        low, high = (60, 60, 120, 120, -np.pi), (450, 450, 400, 400, np.pi)
+        scenes = rng.uniform(low, high, (n * task.lanes, 1, 5))
+        moves = rng.normal(0, 5, (n * task.lanes, net.n_obs_steps, 2))  # of the agent
+        rows = []
+        for scene, move in zip(scenes, moves, strict=True):
+            states = np.repeat(scene, net.n_obs_steps, 0)
+            states[:, :2] += move
+            rows.append([observation(state) for state in states])
+        return np.array(rows, np.float32).reshape(*shape, net.obs_dim)
+    affine = task.config.normalizer.obs
+    inside = rng.uniform(-1, 1, (*shape, net.obs_dim))
     return ((inside - np.array(affine.offset)) / np.array(affine.scale)).astype(np.float32)
