@@ -10,23 +10,61 @@ The functions here make plans to be set by hand, ``policy.plan = tsad.planners.u
 * ``uniform(policy, n)``: n evenly spaced steps computed, every other repeats the last one
 * ``random(policy, sparsity, seed)``: any valid plan of that cost, for tests
 * ``from_file(path)``: what `Plan.save` wrote
+* ``import_plan(policy, path)``: schedules of other programs (EVO's pairs, step masks, npy)
+* ``c3ache``, ``delta_dit``, ``teacache``, ``fbcache``, ``l2c``: published rules
+
+and these are planners, for the dial: ``policy.planner = tsad.planners.Bac(alike)``:
+
+* ``Bac``: published as block-wise adaptive caching, from the similarity of branch outputs
+* ``Scores``: a number per cell (DiP-GO)
+* ``Threshold``: `teacache` or `fbcache` from recorded distances
 
 A policy's planner can be one of the names in ``NAMES``, too: "dense", "uniform" (`uniform_sparse`),
 and "pruner", which is the policy's own and plans each chunk anew from its observation.
 """
 
+from tsad.planners.bac import Bac, similarity
 from tsad.planners.base import Planner, PolicyFacts
+from tsad.planners.files import from_pairs, from_steps, import_plan
+from tsad.planners.rules import (
+    Threshold,
+    c3ache,
+    delta_dit,
+    fbcache,
+    fbcache_rows,
+    fit_teacache,
+    relative_l1,
+    teacache,
+    teacache_rows,
+)
+from tsad.planners.scores import Scores, l2c
 from tsad.planners.static import dense, from_file, random, uniform, uniform_sparse
 
 NAMES = ("dense", "uniform", "pruner")
 
 __all__ = [
     "NAMES",
+    "Bac",
     "Planner",
     "PolicyFacts",
+    "Scores",
+    "Threshold",
+    "c3ache",
+    "delta_dit",
     "dense",
+    "fbcache",
+    "fbcache_rows",
+    "fit_teacache",
     "from_file",
+    "from_pairs",
+    "from_steps",
+    "import_plan",
+    "l2c",
     "random",
+    "relative_l1",
+    "similarity",
+    "teacache",
+    "teacache_rows",
     "uniform",
     "uniform_sparse",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.plan import Plan
+from tsad.plan import COMPUTE, REUSE_STEP, Plan, Sources
 
 
 class PolicyFacts(Protocol):
@@ -32,3 +32,61 @@ class Planner(Protocol):
     """
 
     def __call__(self, policy: PolicyFacts, sparsity: float, /) -> Plan | Sequence[Plan]: ...
+
+
+def make_plan(
+    policy: PolicyFacts, sources: Sources, first: Sources | None, **metadata: Any
+) -> Plan:
+    """A plan with the policy's names and costs; ``metadata`` says who made it, and how."""
+    return Plan(
+        sources,
+        first,
+        blocks=policy.blocks,
+        types=policy.block_types,
+        cost=policy.block_costs,
+        metadata=metadata,
+    )
+
+
+def full(policy: PolicyFacts, fill: int) -> Sources:
+    """Sources (K, B), all the same."""
+    return np.full((policy.num_inference_steps, len(policy.blocks)), fill, np.uint8)
+
+
+def check_sparsity(policy: PolicyFacts, sparsity: float) -> None:
+    """ValueError for what no plan reaches that computes step 0."""
+    most = 1 - 1 / policy.num_inference_steps
+    if not 0 <= sparsity <= most:
+        raise ValueError(
+            f"sparsity: expected 0 to {most:.6g} (step 0 is computed), got {sparsity}; ask for "
+            "less, or load the policy with more num_inference_steps"
+        )
+
+
+def budget(policy: PolicyFacts, sparsity: float) -> int:
+    """What computed cells may cost; rounding never turns 1 - 1/K into less than a row."""
+    dense = policy.num_inference_steps * int(np.asarray(policy.block_costs).sum())
+    return int((1 - sparsity) * dense * (1 + 1e-12))
+
+
+def layers(policy: PolicyFacts) -> NDArray[np.int64]:
+    """(B,) which layer each block is part of: blocks of one name up to its last dot are one."""
+    names = [name.rpartition(".")[0] or name for name in policy.blocks]
+    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return np.array([order[name] for name in names], np.int64)
+
+
+def own_values(policy: PolicyFacts, computed: NDArray[np.bool_], **metadata: Any) -> Plan:
+    """The plan that computes the cells of a mask (K, B); the rest repeats the block's own value.
+
+    It reads no rollout, so the first chunk after a reset runs it, too. ValueError if step 0 is not
+    computed.
+    """
+    steps = policy.num_inference_steps
+    if computed.shape != (steps, len(policy.blocks)):
+        raise ValueError(
+            f"computed: expected shape ({steps}, {len(policy.blocks)}), steps x blocks of this "
+            f"policy, got {computed.shape}; make it for this policy"
+        )
+    sources = np.where(computed, np.uint8(COMPUTE), np.uint8(REUSE_STEP))
+    return make_plan(policy, sources, sources, **metadata)

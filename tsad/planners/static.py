@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tsad.plan import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, SKIP, Plan, Sources
-from tsad.planners.base import PolicyFacts
-
-
-def _plan(policy: PolicyFacts, sources: Sources, first: Sources | None, **metadata: Any) -> Plan:
-    return Plan(
-        sources,
-        first,
-        blocks=policy.blocks,
-        types=policy.block_types,
-        cost=policy.block_costs,
-        metadata=metadata,
-    )
-
-
-def _sources(policy: PolicyFacts, fill: int) -> Sources:
-    return np.full((policy.num_inference_steps, len(policy.blocks)), fill, np.uint8)
-
-
-def _check_sparsity(policy: PolicyFacts, sparsity: float) -> None:
-    most = 1 - 1 / policy.num_inference_steps
-    if not 0 <= sparsity <= most:
-        raise ValueError(
-            f"sparsity: expected 0 to {most:.6g} (step 0 is computed), got {sparsity}; ask for "
-            "less, or load the policy with more num_inference_steps"
-        )
+from tsad.plan import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, SKIP, Plan
+from tsad.planners.base import PolicyFacts, budget, check_sparsity, full, make_plan
 
 
 def dense(policy: PolicyFacts) -> Plan:
     """All computed: the policy as it was trained."""
-    return _plan(policy, _sources(policy, COMPUTE), None, planner="dense")
+    return make_plan(policy, full(policy, COMPUTE), None, planner="dense")
 
 
 def uniform(policy: PolicyFacts, n: int) -> Plan:
@@ -53,14 +27,14 @@ def uniform(policy: PolicyFacts, n: int) -> Plan:
             f"n: expected an integer from 1 to {steps} (num_inference_steps), got {n!r}; it is the "
             "number of computed steps"
         )
-    sources = _sources(policy, REUSE_STEP)
+    sources = full(policy, REUSE_STEP)
     sources[np.arange(n) * steps // n] = COMPUTE
-    return _plan(policy, sources, sources, planner="uniform", n=int(n))
+    return make_plan(policy, sources, sources, planner="uniform", n=int(n))
 
 
 def uniform_sparse(policy: PolicyFacts, sparsity: float) -> Plan:
     """`uniform` with as many computed steps as the sparsity leaves: ``floor((1 - s) K)``."""
-    _check_sparsity(policy, sparsity)
+    check_sparsity(policy, sparsity)
     n = int((1 - sparsity) * policy.num_inference_steps + 1e-9)
     return uniform(policy, max(n, 1))
 
@@ -71,24 +45,21 @@ def random(policy: PolicyFacts, sparsity: float, seed: int) -> Plan:
     Step 0 is computed, so that all reuse is valid; further cells are computed in random order as
     long as they fit the budget. For tests and as a baseline that knows nothing.
     """
-    _check_sparsity(policy, sparsity)
+    check_sparsity(policy, sparsity)
     rng = np.random.default_rng(seed)
     kinds = np.array([REUSE_TYPE, REUSE_STEP, REUSE_ROLLOUT, SKIP], np.uint8)
     sources = rng.choice(kinds, (policy.num_inference_steps, len(policy.blocks)))
     sources[0] = COMPUTE
     costs = np.asarray(policy.block_costs)
-    left = _budget(costs, policy.num_inference_steps, sparsity) - int(costs.sum())
+    left = budget(policy, sparsity) - int(costs.sum())
     for cell in rng.permutation(np.arange(len(costs), sources.size)).tolist():
         step, block = divmod(cell, len(costs))
         if costs[block] <= left:
             left -= int(costs[block])
             sources[step, block] = COMPUTE
-    return _plan(policy, sources, None, planner="random", sparsity=float(sparsity), seed=int(seed))
-
-
-def _budget(costs: NDArray[np.int64], steps: int, sparsity: float) -> int:
-    """What computed cells may cost; rounding never turns 1 - 1/K into less than a row."""
-    return int((1 - sparsity) * steps * int(costs.sum()) * (1 + 1e-12))
+    return make_plan(
+        policy, sources, None, planner="random", sparsity=float(sparsity), seed=int(seed)
+    )
 
 
 def from_file(path: str | os.PathLike[str]) -> Plan:
