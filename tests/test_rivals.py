@@ -390,7 +390,8 @@ def test_row_rules_meet_the_dial_within_a_step() -> None:
         policy.sparsity = sparsity
         assert sparsity - 1e-9 <= policy.plan.sparsity <= sparsity + 0.0101
     rule = planners.Threshold(planners.fbcache, distances)
-    policy.planner, policy.sparsity = rule, 0.0
+    policy.sparsity = 0.0
+    policy.planner = rule
     assert policy.plan.sparsity == 0
     with pytest.raises(ValueError, match=r"sparsity: expected at most 0\.4.*fbcache"):
         policy.sparsity = 0.9  # the first of two layers is always computed
