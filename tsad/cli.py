@@ -24,7 +24,7 @@ from tsad.commands.common import (
     UsageError,
 )
 
-COMMANDS = ("demo", "eval", "bench", "show", "info", "convert", "train_policy")
+COMMANDS = ("demo", "eval", "collect", "bench", "show", "info", "convert", "train_policy")
 
 DESCRIPTION = """\
 Diffusion action heads with test-time sparsity: before each chunk of actions, most of the network's
@@ -36,6 +36,7 @@ examples:
   tsad info pusht                                 what is in a policy, and this machine
   tsad bench pusht --sparsity 0.9                 time it here
   tsad eval pusht --seeds 50 --sparsity 0.9       score it in the simulator
+  tsad collect pusht --out recorded               rollouts to calibrate and search plans on
   tsad convert policy.ckpt policy/                a Diffusion Policy checkpoint to a tsad folder
   tsad COMMAND --help                             options and examples of one command
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import math
 import os
 import platform
@@ -195,6 +196,15 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def package_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those distributions that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def planner_name(policy: SparsePolicy) -> str:

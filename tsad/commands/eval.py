@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import json
 import time
 from dataclasses import asdict
@@ -23,6 +21,7 @@ from tsad.commands.common import (
     load_plan,
     load_policy,
     natural,
+    package_versions,
     plan_sha256,
     planner_name,
     positive_int,
@@ -172,7 +171,7 @@ def _settings(policy: SparsePolicy, source: str, args: argparse.Namespace) -> di
     settings: dict[str, Any] = {
         "tsad": tsad.__version__,
         "simulator": args.simulator,
-        "packages": {},
+        "packages": package_versions(sim.facts(args.simulator).packages),
         "files_sha256": files_sha256(source),
         "sampler": policy.config["scheduler"]["type"],
         "num_inference_steps": policy.num_inference_steps,
@@ -181,9 +180,6 @@ def _settings(policy: SparsePolicy, source: str, args: argparse.Namespace) -> di
         "backend": policy.backend,
         **_configure(policy, args),
     }
-    for package in sim.facts(args.simulator).packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            settings["packages"][package] = importlib.metadata.version(package)
     return settings
 
 

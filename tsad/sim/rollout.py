@@ -65,6 +65,7 @@ class Chunk(NamedTuple):
 
 OnStep = Callable[["Environment", int, float], None]
 OnChunk = Callable[[Chunk], None]
+OnStart = Callable[[int, int], None]
 
 
 def noise_seed(seed: int) -> int:
@@ -131,6 +132,7 @@ def rollouts(
     *,
     on_step: OnStep | None = None,
     on_chunk: OnChunk | None = None,
+    on_start: OnStart | None = None,
 ) -> Iterator[Episode]:
     """Play the episodes of `seeds`; yields each as it ends, in an order that depends on the lanes.
 
@@ -140,6 +142,7 @@ def rollouts(
         seeds: one episode each.
         on_step: called with (environment, steps, score so far) at the start and after each step.
         on_chunk: called with a `Chunk` after each call of the policy.
+        on_start: called with (seed, lane) when a lane takes an episode.
 
     Raises:
         ValueError: the policy does not fit the simulator, or has too few lanes.
@@ -159,6 +162,8 @@ def rollouts(
         seed = next(queue, None)
         if seed is None:
             return False
+        if on_start is not None:
+            on_start(seed, index)
         lanes[index].start(seed)
         policy.reset(lanes=[index], seed=[noise_seed(seed)])
         if on_step is not None:
