@@ -60,7 +60,7 @@ def load(
             f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}; "
             "choose one of these"
         )
-    config, tensors, pruner = _read(source)
+    config, tensors, pruner = read_policy(source)
     table = make_sampler(
         config.scheduler.to_dict(), sampler=sampler, num_inference_steps=num_inference_steps
     )
@@ -152,7 +152,8 @@ def usable_cpus() -> int:
     return max(count, 1)
 
 
-def _read(source: str | os.PathLike[str]) -> tuple[PolicyConfig, Tensors, Tensors | None]:
+def read_policy(source: str | os.PathLike[str]) -> tuple[PolicyConfig, Tensors, Tensors | None]:
+    """Configuration, tensors and the pruner's tensors of what `load` takes; errors as there."""
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"source: expected a name, a folder or a file as str or Path, got "

@@ -18,6 +18,8 @@ and these are planners, for the dial: ``policy.planner = tsad.planners.Bac(alike
 * ``Bac``: published as block-wise adaptive caching, from the similarity of branch outputs
 * ``Scores``: a number per cell (DiP-GO)
 * ``Threshold``: `teacache` or `fbcache` from recorded distances
+* ``EffectPlanner``: the least effect on the executed actions, as `tsad.training.sensitivity`
+  measured it
 
 A policy's planner can be one of the names in ``NAMES``, too: "dense", "uniform" (`uniform_sparse`),
 and "pruner", which is the policy's own and plans each chunk anew from its observation.
@@ -25,6 +27,7 @@ and "pruner", which is the policy's own and plans each chunk anew from its obser
 
 from tsad.planners.bac import Bac, similarity
 from tsad.planners.base import Planner, PolicyFacts
+from tsad.planners.effects import EffectPlanner, Effects
 from tsad.planners.files import from_pairs, from_steps, import_plan
 from tsad.planners.rules import (
     Threshold,
@@ -45,6 +48,8 @@ NAMES = ("dense", "uniform", "pruner")
 __all__ = [
     "NAMES",
     "Bac",
+    "EffectPlanner",
+    "Effects",
     "Planner",
     "PolicyFacts",
     "Scores",
