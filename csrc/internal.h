@@ -181,6 +181,7 @@ struct tsad_model {
     int width, n_layers, n_memory; /* n_memory: tokens of memory, S */
     int n_steps, n_blocks;
     bool adds_noise;
+    tsad_precision precision;
     bool encode_rows; /* the memory depends on step and observation: the encoder runs per step */
     float *sampler;   /* (K, 8) */
     float *obs_scale, *obs_offset, *action_scale, *action_offset;

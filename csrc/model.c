@@ -123,6 +123,7 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
         return tsad_fail(TSAD_ARGUMENT, "backend '%s' is unknown or not usable on this CPU",
                          wanted ? wanted : "auto");
     }
+    m->precision = spec->precision;
     TSAD_TRY(copy_tables(spec, m));
     if (strcmp(spec->family, "diffusion_policy_transformer") == 0) {
         TSAD_TRY(tsad_net_dpt(spec, m));

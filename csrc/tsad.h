@@ -86,6 +86,11 @@ typedef struct tsad_tensor {
     int64_t shape[4];
 } tsad_tensor;
 
+/* How the large matrices are kept and multiplied. Everything else is float32 always.
+ * TSAD_INT16: 16-bit weights, one scale a column, times activations rounded to 16 bits, one scale
+ * a row; products and sums are exact integers. */
+typedef enum tsad_precision { TSAD_FLOAT32, TSAD_INT16 } tsad_precision;
+
 #define TSAD_SAMPLER_COLUMNS 8 /* a b r c d f g h: see tsad/samplers.py */
 
 /* Everything a model is made of; borrowed for the call. */
@@ -120,6 +125,7 @@ typedef struct tsad_model_spec {
 
     const char
         *backend; /* NULL or "auto": the best this CPU has; "ref", "avx2", "avx512", "neon" */
+    tsad_precision precision;
 } tsad_model_spec;
 
 tsad_status tsad_model_create(const tsad_model_spec *spec, tsad_model **out);

@@ -24,6 +24,7 @@ def make(
     steps: int | None = None,
     pruner: bool = False,
     tensors: Tensors | None = None,
+    precision: str = "float32",
     **scheduler: Any,
 ) -> _core.Policy:
     """The engine on the named case of cases.py."""
@@ -32,7 +33,7 @@ def make(
     pruner_weights = random_pruner(case["pruner"], case["network"], seed) if pruner else None
     table = make_sampler(case["scheduler"], sampler=sampler, num_inference_steps=steps)
     parsed = PolicyConfig.from_dict(case)
-    model = make_model(parsed, weights, pruner_weights, table, backend=backend)
+    model = make_model(parsed, weights, pruner_weights, table, backend=backend, precision=precision)
     return _core.Policy(model, lanes=lanes, threads=threads)
 
 

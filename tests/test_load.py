@@ -117,7 +117,11 @@ def test_threads_default_to_what_helps(tmp_path: Path, monkeypatch: pytest.Monke
         ({"device": "cuda"}, ValueError, "device: expected \"cpu\", got 'cuda'; .*no CUDA"),
         ({"device": "cuda:1"}, ValueError, "device: .*'cuda:1'"),
         ({"device": "tpu"}, ValueError, "device: .*'tpu'"),
-        ({"precision": "bfloat16"}, ValueError, "precision: .*'auto', 'float32', got 'bfloat16'"),
+        (
+            {"precision": "bfloat16"},
+            ValueError,
+            "precision: .*'auto', 'float32', 'int16', got 'bfloat16'",
+        ),
         ({"sampler": "euler"}, ValueError, "sampler: .*ddpm.*ddim.*got 'euler'"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps: .*1 to 100"),
         ({"num_inference_steps": 101}, ValueError, "num_inference_steps: .*got 101"),

@@ -43,6 +43,7 @@ class Model:
         nodes: _Array | None = None,
         registers: _Array | None = None,
         backend: str | None = None,
+        precision: str = "float32",
     ) -> None: ...
     @property
     def n_steps(self) -> int: ...

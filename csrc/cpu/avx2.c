@@ -7,6 +7,7 @@
 
 typedef float vf __attribute__((vector_size(32)));
 typedef int vi __attribute__((vector_size(32)));
+typedef short vs __attribute__((vector_size(16)));
 
 static inline __attribute__((always_inline)) float total8(__m256 v)
 {
@@ -22,6 +23,8 @@ static inline __attribute__((always_inline)) float total8(__m256 v)
 #define V_FMA(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define V_SET1(x) ((vf)_mm256_set1_ps(x))
 #define V_TOTAL(v) total8((__m256)(v))
+#define DOT16(own, sum, w, x) (sum) += (vi)_mm256_madd_epi16((__m256i)(w), (__m256i)(x))
+#define HAS_DOT16 false
 #define path(name) avx2_##name
 #include "simd.h"
 #pragma GCC pop_options

@@ -8,13 +8,33 @@
 
 #include "../backend.h"
 
+#include <float.h>
+#include <math.h>
+
 /* Weights of y = x W + bias in panels of `panel` columns: [n_out / panel][n_in][panel], the order
  * in which they are streamed. Columns beyond n_out are zero. */
 typedef struct tsad_packed {
     int n_in, n_out;
-    const float *w;
+    const float *w;    /* NULL where the matrix is kept in 16 bits */
     const float *bias; /* padded */
+    /* 16 bits: panels of pairs of inputs, [n_out / panel][pairs][panel][2]; unit (padded) is what
+     * 1 stands for in each column */
+    const int16_t *q;
+    const float *unit;
 } tsad_packed;
+
+/* 16-bit products cannot overflow 32-bit sums: a column's length is at most COLUMN, a row's at
+ * most ROW, so by Cauchy and Schwarz no partial sum passes COLUMN * ROW < 2^31. Rounding adds at
+ * most sqrt(n) / 2 to a length; both leave room for n = 65536. A row's length bounds its largest
+ * number as well, so rounding a row needs no search for that. */
+enum { TSAD_COLUMN_LENGTH = 65000, TSAD_ROW_LENGTH = 32600, TSAD_LARGEST = 32767 };
+
+/* Rows of 16-bit activations, each a multiple of its unit. */
+typedef struct tsad_rounded {
+    int16_t *q;  /* (rows, ld) */
+    float *unit; /* (rows) */
+    int ld;
+} tsad_rounded;
 
 /* A node's packed matrices. */
 typedef struct tsad_cpu_node {
@@ -41,6 +61,11 @@ typedef struct tsad_kernels {
     /* y (rows, n_out) = activation(x (rows, n_in) W + bias) */
     void (*linear)(const tsad_packed *w, const float *x, int ldx, int rows, tsad_activation act,
                    float *y, int ldy);
+    /* rows of x to 16 bits; ld of the result is at least n rounded up to even */
+    void (*round)(const float *x, int ldx, int rows, int n, const tsad_rounded *out);
+    /* linear, for a matrix and rows in 16 bits */
+    void (*linear16)(const tsad_packed *w, const tsad_rounded *x, int rows, tsad_activation act,
+                     float *y, int ldy);
     /* y = (x - mean) / sqrt(variance + 1e-5) over n channels */
     void (*layernorm)(const float *x, int ld, int rows, int n, float *y);
     /* qkv rows: queries (already scaled) of all heads, keys, values; y (rows, heads * dh) */
@@ -74,6 +99,30 @@ typedef struct context {
     const tsad_net *net;
     int row;
 } context;
+
+/* What a row is multiplied by before rounding, from its squared length. A row of zeros has scale
+ * and unit 0; one that is not finite has scale 0 and the unit NaN, so that it is seen. */
+static inline float tsad_row_scale(float square, float *unit)
+{
+    if (!(square > 0 && square <= FLT_MAX)) {
+        *unit = square * 0;
+        return 0;
+    }
+    float length = sqrtf(square);
+    *unit = length / TSAD_ROW_LENGTH;
+    return TSAD_ROW_LENGTH / length;
+}
+
+/* floats of room for `rows` rows of n activations in 16 bits */
+static inline size_t tsad_rounded_floats(int rows, int n)
+{
+    return (size_t)rows * (size_t)tsad_pad(n) / 2 + (size_t)tsad_pad(rows);
+}
+tsad_rounded tsad_cpu_round(const tsad_kernels *k, const float *x, int ldx, int rows, int n,
+                            float *room);
+/* linear in the matrix's own precision; room: for 16 bits */
+void tsad_cpu_linear(const tsad_kernels *k, const tsad_packed *w, const float *x, int ldx, int rows,
+                     tsad_activation act, float *y, int ldy, float *room);
 
 static inline float *reg(const context *c, int i) { return c->run->registers[i]; }
 

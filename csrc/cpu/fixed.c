@@ -90,18 +90,18 @@ static void keep_memory(const context *c, const tsad_node *node)
 /* score and value vectors of tokens [s, s + rows); a panel may run past the end of a vector, so
  * keys come first, then values, each ascending, then the constants */
 static void fold_tokens(const context *c, const tsad_node *node, const float *kv, int ld, int rows,
-                        float *out)
+                        float *out, float *room)
 {
     const tsad_fold *fold = &c->m->fold;
     const tsad_packed *list = ((const tsad_cpu_node *)node->packed)->list;
     int d = fold->width, heads = fold->n_heads, dh = d / heads, ldy = (int)fold->floats;
     for (int h = 0; h < heads; h++) {
-        c->k->linear(&list[1 + h], kv + h * dh, ld, rows, TSAD_LINEAR_ONLY,
-                     out + (size_t)h * (size_t)d, ldy);
+        tsad_cpu_linear(c->k, &list[1 + h], kv + h * dh, ld, rows, TSAD_LINEAR_ONLY,
+                        out + (size_t)h * (size_t)d, ldy, room);
     }
     for (int h = 0; h < heads; h++) {
-        c->k->linear(&list[1 + heads + h], kv + d + h * dh, ld, rows, TSAD_LINEAR_ONLY,
-                     out + fold->value + (size_t)h * (size_t)d, ldy);
+        tsad_cpu_linear(c->k, &list[1 + heads + h], kv + d + h * dh, ld, rows, TSAD_LINEAR_ONLY,
+                        out + fold->value + (size_t)h * (size_t)d, ldy, room);
     }
     for (int s = 0; s < rows; s++) {
         const float *key = kv + (size_t)s * (size_t)ld;
@@ -123,13 +123,15 @@ static void fold_node(const context *c, const tsad_node *node)
     if (node->layer % c->w->size != c->w->rank) {
         return; /* another thread's layer */
     }
-    float *kv = c->w->scratch;
-    c->k->linear(&list[0], reg(c, node->in), tsad_pad(d), tokens, TSAD_LINEAR_ONLY, kv, ld);
+    float *kv = c->w->scratch, *room = kv + (size_t)tokens * (size_t)ld;
+    tsad_cpu_linear(c->k, &list[0], reg(c, node->in), tsad_pad(d), tokens, TSAD_LINEAR_ONLY, kv, ld,
+                    room);
     size_t at = ((size_t)c->row * (size_t)c->m->n_layers + (size_t)node->layer) * (size_t)tokens;
     float *out = c->run->lane->fold + at * fold->floats;
     int rows = d % TSAD_LANE ? 1 : tokens;
     for (int s = 0; s < tokens; s += rows) {
-        fold_tokens(c, node, kv + (size_t)s * (size_t)ld, ld, rows, out + (size_t)s * fold->floats);
+        fold_tokens(c, node, kv + (size_t)s * (size_t)ld, ld, rows, out + (size_t)s * fold->floats,
+                    room);
     }
 }
 

@@ -5,6 +5,13 @@
 
 typedef float vf __attribute__((vector_size(16)));
 typedef int vi __attribute__((vector_size(16)));
+typedef short vs __attribute__((vector_size(8)));
+
+static inline __attribute__((always_inline)) vi dot16(int16x8_t w, int16x8_t x)
+{
+    int32x4_t low = vmull_s16(vget_low_s16(w), vget_low_s16(x));
+    return (vi)vpaddq_s32(low, vmull_high_s16(w, x));
+}
 
 #define W 4
 #define PANEL 8
@@ -13,6 +20,8 @@ typedef int vi __attribute__((vector_size(16)));
 #define V_FMA(a, b, c) ((vf)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #define V_SET1(x) ((vf)vdupq_n_f32(x))
 #define V_TOTAL(v) vaddvq_f32((float32x4_t)(v))
+#define DOT16(own, sum, w, x) (sum) += dot16((int16x8_t)(w), (int16x8_t)(x))
+#define HAS_DOT16 false
 #define path(name) neon_##name
 #include "simd.h"
 

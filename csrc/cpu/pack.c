@@ -2,11 +2,13 @@
  * like every arena: first to count, then to place and fill. */
 #include "cpu.h"
 
+#include <math.h>
 #include <string.h>
 
 typedef struct packer {
     tsad_arena *arena;
     int panel;
+    tsad_precision precision; /* of the large matrices */
 } packer;
 
 /* columns [c0, c1) and rows [r0, r1) of m, or of its three equal column groups (q, k, v) when
@@ -14,22 +16,71 @@ typedef struct packer {
 typedef struct slice {
     int r0, r1, c0, c1, groups;
     bool with_bias;
+    tsad_precision precision;
 } slice;
+
+static int source_column(const tsad_matrix *m, slice s, int o)
+{
+    int width = s.c1 - s.c0;
+    return o / width * (m->n_out / s.groups) + s.c0 + o % width;
+}
+
+/* One column to 16 bits, `step` apart, pairs of inputs together; returns its unit. */
+static float round_column(const float *from, size_t stride, int n, int16_t *to, size_t step)
+{
+    double square = 0, top = 0;
+    for (int i = 0; i < n; i++) {
+        double v = from[(size_t)i * stride];
+        square += v * v;
+        top = fmax(top, fabs(v));
+    }
+    if (top == 0) {
+        return 0; /* to is zero */
+    }
+    double scale = fmin(TSAD_LARGEST / top, TSAD_COLUMN_LENGTH / sqrt(square));
+    for (int i = 0; i < n; i++) {
+        to[(size_t)(i / 2) * step + (size_t)(i % 2)] =
+            (int16_t)lrint((double)from[(size_t)i * stride] * scale);
+    }
+    return (float)(1 / scale);
+}
+
+static void pack16(const packer *p, const tsad_matrix *m, slice s, float *bias, tsad_packed *out)
+{
+    int n_in = s.r1 - s.r0, n_out = (s.c1 - s.c0) * s.groups, panel = p->panel;
+    size_t padded = (size_t)((n_out + panel - 1) / panel * panel), pairs = (size_t)(n_in + 1) / 2;
+    int16_t *q = TSAD_CARVE(p->arena, int16_t, padded * pairs * 2);
+    float *unit = TSAD_CARVE(p->arena, float, padded);
+    if (!q) {
+        return; /* counting */
+    }
+    for (int o = 0; o < n_out; o++) {
+        int column = source_column(m, s, o);
+        size_t at = (size_t)(o / panel) * pairs * (size_t)panel + (size_t)(o % panel);
+        unit[o] = round_column(m->data + (size_t)s.r0 * (size_t)m->n_out + column, (size_t)m->n_out,
+                               n_in, q + 2 * at, 2 * (size_t)panel);
+        bias[o] = s.with_bias ? m->bias[column] : 0;
+    }
+    *out = (tsad_packed){.n_in = n_in, .n_out = n_out, .bias = bias, .q = q, .unit = unit};
+}
 
 static void pack(const packer *p, const tsad_matrix *m, slice s, tsad_packed *out)
 {
     int n_in = s.r1 - s.r0, width = s.c1 - s.c0, n_out = width * s.groups;
-    int group_stride = m->n_out / s.groups, panel = p->panel;
+    int panel = p->panel;
     int padded = (n_out + panel - 1) / panel * panel;
-    float *w = TSAD_CARVE(p->arena, float, (size_t)padded *(size_t)n_in);
     float *bias = TSAD_CARVE(p->arena, float, padded);
+    if (s.precision == TSAD_INT16) {
+        pack16(p, m, s, bias, out);
+        return;
+    }
+    float *w = TSAD_CARVE(p->arena, float, (size_t)padded *(size_t)n_in);
     if (!w) {
         return; /* counting */
     }
     memset(w, 0, sizeof(float) * (size_t)padded * (size_t)n_in);
-    memset(bias, 0, sizeof(float) * (size_t)padded);
     for (int o = 0; o < n_out; o++) {
-        int column = o / width * group_stride + s.c0 + o % width;
+        int column = source_column(m, s, o);
         float *to = w + (size_t)(o / panel) * (size_t)panel * (size_t)n_in + o % panel;
         for (int i = 0; i < n_in; i++) {
             to[(size_t)i * (size_t)panel] =
@@ -40,7 +91,10 @@ static void pack(const packer *p, const tsad_matrix *m, slice s, tsad_packed *ou
     *out = (tsad_packed){.n_in = n_in, .n_out = n_out, .w = w, .bias = bias};
 }
 
-static slice whole(const tsad_matrix *m) { return (slice){0, m->n_in, 0, m->n_out, 1, true}; }
+static slice whole(const tsad_matrix *m)
+{
+    return (slice){.r1 = m->n_in, .c1 = m->n_out, .groups = 1, .with_bias = true};
+}
 
 /* in how many parts a block's sums are split: a property of the model, not of the threads */
 static int count_parts(const tsad_node *node, int panel)
@@ -64,8 +118,8 @@ static void pack_split(const packer *p, const tsad_node *node, tsad_cpu_node *c)
     int taps = node->kind == TSAD_CONV_BRANCH ? node->kernel : 1;
     for (int i = 0; i < parts; i++) {
         int c0 = width * i / parts, c1 = width * (i + 1) / parts;
-        slice first = {0, node->m[0].n_in, c0, c1, groups, true};
-        slice second = {c0 * taps, c1 * taps, 0, node->m[1].n_out, 1, i == 0};
+        slice first = {0, node->m[0].n_in, c0, c1, groups, true, p->precision};
+        slice second = {c0 * taps, c1 * taps, 0, node->m[1].n_out, 1, i == 0, p->precision};
         pack(p, &node->m[0], first, list ? &list[2 * i] : &none);
         pack(p, &node->m[1], second, list ? &list[2 * i + 1] : &none);
     }
@@ -80,10 +134,12 @@ static void pack_fold(const packer *p, const tsad_node *node, tsad_cpu_node *c)
     int heads = node->n_heads, d = node->m[1].n_in, dh = d / heads;
     tsad_packed *list = TSAD_CARVE(p->arena, tsad_packed, 1 + 2 * heads);
     tsad_packed none;
-    pack(p, &node->m[0], whole(&node->m[0]), list ? &list[0] : &none);
+    slice kv = whole(&node->m[0]);
+    kv.precision = p->precision;
+    pack(p, &node->m[0], kv, list ? &list[0] : &none);
     for (int j = 1; j <= 2; j++) {
         for (int h = 0; h < heads; h++) {
-            slice s = {h * dh, (h + 1) * dh, 0, d, 1, false};
+            slice s = {h * dh, (h + 1) * dh, 0, d, 1, false, p->precision};
             pack(p, &node->m[j], s, list ? &list[1 + (j - 1) * heads + h] : &none);
         }
     }
@@ -130,7 +186,7 @@ static void pack_pruner(const packer *p, tsad_pruner *pruner)
     pack(p, &pruner->keys, whole(&pruner->keys), c ? &c->keys : &none);
     pack(p, &pruner->values, whole(&pruner->values), c ? &c->values : &none);
     for (int h = 0; h < heads; h++) {
-        slice s = {h * dh, (h + 1) * dh, 0, pruner->hidden, 1, false};
+        slice s = {h * dh, (h + 1) * dh, 0, pruner->hidden, 1, false, TSAD_FLOAT32};
         pack(p, &pruner->out, s, out ? &out[h] : &none);
     }
     if (c) {
@@ -154,7 +210,8 @@ static void layout(tsad_model *m, const packer *p)
 
 tsad_status tsad_cpu_pack(tsad_model *m)
 {
-    packer p = {.arena = &m->packed, .panel = tsad_cpu_kernels(m)->panel};
+    packer p = {
+        .arena = &m->packed, .panel = tsad_cpu_kernels(m)->panel, .precision = m->precision};
     layout(m, &p);
     TSAD_TRY(tsad_arena_allocate(&m->packed));
     layout(m, &p);
@@ -181,7 +238,8 @@ size_t tsad_cpu_scratch(const tsad_model *m)
                 columns += 2 * tsad_pad(node->m[j].n_in) + 2 * tsad_pad(node->m[j].n_out);
             }
             columns += (TSAD_PARTS + 1) * tsad_pad(out->channels);
-            columns += node->n_heads * tsad_pad(m->n_memory); /* cross-attention's weights */
+            columns += node->n_heads * tsad_pad(m->n_memory);  /* cross-attention's weights */
+            columns += tsad_pad(in->channels) + 2 * TSAD_LANE; /* the rows' units in 16 bits */
             size_t floats = (size_t)rows * (size_t)columns;
             most = floats > most ? floats : most;
         }

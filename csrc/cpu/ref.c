@@ -12,7 +12,7 @@ static float activate(float x, tsad_activation act)
     case TSAD_GELU:
         return 0.5f * x * (1 + erff(x * 0.70710678f));
     case TSAD_RELU:
-        return x > 0 ? x : 0;
+        return x < 0 ? 0 : x; /* NaN stays */
     case TSAD_MISH:
         return x > 20 ? x : x * tanhf(log1pf(expf(x)));
     default:
@@ -38,6 +38,47 @@ static void ref_linear(const tsad_packed *w, const float *x, int ldx, int rows, 
             }
             for (int j = 0; j < PANEL; j++) {
                 y[(size_t)t * (size_t)ldy + (size_t)(n + j)] = activate(sum[j], act);
+            }
+        }
+    }
+}
+
+static void ref_round(const float *x, int ldx, int rows, int n, const tsad_rounded *out)
+{
+    for (int t = 0; t < rows; t++) {
+        const float *from = x + (size_t)t * (size_t)ldx;
+        int16_t *to = out->q + (size_t)t * (size_t)out->ld;
+        float square = 0;
+        for (int i = 0; i < n; i++) {
+            square += from[i] * from[i];
+        }
+        float scale = tsad_row_scale(square, &out->unit[t]);
+        for (int i = 0; i < n; i++) {
+            to[i] = scale > 0 ? (int16_t)lrintf(from[i] * scale) : 0;
+        }
+        if (n % 2) {
+            to[n] = 0;
+        }
+    }
+}
+
+static void ref_linear16(const tsad_packed *w, const tsad_rounded *x, int rows, tsad_activation act,
+                         float *y, int ldy)
+{
+    int pairs = (w->n_in + 1) / 2;
+    for (int n = 0; n < w->n_out; n += PANEL) {
+        const int16_t *panel = w->q + (size_t)n * (size_t)pairs * 2;
+        for (int t = 0; t < rows; t++) {
+            const int16_t *row = x->q + (size_t)t * (size_t)x->ld;
+            int32_t sum[PANEL] = {0};
+            for (int i = 0; i < 2 * pairs; i++) {
+                for (int j = 0; j < PANEL; j++) {
+                    sum[j] += row[i] * panel[(i / 2 * PANEL + j) * 2 + i % 2];
+                }
+            }
+            for (int j = 0; j < PANEL; j++) {
+                float v = (float)sum[j] * (x->unit[t] * w->unit[n + j]) + w->bias[n + j];
+                y[(size_t)t * (size_t)ldy + (size_t)(n + j)] = activate(v, act);
             }
         }
     }
@@ -176,6 +217,8 @@ static bool always(void) { return true; }
 
 static const tsad_kernels kernels = {.panel = PANEL,
                                      .linear = ref_linear,
+                                     .round = ref_round,
+                                     .linear16 = ref_linear16,
                                      .layernorm = ref_layernorm,
                                      .attention = ref_attention,
                                      .cross = ref_cross,

@@ -96,9 +96,34 @@ static void share(const tsad_worker *w, size_t floats, size_t *from, size_t *to)
 
 /* ---- blocks ------------------------------------------------------------------------------ */
 
-/* part p of a split block on normalised input x, into y */
-static void block_part(const context *c, const tsad_node *node, int p, const float *x, float *work,
-                       float *y)
+tsad_rounded tsad_cpu_round(const tsad_kernels *k, const float *x, int ldx, int rows, int n,
+                            float *room)
+{
+    tsad_rounded r = {.unit = room, .q = (int16_t *)(room + tsad_pad(rows)), .ld = tsad_pad(n)};
+    k->round(x, ldx, rows, n, &r);
+    return r;
+}
+
+void tsad_cpu_linear(const tsad_kernels *k, const tsad_packed *w, const float *x, int ldx, int rows,
+                     tsad_activation act, float *y, int ldy, float *room)
+{
+    if (!w->q) {
+        k->linear(w, x, ldx, rows, act, y, ldy);
+        return;
+    }
+    tsad_rounded r = tsad_cpu_round(k, x, ldx, rows, w->n_in, room);
+    k->linear16(w, &r, rows, act, y, ldy);
+}
+
+/* A block's normalised input; in 16 bits too where its weights are. */
+typedef struct operand {
+    const float *x;
+    tsad_rounded rounded;
+} operand;
+
+/* part p of a split block, into y */
+static void block_part(const context *c, const tsad_node *node, int p, const operand *input,
+                       float *work, float *y)
 {
     const tsad_cpu_node *packed = node->packed;
     const tsad_packed *first = &packed->list[2 * p], *second = &packed->list[2 * p + 1];
@@ -106,15 +131,21 @@ static void block_part(const context *c, const tsad_node *node, int p, const flo
     int T = in->tokens, ldx = tsad_pad(in->channels), ldy = tsad_pad(out->channels);
     int ld = tsad_pad(first->n_out);
     float *next = work + (size_t)T * (size_t)ld;
-    if (node->kind == TSAD_SELF_ATTENTION) {
-        int width = first->n_out / 3, heads = node->n_heads / packed->n_parts;
-        c->k->linear(first, x, ldx, T, TSAD_LINEAR_ONLY, work, ld);
-        c->k->attention(work, ld, T, heads, width / heads, node->causal, next, tsad_pad(width));
-        c->k->linear(second, next, tsad_pad(width), T, TSAD_LINEAR_ONLY, y, ldy);
+    bool attention = node->kind == TSAD_SELF_ATTENTION;
+    tsad_activation act = attention ? TSAD_LINEAR_ONLY : node->activation;
+    if (first->q) {
+        c->k->linear16(first, &input->rounded, T, act, work, ld);
     } else {
-        c->k->linear(first, x, ldx, T, node->activation, work, ld);
-        c->k->linear(second, work, ld, T, TSAD_LINEAR_ONLY, y, ldy);
+        c->k->linear(first, input->x, ldx, T, act, work, ld);
     }
+    if (attention) {
+        int width = first->n_out / 3, heads = node->n_heads / packed->n_parts;
+        c->k->attention(work, ld, T, heads, width / heads, node->causal, next, tsad_pad(width));
+        work = next;
+        ld = tsad_pad(width);
+        next += (size_t)T * (size_t)ld;
+    }
+    tsad_cpu_linear(c->k, second, work, ld, T, TSAD_LINEAR_ONLY, y, ldy, next);
 }
 
 static void conv_branch(const context *c, const tsad_node *node, const float *x, float *work,
@@ -126,10 +157,12 @@ static void conv_branch(const context *c, const tsad_node *node, const float *x,
     float *middle = work + (size_t)T * (size_t)tsad_pad(list[0].n_in);
     float *taps = middle + (size_t)T * (size_t)ld;
     const float *from = tsad_cpu_taps(node, x, T, in->channels, T, 1, work);
-    c->k->linear(&list[0], from, tsad_pad(list[0].n_in), T, node->activation, middle, ld);
+    float *room = taps + (size_t)T * (size_t)tsad_pad(list[1].n_in);
+    tsad_cpu_linear(c->k, &list[0], from, tsad_pad(list[0].n_in), T, node->activation, middle, ld,
+                    room);
     from = tsad_cpu_taps(node, middle, T, hidden, T, 1, taps);
-    c->k->linear(&list[1], from, tsad_pad(list[1].n_in), T, TSAD_LINEAR_ONLY, y,
-                 tsad_pad(out->channels));
+    tsad_cpu_linear(c->k, &list[1], from, tsad_pad(list[1].n_in), T, TSAD_LINEAR_ONLY, y,
+                    tsad_pad(out->channels), room);
 }
 
 static void cross_attention(const context *c, const tsad_node *node, const float *x, float *work,
@@ -163,8 +196,15 @@ static int useful_threads(int size, int parts)
 static void own_parts(const context *c, const tsad_node *node, int begin, int end, const float *x,
                       float *work, float *const *part, size_t floats)
 {
+    operand input = {.x = x};
+    if (((const tsad_cpu_node *)node->packed)->list[0].q) {
+        const tsad_register *in = &c->net->registers[node->in];
+        input.rounded =
+            tsad_cpu_round(c->k, x, tsad_pad(in->channels), in->tokens, in->channels, work);
+        work += tsad_rounded_floats(in->tokens, in->channels);
+    }
     for (int p = begin; p < end; p++) {
-        block_part(c, node, p, x, work, part[p]);
+        block_part(c, node, p, &input, work, part[p]);
     }
     float *sum = part[begin];
     if (end - begin == 4) {

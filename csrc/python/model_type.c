@@ -11,7 +11,7 @@ static const char *const keywords[] = {
     "family",   "horizon",   "n_obs_steps", "n_action_steps", "obs_dim",       "action_dim",
     "n_layers", "n_heads",   "n_emb",       "n_cond_layers",  "causal",        "sampler",
     "time_emb", "obs_scale", "obs_offset",  "action_scale",   "action_offset", "block_cost",
-    "tensors",  "pruner",    "nodes",       "registers",      "backend",
+    "tensors",  "pruner",    "nodes",       "registers",      "backend",       "precision",
 };
 static const char *const pruner_keywords[] = {"tensors", "hidden", "heads", "ff", "block_emb"};
 
@@ -201,6 +201,16 @@ static int read_sizes(PyObject *kw, tsad_model_spec *spec)
         take_string(kw, "backend", NULL, &spec->backend) < 0) {
         return -1;
     }
+    const char *precision;
+    if (take_string(kw, "precision", "float32", &precision) < 0) {
+        return -1;
+    }
+    if (strcmp(precision, "float32") != 0 && strcmp(precision, "int16") != 0) {
+        PyErr_Format(PyExc_ValueError, "precision: expected 'float32' or 'int16', got '%s'",
+                     precision);
+        return -1;
+    }
+    spec->precision = strcmp(precision, "int16") == 0 ? TSAD_INT16 : TSAD_FLOAT32;
     int layered = strcmp(spec->family, "nodes") == 0 ? 0 : -1; /* a node list has no layers */
     return take_int(kw, "horizon", -1, &spec->horizon) < 0 ||
                    take_int(kw, "n_obs_steps", -1, &spec->n_obs_steps) < 0 ||
@@ -475,7 +485,8 @@ PyDoc_STRVAR(
     "Model(*, family='diffusion_policy_transformer', horizon, n_obs_steps, n_action_steps,\n"
     "      obs_dim, action_dim, n_layers=0, n_heads=0, n_emb=0, n_cond_layers=0, causal=True,\n"
     "      sampler, time_emb=None, obs_scale, obs_offset, action_scale, action_offset,\n"
-    "      block_cost, tensors, pruner=None, nodes=None, registers=None, backend=None)\n--\n\n"
+    "      block_cost, tensors, pruner=None, nodes=None, registers=None, backend=None,\n"
+    "      precision='float32')\n--\n\n"
     "An immutable model, shared by policies: weights packed for one backend, rewritten tables,\n"
     "sampler. The arguments are those of struct tsad_model_spec in csrc/tsad.h; arrays are read\n"
     "by the constructor alone. Only family 'nodes' may leave out sizes of layers and time_emb.");
