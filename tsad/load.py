@@ -44,9 +44,9 @@ def load(
 
     ``lanes`` environments are stepped together. ``device`` is ``"cpu"``. ``precision`` ``"auto"``
     is float32 on a CPU; ``"int16"`` keeps the large matrices in 16 bits and rounds the activations
-    that meet them: faster, and ``stats["error_bound"]`` says what it costs. ``threads`` defaults to the CPUs that this process may use, at most four
-    per lane. ``sampler`` (``"ddpm"``, ``"ddim"``, ``"dpmsolver++"``) and ``num_inference_steps``
-    override the checkpoint's.
+    that meet them: faster, and ``stats["error_bound"]`` says what it costs. ``threads`` defaults to
+    the CPUs that this process may use, at most four per lane. ``sampler`` (``"ddpm"``,
+    ``"ddim"``, ``"dpmsolver++"``) and ``num_inference_steps`` override the checkpoint's.
 
     Raises ``ValueError`` or ``TypeError`` naming the argument, what came, what was expected and the
     fix; ``FileNotFoundError`` if ``source`` is a path to nothing; ``CheckpointError``, a

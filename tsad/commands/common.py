@@ -117,7 +117,9 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
     group.add_argument(
-        "--precision", default="auto", help='"auto" is float32 on a CPU (default: auto)'
+        "--precision",
+        default="auto",
+        help='"auto", "float32" or "int16"; "auto" is float32 on a CPU (default: auto)',
     )
 
 
