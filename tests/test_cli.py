@@ -18,7 +18,17 @@ from tsad import cli
 from tsad.commands import common
 from tsad.sim import results
 
-COMMANDS = ["demo", "eval", "collect", "bench", "show", "info", "convert", "train-policy"]
+COMMANDS = [
+    "demo",
+    "eval",
+    "collect",
+    "bench",
+    "show",
+    "info",
+    "convert",
+    "generate",
+    "train-policy",
+]
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:

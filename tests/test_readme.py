@@ -30,7 +30,10 @@ def test_the_commands_it_names_exist() -> None:
     from tsad.cli import main
 
     commands = set(
-        re.findall(r"`?tsad (demo|eval|bench|show|info|convert|train-policy)\b", README.read_text())
+        re.findall(
+            r"`?tsad (demo|eval|bench|show|info|convert|generate|train-policy)\b",
+            README.read_text(),
+        )
     )
     assert "demo" in commands
     for command in commands:

@@ -24,7 +24,17 @@ from tsad.commands.common import (
     UsageError,
 )
 
-COMMANDS = ("demo", "eval", "collect", "bench", "show", "info", "convert", "train_policy")
+COMMANDS = (
+    "demo",
+    "eval",
+    "collect",
+    "bench",
+    "show",
+    "info",
+    "convert",
+    "generate",
+    "train_policy",
+)
 
 DESCRIPTION = """\
 Diffusion action heads with test-time sparsity: before each chunk of actions, most of the network's

@@ -51,6 +51,26 @@ def score(coverage: float) -> float:
     return min(max(coverage / SUCCESS_COVERAGE, 0.0), 1.0)
 
 
+def coverage(states: FloatArray) -> NDArray[np.float32]:
+    """Share of the goal that the block covers in each state, float32 (N,); states (N, 5)."""
+    shapely: Any = require("shapely", extra="sim", purpose="the coverage of the goal")
+    simulator = _make_simulator()
+    simulator.reset()
+    corners = np.array([[tuple(v) for v in s.get_vertices()] for s in simulator._block_shapes])
+    goal = shapely.polygons(_placed(corners, simulator.goal_pose[None])[0])
+    block = shapely.polygons(_placed(corners, np.asarray(states, np.float64)[:, 2:]))
+    # A T is two rectangles without common points inside, so the parts' overlaps add up.
+    common = shapely.area(shapely.intersection(block[:, :, None], goal)).sum((1, 2))
+    return np.asarray(common / shapely.area(goal).sum(), np.float32)
+
+
+def _placed(corners: FloatArray, poses: FloatArray) -> NDArray[np.float64]:
+    """Corners (parts, 4, 2) at poses (N, 3): x, y, angle; (N, parts, 4, 2)."""
+    c, s = np.cos(poses[:, 2]), np.sin(poses[:, 2])
+    turn = np.stack([np.stack([c, s], -1), np.stack([-s, c], -1)], -2)  # points are rows
+    return np.asarray(corners @ turn[:, None] + poses[:, None, None, :2], np.float64)
+
+
 def _make_simulator() -> Any:
     """gym-pusht's environment itself, without gymnasium's wrappers: no checks at each step."""
     # Read by SDL and pygame when imported: no window, no greeting on standard output.
@@ -86,6 +106,27 @@ class PushT:
         coverage = float(info["coverage"])
         success = coverage > SUCCESS_COVERAGE
         return Step(observation(state), score(coverage), success, success)
+
+    def state(self) -> NDArray[np.float32]:
+        """Agent x, y, block x, y, angle: float32 (5,), as demonstrations record it."""
+        return np.asarray(self._simulator.get_obs(), np.float32)
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """All that the coming steps depend on, for `restore` of this or of another table."""
+        agent, block = self._simulator.agent, self._simulator.block
+        moving = (tuple(agent.position), tuple(agent.velocity))
+        pose = (tuple(block.position), block.angle)
+        return (*moving, *pose, tuple(block.velocity), block.angular_velocity)
+
+    def restore(self, snapshot: tuple[Any, ...]) -> NDArray[np.float32]:
+        """Set the table to a snapshot; returns the observation. After at least one `reset`."""
+        agent, block, space = self._simulator.agent, self._simulator.block, self._simulator.space
+        # The angle first: it turns the block about its centre of gravity, which moves its position.
+        agent.position, agent.velocity, position, block.angle, velocity, turning = snapshot
+        block.position, block.velocity, block.angular_velocity = position, velocity, turning
+        space.reindex_shapes_for_body(agent)
+        space.reindex_shapes_for_body(block)
+        return observation(self.state())
 
     def render(self, size: int) -> NDArray[np.uint8]:
         self._simulator.visualization_width = self._simulator.visualization_height = size

@@ -1,0 +1,185 @@
+"""`tsad generate`: successful episodes of a policy, by search in a simulator."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsad.commands.common import (
+    Formatter,
+    InterruptedRunError,
+    Progress,
+    UsageError,
+    add_policy_options,
+    argument,
+    files_sha256,
+    load_policy,
+    positive_int,
+    sampler_name,
+)
+
+if TYPE_CHECKING:
+    from tsad.sim.demonstrations import Record
+
+DESCRIPTION = """\
+Make demonstrations that a policy can learn precision from: its own samples, chosen with hindsight.
+
+Each seed's episode is played by the policy until its score reaches --start. There the world is
+copied into --particles, which the policy plays on with different noise; every --interval chunks
+the better half replaces the worse. The particles that succeed first become demonstrations.
+
+What comes of a seed depends on it and the settings alone. OUT is an npz file that `tsad
+train-policy` reads, whole at any time; after Ctrl-C --resume goes on. Keep its seeds apart from
+those that a policy is chosen and scored on."""
+
+EPILOG = """\
+examples:
+  tsad generate pusht --out more.npz --seeds 20000:21000
+  tsad generate pusht --out more.npz --seeds 20000:21000 --resume   go on after Ctrl-C
+  tsad generate pusht --out more.npz --seeds 20000:22000 --resume   more seeds than first said
+  tsad train-policy human.npz more.npz --shares 0.5 0.5 --out policy --minutes 60"""
+
+
+def _range(text: str) -> range:
+    first, colon, last = text.partition(":")
+    try:
+        seeds = range(int(first), int(last))
+    except ValueError:
+        seeds = range(0)
+    if not seeds or seeds[0] < 0:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected A:B, the seeds A to B-1; e.g. 20000:21000"
+        )
+    return seeds
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="successful episodes, by search in a simulator",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=Formatter,
+    )
+    parser.add_argument("simulator", metavar="SIMULATOR", help="the simulator: pusht")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the npz file to make")
+    parser.add_argument(
+        "--seeds", type=_range, required=True, metavar="A:B", help="one episode each, A to B-1"
+    )
+    parser.add_argument(
+        "--policy",
+        metavar="SRC",
+        help="bundled name, tsad folder or checkpoint (default: the simulator's bundled policy)",
+    )
+    search = parser.add_argument_group("the search")
+    for name, kind, default, text in (
+        ("particles", positive_int, 8, "copies of the world"),
+        ("start", float, 0.6, "score from which on there are particles"),
+        ("interval", positive_int, 2, "chunks between two selections"),
+        ("chunks", positive_int, 24, "longest search"),
+        ("winners", positive_int, 3, "demonstrations of a seed at most"),
+    ):
+        option_help = f"{text} (default: {default})"
+        search.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=option_help)
+    search.add_argument(
+        "--execute", type=positive_int, metavar="N", help="actions of a chunk (default: all)"
+    )
+    add_policy_options(parser)
+    parser.set_defaults(sampler="ddim", steps=4)
+    output = parser.add_argument_group("output")
+    output.add_argument("--resume", action="store_true", help="go on with the seeds in --out")
+    output.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    output.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.set_defaults(run=run)
+
+
+def _check_arguments(args: argparse.Namespace) -> Path:
+    """What argparse cannot see; returns the output path."""
+    from tsad import sim
+
+    if args.simulator not in sim.names():
+        raise UsageError(
+            f"argument SIMULATOR: unknown simulator {args.simulator!r}; expected one of "
+            f"{', '.join(sim.names())}"
+        )
+    if args.resume and args.overwrite:
+        raise UsageError("argument --resume: not together with --overwrite")
+    out = Path(args.out)
+    if out.suffix != ".npz":
+        raise UsageError(f"argument --out: got {args.out!r}, expected a name that ends in .npz")
+    if not out.parent.is_dir():
+        raise UsageError(f"argument --out: the folder {str(out.parent)!r} does not exist; make it")
+    return out
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    import tsad
+    from tsad import sim
+    from tsad.sim.demonstrations import Record
+    from tsad.sim.search import Search, Searchable, Searcher
+
+    out = _check_arguments(args)
+    with argument("the search"):
+        names = ("particles", "start", "interval", "chunks", "winners", "execute")
+        search = Search(**{name: getattr(args, name) for name in names})
+    source = args.simulator if args.policy is None else args.policy
+    policy = load_policy(source, args, name="--policy", lanes=search.particles)
+    made = [sim.make(args.simulator) for _ in range(search.particles)]
+    environments = [environment for environment in made if isinstance(environment, Searchable)]
+    if not environments:
+        raise UsageError(
+            f"argument SIMULATOR: {args.simulator!r} can't be copied; give it the methods of "
+            "tsad.sim.search.Searchable"
+        )
+    with argument("--policy"):
+        searcher = Searcher(policy, environments, search)
+    settings = {
+        "tsad": tsad.__version__,
+        "simulator": args.simulator,
+        "first_seed": args.seeds[0],
+        "files_sha256": files_sha256(source),
+        "sampler": sampler_name(policy),
+        "precision": policy.precision,
+        "search": asdict(search),
+    }
+    with argument("--out"):
+        record = Record(out, settings, resume=args.resume, overwrite=args.overwrite)
+    todo = [seed for seed in args.seeds if seed >= record.next_seed]
+    try:
+        with Progress(
+            len(args.seeds), args.simulator, unit="seeds", done=len(args.seeds) - len(todo)
+        ) as progress:
+            for seed in todo:
+                record.add(seed, searcher(seed))
+                progress.update(f"{record.text()}")
+    except KeyboardInterrupt:
+        record.save()
+        raise InterruptedRunError(
+            f"{record.text()} are kept; the same command with --resume goes on"
+        ) from None
+    finally:
+        for environment in environments:
+            environment.close()
+    record.save()
+    _report(record, args)
+    return 0
+
+
+def _report(record: Record, args: argparse.Namespace) -> None:
+    summary = {
+        "out": os.fspath(args.out),
+        "seeds": record.next_seed - args.seeds[0],
+        "seeds_won": record.seeds_won,
+        "episodes": len(record.demonstrations),
+        "steps": record.steps,
+    }
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(f"{record.text()}, of {summary['seeds']} seeds\nwritten to {args.out}")

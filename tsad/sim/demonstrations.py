@@ -1,0 +1,109 @@
+"""Demonstrations on disk: the npz file of `tsad generate`, which `tsad train-policy` reads.
+
+Arrays: ``state`` (N, state_dim) and ``action`` (N, action_dim), float32, all episodes end to end;
+``episode_ends`` (E,), one past the last step of each; ``seed`` (E,); ``next_seed`` (), where a run
+goes on; ``settings`` (), JSON of all that decides what comes of a seed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsad.checkpoint import write_atomically
+from tsad.sim.results import ResultsError, differences
+from tsad.sim.search import Demonstration
+
+
+class Record:
+    """The demonstrations of one run; whoever is interrupted loses the seed in hand, never a file.
+
+    Raises (on construction):
+        ResultsError: `out` exists and neither `resume` nor `overwrite` was given, isn't such a
+            file, or was made with other settings; the message names each difference.
+    """
+
+    SAVE_SECONDS = 30.0
+
+    def __init__(
+        self,
+        out: Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.out, self.settings = out, dict(settings)
+        self.next_seed = int(settings["first_seed"])
+        self.demonstrations: list[Demonstration] = []
+        self.steps = self.seeds_won = 0
+        self._saved = time.monotonic()
+        if not out.exists() or overwrite:
+            return
+        if not resume:
+            raise ResultsError(
+                f"{out} exists; fix: --resume goes on with it, --overwrite starts anew"
+            )
+        self._read()
+
+    def _read(self) -> None:
+        try:
+            with np.load(self.out, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            recorded = json.loads(str(arrays["settings"]))
+            states, actions, seeds = (arrays[name] for name in ("state", "action", "seed"))
+            ends, next_seed = arrays["episode_ends"], int(arrays["next_seed"])
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ResultsError(f"{self.out}: not a file of 'tsad generate' ({error})") from error
+        changed = differences(recorded, self.settings)
+        if changed:
+            raise ResultsError(
+                f"{self.out} was made with other settings; {'; '.join(changed)}; "
+                "fix: use its settings, another --out, or --overwrite"
+            )
+        starts = [0, *ends[:-1].tolist()]
+        for seed, start, end in zip(seeds.tolist(), starts, ends.tolist(), strict=True):
+            self._keep([Demonstration(seed, states[start:end], actions[start:end])])
+        self.seeds_won = len(set(seeds.tolist()))
+        self.next_seed = next_seed
+
+    def _keep(self, demonstrations: Sequence[Demonstration]) -> None:
+        self.demonstrations += demonstrations
+        self.steps += sum(len(d.actions) for d in demonstrations)
+
+    def add(self, seed: int, demonstrations: Sequence[Demonstration]) -> None:
+        """Keep what came of a seed; on disk now and then."""
+        self._keep(demonstrations)
+        self.seeds_won += bool(demonstrations)
+        self.next_seed = seed + 1
+        if time.monotonic() - self._saved > self.SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file, whole or not at all; nothing before the first demonstration."""
+        if not self.demonstrations:
+            return
+        stream = io.BytesIO()
+        np.savez_compressed(
+            stream,
+            state=np.concatenate([d.states for d in self.demonstrations]),
+            action=np.concatenate([d.actions for d in self.demonstrations]),
+            episode_ends=np.cumsum([len(d.actions) for d in self.demonstrations]),
+            seed=np.array([d.seed for d in self.demonstrations]),
+            next_seed=np.array(self.next_seed),
+            settings=np.array(json.dumps(self.settings)),
+        )
+        write_atomically(self.out, stream.getvalue())
+        self._saved = time.monotonic()
+
+    def text(self) -> str:
+        """For people."""
+        count = len(self.demonstrations)
+        return f"{count} episodes of {self.seeds_won} seeds, {self.steps:,} steps"
