@@ -16,6 +16,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from demonstrations import TINY, standing_demonstrations  # noqa: E402
+
 from tsad._extras import MissingExtraError  # noqa: E402
 from tsad.checkpoint import read_folder  # noqa: E402
 from tsad.commands import train_policy  # noqa: E402
@@ -34,17 +36,12 @@ from tsad.training.network import TransformerForDiffusion, from_config  # noqa: 
 from tsad.training.running import Clock, load_state, save_state  # noqa: E402
 from tsad.training.train import (  # noqa: E402
     InterruptedTrainingError,
-    Settings,
     Trainer,
     learning_rate,
     signal_shares,
     step_weights,
 )
 
-TINY = Settings(
-    horizon=5, n_obs_steps=2, n_action_steps=3, n_layer=1, n_head=2, n_emb=16, batch=16, lr=3e-3,
-    warmup=5, val_episodes=1, steps=20, ema=0.9,
-)  # fmt: skip
 NETWORK = {
     "horizon": 5, "n_obs_steps": 3, "n_action_steps": 2, "obs_dim": 4, "action_dim": 2,
     "n_layer": 2, "n_head": 2, "n_emb": 16, "n_cond_layers": 0,
@@ -61,12 +58,7 @@ def one_thread():
 
 @pytest.fixture
 def demos(tmp_path: Path) -> Path:
-    """Episodes that stand still, and whose actions can be read off the observation."""
-    obs = np.random.default_rng(0).uniform(-3, 3, (9, 3)).repeat(10, axis=0).astype(np.float32)
-    action = np.stack([10 * obs[:, 0] + 5, -obs[:, 1]], 1)
-    path = tmp_path / "demos.npz"
-    np.savez(path, obs=obs, action=action, episode_ends=np.arange(10, 91, 10))
-    return path
+    return standing_demonstrations(tmp_path)
 
 
 def equal_states(a, b) -> bool:
@@ -414,8 +406,33 @@ def test_folder_continues_as_init(demos, tmp_path):
         Trainer([demos], tmp_path / "x", replace(TINY, init=str(tmp_path / "old"), n_layer=2))
 
 
+def test_a_longer_horizon_begins_as_the_old_network(demos, tmp_path):
+    """Under the causal mask later tokens change nothing for the first ones."""
+    Trainer([demos], tmp_path / "old", TINY).fit()
+    longer = replace(TINY, init=str(tmp_path / "old"), horizon=8, n_action_steps=4)
+    new = Trainer([demos], tmp_path / "new", longer)
+    old = Trainer([demos], tmp_path / "x", replace(TINY, init=str(tmp_path / "old")))
+    x, cond, t = torch.randn(3, 8, 2), torch.randn(3, 2, 3), torch.tensor([0, 50, 99])
+    with torch.no_grad():
+        outputs = new.net(x, t, cond), old.net(x[:, :5], t, cond)
+    torch.testing.assert_close(outputs[0][:, :5], outputs[1])
+    new.fit()
+    assert read_folder(tmp_path / "new")[0].network.horizon == 8
+    with pytest.raises(ValueError, match="the horizon may grow"):
+        Trainer([demos], tmp_path / "y", replace(TINY, init=str(tmp_path / "new")))
+
+
 @pytest.mark.parametrize(
-    "bad", [{"batch": 0}, {"lr": float("nan")}, {"decay": 2.0}, {"steps": None}, {"shares": (0.0,)}]
+    "bad",
+    [
+        {"batch": 0},
+        {"coverage": ((0.5, 0.4),)},
+        {"precision": "int8"},
+        {"lr": float("nan")},
+        {"decay": 2.0},
+        {"steps": None},
+        {"shares": (0.0,)},
+    ],
 )
 def test_impossible_settings_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -493,7 +510,8 @@ def test_library_interrupt_is_an_exception_of_its_own(demos, tmp_path):
         (["DEMOS"], "minutes, steps: expected one of them"),
         (["DEMOS", "--steps", "5", "--val-episodes", "9"], "expected 0 to 8"),
         (["DEMOS", "--steps", "5", "--n-emb", "10"], "n_emb"),
-        (["DEMOS", "--steps", "5", "--shares", "1", "2"], "shares: expected one number"),
+        (["DEMOS", "--steps", "5", "--shares", "1", "2"], "shares: expected one for each"),
+        (["DEMOS", "--steps", "5", "--coverage", "0:1"], "expected an array 'state' (N, 5)"),
         (["DEMOS", "--resume"], "expected the state of a training to resume"),
         (["DEMOS", "--steps", "5", "--keypoints", "k.json"], "keypoints are not used"),
     ],

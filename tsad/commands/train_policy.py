@@ -78,6 +78,14 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
 BUDGET = ("minutes", "steps")
 
 
+def _band(text: str) -> tuple[float, float]:
+    low, colon, high = text.partition(":")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected A:B; e.g. 0.5:1") from None
+
+
 def add_parser(subparsers: Any) -> None:
     """Add the command to `subparsers`."""
     parser = subparsers.add_parser(
@@ -101,6 +109,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="measure the errors every N steps (default: 250)",
     )
+    parser.add_argument(
+        "--keep-every",
+        type=positive_int,
+        metavar="N",
+        help="keep the policy of every N steps in DIR/step-..., to score them",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     group = parser.add_argument_group("settings", argument_default=argparse.SUPPRESS)
     for name, kind, text in SETTINGS:
@@ -115,6 +129,18 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         metavar="X",
         help="share of each DATA in training (default: by size)",
+    )
+    group.add_argument(
+        "--coverage",
+        type=_band,
+        nargs="+",
+        metavar="A:B",
+        help="Push-T: of each DATA only the windows that begin with so much of the goal covered",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the network in training (default: bfloat16 on a GPU, float32 on a CPU)",
     )
     group.add_argument(
         "--count-padding",
@@ -153,10 +179,11 @@ def run(args: argparse.Namespace) -> int:
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The settings on the command line."""
     names = [name.replace("-", "_") for name, _, _ in SETTINGS]
-    names += ["prediction_type", "shares", "count_padding"]
+    names += ["prediction_type", "shares", "coverage", "precision", "count_padding"]
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    if "shares" in values:
-        values["shares"] = tuple(values["shares"])
+    for name in ("shares", "coverage"):
+        if name in values:
+            values[name] = tuple(values[name])
     return values
 
 
@@ -253,7 +280,12 @@ def _fit(trainer: Trainer, args: argparse.Namespace) -> Any:
             note = f"step {report.step}, {report.text()}"
 
         try:
-            return trainer.fit(report_every=args.report_every, on_step=on_step, on_report=on_report)
+            return trainer.fit(
+                report_every=args.report_every,
+                keep_every=args.keep_every,
+                on_step=on_step,
+                on_report=on_report,
+            )
         except InterruptedTrainingError:
             command = ["tsad", "train-policy", *args.data, "--out", args.out, "--resume"]
             command += ["--keypoints", args.keypoints] if args.keypoints else []

@@ -19,7 +19,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,17 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Episodes end to end, raw units: ``obs`` (N, obs_dim), ``action`` (N, action_dim)."""
+    """Episodes end to end, raw units: ``obs`` (N, obs_dim), ``action`` (N, action_dim).
+
+    ``coverage`` (N,), if asked for: how much of the goal is covered, 0 to 1.
+    """
 
     obs: Floats
     action: Floats
     ends: NDArray[np.int64]
     name: str
     sha256: str
+    coverage: Floats | None = None
 
     def split(self, n_last: int) -> tuple[Demonstrations, Demonstrations | None]:
         """All but the last ``n_last`` episodes, and those (``None`` if there are none)."""
@@ -62,21 +66,27 @@ class Demonstrations:
             )
         ends = self.ends[:-n_last]
         cut = int(ends[-1])
-        first = Demonstrations(self.obs[:cut], self.action[:cut], ends, self.name, self.sha256)
-        rest = self.ends[-n_last:] - cut
-        return first, Demonstrations(
-            self.obs[cut:], self.action[cut:], rest, self.name, self.sha256
+        return self._part(slice(cut), ends), self._part(slice(cut, None), self.ends[-n_last:] - cut)
+
+    def _part(self, steps: slice, ends: NDArray[np.int64]) -> Demonstrations:
+        covered = None if self.coverage is None else self.coverage[steps]
+        return replace(
+            self, obs=self.obs[steps], action=self.action[steps], ends=ends, coverage=covered
         )
 
 
 def load_demonstrations(
-    path: str | os.PathLike[str], *, keypoints: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    keypoints: str | os.PathLike[str] | None = None,
+    coverage: bool = False,
 ) -> Demonstrations:
     """The demonstrations of an npz file or a zarr v2 folder; see the module docstring.
 
     ``keypoints`` is a JSON file with ``local_keypoints_block_frame_px``, n points in the block's
-    frame (default: the nine of Push-T); only for data with ``state``. Raises ``FileNotFoundError``,
-    or ``DataError`` naming the key.
+    frame (default: the nine of Push-T); only for data with ``state``. ``coverage`` asks for that
+    of each step (N,), computed of a ``state`` with Push-T's goal (extra ``sim``). Raises
+    ``FileNotFoundError``, or ``DataError`` naming the key.
     """
     file = Path(path)
     if not file.exists():
@@ -104,7 +114,19 @@ def load_demonstrations(
     for array in (obs, action, ends):
         digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     hashed = _file_hash(file) if file.is_file() else digest.hexdigest()
-    return Demonstrations(obs, action, ends, file.name, hashed)
+    covered = _coverage(arrays, file) if coverage else None
+    return Demonstrations(obs, action, ends, file.name, hashed, covered)
+
+
+def _coverage(arrays: Mapping[str, NDArray[Any]], file: Path) -> Floats:
+    if "state" not in arrays:
+        raise DataError(
+            f"{file}: coverage: expected an array 'state' (N, {STATE_DIM}) of Push-T to compute it "
+            f"from, got only {_names(arrays)}; train on all windows"
+        )
+    from tsad.sim import pusht
+
+    return pusht.coverage(_matrix(arrays, "state", file))
 
 
 def _read_npz(file: Path) -> dict[str, NDArray[Any]]:
