@@ -16,6 +16,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 
+import instructions  # noqa: E402
 import measure  # noqa: E402
 import parity  # noqa: E402
 import plans  # noqa: E402
@@ -157,6 +158,28 @@ def test_floor_is_the_larger_of_arithmetic_and_bytes() -> None:
     best = roofline.Roofline.best(runs)
     assert (best["gflops"], best["read_gbs"]) == (4.0, 9.0)
     assert best["gflops_spread"] == [3.0, 4.0]
+
+
+# ---- instruction counts
+
+
+def test_a_case_may_exceed_its_count_by_the_margin_only() -> None:
+    expected = {"margin": 0.03, "instructions": {"a": 1000, "b": 1000}}
+    assert instructions.compare({"a": 1029, "b": 500}, expected)[1]
+    lines, good = instructions.compare({"a": 1031, "b": 1000}, expected)
+    assert not good and "a: 1,031, +3.10% of 1,000: more" in lines[0]
+    lines, good = instructions.compare({"c": 5}, expected)
+    assert not good and "--update" in lines[0]
+
+
+def test_the_committed_counts_have_every_case_and_its_plans_are_valid() -> None:
+    expected = json.loads(instructions.EXPECTED.read_text())
+    assert list(expected["instructions"]) == list(instructions.plans())
+    for lanes in instructions.plans().values():
+        for sources in lanes:
+            tsad.Plan(sources, types=instructions.TYPES)
+    shares = [(p == tsad.COMPUTE).mean() for p in instructions.plans()["lanes8"]]
+    assert shares == pytest.approx([0.05] * 8, abs=0.01)
 
 
 # ---- parity's observations
