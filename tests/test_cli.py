@@ -22,6 +22,7 @@ COMMANDS = [
     "demo",
     "eval",
     "collect",
+    "plan",
     "bench",
     "show",
     "info",

@@ -158,7 +158,7 @@ def test_bubbling_union_adds_the_steps_of_deeper_feed_forwards() -> None:
     np.testing.assert_array_equal(union, wanted)
     with pytest.raises(ValueError, match="n_bu: expected 0 to"):
         planners.Bac(alike, n_bu=99)
-    with pytest.raises(ValueError, match="objective: expected one of paper, code"):
+    with pytest.raises(ValueError, match="objective: expected one of code, paper"):
         planners.Bac(alike, objective="both")
     with pytest.raises(ValueError, match="policy: expected 8 steps"):
         planners.Bac(alike).plan(make_policy(steps=4), 2)
@@ -354,18 +354,29 @@ def test_arrays(tmp_path: Path) -> None:
 DIAL = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
 
 
+def made_up_effects(policy: Any) -> planners.Effects:
+    """Effects that grow with age, each block and step at its own rate; the rest is not read."""
+    K, B = policy.num_inference_steps, len(policy.blocks)
+    rate = np.random.default_rng(1).uniform(0, 1, (B, K, 1)) ** 3
+    age = np.arange(K + 1)[None, None, :] - np.arange(K)[None, :, None]
+    segment = rate * np.clip(age - 1, 0, None) ** 2
+    rest = np.zeros(1, np.float32)
+    return planners.Effects(rest, segment, rest, np.zeros((K, B)), *[rest] * 6, {})
+
+
 def scoring_planners(policy: Any) -> dict[str, Any]:
     alike = planners.similarity(features(policy, 5))
     shape = (policy.num_inference_steps, len(policy.blocks))
     return {
-        "bac paper": planners.Bac(alike),
-        "bac code": planners.Bac(alike, objective="code"),
+        "bac paper": planners.Bac(alike, objective="paper"),
+        "bac code": planners.Bac(alike),
         "bac union": planners.Bac(alike, n_bu=3),
+        "effects": planners.EffectPlanner(made_up_effects(policy)),
         "scores": planners.Scores(np.random.default_rng(0).standard_normal(shape)),
     }
 
 
-@pytest.mark.parametrize("name", ["bac paper", "bac code", "bac union", "scores"])
+@pytest.mark.parametrize("name", ["bac paper", "bac code", "bac union", "effects", "scores"])
 def test_the_dial_is_met(name: str) -> None:
     """What a chunk costs is within one cell, or 2 % of the budget, of what was asked."""
     policy = make_policy(steps=100)

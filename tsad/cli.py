@@ -28,6 +28,7 @@ COMMANDS = (
     "demo",
     "eval",
     "collect",
+    "plan",
     "bench",
     "show",
     "info",
@@ -47,6 +48,7 @@ examples:
   tsad bench pusht --sparsity 0.9                 time it here
   tsad eval pusht --seeds 50 --sparsity 0.9       score it in the simulator
   tsad collect pusht --out recorded               rollouts to calibrate and search plans on
+  tsad plan --help                                static plans: measure, make, search, import
   tsad convert policy.ckpt policy/                a Diffusion Policy checkpoint to a tsad folder
   tsad COMMAND --help                             options and examples of one command
 

@@ -49,6 +49,7 @@ OPTIONS = {
     "precision": "--precision",
     "sampler": "--sampler",
     "source": "",
+    "start": "--start",
     "sparsity": "",
     "threads": "--threads",
 }

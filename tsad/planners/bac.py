@@ -12,7 +12,7 @@ from tsad.plan import Plan
 from tsad.planners.base import PolicyFacts, budget, check_sparsity, layers, own_values
 from tsad.planners.segments import Ints, Mask, Segments, spend
 
-OBJECTIVES = ("paper", "code")
+OBJECTIVES = ("code", "paper")
 METRICS = ("cosine", "l1", "l2", "mse", "wasserstein")
 
 
@@ -74,9 +74,9 @@ class Bac:
 
     Args:
         alike: (B, K, K), `similarity` of the branch outputs of a few chunks.
-        objective: what the dynamic programme maximises over the segments of a block. "paper": the
-            similarity of neighbouring steps inside a segment; "code": that of each step to the
-            computed one, as the published code does.
+        objective: what the dynamic programme maximises over the segments of a block. "code": the
+            similarity of each step to the computed one, as the published code does; "paper": that
+            of neighbouring steps inside a segment.
         n_bu: bubbling union: the ``n_bu`` blocks that change most are computed, too, wherever a
             feed-forward block of their layer or a later one is. (In the published code 1 acts like
             0; here it does not.)
@@ -91,7 +91,7 @@ class Bac:
         self,
         alike: ArrayLike,
         *,
-        objective: str = "paper",
+        objective: str = "code",
         n_bu: int = 0,
         errors: ArrayLike | None = None,
     ) -> None:

@@ -1,0 +1,98 @@
+"""Local search and the true error of recorded chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from policies import make_policy, noises, observations
+
+from tsad import COMPUTE, REUSE_STEP, Plan, planners
+from tsad.planners.search import ChunkError, Found, Search
+
+
+def windows(policy: Any, count: int, chunks: int = 1, seed: int = 0) -> list[tuple[Any, Any]]:
+    found = []
+    for row in range(count):
+        obs = observations(policy, seed + row, chunks)
+        found.append((obs, noises(policy, seed + row, chunks).swapaxes(0, 1)))
+    return found
+
+
+def test_the_error_is_that_of_executed_actions_at_the_same_noise() -> None:
+    policy = make_policy(lanes=2)
+    given = windows(policy, 4)
+    error = ChunkError(policy, given)
+    plan = planners.uniform(policy, 3)
+    scale = np.array(policy.config["normalizer"]["action"]["scale"])
+    alone = make_policy()
+    wanted = []
+    for obs, noise in given:
+        results = []
+        for each in (planners.dense(alone), plan):
+            alone.plan = each
+            alone.reset(seed=0)
+            results.append(alone(obs[0], noise=noise[0][:, None]) * scale)
+        wanted.append(((results[1] - results[0]) ** 2).mean())
+    assert error(plan) == pytest.approx(np.mean(wanted), rel=1e-5)
+    assert error.chunks(plan, 1).ravel() == pytest.approx(wanted[2:], rel=1e-5)
+    assert error(planners.dense(policy)) == 0
+    for wrong in (given[:3], [given[0], windows(policy, 1, 2)[0]]):
+        with pytest.raises(ValueError, match="windows: expected a multiple of 2"):
+            ChunkError(policy, wrong)
+
+
+def test_plans_that_read_rollouts_run_in_sequence() -> None:
+    policy = make_policy(lanes=2)
+    error = ChunkError(policy, windows(policy, 2, chunks=3))
+    plan = planners.c3ache(policy, 2, 6)
+    counted = error.chunks(plan, 0)
+    assert counted.shape == (2, 2) and (counted > 0).all()  # not the dense first one
+    assert error.chunks(planners.uniform(policy, 4), 0).shape == (3, 2)
+    assert error(planners.dense(policy)) == 0
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+def test_search_goes_downhill_within_its_budget(sparsity: float) -> None:
+    policy = make_policy(lanes=3)
+    error = ChunkError(policy, windows(policy, 6))
+    start = planners.uniform_sparse(policy, sparsity)
+    errors: list[float] = []
+
+    def watch(found: Found) -> None:
+        errors.append(found.error)
+        assert found.plan.sparsity >= sparsity - 1e-9
+
+    found = Search(policy, start, error, sparsity=sparsity, seed=1).run(60, tries=150, on_try=watch)
+    assert found.begun == pytest.approx(error(start))
+    assert found.error == pytest.approx(error(found.plan)) and found.error < 0.9 * found.begun
+    assert errors == sorted(errors, reverse=True) and len(errors) == found.tried == 150
+    assert 0 < found.taken < 150
+    assert (found.plan.sources[0] == COMPUTE).all()
+    assert found.plan.first is not None  # it runs after a reset
+    again = Search(policy, start, error, sparsity=sparsity, seed=1).run(60, tries=150)
+    assert again.plan == found.plan
+    assert Search(policy, start, error, sparsity=sparsity).run(0).plan == Plan(
+        start.sources, start.sources
+    )
+
+
+def test_search_spends_what_is_left() -> None:
+    """A start that is too sparse gets its cells back."""
+    policy = make_policy(lanes=2)
+    error = ChunkError(policy, windows(policy, 2))
+    start = planners.uniform(policy, 1)
+    found = Search(policy, start, error, sparsity=0.5).run(60, tries=200)
+    assert 0.5 - 1e-9 <= found.plan.sparsity < start.sparsity and found.error < 0.5 * found.begun
+
+
+def test_search_refuses_what_it_cannot_begin_with() -> None:
+    policy = make_policy(lanes=2)
+    error = ChunkError(policy, windows(policy, 2))
+    with pytest.raises(ValueError, match="start: expected a plan that computes step 0"):
+        Search(policy, planners.c3ache(policy, 2, 6), error, sparsity=0.5)
+    sources = np.full((8, 6), REUSE_STEP, np.uint8)
+    sources[:2] = COMPUTE
+    with pytest.raises(ValueError, match="start: expected a sparsity of at least 0.9"):
+        Search(policy, Plan(sources, sources), error, sparsity=0.9)

@@ -1,0 +1,384 @@
+"""`tsad plan`: measure what reuse does, make plans, search for better ones, import others'."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsad.commands.common import (
+    Formatter,
+    InterruptedRunError,
+    Progress,
+    UsageError,
+    add_policy_options,
+    argument,
+    files_sha256,
+    load_plan,
+    load_policy,
+    natural,
+    positive_int,
+    sparsity,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tsad import Plan, SparsePolicy
+    from tsad.planners import Effects
+    from tsad.planners.search import Found
+    from tsad.sim.recording import Recorded
+
+METHODS = ("effects", "bac", "teacache", "fbcache", "uniform", "random")
+
+DESCRIPTION = """\
+Static plans: which blocks to compute at which denoising step, the same for every observation.
+
+measure   what every reuse does to the executed actions, from recorded chunks (needs PyTorch)
+make      a plan of a given sparsity by a method: effects (the least effect on actions; the one to
+          use), and for comparison bac, teacache, fbcache, uniform, random
+search    a better plan than that, by trying changes on recorded chunks with the engine
+import    a schedule of another program: EVO's pairs, a step mask, an npy array"""
+
+EPILOG = """\
+examples:
+  tsad collect pusht --out recorded --episodes 16
+  tsad plan measure pusht --data recorded --out effects.npz
+  tsad plan make effects pusht --effects effects.npz --sparsity 0.95 --out plan.npz
+  tsad plan search pusht --data recorded --start plan.npz --minutes 5 --out better.npz
+  tsad plan import pairs.json pusht --out evo.npz
+  tsad eval pusht --plan better.npz"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="measure, make, search and import static plans",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=Formatter,
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+
+    measure = _action(actions, "measure", "effects of every reuse, from recorded chunks", _measure)
+    _add_data(measure, 64)
+    measure.add_argument(
+        "--projections",
+        type=positive_int,
+        default=2,
+        metavar="P",
+        help="random directions per chunk (default: 2)",
+    )
+
+    make = _action(actions, "make", "a plan of a given sparsity", _make, method=True)
+    make.add_argument("--effects", metavar="FILE", help="of 'tsad plan measure'")
+    make.add_argument("--sparsity", type=sparsity, required=True, metavar="S", help="of the cost")
+
+    search = _action(actions, "search", "a better plan, by trial on recorded chunks", _search)
+    _add_data(search, 48)
+    search.add_argument("--start", required=True, metavar="FILE", help="a plan to begin with")
+    search.add_argument(
+        "--sparsity", type=sparsity, metavar="S", help="at least (default: that of --start)"
+    )
+    search.add_argument(
+        "--minutes", type=_minutes, default=5.0, metavar="X", help="how long (default: 5)"
+    )
+    search.add_argument(
+        "--lanes",
+        type=positive_int,
+        default=12,
+        metavar="L",
+        help="chunks run at once (default: 12)",
+    )
+
+    other = _action(actions, "import", "a schedule of another program", _import, file=True)
+    other.add_argument(
+        "--opcodes",
+        action=argparse.BooleanOptionalAction,
+        help="an npy file holds sources 0 to 4, or a mask (default: looks at the numbers)",
+    )
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected minutes, 0 or more")
+    return value
+
+
+def _action(
+    actions: Any, name: str, text: str, run: Any, *, method: bool = False, file: bool = False
+) -> Any:
+    parser = actions.add_parser(name, help=text, description=text, formatter_class=Formatter)
+    if method:
+        parser.add_argument("method", choices=METHODS, help="the planner")
+    if file:
+        parser.add_argument("file", metavar="FILE", help="json, text, npy or npz")
+    parser.add_argument("source", metavar="POLICY", help="bundled name, tsad folder or checkpoint")
+    parser.add_argument("--out", required=True, metavar="FILE", help="npz file to write")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of what is random")
+    parser.add_argument("--json", action="store_true", help="print a summary as JSON")
+    add_policy_options(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_data(parser: Any, chunks: int) -> None:
+    parser.add_argument("--data", required=True, metavar="DIR", help="a folder of 'tsad collect'")
+    parser.add_argument(
+        "--chunks",
+        type=positive_int,
+        default=chunks,
+        metavar="N",
+        help=f"how many of its chunks (default: {chunks})",
+    )
+
+
+# ---- what the actions share
+
+
+def _out(args: argparse.Namespace) -> Path:
+    out = Path(args.out)
+    if not out.parent.is_dir() or out.is_dir():
+        raise UsageError(f"argument --out: got {args.out!r}, expected a file in an existing folder")
+    return out
+
+
+def _facts(policy: SparsePolicy, source: str) -> dict[str, Any]:
+    """What recorded chunks, effects and plans must share with a policy."""
+    return {
+        "files_sha256": files_sha256(source),
+        "sampler": policy.config["scheduler"]["type"],
+        "num_inference_steps": policy.num_inference_steps,
+    }
+
+
+def _check_facts(name: str, path: str, found: Any, wanted: dict[str, Any]) -> None:
+    from tsad.sim.results import differences
+
+    changed = differences({key: found.get(key) for key in wanted}, wanted)
+    if changed:
+        raise UsageError(
+            f"argument {name}: {path} is of another policy or sampler; {'; '.join(changed)}; "
+            "make it anew for this one"
+        )
+
+
+def _recorded(args: argparse.Namespace, policy: SparsePolicy) -> list[Recorded]:
+    from tsad.sim.recording import read_collection
+
+    with argument("--data"):
+        settings, episodes = read_collection(Path(args.data))
+    _check_facts("--data", args.data, settings, _facts(policy, args.source))
+    return episodes
+
+
+def _read_effects(args: argparse.Namespace, policy: SparsePolicy) -> Effects:
+    from tsad.planners import Effects
+
+    if args.effects is None:
+        raise UsageError(
+            f"argument --effects: the method {args.method!r} needs a file of 'tsad plan measure'"
+        )
+    with argument("--effects"):
+        effects = Effects.load(args.effects)
+    _check_facts("--effects", args.effects, effects.metadata, _facts(policy, args.source))
+    return effects
+
+
+def pick(
+    episodes: Sequence[Recorded], chunks: int, length: int, seed: int
+) -> list[tuple[Recorded, slice]]:
+    """Windows of up to ``length`` consecutive chunks, spread over the episodes, none twice.
+
+    As many as it takes for ``chunks``, or all there are.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    found = []
+    for episode in episodes:
+        begins = np.arange(0, max(len(episode.obs) - length, 0) + 1, length)
+        order = rng.permutation(begins).tolist()
+        found += [(turn, rng.random(), episode, begin) for turn, begin in enumerate(order)]
+    found.sort(key=lambda item: item[:2])
+    windows, total = [], 0
+    for _, _, episode, begin in found:
+        if total >= chunks:
+            break
+        windows.append((episode, slice(begin, begin + length)))
+        total += len(episode.obs[begin : begin + length])
+    return windows
+
+
+def _save_plan(args: argparse.Namespace, plan: Plan, extra: dict[str, Any]) -> int:
+    with argument("--out"):
+        plan.save(_out(args))
+    summary = {
+        "out": args.out,
+        "sparsity": plan.sparsity,
+        "cell_sparsity": plan.cell_sparsity,
+        "passes": plan.cost * len(plan.sources),
+        **extra,
+    }
+    if args.json:
+        print(json.dumps(summary))
+        return 0
+    notes = "".join(f", {name} {value:.4g}" for name, value in extra.items())
+    print(
+        f"{args.out}: sparsity {plan.sparsity:.2%} of the cost, {plan.cell_sparsity:.2%} of the "
+        f"cells, {summary['passes']:.2f} dense passes a chunk{notes}"
+    )
+    return 0
+
+
+# ---- actions
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from tsad._extras import require
+
+    require("torch", extra="train", purpose="tsad plan measure")
+    import torch
+
+    from tsad.load import read_policy
+    from tsad.samplers import make_sampler
+    from tsad.training import sensitivity
+
+    out = _out(args)
+    policy = load_policy(args.source, args, name="POLICY", lanes=1)
+    episodes = _recorded(args, policy)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    length = 8
+    chosen = pick(episodes, args.chunks, length, args.seed)
+    windows = [
+        sensitivity.Window(episode.obs[part], episode.inputs[part]) for episode, part in chosen
+    ]
+    config, tensors, _ = read_policy(args.source)
+    twin = sensitivity.Twin(config, tensors, make_sampler(policy.config["scheduler"]))
+    total = sum(len(window.obs) for window in windows)
+    facts = {**_facts(policy, args.source), "seeds": sorted({e.seed for e, _ in chosen})}
+    with Progress(total, "effects", unit="chunks") as progress:
+        effects = sensitivity.measure(
+            twin,
+            windows,
+            projections=args.projections,
+            seed=args.seed,
+            metadata=facts,
+            progress=lambda done: progress.update(n=done),
+        )
+    with argument("--out"):
+        effects.save(out)
+    summary = {"out": args.out, "chunks": total, "episodes": len(facts["seeds"])}
+    print(json.dumps(summary) if args.json else f"{args.out}: {total} chunks")
+    return 0
+
+
+def _make(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from tsad import planners
+
+    _out(args)
+    policy = load_policy(args.source, args, name="POLICY", lanes=1)
+    extra: dict[str, float] = {}
+    planner: Any
+    if args.method == "uniform":
+        planner = planners.uniform_sparse
+    elif args.method == "random":
+        shape = (policy.num_inference_steps, len(policy.blocks))
+        scores = np.random.default_rng(args.seed).random(shape)
+        planner = planners.Scores(scores, name=f"random cells, seed {args.seed}")
+    else:
+        effects = _read_effects(args, policy)
+        planner = _calibrated(args.method, effects)
+    with argument("--sparsity"):
+        plan = planner(policy, args.sparsity)
+    if args.method not in ("uniform", "random"):
+        extra["foreseen_rms"] = effects.predict(plan) ** 0.5
+    return _save_plan(args, plan, extra)
+
+
+def _calibrated(method: str, effects: Effects) -> Any:
+    from tsad import planners
+
+    if method == "effects":
+        return planners.EffectPlanner(effects)
+    if method == "bac":
+        return planners.Bac(effects.alike, errors=effects.changes)
+    if method == "fbcache":
+        return planners.Threshold(planners.fbcache, _floats(effects.first_layer))
+    degree = min(4, len(effects.inputs) - 2)  # few steps, few points
+    polynomial, _ = planners.fit_teacache(effects.inputs[1:], effects.outputs[1:], degree)
+    distances = _floats(effects.inputs)
+    distances[1:] = polynomial(distances[1:]).clip(min=0)
+    return planners.Threshold(planners.teacache, distances)
+
+
+def _floats(array: NDArray[Any]) -> NDArray[np.float64]:
+    import numpy as np
+
+    return array.astype(np.float64)
+
+
+def _search(args: argparse.Namespace) -> int:
+    from tsad.planners.search import ChunkError, Search
+
+    out = _out(args)
+    start = load_plan(args.start, "--start")
+    probe = load_policy(args.source, args, name="POLICY", lanes=1)
+    with argument("--start"):
+        probe.plan = start
+    windows = [
+        (episode.obs[part], episode.noise()[part])
+        for episode, part in pick(_recorded(args, probe), args.chunks, 1, args.seed)
+    ]
+    lanes = min(args.lanes, len(windows))
+    policy = load_policy(args.source, args, name="POLICY", lanes=lanes)
+    error = ChunkError(policy, windows[: len(windows) // lanes * lanes])
+    asked = start.sparsity if args.sparsity is None else args.sparsity
+    with argument("--start"):
+        search = Search(policy, start, error, sparsity=asked, seed=args.seed)
+    seconds = args.minutes * 60
+    state: list[Found] = []
+    with Progress(max(round(seconds), 1), "search", unit="s") as progress:
+
+        def on_try(found: Found) -> None:
+            state[:] = [found]
+            passed = min(int(found.seconds), progress.total) - progress.done
+            if passed > 0:
+                note = f"rms {found.error**0.5:.4f}, {found.taken} of {found.tried} taken"
+                progress.update(note, n=passed)
+
+        try:
+            found = search.run(seconds, on_try=on_try)
+        except KeyboardInterrupt:
+            if not state:
+                raise InterruptedRunError("nothing was tried yet") from None
+            state[0].plan.save(out)
+            raise InterruptedRunError(
+                f"the best so far is in {args.out}; --start {args.out} goes on from it"
+            ) from None
+    extra = {"rms_begun": found.begun**0.5, "rms": found.error**0.5}
+    return _save_plan(args, found.plan, {**extra, "tried": found.tried, "taken": found.taken})
+
+
+def _import(args: argparse.Namespace) -> int:
+    from tsad import planners
+
+    _out(args)
+    policy = load_policy(args.source, args, name="POLICY", lanes=1)
+    with argument("FILE"):
+        if not Path(args.file).is_file():
+            raise FileNotFoundError(f"got {args.file!r}, which is not a file")
+        plan = planners.import_plan(policy, args.file, opcodes=args.opcodes)
+        policy.plan = plan
+    return _save_plan(args, plan, {})
