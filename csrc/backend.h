@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define TSAD_BACKEND_ABI 1u
+#define TSAD_BACKEND_ABI 2u
 
 /* Which of a policy's programs runs, and on whose data. */
 typedef struct tsad_run {
@@ -35,6 +35,8 @@ typedef struct tsad_backend {
     void (*unpack)(tsad_model *model); /* frees what pack made; accepts half-packed models */
     size_t (*scratch_floats)(const tsad_model *model);
     void (*run)(tsad_worker *w, const tsad_run *run, int row_begin, int row_end);
+    /* fills the lane's sums of rollout slots that its program's ops keep; to be met after */
+    void (*keep)(tsad_worker *w, tsad_lane *lane);
 } tsad_backend;
 
 /* Best first; NULL-terminated. */

@@ -151,12 +151,16 @@ typedef enum tsad_op_kind {
     TSAD_OP_UPDATE   /* the sampler's row */
 } tsad_op_kind;
 
+#define TSAD_REMEMBERED 4 /* sums a worker keeps for rows that add the same slots again */
+
 typedef struct tsad_op {
     uint8_t kind;
+    uint8_t remember, repeat; /* ADD: 1 + the worker's sum to make, or to add instead; 0: none */
     int16_t node;
-    int16_t n_src;
+    int16_t n_src, n_rollout; /* ADD: the rollout slots come first */
     int32_t dst;
     int32_t src;
+    int32_t kept; /* ADD: where the sum of its rollout slots is in the lane's sums; -1: nowhere */
 } tsad_op;
 
 typedef struct tsad_program {
@@ -168,6 +172,7 @@ typedef struct tsad_program {
     int64_t cost;
     int32_t cells[TSAD_N_SOURCES];
     bool reads_rollout;
+    size_t kept_floats; /* of the lane's sums that its ops use */
 } tsad_program;
 
 /* ---- model ------------------------------------------------------------------------------ */
@@ -200,6 +205,8 @@ struct tsad_model {
 
 typedef enum tsad_planner_kind { TSAD_FIXED_PLAN, TSAD_PRUNER_PLAN } tsad_planner_kind;
 
+typedef enum tsad_sums_use { TSAD_NO_SUMS, TSAD_MAKE_SUMS, TSAD_HAVE_SUMS } tsad_sums_use;
+
 typedef struct tsad_lane {
     float *slots;                      /* rollout: (K, row_floats), else one row */
     uint32_t *computed_at;             /* (K, B) rollout memory only: chunk number, 0: empty */
@@ -214,6 +221,12 @@ typedef struct tsad_lane {
     const tsad_program *program; /* of the running chunk */
     uint64_t chunk;              /* since the reset; 0: the next one is the first */
     bool rollout_memory;         /* slots hold K rows, not one */
+    /* A fixed plan reads the same rollout slots in every chunk and never writes them: from its
+     * second chunk on their sums are kept. sums NULL: there was no memory, or no use, for them. */
+    tsad_arena sum_arena;
+    float *sums;
+    bool plan_is_new, sums_ready;
+    tsad_sums_use sums_use; /* in the running chunk */
     tsad_planner_kind planner;
     tsad_lane_stats stats;
 } tsad_lane;
@@ -226,6 +239,7 @@ typedef struct tsad_worker {
     float **encoder_registers, **pruner_registers;
     float *scratch;                     /* backend's */
     float *previous_x0;                 /* (T, A padded) */
+    float *sums[TSAD_REMEMBERED];       /* branch_floats each */
     uint32_t *read_epoch, *write_epoch; /* (B) see cpu/run.c */
     uint32_t epoch;
     unsigned parity;
@@ -321,14 +335,19 @@ void tsad_encode(tsad_worker *w, tsad_lane *lane, const float *obs);
 void tsad_prune(tsad_worker *w, tsad_lane *lane);
 /* Chooses the lane's program for this chunk and records the plan. */
 void tsad_plan(tsad_worker *w, tsad_lane *lane);
+/* After a lane's fixed plan was compiled: room for the sums that it keeps. */
+void tsad_sums_place(tsad_lane *lane);
+/* After tsad_plan: whether this chunk makes them, has them, or goes without. */
+void tsad_sums_choose(tsad_lane *lane);
 /* Runs lane->program from noise to actions; `row` is the lane's row in the call's arrays. */
 void tsad_denoise(tsad_worker *w, tsad_lane *lane, const tsad_call *call, int row);
 
 void tsad_program_carve(tsad_program *program, tsad_arena *arena, int n_rows, int max_ops,
                         int max_sources);
-/* Sources (already valid) to a program. */
+/* Sources (already valid) to a program. `keep`: it will run many times between resets, so sums of
+ * rollout slots are worth keeping. */
 void tsad_program_compile(tsad_program *program, const tsad_model *model, const uint8_t *sources,
-                          int32_t *last_of_block);
+                          bool keep, int32_t *last_of_block);
 /* A program that runs every node of a net once per row. */
 void tsad_program_straight(tsad_program *program, const tsad_net *net, int n_rows);
 

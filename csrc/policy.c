@@ -33,6 +33,9 @@ static void layout_worker(tsad_policy *p, tsad_worker *w, tsad_arena *arena)
     w->pruner_registers = carve_registers(arena, &m->pruner_net);
     w->scratch = TSAD_CARVE(arena, float, m->backend->scratch_floats(m));
     w->previous_x0 = TSAD_CARVE(arena, float, m->horizon *tsad_pad(m->action_dim));
+    for (int i = 0; i < TSAD_REMEMBERED; i++) {
+        w->sums[i] = TSAD_CARVE(arena, float, p->branch_floats);
+    }
     w->read_epoch = TSAD_CARVE(arena, uint32_t, m->n_blocks);
     w->write_epoch = TSAD_CARVE(arena, uint32_t, m->n_blocks);
     w->last_of_block = TSAD_CARVE(arena, int32_t, m->n_blocks);
@@ -119,12 +122,12 @@ static tsad_status place_slots(tsad_policy *p, int rows)
 static void compile_fixed(tsad_policy *p)
 {
     const tsad_model *m = p->model;
-    tsad_program_compile(&p->dense, m, p->dense_plan, p->last_of_block);
+    tsad_program_compile(&p->dense, m, p->dense_plan, false, p->last_of_block);
     tsad_program_straight(&p->encode, &m->encoder, p->encode.n_rows);
     tsad_program_straight(&p->prune, &m->pruner_net, p->prune.n_rows);
     for (int i = 0; i <= p->n_lanes; i++) {
-        tsad_program_compile(&p->lanes[i].first, m, p->dense_plan, p->last_of_block);
-        tsad_program_compile(&p->lanes[i].steady, m, p->dense_plan, p->last_of_block);
+        tsad_program_compile(&p->lanes[i].first, m, p->dense_plan, false, p->last_of_block);
+        tsad_program_compile(&p->lanes[i].steady, m, p->dense_plan, false, p->last_of_block);
     }
 }
 
@@ -172,6 +175,9 @@ void tsad_policy_destroy(tsad_policy *p)
     if (!p) {
         return;
     }
+    for (int i = 0; p->lanes && i < p->n_lanes; i++) {
+        tsad_arena_free(&p->lanes[i].sum_arena);
+    }
     tsad_arena_free(&p->slot_arena);
     tsad_arena_free(&p->arena);
     tsad_model_destroy(p->model);
@@ -204,6 +210,7 @@ void tsad_policy_reset(tsad_policy *p, int lane)
 {
     forget_rollouts(p, &p->lanes[lane]);
     p->lanes[lane].chunk = p->lanes[lane].stats.chunks = 0;
+    p->lanes[lane].sums_ready = false;
 }
 
 static tsad_status refuse(const tsad_policy *p, const char *which, tsad_plan_fault fault,
@@ -272,8 +279,9 @@ tsad_status tsad_policy_set_plan(tsad_policy *p, int index, const uint8_t *sourc
     lane->planner = TSAD_FIXED_PLAN;
     memcpy(lane->plan_first, first, cells);
     memcpy(lane->plan_steady, sources, cells);
-    tsad_program_compile(&lane->first, m, first, p->last_of_block);
-    tsad_program_compile(&lane->steady, m, sources, p->last_of_block);
+    tsad_program_compile(&lane->first, m, first, false, p->last_of_block);
+    tsad_program_compile(&lane->steady, m, sources, true, p->last_of_block);
+    tsad_sums_place(lane);
     return TSAD_OK;
 }
 
@@ -350,6 +358,7 @@ static void prepare_lane(tsad_worker *w, tsad_lane *lane, const float *obs)
         }
         t = lap(w, TSAD_PRUNE, t);
         tsad_plan(w, lane);
+        tsad_sums_choose(lane);
         lap(w, TSAD_PLAN_STAGE, t);
         w->size = size;
     }
@@ -363,6 +372,10 @@ static void run_lane(tsad_worker *w, const tsad_call *call, int row)
     tsad_lane *lane = &p->lanes[call->lanes[row]];
     prepare_lane(w, lane, call->obs + (size_t)row * (size_t)m->n_obs_steps * (size_t)m->obs_dim);
     int64_t t = tsad_now();
+    if (lane->sums_use == TSAD_MAKE_SUMS) {
+        m->backend->keep(w, lane);
+        tsad_worker_meet(w);
+    }
     tsad_denoise(w, lane, call, row);
     lap(w, TSAD_DENOISE, t);
 }
@@ -545,6 +558,13 @@ void tsad_policy_get_timings(const tsad_policy *p, int64_t ns[TSAD_N_TIMERS])
     memcpy(ns, p->ns, sizeof p->ns);
 }
 
-size_t tsad_policy_bytes(const tsad_policy *p) { return p->arena.size + p->slot_arena.size; }
+size_t tsad_policy_bytes(const tsad_policy *p)
+{
+    size_t bytes = p->arena.size + p->slot_arena.size;
+    for (int i = 0; i < p->n_lanes; i++) {
+        bytes += p->lanes[i].sum_arena.size;
+    }
+    return bytes;
+}
 
 float *tsad_policy_noise_buffer(tsad_policy *p) { return p->noise; }

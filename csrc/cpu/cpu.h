@@ -11,10 +11,13 @@
 #include <float.h>
 #include <math.h>
 
+enum { TSAD_THIN = 4 }; /* a panel's columns would be mostly empty */
+
 /* Weights of y = x W + bias in panels of `panel` columns: [n_out / panel][n_in][panel], the order
  * in which they are streamed. Columns beyond n_out are zero. */
 typedef struct tsad_packed {
     int n_in, n_out;
+    bool thin;         /* few outputs: w is [n_out][n_in padded], one row an output */
     const float *w;    /* NULL where the matrix is kept in 16 bits */
     const float *bias; /* padded */
     /* 16 bits: panels of pairs of inputs, [n_out / panel][pairs][panel][2]; unit (padded) is what
@@ -135,6 +138,7 @@ tsad_status tsad_cpu_pack(tsad_model *model);
 void tsad_cpu_unpack(tsad_model *model);
 size_t tsad_cpu_scratch(const tsad_model *model);
 void tsad_cpu_run(tsad_worker *w, const tsad_run *run, int row_begin, int row_end);
+void tsad_cpu_keep(tsad_worker *w, tsad_lane *lane);
 
 #define TSAD_CPU_BACKEND(symbol, label, usable_function, kernel_table)                             \
     const tsad_cpu_backend symbol = {.base = {.abi = TSAD_BACKEND_ABI,                             \
@@ -143,7 +147,8 @@ void tsad_cpu_run(tsad_worker *w, const tsad_run *run, int row_begin, int row_en
                                               .pack = tsad_cpu_pack,                               \
                                               .unpack = tsad_cpu_unpack,                           \
                                               .scratch_floats = tsad_cpu_scratch,                  \
-                                              .run = tsad_cpu_run},                                \
+                                              .run = tsad_cpu_run,                                 \
+                                              .keep = tsad_cpu_keep},                              \
                                      .kernels = kernel_table}
 
 extern const tsad_cpu_backend tsad_cpu_ref;

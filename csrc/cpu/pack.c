@@ -67,28 +67,29 @@ static void pack16(const packer *p, const tsad_matrix *m, slice s, float *bias, 
 static void pack(const packer *p, const tsad_matrix *m, slice s, tsad_packed *out)
 {
     int n_in = s.r1 - s.r0, width = s.c1 - s.c0, n_out = width * s.groups;
-    int panel = p->panel;
+    bool thin = n_out <= TSAD_THIN && s.precision == TSAD_FLOAT32;
+    int panel = thin ? 1 : p->panel, rows = thin ? tsad_pad(n_in) : n_in;
     int padded = (n_out + panel - 1) / panel * panel;
     float *bias = TSAD_CARVE(p->arena, float, padded);
     if (s.precision == TSAD_INT16) {
         pack16(p, m, s, bias, out);
         return;
     }
-    float *w = TSAD_CARVE(p->arena, float, (size_t)padded *(size_t)n_in);
+    float *w = TSAD_CARVE(p->arena, float, (size_t)padded *(size_t)rows);
     if (!w) {
         return; /* counting */
     }
-    memset(w, 0, sizeof(float) * (size_t)padded * (size_t)n_in);
+    memset(w, 0, sizeof(float) * (size_t)padded * (size_t)rows);
     for (int o = 0; o < n_out; o++) {
         int column = source_column(m, s, o);
-        float *to = w + (size_t)(o / panel) * (size_t)panel * (size_t)n_in + o % panel;
+        float *to = w + (size_t)(o / panel) * (size_t)panel * (size_t)rows + o % panel;
         for (int i = 0; i < n_in; i++) {
             to[(size_t)i * (size_t)panel] =
                 m->data[(size_t)(s.r0 + i) * (size_t)m->n_out + (size_t)column];
         }
         bias[o] = s.with_bias ? m->bias[column] : 0;
     }
-    *out = (tsad_packed){.n_in = n_in, .n_out = n_out, .w = w, .bias = bias};
+    *out = (tsad_packed){.n_in = n_in, .n_out = n_out, .thin = thin, .w = w, .bias = bias};
 }
 
 static slice whole(const tsad_matrix *m)

@@ -20,9 +20,28 @@ static float activate(float x, tsad_activation act)
     }
 }
 
+static void thin(const tsad_packed *w, const float *x, int ldx, int rows, tsad_activation act,
+                 float *y, int ldy)
+{
+    for (int t = 0; t < rows; t++) {
+        for (int n = 0; n < w->n_out; n++) {
+            const float *row = w->w + (size_t)n * (size_t)tsad_pad(w->n_in);
+            float sum = w->bias[n];
+            for (int i = 0; i < w->n_in; i++) {
+                sum += x[(size_t)t * (size_t)ldx + (size_t)i] * row[i];
+            }
+            y[(size_t)t * (size_t)ldy + (size_t)n] = activate(sum, act);
+        }
+    }
+}
+
 static void ref_linear(const tsad_packed *w, const float *x, int ldx, int rows, tsad_activation act,
                        float *y, int ldy)
 {
+    if (w->thin) {
+        thin(w, x, ldx, rows, act, y, ldy);
+        return;
+    }
     for (int n = 0; n < w->n_out; n += PANEL) {
         const float *panel = w->w + (size_t)n * (size_t)w->n_in;
         for (int t = 0; t < rows; t++) {

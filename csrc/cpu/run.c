@@ -328,21 +328,72 @@ static void settle_reads(const context *c, const int32_t *source, int n)
     }
 }
 
+enum { AT_ONCE = 64 }; /* arrays that one addition sums */
+
+/* x += n slots, after `kept` where that is not NULL */
+static void add_slots(const context *c, float *x, const float *kept, const int32_t *source, int n,
+                      size_t floats)
+{
+    const float *from[AT_ONCE];
+    int m = 0;
+    if (kept) {
+        from[m++] = kept;
+    }
+    for (int i = 0; i < n || m; i++) {
+        if (m == AT_ONCE || i >= n) {
+            c->k->add(x, from, m, floats);
+            m = 0;
+        }
+        if (i < n) {
+            from[m++] = tsad_slot(c->net, c->run->lane, source[i]);
+        }
+    }
+}
+
 static void add_reused(const context *c, const tsad_op *op)
 {
-    enum { AT_ONCE = 64 };
-    const int32_t *source = c->run->program->sources + op->src;
     const tsad_node *node = &c->net->nodes[op->node];
     size_t floats = tsad_register_floats(&c->net->registers[node->out]);
-    const float *from[AT_ONCE];
-    settle_reads(c, source, op->n_src);
-    for (int begin = 0; begin < op->n_src; begin += AT_ONCE) {
-        int n = op->n_src - begin < AT_ONCE ? op->n_src - begin : AT_ONCE;
-        for (int i = 0; i < n; i++) {
-            from[i] = tsad_slot(c->net, c->run->lane, source[begin + i]);
+    float *x = reg(c, node->out);
+    if (!op->repeat) {
+        const float *sums = c->run->lane->sums_use ? c->run->lane->sums : NULL;
+        const float *kept = op->kept >= 0 && sums ? sums + op->kept : NULL;
+        int known = kept ? op->n_rollout : 0;
+        const int32_t *source = c->run->program->sources + op->src + known;
+        float *to = op->remember ? c->w->sums[op->remember - 1] : x;
+        if (op->remember) {
+            memset(to, 0, sizeof(float) * floats);
         }
-        c->k->add(reg(c, node->out), from, n, floats);
+        settle_reads(c, source, op->n_src - known);
+        add_slots(c, to, kept, source, op->n_src - known, floats);
     }
+    if (op->repeat || op->remember) {
+        const float *sum = c->w->sums[(op->repeat ? op->repeat : op->remember) - 1];
+        c->k->add(x, &sum, 1, floats);
+    }
+}
+
+void tsad_cpu_keep(tsad_worker *w, tsad_lane *lane)
+{
+    const tsad_model *m = w->policy->model;
+    const tsad_program *program = lane->program;
+    const tsad_kernels *k = tsad_cpu_kernels(m);
+    unsigned mode = flush_denormals();
+    for (int i = 0; i < program->n_ops; i++) {
+        const tsad_op *op = &program->ops[i];
+        if (op->kind != TSAD_OP_ADD || op->kept < 0) {
+            continue;
+        }
+        size_t from, to;
+        share(w, tsad_register_floats(&m->net.registers[m->net.nodes[op->node].out]), &from, &to);
+        float *sum = lane->sums + op->kept + from;
+        memset(sum, 0, sizeof(float) * (to - from));
+        for (int s = 0; s < op->n_rollout; s++) {
+            const float *slot = tsad_slot(&m->net, lane, program->sources[op->src + s]) + from;
+            k->add(sum, &slot, 1, to - from);
+        }
+    }
+    restore_denormals(mode);
 }
 
 static void add_gated(const context *c, const tsad_op *op)

@@ -188,9 +188,39 @@ static void wide(int rows, const float *x, int ldx, const float *w, size_t strid
     }
 }
 
+ALWAYS_INLINE float dot(const float *a, const float *b, int n)
+{
+    vf sum = V_SET1(0.0f);
+    float rest = 0;
+    int i = 0;
+    for (; i + W <= n; i += W) {
+        sum = V_FMA(load(a + i), load(b + i), sum);
+    }
+    for (; i < n; i++) {
+        rest += a[i] * b[i];
+    }
+    return V_TOTAL(sum) + rest;
+}
+
+static void thin(const tsad_packed *w, const float *x, int ldx, int rows, tsad_activation act,
+                 float *y, int ldy)
+{
+    size_t ld = (size_t)tsad_pad(w->n_in);
+    for (int t = 0; t < rows; t++) {
+        for (int n = 0; n < w->n_out; n++) {
+            float sum = dot(x + (size_t)t * (size_t)ldx, w->w + (size_t)n * ld, w->n_in);
+            y[(size_t)t * (size_t)ldy + (size_t)n] = activate(V_SET1(sum + w->bias[n]), act)[0];
+        }
+    }
+}
+
 static void path(linear)(const tsad_packed *packed, const float *x, int ldx, int rows,
                          tsad_activation act, float *y, int ldy)
 {
+    if (packed->thin) {
+        thin(packed, x, ldx, rows, act, y, ldy);
+        return;
+    }
     int n = 0, tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     size_t stride = (size_t)PANEL * (size_t)packed->n_in;
     if (rows <= 3) {
@@ -248,20 +278,6 @@ static void path(layernorm)(const float *x, int ld, int rows, int n, float *y)
 }
 
 /* ---- attention ----------------------------------------------------------------------------- */
-
-ALWAYS_INLINE float dot(const float *a, const float *b, int n)
-{
-    vf sum = V_SET1(0.0f);
-    float rest = 0;
-    int i = 0;
-    for (; i + W <= n; i += W) {
-        sum = V_FMA(load(a + i), load(b + i), sum);
-    }
-    for (; i < n; i++) {
-        rest += a[i] * b[i];
-    }
-    return V_TOTAL(sum) + rest;
-}
 
 /* weight[0 .. n) = softmax; room for n rounded up to W */
 ALWAYS_INLINE void softmax(float *weight, int n)

@@ -68,58 +68,114 @@ void tsad_program_carve(tsad_program *program, tsad_arena *arena, int n_rows, in
 static tsad_op *emit(tsad_program *program, tsad_op_kind kind, int node)
 {
     tsad_op *op = &program->ops[program->n_ops++];
-    *op = (tsad_op){.kind = (uint8_t)kind, .node = (int16_t)node, .dst = -1, .src = -1};
+    *op = (tsad_op){.kind = (uint8_t)kind, .node = (int16_t)node, .dst = -1, .src = -1, .kept = -1};
     return op;
 }
 
-/* one row of a plan; `slot` is what the resolver said of each block */
-static void compile_row(tsad_program *program, const tsad_net *net, const int32_t *slot,
-                        const uint8_t *sources)
+/* What the compiler of a program carries from row to row. */
+typedef struct compiler {
+    tsad_program *program;
+    const tsad_net *net;
+    bool keep;
+    int32_t recent[TSAD_REMEMBERED]; /* additions whose sums a later row may add again, -1: none */
+    int oldest;                      /* of them */
+} compiler;
+
+/* one more slot for an addition: rollout slots first, each kind in the order of the blocks */
+static void add_source(tsad_program *program, tsad_op *op, int32_t slot, bool rollout)
 {
-    tsad_op *run = NULL; /* the addition that is still growing */
+    int32_t *list = program->sources + op->src;
+    int at = op->n_src++;
+    program->n_sources++;
+    if (rollout) {
+        for (; at > op->n_rollout; at--) {
+            list[at] = list[at - 1];
+        }
+        op->n_rollout++;
+    }
+    list[at] = slot;
+}
+
+/* An addition is complete: does it repeat a recent one, and what of it is worth keeping? The same
+ * slots hold the same values until one of them is computed again, and then their numbers differ. */
+static void close_addition(compiler *c, const tsad_op *run)
+{
+    enum { WORTH = 3 };
+    tsad_program *program = c->program;
+    if (!run || run->n_src < WORTH) {
+        return;
+    }
+    tsad_op *op = &program->ops[run - program->ops];
+    size_t floats = tsad_register_floats(&c->net->registers[c->net->nodes[op->node].out]);
+    for (int i = 0; i < TSAD_REMEMBERED; i++) {
+        tsad_op *other = c->recent[i] >= 0 ? &program->ops[c->recent[i]] : NULL;
+        if (other && other->n_src == op->n_src &&
+            c->net->nodes[other->node].out == c->net->nodes[op->node].out &&
+            memcmp(program->sources + other->src, program->sources + op->src,
+                   sizeof(int32_t) * (size_t)op->n_src) == 0) {
+            other->remember = op->repeat = (uint8_t)(i + 1);
+            return;
+        }
+    }
+    c->recent[c->oldest] = (int32_t)(op - program->ops);
+    c->oldest = (c->oldest + 1) % TSAD_REMEMBERED;
+    if (c->keep && op->n_rollout > 1) {
+        op->kept = (int32_t)program->kept_floats;
+        program->kept_floats += floats;
+    }
+}
+
+/* one row of a plan; `slot` is what the resolver said of each block */
+static void compile_row(compiler *c, const int32_t *slot, const uint8_t *sources)
+{
+    tsad_program *program = c->program;
+    const tsad_net *net = c->net;
+    tsad_op *run = NULL; /* the addition that the next reused branch may join */
     for (int i = 0; i < net->n_nodes; i++) {
         const tsad_node *node = &net->nodes[i];
-        if (node->block < 0) {
-            if (!node->is_residual) {
-                emit(program, TSAD_OP_NODE, i);
-                run = NULL;
-            }
+        int source = node->block < 0 ? TSAD_SKIP : sources[node->block];
+        bool fixed = node->block < 0, gated = node->cache_point == TSAD_BEFORE_GATE;
+        if (fixed && node->is_residual) {
+            continue;
+        }
+        bool joins = !fixed && node->residual < 0 &&
+                     (source == TSAD_SKIP || (source != TSAD_COMPUTE && !gated && run &&
+                                              net->nodes[run->node].out == node->out));
+        if (!joins) {
+            close_addition(c, run);
+            run = NULL;
+        }
+        if (fixed) {
+            emit(program, TSAD_OP_NODE, i);
             continue;
         }
         if (node->residual >= 0) {
             emit(program, TSAD_OP_NODE, node->residual);
-            run = NULL;
         }
-        int source = sources[node->block];
         if (source == TSAD_COMPUTE) {
             emit(program, TSAD_OP_COMPUTE, i)->dst = slot[node->block];
-            run = NULL;
-        } else if (source != TSAD_SKIP && node->cache_point == TSAD_BEFORE_GATE) {
-            tsad_op *op = emit(program, TSAD_OP_GATED, i);
-            op->src = program->n_sources;
-            op->n_src = 1;
-            program->sources[program->n_sources++] = slot[node->block];
-            run = NULL;
         } else if (source != TSAD_SKIP) {
-            if (!run || net->nodes[run->node].out != node->out) {
-                run = emit(program, TSAD_OP_ADD, i);
-                run->src = program->n_sources;
-            }
-            run->n_src++;
-            program->sources[program->n_sources++] = slot[node->block];
+            tsad_op *op = run ? run : emit(program, gated ? TSAD_OP_GATED : TSAD_OP_ADD, i);
+            op->src = run ? op->src : program->n_sources;
+            add_source(program, op, slot[node->block], source == TSAD_REUSE_ROLLOUT);
+            run = gated ? NULL : op;
         }
     }
+    close_addition(c, run);
     emit(program, TSAD_OP_UPDATE, -1);
 }
 
 void tsad_program_compile(tsad_program *program, const tsad_model *model, const uint8_t *sources,
-                          int32_t *last_of_block)
+                          bool keep, int32_t *last_of_block)
 {
     const tsad_net *net = &model->net;
     int B = net->n_blocks;
     int32_t slot[TSAD_MAX_BLOCKS];
+    compiler c = {.program = program, .net = net, .keep = keep};
+    memset(c.recent, -1, sizeof c.recent);
     tsad_resolver resolver;
     tsad_resolver_begin(&resolver, B, last_of_block);
+    program->kept_floats = 0;
     program->n_ops = program->n_sources = 0;
     program->cost = 0;
     program->reads_rollout = false;
@@ -141,7 +197,7 @@ void tsad_program_compile(tsad_program *program, const tsad_model *model, const 
             }
         }
         program->row_start[k] = program->n_ops;
-        compile_row(program, net, slot, row);
+        compile_row(&c, slot, row);
     }
     program->row_start[model->n_steps] = program->n_ops;
 }
@@ -248,7 +304,7 @@ void tsad_plan(tsad_worker *w, tsad_lane *lane)
         memset(lane->plan, TSAD_COMPUTE, cells);
     } else {
         choose_sources(w, lane, lane->plan);
-        tsad_program_compile(&lane->dynamic, m, lane->plan, w->last_of_block);
+        tsad_program_compile(&lane->dynamic, m, lane->plan, false, w->last_of_block);
         lane->program = &lane->dynamic;
     }
     note_statistics(m, lane);
