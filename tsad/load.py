@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tsad.checkpoint import CONFIG_FILE, Tensors, read_folder
-from tsad.config import PolicyConfig
+from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
 from tsad.convert import folder_kind, lerobot_error, read_checkpoint
 from tsad.reference import sinusoid
 from tsad.samplers import Sampler, make_sampler
@@ -35,6 +36,7 @@ def load(
     threads: int | None = None,
     sampler: str | None = None,
     num_inference_steps: int | None = None,
+    timestep_spacing: str | None = None,
 ) -> SparsePolicy:
     """A policy, ready to run.
 
@@ -46,7 +48,8 @@ def load(
     is float32 on a CPU; ``"int16"`` keeps the large matrices in 16 bits and rounds the activations
     that meet them: faster, and ``stats["error_bound"]`` says what it costs. ``threads`` defaults to
     the CPUs that this process may use, at most four per lane. ``sampler`` (``"ddpm"``,
-    ``"ddim"``, ``"dpmsolver++"``) and ``num_inference_steps`` override the checkpoint's.
+    ``"ddim"``, ``"dpmsolver++"``), ``num_inference_steps`` and ``timestep_spacing`` (``"leading"``,
+    ``"trailing"``, ``"linspace"``) override the checkpoint's.
 
     Raises ``ValueError`` or ``TypeError`` naming the argument, what came, what was expected and the
     fix; ``FileNotFoundError`` if ``source`` is a path to nothing; ``CheckpointError``, a
@@ -62,6 +65,14 @@ def load(
             "choose one of these"
         )
     config, tensors, pruner = read_policy(source)
+    if timestep_spacing is not None:
+        if timestep_spacing not in TIMESTEP_SPACINGS:
+            raise ValueError(
+                f"timestep_spacing: expected one of {', '.join(map(repr, TIMESTEP_SPACINGS))}, got "
+                f"{timestep_spacing!r}; choose one of these, or None for that of the checkpoint"
+            )
+        scheduler = replace(config.scheduler, timestep_spacing=timestep_spacing)
+        config = replace(config, scheduler=scheduler)
     table = make_sampler(
         config.scheduler.to_dict(), sampler=sampler, num_inference_steps=num_inference_steps
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tsad.config import SAMPLERS
+from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 
 if TYPE_CHECKING:
     from tsad import Plan, SparsePolicy
@@ -43,6 +43,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 # The library's messages begin with the name of its own argument; here it has another.
 OPTIONS = {
     "device": "--device",
+    "n_action_steps": "--n-action-steps",
     "num_inference_steps": "--steps",
     "plan": "",
     "planner": "",
@@ -52,6 +53,7 @@ OPTIONS = {
     "start": "--start",
     "sparsity": "",
     "threads": "--threads",
+    "timestep_spacing": "--spacing",
 }
 
 
@@ -114,6 +116,9 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         "--steps", type=positive_int, metavar="K", help="denoising steps (default: the policy's)"
     )
     group.add_argument(
+        "--spacing", choices=TIMESTEP_SPACINGS, help="of its time steps (default: the policy's own)"
+    )
+    group.add_argument(
         "--threads", type=positive_int, metavar="T", help="threads (default: the engine's choice)"
     )
     group.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
@@ -137,6 +142,7 @@ def load_policy(source: str, args: argparse.Namespace, *, name: str, lanes: int)
             threads=args.threads,
             sampler=args.sampler,
             num_inference_steps=args.steps,
+            timestep_spacing=args.spacing,
         )
 
 

@@ -40,7 +40,12 @@ Play seeded episodes in a simulator and report score and success with their erro
 
 An episode's result depends on its seed and on the policy's settings alone: not on --lanes, not on
 --threads, not on the order. So two runs over the same seeds are paired, whatever their sparsity.
-With --out every finished episode is on disk at once, and --resume goes on after an interruption."""
+With --out every finished episode is on disk at once, and --resume goes on after an interruption.
+
+--settings FILE plays many settings over the same seeds: a JSON list of objects with a "name" and
+any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision", "n_action_steps",
+"noise". Then --out is a folder with a file per setting; the same command goes on with what is
+missing. The first is the baseline of all; the intervals hold for all rows together."""
 
 EPILOG = """\
 examples:
@@ -48,7 +53,8 @@ examples:
   tsad eval pusht --seeds 500 --out dense.json                     kept, and resumable
   tsad eval pusht --seeds 500 --out sparse.json --sparsity 0.9 --baseline dense.json
   tsad eval pusht --policy runs/mine --sampler ddim --steps 8 --lanes 4
-  tsad eval pusht --plan plan.npz --json | jq .summary.score"""
+  tsad eval pusht --plan plan.npz --json | jq .summary.score
+  tsad eval pusht --seeds 500 --settings sweep.json --out sweep    many settings, one table"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -91,6 +97,20 @@ def add_parser(subparsers: Any) -> None:
     )
     choice.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
     choice.add_argument("--plan", metavar="FILE", help="a fixed plan (npz) instead of a planner")
+    choice.add_argument("--settings", metavar="FILE", help="many settings, JSON; see above")
+    parser.add_argument(
+        "--n-action-steps",
+        type=positive_int,
+        metavar="N",
+        help="actions executed of each chunk (default: all that the policy returns)",
+    )
+    parser.add_argument(
+        "--noise",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="other noise in the same scenes, a number (default: 0)",
+    )
     add_policy_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write the results, per seed, as JSON")
@@ -98,6 +118,11 @@ def add_parser(subparsers: Any) -> None:
     output.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     output.add_argument(
         "--baseline", metavar="FILE", help="results of another run: report paired differences"
+    )
+    output.add_argument(
+        "--observations",
+        metavar="DIR",
+        help="with --settings: a folder of 'tsad collect', to report the error of actions on",
     )
     output.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.set_defaults(run=run)
@@ -114,6 +139,8 @@ def _check_arguments(args: argparse.Namespace) -> Path | None:
         )
     if args.plan is not None and (args.sparsity is not None or args.planner is not None):
         raise UsageError("argument --plan: a fixed plan leaves nothing to --sparsity or --planner")
+    if args.observations is not None and args.settings is None:
+        raise UsageError("argument --observations: needs --settings FILE")
     if args.resume and args.overwrite:
         raise UsageError("argument --resume: not together with --overwrite")
     if args.out is None:
@@ -144,7 +171,7 @@ def _read_baseline(path: str | None, seeds: list[int]) -> list[Any] | None:
     return episodes
 
 
-def _configure(policy: SparsePolicy, args: argparse.Namespace) -> dict[str, Any]:
+def configure(policy: SparsePolicy, args: argparse.Namespace) -> dict[str, Any]:
     """Set planner, sparsity or plan; returns the settings that say so."""
     if args.plan is not None:
         plan = load_plan(args.plan, "--plan")
@@ -178,8 +205,15 @@ def _settings(policy: SparsePolicy, source: str, args: argparse.Namespace) -> di
         "device": str(policy.device),
         "precision": policy.precision,
         "backend": policy.backend,
-        **_configure(policy, args),
+        **configure(policy, args),
     }
+    # Only where they differ from the default, so that older results can be gone on with.
+    if args.n_action_steps not in (None, policy.n_action_steps):
+        settings["n_action_steps"] = args.n_action_steps
+    if args.noise:
+        settings["noise"] = args.noise
+    if args.spacing is not None:
+        settings["timestep_spacing"] = args.spacing
     return settings
 
 
@@ -195,7 +229,13 @@ def _play(
     label = f"{args.simulator}, {'dense' if dense else 'sparsity ' + _percent(policy.sparsity)}"
     try:
         with Progress(args.seeds, label, unit="episodes", done=done) as progress:
-            for episode in sim.rollouts(policy, environments, todo):
+            for episode in sim.rollouts(
+                policy,
+                environments,
+                todo,
+                n_action_steps=args.n_action_steps,
+                noise_stream=args.noise,
+            ):
                 journal.append(episode)
                 scores = [kept.score for kept in journal.episodes.values()]
                 progress.update(f"score {sum(scores) / len(scores):.3f}")
@@ -285,21 +325,29 @@ def _paired(args: argparse.Namespace, episodes: list[Any], baseline: list[Any]) 
     return {"baseline": args.baseline, **compare(episodes, baseline)}
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the command."""
+def seeds_of(args: argparse.Namespace) -> list[int]:
+    """The seeds that are asked for."""
+    from tsad import sim
+
+    first = sim.facts(args.simulator).first_seed if args.first_seed is None else args.first_seed
+    return list(range(first, first + args.seeds))
+
+
+def evaluate(
+    args: argparse.Namespace, out: Path | None, baseline: list[Any] | None = None
+) -> tuple[dict[str, Any], SparsePolicy]:
+    """Play what is missing of one setting; the whole result, written to `out`, and the policy."""
     from tsad import sim
     from tsad.sim.results import Journal
 
-    out = _check_arguments(args)
-    first = sim.facts(args.simulator).first_seed if args.first_seed is None else args.first_seed
-    seeds = list(range(first, first + args.seeds))
-    baseline = _read_baseline(args.baseline, seeds)
+    seeds = seeds_of(args)
     # Everything that can be refused is refused here, before a file is touched or time is spent.
     environment = sim.make(args.simulator)
     source = args.simulator if args.policy is None else args.policy
     policy = load_policy(source, args, name="--policy", lanes=min(args.lanes, args.seeds))
     with argument("--policy"):
         sim.check(policy, environment)
+        sim.check_executed(policy, args.n_action_steps)
     settings = _settings(policy, source, args)
     with argument("--out"):
         journal = Journal(out, settings, resume=args.resume, overwrite=args.overwrite)
@@ -310,6 +358,18 @@ def run(args: argparse.Namespace) -> int:
     if baseline is not None:
         document["paired"] = _paired(args, [journal.episodes[seed] for seed in seeds], baseline)
     journal.finish(document)
+    return document, policy
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    if args.settings is not None:
+        from tsad.commands import sweep
+
+        return sweep.run(args)
+    out = _check_arguments(args)
+    baseline = _read_baseline(args.baseline, seeds_of(args))
+    document, policy = evaluate(args, out, baseline)
     if args.json:
         print(json.dumps(document, indent=1))
     else:

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.sim.rollout import Chunk, Episode, Policy, check, noise_seed, rollouts
+from tsad.sim.rollout import (
+    Chunk,
+    Episode,
+    Policy,
+    check,
+    check_executed,
+    noise_seed,
+    rollouts,
+)
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -108,6 +116,7 @@ __all__ = [
     "Policy",
     "Step",
     "check",
+    "check_executed",
     "facts",
     "make",
     "names",

@@ -58,6 +58,10 @@ def _standard_error(values: NDArray[np.float64]) -> float | None:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
 def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
     """Mean, standard error and 95 % interval of score and success, and the time per chunk.
 
@@ -81,6 +85,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
             "standard_error": _standard_error(success),
             "interval95": _wilson(int(success.sum()), len(success)),
         },
+        "steps_to_success": _mean([episode.steps for episode in episodes if episode.success]),
         "chunks": int(chunks.sum()),
         "chunk_ms": {
             "mean": float((means * chunks).sum() / chunks.sum()),
@@ -104,6 +109,46 @@ def compare(episodes: Sequence[Episode], baseline: Sequence[Episode]) -> dict[st
             "interval95": _bootstrap(values),
         }
     return answer
+
+
+def compare_all(
+    rows: Mapping[str, Sequence[Episode]], baseline: str, *, level: float = 0.95
+) -> dict[str, Any]:
+    """Differences of every row's score to the baseline's, with intervals that hold together.
+
+    Seeds are paired and resampled together for all rows; the intervals are d +- q s, s a row's
+    standard error, q the quantile of the largest |d* - d| / s over the rows (a studentised maximum,
+    Romano and Wolf 2005): with probability `level` all of them hold. Only seeds that all rows have
+    count.
+    """
+    by_seed = {name: {e.seed: e.score for e in episodes} for name, episodes in rows.items()}
+    seeds = sorted(set.intersection(*(set(scores) for scores in by_seed.values())))
+    if len(seeds) < 2:
+        raise ResultsError("the rows have fewer than two seeds in common; play the same seeds")
+    names = [name for name in rows if name != baseline]
+    right = np.array([by_seed[baseline][seed] for seed in seeds])
+    paired = np.array([[by_seed[name][seed] for seed in seeds] for name in names]) - right
+    means = paired.mean(axis=1)
+    errors = paired.std(axis=1, ddof=1) / np.sqrt(len(seeds))
+    moved = errors > 0  # a row equal to the baseline in every seed has nothing to estimate
+    rng, largest = np.random.default_rng(0), np.zeros(RESAMPLES)
+    for i in range(RESAMPLES if moved.any() else 0):
+        drawn = paired[moved][:, rng.integers(0, len(seeds), len(seeds))].mean(axis=1)
+        largest[i] = (np.abs(drawn - means[moved]) / errors[moved]).max()
+    width = float(np.quantile(largest, level))
+    return {
+        "baseline": baseline,
+        "pairs": len(seeds),
+        "level": level,
+        "rows": {
+            name: {
+                "mean_difference": float(mean),
+                "standard_error": float(error),
+                "simultaneous": [float(mean - width * error), float(mean + width * error)],
+            }
+            for name, mean, error in zip(names, means, errors, strict=True)
+        },
+    }
 
 
 def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -68,13 +68,13 @@ OnChunk = Callable[[Chunk], None]
 OnStart = Callable[[int, int], None]
 
 
-def noise_seed(seed: int) -> int:
-    """The seed of the policy's noise in the episode `seed`, 63 bits.
+def noise_seed(seed: int, stream: int = 0) -> int:
+    """The seed of the policy's noise in the episode `seed`, 63 bits; another for every `stream`.
 
     It is not `seed` itself: the simulator draws its start from that very stream, and noise that
     repeats the start's bits would be tied to the scene.
     """
-    state = np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1, np.uint64)
+    state = np.random.SeedSequence(seed, spawn_key=(1 + stream,)).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
@@ -125,6 +125,17 @@ def check(policy: Policy, environment: Environment) -> None:
             )
 
 
+def check_executed(policy: Policy, n_action_steps: int | None) -> int:
+    """How many actions of a chunk are executed; ValueError if the policy returns fewer."""
+    executed = policy.n_action_steps if n_action_steps is None else n_action_steps
+    if not 1 <= executed <= policy.n_action_steps:
+        raise ValueError(
+            f"n_action_steps: expected 1 to {policy.n_action_steps}, what the policy returns, got "
+            f"{n_action_steps}; choose one of these"
+        )
+    return executed
+
+
 def rollouts(
     policy: Policy,
     environments: Sequence[Environment],
@@ -133,6 +144,8 @@ def rollouts(
     on_step: OnStep | None = None,
     on_chunk: OnChunk | None = None,
     on_start: OnStart | None = None,
+    n_action_steps: int | None = None,
+    noise_stream: int = 0,
 ) -> Iterator[Episode]:
     """Play the episodes of `seeds`; yields each as it ends, in an order that depends on the lanes.
 
@@ -143,9 +156,13 @@ def rollouts(
         on_step: called with (environment, steps, score so far) at the start and after each step.
         on_chunk: called with a `Chunk` after each call of the policy.
         on_start: called with (seed, lane) when a lane takes an episode.
+        n_action_steps: how many of a chunk's actions are executed before the next chunk; default:
+            all that the policy returns.
+        noise_stream: of `noise_seed`: other noise in the same scenes.
 
     Raises:
-        ValueError: the policy does not fit the simulator, or has too few lanes.
+        ValueError: the policy does not fit the simulator, has too few lanes, or returns fewer than
+            `n_action_steps`.
         RuntimeError: an action is not finite.
     """
     if not 1 <= len(environments) <= policy.lanes:
@@ -154,6 +171,7 @@ def rollouts(
             "one per lane; load the policy with lanes=N"
         )
     check(policy, environments[0])
+    executed = check_executed(policy, n_action_steps)
     queue = iter(seeds)
     lanes = [_Lane(environment, policy.n_obs_steps) for environment in environments]
     running: list[int] = []
@@ -165,7 +183,7 @@ def rollouts(
         if on_start is not None:
             on_start(seed, index)
         lanes[index].start(seed)
-        policy.reset(lanes=[index], seed=[noise_seed(seed)])
+        policy.reset(lanes=[index], seed=[noise_seed(seed, noise_stream)])
         if on_step is not None:
             on_step(lanes[index].environment, 0, 0.0)
         return True
@@ -185,7 +203,7 @@ def rollouts(
         for row, index in enumerate(running):
             lane = lanes[index]
             lane.chunk_ms.append(milliseconds / len(running))
-            if not lane.act(actions[row], on_step):
+            if not lane.act(actions[row, :executed], on_step):
                 still.append(index)
                 continue
             yield lane.episode()

@@ -1,0 +1,230 @@
+"""`tsad eval --settings`: many settings over the same seeds, resumable, one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsad.commands.common import (
+    InterruptedRunError,
+    UsageError,
+    argument,
+    load_policy,
+    seed_range,
+    table,
+)
+from tsad.commands.eval import configure, evaluate, seeds_of
+from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
+
+if TYPE_CHECKING:
+    from tsad import SparsePolicy
+
+KEYS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "sampler": (str,),
+    "steps": (int,),
+    "spacing": (str,),
+    "sparsity": (int, float),
+    "planner": (str,),
+    "plan": (str,),
+    "precision": (str,),
+    "n_action_steps": (int,),
+    "noise": (int,),
+}
+CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
+SUMMARY = "summary.json"
+ERROR_CHUNKS = 2  # consecutive recorded observations; the second is compared
+
+
+def read_settings(path: str) -> list[dict[str, Any]]:
+    """The rows of a settings file, checked; UsageError says which is wrong."""
+    with argument("--settings"):
+        try:
+            rows = json.loads(Path(path).read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not JSON ({error})") from error
+        if not isinstance(rows, list) or not rows:
+            raise ValueError(f"{path}: expected a list of objects, one per setting")
+        names = set()
+        for number, row in enumerate(rows):
+            where = f"{path}: setting {number}"
+            if not isinstance(row, dict) or not row.get("name"):
+                raise ValueError(f'{where}: expected an object with a "name"')
+            for key, value in row.items():
+                if key not in KEYS:
+                    raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(KEYS)}")
+                if not isinstance(value, KEYS[key]) or isinstance(value, bool):
+                    kind = KEYS[key][-1].__name__
+                    raise ValueError(f"{where}: {key}: expected {kind}, got {value!r}")
+                if value not in CHOICES.get(key, (value,)):
+                    raise ValueError(
+                        f"{where}: {key}: expected one of {', '.join(CHOICES[key])}, got {value!r}"
+                    )
+            name = row["name"]
+            if name in names or not name.replace("-", "").replace(".", "").isalnum():
+                raise ValueError(
+                    f"{where}: name: expected letters, digits, dots and dashes, each name once, "
+                    f"got {name!r}: it names a file"
+                )
+            if "plan" in row and ("sparsity" in row or "planner" in row):
+                raise ValueError(f"{where}: a plan leaves nothing to sparsity or planner")
+            names.add(name)
+    return rows
+
+
+def _arguments(args: argparse.Namespace, row: Mapping[str, Any], folder: Path) -> Any:
+    """The arguments of one row: those of the command, but for what the row says."""
+    row = {key: value for key, value in row.items() if key != "name"}
+    if "plan" in row:  # relative to the settings file
+        row["plan"] = str(folder / row["plan"])
+    own = {**vars(args), **row, "resume": not args.overwrite}
+    return argparse.Namespace(**own)
+
+
+def _passes(policy: SparsePolicy) -> float | None:
+    """Dense passes of a chunk; None where the policy has not run and its pruner decides."""
+    if policy.sparsity is None:
+        return None
+    return float(policy.num_inference_steps * (1 - policy.sparsity))
+
+
+def _action_error(policy_args: Any, source: str, windows: list[Any]) -> float:
+    """RMS difference of executed actions, normalised units, to the same policy run densely.
+
+    Windows of raw observations (2, n_obs_steps, obs_dim); both chunks get fresh noise, and the
+    second is compared, so that a plan may reuse the first.
+    """
+    import numpy as np
+
+    from tsad.planners.search import ChunkError
+
+    lanes = min(8, len(windows))
+    policy = load_policy(source, policy_args, name="--policy", lanes=lanes)
+    shape = (ERROR_CHUNKS, policy.num_inference_steps, policy.horizon, policy.action_dim)
+    rng = np.random.default_rng(0)
+    rows = [(obs, rng.standard_normal(shape, np.float32)) for obs in windows]
+    error = ChunkError(policy, rows[: len(rows) // lanes * lanes])
+    configure(policy, policy_args)
+    return float(error.as_set() ** 0.5)
+
+
+def _windows(args: argparse.Namespace) -> list[Any]:
+    """Pairs of consecutive observations from a collection, all episodes in turn."""
+    from tsad.commands.plan import pick
+    from tsad.sim.recording import read_collection
+
+    with argument("--observations"):
+        _, episodes = read_collection(Path(args.observations))
+    picked = pick(episodes, 10**9, ERROR_CHUNKS, 0)
+    windows = [episode.obs[part] for episode, part in picked]
+    return [obs for obs in windows if len(obs) == ERROR_CHUNKS][:250]
+
+
+def _row(document: Mapping[str, Any], policy: SparsePolicy, error: float | None) -> dict[str, Any]:
+    summary, settings = document["summary"], document["settings"]
+    return {
+        "settings": settings,
+        "passes": _passes(policy),
+        "score": summary["score"],
+        "success": summary["success"],
+        "steps_to_success": summary["steps_to_success"],
+        "action_rms": error,
+    }
+
+
+def _table(rows: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
+    def number(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    lines = [["setting", "passes", "score", "success", "action rms", "difference", "95 % together"]]
+    for name, row in rows.items():
+        other = compared["rows"].get(name)
+        interval = "" if other is None else "{:+.3f} to {:+.3f}".format(*other["simultaneous"])
+        lines.append(
+            [
+                name,
+                number(row["passes"], 2),
+                number(row["score"]["mean"], 3),
+                number(row["success"]["mean"], 3),
+                number(row["action_rms"], 4),
+                "" if other is None else f"{other['mean_difference']:+.3f}",
+                interval,
+            ]
+        )
+    return table(lines)
+
+
+def _check(args: argparse.Namespace) -> Path:
+    from tsad import sim
+
+    if args.simulator not in sim.names():
+        raise UsageError(
+            f"argument SIMULATOR: unknown simulator {args.simulator!r}; expected one of "
+            f"{', '.join(sim.names())}"
+        )
+    if args.out is None:
+        raise UsageError("argument --settings: needs --out DIR, a file per setting goes there")
+    if args.seeds < 2:
+        raise UsageError("argument --seeds: expected 2 or more with --settings: rows are compared")
+    for name in ("plan", "planner", "sparsity", "baseline"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"argument --{name}: not together with --settings; put it in the file")
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"argument --out: {args.out!r} is a file, expected a folder")
+    return out
+
+
+def run(args: argparse.Namespace) -> int:
+    """Play every setting's missing seeds; print and write the comparison."""
+    from tsad import sim
+    from tsad.checkpoint import write_atomically
+    from tsad.sim.results import compare_all, read_results
+
+    out = _check(args)
+    settings = read_settings(args.settings)
+    windows = None if args.observations is None else _windows(args)
+    source = args.simulator if args.policy is None else args.policy
+    folder = Path(args.settings).resolve().parent
+    rows, episodes = {}, {}
+    for row in settings:  # a row that can't be loaded fails before hours are spent on others
+        own = _arguments(args, row, folder)
+        with argument(f"--settings: {row['name']}"):
+            policy = load_policy(source, own, name=f"--settings: {row['name']}", lanes=1)
+            sim.check_executed(policy, own.n_action_steps)
+            configure(policy, own)
+    out.mkdir(parents=True, exist_ok=True)
+    for row in settings:
+        own, name = _arguments(args, row, folder), row["name"]
+        path = out / f"{name}.json"
+        try:
+            document, policy = evaluate(own, path)
+        except InterruptedRunError as stop:
+            raise InterruptedRunError(
+                f"setting {name}: {str(stop).partition(';')[0]}; the same command goes on"
+            ) from None
+        error = None if windows is None else _action_error(own, source, windows)
+        rows[name] = _row(document, policy, error)
+        wanted = set(seeds_of(args))
+        episodes[name] = [e for e in read_results(path)[1] if e.seed in wanted]
+    seeds = seeds_of(args)
+    compared = compare_all(episodes, settings[0]["name"]) if len(settings) > 1 else None
+    summary = {
+        "format": "tsad-sweep",
+        "format_version": 1,
+        "seeds": [seeds[0], seeds[-1]],
+        "rows": rows,
+        "compared": compared,
+    }
+    text = json.dumps(summary, indent=1)
+    write_atomically(out / SUMMARY, (text + "\n").encode())
+    if args.json:
+        print(text)
+    else:
+        print(f"{args.simulator}, {seed_range([seeds[0], seeds[-1]])}, policy {source}")
+        print(_table(rows, compared or {"rows": {}}))
+        print(f"written to {out}")
+    return 0
