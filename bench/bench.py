@@ -1,12 +1,15 @@
 """Our engine and what users could run instead, side by side, in one run.
 
-    python bench/bench.py --quick                     a few minutes
-    python bench/bench.py                             everything; hours with torch.compile
-    python bench/bench.py --cases ddpm100 --peers eager,onnxruntime --paced 10
+    python bench/bench.py --plot                      everything, about 12 minutes on two cores
+    python bench/bench.py --quick                     two cases, about 4 minutes
+    python bench/bench.py --cases lanes8,lanes64      these alone: they take the place of those in
+                                                      today's file, the others stay
+    python bench/bench.py --peers all --cases ddpm100 every build of every peer; half an hour
 
-Every contender has a process of its own; they take turns in rounds (A B C, then C B A, ...), on the
-same weights, observations and noise, and each is checked against our dense actions before it is
-timed. See README.md for the cases and what the figures mean.
+Half of the time goes into building peers, most of it into torch.compile. Every contender has a
+process of its own; they take turns in rounds (A B C, then C B A, ...), on the same weights,
+observations and noise, and each is checked against our dense actions before it is timed. See
+README.md for the cases and what the figures mean.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ sys.path[:0] = [str(HERE)]
 import measure  # noqa: E402
 import report  # noqa: E402
 import tasks  # noqa: E402
-from roofline import Roofline, floor, work  # noqa: E402
-from worker import ENGINE, Worker, WorkerError  # noqa: E402
+from roofline import Roofline, floor, work, work16  # noqa: E402
+from worker import ENGINE, ENGINES, ONE_BY_ONE, Worker, WorkerError  # noqa: E402
 
 import tsad  # noqa: E402
 from tsad.checkpoint import write_atomically  # noqa: E402
@@ -40,40 +43,54 @@ PEERS = (
     "compile-freezing", "compile-freezing-max-autotune", "onnxruntime", "onnxruntime-hoisted",
     "openvino", "openvino-hoisted",
 )  # fmt: skip
-QUICK_PEERS = (
-    "eager", "compile", "onnxruntime", "onnxruntime-hoisted", "openvino", "openvino-hoisted"
-)  # fmt: skip
+EXPORTED = ("onnxruntime", "onnxruntime-hoisted", "openvino", "openvino-hoisted")
+MAIN_PEERS = ("eager", "eager-hoisted", "compile", "compile-hoisted", *EXPORTED)
+HOISTED = ("onnxruntime-hoisted", "openvino-hoisted")
+QUICK_PEERS = ("eager", "compile", *EXPORTED)
 SPARSE = ("dense", "uniform-80", "uniform-90", "uniform-95", "sparse95")
 CURVE = ("dense", "uniform-50", "uniform-80", "uniform-90", "uniform-95", "uniform-98", "sparse95")
+BOTH = ("dense", "sparse95")
 BAR = 1e-3  # largest difference of normalised actions from ours before a peer is not timed
+INT16_BAR = 1e-2  # ... before our engine in 16 bits is not
 TOLERANCE = 0.04  # the two fastest rounds agree this closely, or there is another round
 SETTLE = 0.1  # seconds between contenders: thread pools spin for a while after their last work
 ROOFLINE_SECONDS = 0.6  # in each round
+PEER_ROUNDS = 3  # they are slow, and far from ours
+QUIET_SECONDS, CONTENDED_SECONDS = 4.0, 10.0
+CONTENDED_BAR = 2.2  # medians, beside a busy process on one of the cores
 
 
 @dataclass(frozen=True)
 class Case:
-    """One group of contenders, timed against each other."""
+    """One group of contenders, timed against each other. `int16`: plans that run in 16 bits too."""
 
     shape: str = "pusht"
     sampler: str | None = None
     steps: int | None = None
     lanes: int = 1
     threads: int = 2
-    plans: tuple[str, ...] = ("dense",)
+    plans: tuple[str, ...] = BOTH
+    int16: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    rounds: int | None = None  # at most, whatever the command says
     pace_hz: float | None = None
+    contended: bool = False  # beside a busy process, too
 
 
+LANES = ("sparse95", f"sparse95{ONE_BY_ONE}")
 CASES: dict[str, Case] = {
-    "ddpm100": Case(plans=CURVE),
-    "ddim16": Case(sampler="ddim", steps=16),
-    "ddim10": Case(sampler="ddim", steps=10),
-    "ddim5": Case(sampler="ddim", steps=5),
-    "thread1": Case(threads=1, plans=SPARSE),
-    "lanes8": Case(lanes=8, plans=SPARSE),
-    "lanes64": Case(lanes=64, plans=SPARSE),
-    "t16": Case(shape="t16", plans=SPARSE),
-    "can": Case(shape="can", plans=SPARSE),
+    "ddpm100": Case(plans=CURVE, int16=BOTH, peers=MAIN_PEERS),
+    "ddim16": Case(sampler="ddim", steps=16, plans=("dense",), int16=("dense",), peers=HOISTED),
+    "ddim10": Case(sampler="ddim", steps=10, plans=("dense",)),
+    "ddim5": Case(sampler="ddim", steps=5, plans=("dense",)),
+    "t16": Case(shape="t16", int16=BOTH, peers=("eager", *EXPORTED)),
+    "can": Case(shape="can", int16=BOTH),
+    "thread1": Case(threads=1, int16=BOTH),
+    "lanes8": Case(lanes=8, plans=("dense", *LANES), int16=("sparse95",)),
+    "lanes64": Case(lanes=64, plans=LANES, int16=("sparse95",), rounds=4),
+    "paced10": Case(int16=BOTH, pace_hz=10, rounds=4),
+    "paced50": Case(int16=BOTH, pace_hz=50, rounds=4),
+    "contended": Case(contended=True, rounds=2),
 }
 QUICK_CASES = ("ddpm100", "ddim10")
 
@@ -107,7 +124,7 @@ class Run:
         }
         try:
             worker = self._worker(peer, case.threads)
-            entry |= worker.call("build", precision=self.args.precision, **options)
+            entry |= worker.call("build", **options)
             actions = worker.call("actions")
         except WorkerError as error:
             known = error.kind == "NotInstalledError"
@@ -117,10 +134,11 @@ class Run:
                             f"{error.kind}: {error}"}  # fmt: skip
         entry["actions"] = actions
         entry["difference"] = 0.0 if ours is None else float(np.abs(actions - ours).max())
-        if not entry["difference"] <= BAR:
+        bar = INT16_BAR if peer in ENGINES else BAR
+        if not entry["difference"] <= bar:
             entry |= {
                 "status": "wrong",
-                "reason": f"actions differ from ours by {entry['difference']:.2g}, over {BAR:g}",
+                "reason": f"actions differ from ours by {entry['difference']:.2g}, over {bar:g}",
             }
         return entry
 
@@ -131,31 +149,48 @@ class Run:
         if base["status"] != "ok":
             raise WorkerError("Engine", f"our engine could not be built: {base['reason']}")
         ours = base.pop("actions")
-        worker = self._worker(ENGINE, case.threads)
-        entries = []
-        for plan in case.plans:
-            facts = worker.call("plan", name=plan)
-            entries.append(base | {"name": f"{ENGINE} {plan}", "plan": plan} | facts)
+        entries = self._planned(case, base, case.plans)
+        if case.int16 and "int16" in self.args.precisions:
+            entry = self._build(case, "tsad-int16", ours)
+            entry.pop("actions", None)
+            entries += self._planned(case, entry, case.int16)
         dense = [np.zeros_like(sources) for sources in entries[0]["sources"]]
-        for peer in self.args.peers:
+        for peer in case.peers if self.args.peers is None else self.args.peers:
             say(f"  building {peer}")
             entry = self._build(case, peer, ours)
             entry.pop("actions", None)
-            if entry["status"] != "ok":
-                say(f"    {entry['status']}: {entry['reason'].splitlines()[0]}")
             entries.append(entry | {"sparsity": 0.0, "cell_sparsity": 0.0, "sources": dense})
+        for entry in entries:
+            if entry["status"] != "ok":
+                say(f"  {entry['name']}: {entry['status']}: {entry['reason'].splitlines()[0]}")
         return entries, base
+
+    def _planned(
+        self, case: Case, base: dict[str, Any], plans: tuple[str, ...]
+    ) -> list[dict[str, Any]]:
+        """An entry of our engine for each plan."""
+        if base["status"] != "ok":
+            return [base]
+        worker, peer = self._worker(base["peer"], case.threads), base["peer"]
+        named = [base | {"name": f"{peer} {plan}", "plan": plan} for plan in plans]
+        return [entry | worker.call("plan", name=entry["plan"]) for entry in named]
 
     def _round(self, case: Case, entry: dict[str, Any]) -> dict[str, Any]:
         worker = self._worker(entry["peer"], case.threads)
         time.sleep(SETTLE)
         measure.wait_for_quiet(self.args.patience)
         options = {"plan": entry["plan"], "seconds": self.args.seconds}
-        if case.pace_hz is None:
+        if case.contended:
+            options["seconds"] = min(QUIET_SECONDS, 2 * self.args.seconds)
+            result: dict[str, Any] = worker.call("sustained", **options)
+            options["seconds"] = min(CONTENDED_SECONDS, 5 * self.args.seconds)
+            with measure.busy_core():
+                result["contended_ms"] = worker.call("sustained", **options)["times_ms"]
+        elif case.pace_hz is None:
             least = 1 if case.lanes >= 64 else 2
-            result: dict[str, Any] = worker.call("round", least=least, **options)
+            result = worker.call("round", least=least, **options)
         else:
-            options["seconds"] = max(self.args.seconds, 10 / case.pace_hz)
+            options["seconds"] *= 1 if case.pace_hz > 20 else 2
             result = worker.call("paced", hertz=case.pace_hz, **options)
         return result
 
@@ -178,7 +213,7 @@ class Run:
         results: dict[str, list[dict[str, Any]]] = {entry["name"]: [] for entry in timed}
         peaks, load = [], [os.getloadavg()[0]]
         for number in range(2 * self.args.rounds):
-            turn = [entry for entry in timed if self._wants_round(results[entry["name"]], number)]
+            turn = [e for e in timed if self._wants_round(case, e, results[e["name"]], number)]
             if not turn:
                 break
             peaks.append(self._roofline(case, base))
@@ -202,7 +237,8 @@ class Run:
             "lanes": case.lanes,
             "threads": case.threads,
             "pace_hz": case.pace_hz,
-            "precision": self.args.precision,
+            "precision": "float32",
+            "commit": measure.commit(),
             "bar": BAR,
             "started": started,
             "wall_s": round(time.monotonic() - begin, 1),
@@ -211,9 +247,16 @@ class Run:
             "contenders": entries,
         }
 
-    def _wants_round(self, results: list[dict[str, Any]], number: int) -> bool:
-        if number < self.args.rounds:
+    def _wants_round(
+        self, case: Case, entry: dict[str, Any], results: list[dict[str, Any]], number: int
+    ) -> bool:
+        least = min(self.args.rounds, case.rounds or self.args.rounds)
+        if entry["peer"] not in ENGINES:
+            least = min(least, PEER_ROUNDS)
+        if number < least:
             return True
+        if number >= (case.rounds or 2 * least):
+            return False
         return not measure.settled([result["times_ms"] for result in results], TOLERANCE)
 
 
@@ -230,21 +273,29 @@ def finish(
     """Add what the rounds amount to."""
     rounds = [result["times_ms"] for result in results]
     times = measure.summary(rounds)
-    network = task.config.network.to_dict()
-    macs, n_bytes = work(network, entry["sources"])
-    bound = floor(macs, n_bytes, peak)
+    network, precision = task.config.network.to_dict(), ENGINES.get(entry["peer"], "float32")
+    macs, n_bytes = work(network, entry["sources"], precision)
+    macs16 = work16(network, entry["sources"]) if precision == "int16" else 0.0
+    bound = floor(macs, n_bytes, peak, macs16)
     entry |= {
         "passes": (1 - entry["sparsity"]) * len(task.sampler.timesteps),
         "macs": macs,
         "bytes": n_bytes,
         "floor": bound,
         "floor_share": bound["ms"] / times["best_p50"],
+        "arithmetic_share": bound["compute_ms"] / times["best_p50"],
         "times": times,
         "settled": measure.settled(rounds, TOLERANCE),
         "rounds_ms": [[round(value, 4) for value in times] for times in rounds],
         "foreign": [result["foreign"] for result in results],
         "steal": [result["steal"] for result in results],
     }
+    if stages := [result["stages_ms"] for result in results if result.get("stages_ms")]:
+        entry["stages_ms"] = {
+            name: float(np.median([values[name] for values in stages])) for name in stages[0]
+        }
+    if "contended_ms" in results[0]:
+        finish_contended(entry, results)
     if results[0].get("first_ms") is not None:
         entry["first_ms"] = float(np.median([result["first_ms"] for result in results]))
         episodes = [result["warm_ms"] + result["times_ms"] for result in results]
@@ -258,6 +309,20 @@ def finish(
         entry["late"] = float(np.mean([result["late"] for result in results]))
         idle = [r["idle_cores"] for r in results if r["idle_cores"] is not None]
         entry["idle_cores"] = float(np.mean(idle)) if idle else None
+
+
+def finish_contended(entry: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Beside a busy process, as a ratio of the quiet median just before."""
+    ratios = [np.median(r["contended_ms"]) / np.median(r["times_ms"]) for r in results]
+    times = [value for result in results for value in result["contended_ms"]]
+    entry["contended"] = {
+        "p50": float(np.median(times)),
+        "p99": measure.percentile(times, 99),
+        "max": max(times),
+        "ratio": float(max(ratios)),  # of the worst round
+        "bar": CONTENDED_BAR,
+        "chunks": len(times),
+    }
 
 
 def say(text: str) -> None:
@@ -278,7 +343,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few cases and rounds")
     parser.add_argument("--cases", type=names, metavar="A,B", help=f"of {','.join(CASES)}")
     parser.add_argument(
-        "--peers", type=names, metavar="A,B", help=f'of {",".join(PEERS)}; "" is ours alone'
+        "--peers",
+        type=names,
+        metavar="A,B",
+        help=f'in every case, of {",".join(PEERS)}; "all", or "" for ours alone '
+        "(default: each case has its own)",
     )
     parser.add_argument(
         "--paced",
@@ -286,9 +355,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="HZ",
-        help="also the first case with calls at these rates, e.g. 10 50",
+        help="also the first case with calls at these rates, e.g. 20 100",
     )
-    parser.add_argument("--rounds", type=int, help="at least; twice as many until they agree")
+    parser.add_argument(
+        "--rounds", type=int, help="at least (default: 5, peers 3); twice as many until they agree"
+    )
     parser.add_argument("--seconds", type=float, help="of each contender in each round")
     parser.add_argument(
         "--patience",
@@ -297,20 +368,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="S",
         help="before a turn, wait up to this long for others to leave the machine (default: 0)",
     )
-    parser.add_argument("--precision", default="float32", help="of our engine")
+    parser.add_argument(
+        "--precisions", type=names, help="of our engine (default: float32, and int16 where it is)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/DATE-CPU.json")
     parser.add_argument(
-        "--add", action="store_true", help="add the cases to those in the file, or replace them"
+        "--fresh", action="store_true", help="drop the cases that are in the file already"
     )
     parser.add_argument("--plot", action="store_true", help="latency against sparsity, beside it")
     args = parser.parse_args(argv)
     quick = args.quick
     args.cases = list(QUICK_CASES if quick else CASES) if args.cases is None else args.cases
-    args.peers = list(QUICK_PEERS if quick else PEERS) if args.peers is None else args.peers
+    if args.peers is None and quick:
+        args.peers = list(QUICK_PEERS)
+    elif args.peers == ["all"]:
+        args.peers = list(PEERS)
+    known_precisions = tasks.precisions()
+    args.precisions = known_precisions if args.precisions is None else args.precisions
     args.rounds = (3 if quick else 5) if args.rounds is None else args.rounds
     args.seconds = (0.5 if quick else 2.0) if args.seconds is None else args.seconds
-    for name, known in (("cases", CASES), ("peers", PEERS)):
-        unknown = set(getattr(args, name)) - set(known)
+    choices: list[tuple[str, Any]] = [("cases", CASES), ("peers", PEERS)]
+    for name, known in [*choices, ("precisions", known_precisions)]:
+        unknown = set(getattr(args, name) or ()) - set(known)
         if unknown:
             parser.error(f"--{name}: unknown {', '.join(unknown)}; expected {', '.join(known)}")
     if args.rounds < 1 or args.seconds <= 0 or any(rate <= 0 for rate in args.paced):
@@ -324,7 +403,7 @@ def wanted_cases(args: argparse.Namespace) -> dict[str, Case]:
     first = CASES[args.cases[0]] if args.cases else CASES["ddpm100"]
     for rate in args.paced:
         plans = tuple(plan for plan in SPARSE if plan in first.plans)
-        chosen[f"paced{rate:g}"] = replace(first, pace_hz=rate, plans=plans)
+        chosen[f"paced{rate:g}"] = replace(first, pace_hz=rate, plans=plans, rounds=4)
     return chosen
 
 
@@ -341,10 +420,12 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine,
         "cases": [],
     }
-    if args.add and out.exists():
+    if out.exists() and not args.fresh:
         old = report.read(out)
         if old["machine"]["cpu"] != machine["cpu"]:
-            raise SystemExit(f"--add: {out} is of another processor, {old['machine']['cpu']}")
+            raise SystemExit(
+                f"{out} is of another processor, {old['machine']['cpu']}; --fresh overwrites it"
+            )
         document["cases"] = old["cases"]
     run = Run(args)
     done = []
@@ -364,8 +445,7 @@ def main(argv: list[str] | None = None) -> int:
             if len(case["contenders"]) > 1 and not case["pace_hz"]:
                 report.plot(case, machine, out.with_name(f"{out.stem}-{case['name']}.png"))
     print(report.header({**document, "cases": done}) + "\n\n" + report.table(done))
-    lines = [*report.episode_lines(done), *report.paced_lines(done), f"written to {out}"]
-    print("\n" + "\n".join(lines))
+    print("\n" + "\n".join([*report.lines(done), f"written to {out}"]))
     return 0
 
 

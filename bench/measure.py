@@ -8,8 +8,9 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,22 @@ class Load:
         return self
 
 
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """A process that never rests, on the last of this process's cores, while the block runs."""
+    core = max(os.sched_getaffinity(0))
+    program = f"import os; os.sched_setaffinity(0, {{{core}}}); print(flush=True)\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()  # it is there
+        yield
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def wait_for_quiet(seconds: float, cores: float = 0.15) -> None:
     """Wait until others use less than `cores` cores, but not longer than `seconds`."""
     deadline = time.monotonic() + seconds
@@ -118,7 +135,7 @@ def _compiler() -> str | None:
     return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The tree's commit, with "+" where files differ from it."""
     root = Path(__file__).parents[1]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -153,7 +170,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "compiler": _compiler(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
     }  # fmt: skip
 
 

@@ -182,6 +182,63 @@ def episode_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _timed(cases: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Any]]:
+    """Pairs of case and contender, those that ran."""
+    return [(case, c) for case in cases for c in case["contenders"] if c["status"] == "ok"]
+
+
+def stage_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What of a chunk of ours is not denoising: encode, prune, plan, noise, checks."""
+    lines = []
+    for case, contender in _timed(cases):
+        stages = contender.get("stages_ms")
+        if stages and case["lanes"] == 1 and not case["pace_hz"]:
+            outside, inside = stages["outside"], stages["denoise"]
+            lines.append(
+                f"{title(case)}, {contender['name']}: {milliseconds(outside)} ms outside the "
+                f"denoising, {outside / (outside + inside):.1%}; denoising {milliseconds(inside)} "
+                f"ms, {contender['floor']['ms'] / inside:.0%} of its floor"
+            )
+    return lines
+
+
+def lane_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lanes together against the same lanes one after another, and against the arithmetic."""
+    lines = []
+    for case, contender in _timed(cases):
+        if case["lanes"] > 1 and "memory_bytes" in contender and "/" not in contender["plan"]:
+            apart = _best(case, f"{contender['name']}/one-by-one")
+            ratio = _ratio(apart, contender["times"]["best_p50"])
+            against = f"one after another takes {ratio} as long, " if apart else ""
+            lines.append(
+                f"{title(case)}, {contender['name']}: {contender['arithmetic_share']:.0%} of the "
+                f"arithmetic floor, {against}{contender['memory_bytes'] / case['lanes'] / 1e6:.1f} MB a lane"
+            )
+    return lines
+
+
+def contended_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a busy process on one core costs."""
+    lines = []
+    for case, contender in _timed(cases):
+        if other := contender.get("contended"):
+            verdict = "" if other["ratio"] <= other["bar"] else f", OVER {other['bar']:g}"
+            lines.append(
+                f"{title(case)}, {contender['name']}, one core taken: median "
+                f"{milliseconds(other['p50'])} ms, {other['ratio']:.2f}x the quiet one{verdict}; "
+                f"largest {milliseconds(other['max'])}, {other['chunks']} chunks"
+            )
+    return lines
+
+
+def lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All that the table has no column for."""
+    made: list[str] = []
+    for part in (stage_lines, episode_lines, lane_lines, paced_lines, contended_lines):
+        made += part(cases)
+    return made
+
+
 def header(document: Mapping[str, Any]) -> str:
     """The machine and the conditions, for above the table."""
     machine = document["machine"]
@@ -228,12 +285,15 @@ def plot(case: Mapping[str, Any], machine: Mapping[str, Any], path: Path) -> Non
     mixed = [c for c in ours if c["plan"] == "sparse95"]
     if mixed:
         draw(mixed, "#D55E00", "s", "tsad, the 95 % plan")
+    halves = [c for c in timed if c["peer"] == "tsad-int16"]
+    if halves:
+        draw(halves, "#CC79A7", "^", "tsad, int16")
     grid = [i / 10 for i in range(0, 996)]
     ax.plot(grid, [dense * (1 - s / 100) for s in grid], "--", color="#555555", label="ideal")
     floors = [c["floor"]["ms"] for c in lines]
     ax.plot([100 * c["sparsity"] for c in lines], floors, ":", color="#009E73", label="floor")
     for contender in timed:
-        if contender["peer"] != "tsad":
+        if not contender["peer"].startswith("tsad"):
             best = contender["times"]["best_p50"]
             ax.axhline(best, color="#BBBBBB", linewidth=0.8)
             ax.text(0.5, best, contender["name"], fontsize=7, va="bottom", color="#555555")

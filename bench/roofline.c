@@ -1,5 +1,6 @@
-/* roofline.c: what the machine can do: fused multiply-adds from registers, and reads of a buffer
- * of the weights' size, in one instruction set. roofline.py compiles and runs it.
+/* roofline.c: what the machine can do: fused multiply-adds from registers, pairs of 16-bit products
+ * added into 32 bits, and reads of a buffer of the weights' size, in one instruction set.
+ * roofline.py compiles and runs it.
  *
  *   roofline THREADS BYTES SECONDS   ->   one line of JSON
  *
@@ -8,10 +9,16 @@
  */
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #ifndef VECTOR_BYTES
 #define VECTOR_BYTES 16
@@ -36,9 +43,29 @@ enum {
     MAX_REPEATS = 4096,
     MAX_THREADS = 64
 };
-enum { FMA, READ, READ_AHEAD, N_KINDS };
+enum { FMA, DOT16, READ, READ_AHEAD, N_KINDS };
 
 typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+
+/* a + the sums of pairs of 16-bit products of x and y; PAIR16 multiply-adds a vector */
+#if defined(__AVX512VNNI__) && VECTOR_BYTES == 64
+#define DOT(a, x, y) ((ints)_mm512_dpwssd_epi32((__m512i)(a), (__m512i)(x), (__m512i)(y)))
+#elif defined(__AVX512BW__) && VECTOR_BYTES == 64
+#define DOT(a, x, y) ((a) + (ints)_mm512_madd_epi16((__m512i)(x), (__m512i)(y)))
+#elif defined(__AVX2__) && VECTOR_BYTES == 32
+#define DOT(a, x, y) ((a) + (ints)_mm256_madd_epi16((__m256i)(x), (__m256i)(y)))
+#elif defined(__x86_64__) && VECTOR_BYTES == 16
+#define DOT(a, x, y) ((a) + (ints)_mm_madd_epi16((__m128i)(x), (__m128i)(y)))
+#elif defined(__aarch64__)
+#define DOT(a, x, y)                                                                               \
+    ((ints)vmlal_s16((int32x4_t)(a), vget_low_s16((int16x8_t)(x)), vget_low_s16((int16x8_t)(y))))
+#endif
+#if defined(__aarch64__)
+enum { PAIR16 = 4 }; /* half of a vector's sixteen bits a time */
+#else
+enum { PAIR16 = 2 * LANES };
+#endif
 
 typedef struct worker {
     pthread_t thread;
@@ -85,7 +112,32 @@ static float fma_pass(void)
     vec sum = filled(0) EACH_CHAIN(SUM);
 #undef START
 #undef STEP
+#undef SUM
     return sum[0];
+}
+
+static float dot16_pass(void)
+{
+#ifdef DOT
+    ints x = (ints){0} + 1, y = x; /* no sum overflows */
+#define START(i) ints a##i = (ints){0};
+#define STEP(i)                                                                                    \
+    IN_REGISTER(x); /* or a product would be made once, before the loop */                         \
+    a##i = DOT(a##i, x, y);                                                                        \
+    IN_REGISTER(a##i);
+#define SUM(i) +a##i
+    EACH_CHAIN(START)
+    for (int n = 0; n < FMA_LOOPS; n++) {
+        EACH_CHAIN(STEP)
+    }
+    ints sum = (ints){0} EACH_CHAIN(SUM);
+#undef START
+#undef STEP
+#undef SUM
+    return (float)sum[0];
+#else
+    return 0;
+#endif
 }
 
 static float read_pass(const char *data, size_t bytes, size_t ahead)
@@ -94,6 +146,7 @@ static float read_pass(const char *data, size_t bytes, size_t ahead)
 #define STEP(i)                                                                                    \
     a##i += p[i];                                                                                  \
     IN_REGISTER(a##i);
+#define SUM(i) +a##i
     EACH_STREAM(START)
     enum { TURN = STREAM * VECTOR_BYTES };
     for (size_t at = 0; at + TURN <= bytes; at += TURN) {
@@ -113,6 +166,10 @@ static void work(worker *w, int kind)
 {
     if (kind == FMA) {
         w->sink += fma_pass();
+        return;
+    }
+    if (kind == DOT16) {
+        w->sink += dot16_pass();
         return;
     }
     for (int pass = 0; pass < READ_PASSES; pass++) {
@@ -198,7 +255,9 @@ int main(int argc, char **argv)
     }
     double best[N_KINDS], median[N_KINDS];
     for (int kind = 0; kind < N_KINDS; kind++) {
-        double amount = kind == FMA ? 2.0 * CHAINS * LANES * FMA_LOOPS : (double)READ_PASSES * part;
+        double amount = kind == FMA     ? 2.0 * CHAINS * LANES * FMA_LOOPS
+                        : kind == DOT16 ? 2.0 * CHAINS * PAIR16 * FMA_LOOPS
+                                        : (double)READ_PASSES * part;
         amount *= 1e-9 * threads;
         qsort(seconds[kind], (size_t)n_repeats[kind], sizeof(double), ascending);
         best[kind] = amount / seconds[kind][0];
@@ -206,9 +265,10 @@ int main(int argc, char **argv)
     }
     int kind = best[READ_AHEAD] > best[READ] ? READ_AHEAD : READ;
     printf("{\"threads\": %d, \"vector_bytes\": %d, \"bytes\": %zu, \"gflops\": %.2f, "
-           "\"gflops_median\": %.2f, \"read_gbs\": %.2f, \"read_gbs_median\": %.2f, "
+           "\"gflops_median\": %.2f, \"int16_gops\": %.2f, \"read_gbs\": %.2f, "
+           "\"read_gbs_median\": %.2f, "
            "\"prefetch\": %s, \"sink\": %.1f}\n",
-           threads, VECTOR_BYTES, part * (size_t)threads, best[FMA], median[FMA], best[kind],
-           median[kind], kind == READ_AHEAD ? "true" : "false", (double)sink);
+           threads, VECTOR_BYTES, part * (size_t)threads, best[FMA], median[FMA], best[DOT16],
+           best[kind], median[kind], kind == READ_AHEAD ? "true" : "false", (double)sink);
     return 0;
 }

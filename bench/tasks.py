@@ -23,7 +23,7 @@ import cases  # noqa: E402
 import tsad  # noqa: E402
 from tsad.checkpoint import read_folder  # noqa: E402
 from tsad.config import PolicyConfig  # noqa: E402
-from tsad.load import _ASSETS, make_model  # noqa: E402
+from tsad.load import _ASSETS, PRECISIONS, make_model  # noqa: E402
 from tsad.samplers import Sampler, make_sampler  # noqa: E402
 from tsad.sim.pusht import observation  # noqa: E402
 
@@ -70,11 +70,17 @@ def make_task(
 
 def engine(task: Task, precision: str = "float32") -> tsad.SparsePolicy:
     """Our engine on the task."""
-    model = make_model(task.config, task.tensors, None, task.sampler)
+    keywords: Any = {} if precision == "float32" else {"precision": precision}
+    model = make_model(task.config, task.tensors, None, task.sampler, **keywords)
     return tsad.SparsePolicy(
         model, config=task.config, sampler=task.sampler, lanes=task.lanes, threads=task.threads,
         precision=precision,
     )  # fmt: skip
+
+
+def precisions() -> list[str]:
+    """Those that this tsad knows; "auto" is one of them by another name."""
+    return [name for name in PRECISIONS if name != "auto"]
 
 
 def normalise(actions: np.ndarray, task: Task) -> np.ndarray:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 ENGINE = "tsad"
+ENGINES = {ENGINE: "float32", "tsad-int16": "int16"}  # our engine, and in which precision
+ONE_BY_ONE = "/one-by-one"  # a plan's suffix: lanes are called one after another
 EPISODE = 38  # chunks of 8 actions in the 300 steps of a Push-T episode
 WARM_ROLLOUTS = 3
 SLOW_MS = 500.0  # chunks so slow warm the caches themselves
@@ -36,10 +38,13 @@ class Server:
 
     def __init__(self, peer: str, threads: int) -> None:
         self.peer, self.threads = peer, threads
+        self.ours = peer in ENGINES
         self._policy: Any = None
+        self._one_by_one = False
+        self._stages: list[dict[str, float]] = []
         self._last_ms = 0.0
 
-    def build(self, *, precision: str, **task: Any) -> dict[str, Any]:
+    def build(self, **task: Any) -> dict[str, Any]:
         """Make the policy of `tasks.make_task(**task)`; what is known of it."""
         import tasks
 
@@ -49,8 +54,8 @@ class Server:
         self._task = tasks.make_task(threads=self.threads, **task)
         self._obs = tasks.observations(self._task, EPISODE)
         facts: dict[str, Any] = {"note": ""}
-        if self.peer == ENGINE:
-            self._policy = tasks.engine(self._task, precision)
+        if self.ours:
+            self._policy = tasks.engine(self._task, ENGINES[self.peer])
             facts |= {
                 "note": f"{self._policy.backend}, {self._policy.precision}",
                 "backend": self._policy.backend,
@@ -67,7 +72,7 @@ class Server:
         """Normalised actions of one dense chunk, the whole horizon, noise of seed 0."""
         import tasks
 
-        if self.peer == ENGINE:
+        if self.ours:
             self._policy.plan = None
             self._policy.sparsity = 0.0
         self._policy.reset(seed=0)
@@ -85,6 +90,8 @@ class Server:
         import tsad
 
         policy = self._policy
+        self._one_by_one = name.endswith(ONE_BY_ONE)
+        name = name.removesuffix(ONE_BY_ONE)
         if name == "dense":
             chosen = [tsad.planners.dense(policy)] * policy.lanes
         elif name.startswith("uniform-"):
@@ -116,9 +123,9 @@ class Server:
 
         self._start(plan)
         load = measure.Load()
-        ours = self.peer == ENGINE
-        warm = WARM_ROLLOUTS if ours else int(self._last_ms < SLOW_MS)
+        warm = WARM_ROLLOUTS if self.ours else int(self._last_ms < SLOW_MS)
         before = [self._call(i) for i in range(warm)]
+        self._stages.clear()
         times: list[float] = []
         begin = time.perf_counter()
         while len(times) < EPISODE - warm:
@@ -128,11 +135,26 @@ class Server:
         load.stop()
         return {
             "times_ms": times,
-            "first_ms": before[0] if ours else None,
+            "first_ms": before[0] if self.ours else None,
             "warm_ms": before,
+            "stages_ms": self._medians(),
             "foreign": load.foreign,
             "steal": load.steal,
         }
+
+    def sustained(self, plan: str, seconds: float) -> dict[str, Any]:
+        """Chunks back to back for `seconds`, however many, after the warm rollouts."""
+        import measure
+
+        self._start(plan)
+        for i in range(WARM_ROLLOUTS):
+            self._call(i)
+        load, times = measure.Load(), []
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            times.append(self._call(WARM_ROLLOUTS + len(times)))
+        load.stop()
+        return {"times_ms": times, "foreign": load.foreign, "steal": load.steal}
 
     def paced(self, plan: str, hertz: float, seconds: float) -> dict[str, Any]:
         """Chunks at a robot's rate: a call at every tick, the process idle in between.
@@ -168,7 +190,7 @@ class Server:
         }
 
     def _start(self, plan: str) -> None:
-        if self.peer == ENGINE:
+        if self.ours:
             self.plan(plan)
         self._policy.reset(seed=0)
 
@@ -179,9 +201,25 @@ class Server:
     def _call(self, chunk: int) -> float:
         obs = self._rows(chunk)
         begin = time.perf_counter()
-        self._policy(obs)
+        if self._one_by_one:
+            for lane in range(len(obs)):
+                self._policy(obs[lane : lane + 1], lanes=[lane])
+        else:
+            self._policy(obs)
         self._last_ms = (time.perf_counter() - begin) * 1e3
+        if self.ours:
+            stages = self._policy.timings
+            self._stages.append(stages | {"outside": self._last_ms - stages["denoise"]})
         return self._last_ms
+
+    def _medians(self) -> dict[str, float] | None:
+        """Medians of the stages; `outside`: of all that is not denoising, the noise included."""
+        if not self._stages or self._one_by_one:
+            return None
+        return {
+            name: float(np.median([stages[name] for stages in self._stages]))
+            for name in self._stages[0]
+        }
 
 
 def serve(connection: Any, peer: str, threads: int) -> None:

@@ -84,7 +84,7 @@ def test_a_budget_below_step_0_is_refused() -> None:
 
 def test_the_worker_gives_every_lane_its_own_plan() -> None:
     server = Server("tsad", 1)
-    server.build(precision="float32", shape="tiny", lanes=3)
+    server.build(shape="tiny", lanes=3)
     facts = server.plan("sparse95")
     assert len({sources.tobytes() for sources in facts["sources"]}) == 3
     assert facts["sparsity"] == pytest.approx(0.95)
@@ -118,6 +118,14 @@ def test_settled_compares_the_two_fastest_rounds() -> None:
     assert not measure.settled([[10.0]], 0.04)
 
 
+def test_a_busy_core_is_busy_and_then_free() -> None:
+    with measure.busy_core():
+        load = measure.Load()
+        time.sleep(0.3)
+        taken = load.stop().foreign
+    assert taken is None or taken > 0.3
+
+
 def test_slug_names_the_processor() -> None:
     facts = {"cpu": "Intel(R) Xeon(R) CPU @ 2.30GHz", "family": "6", "model": "207"}
     assert measure.slug(facts) == "intel-xeon-6-207"
@@ -146,6 +154,11 @@ def test_work_counts_macs_of_all_lanes_and_bytes_once() -> None:
     assert same == n_bytes  # what `half` computes, `dense` does too
     lower = sum(block_costs(net)[:3])
     assert more == macs + 4 * lower + sum(block_costs(net)[3:]) + 4 * ends * net["horizon"]
+    # in 16 bits: those weights' bytes halve; all but the ends, attention and folds are integers
+    assert roofline.work(net, [dense], "int16")[1] == n_bytes - 4 * 2 * 2 * 12 * 16 * 16
+    attention, folds = 2 * 5 * 5 * 16, 2 * 5 * 4 * 2 * 16
+    other = 4 * (2 * (attention + folds) + ends * net["horizon"])
+    assert roofline.work16(net, [dense]) == macs - other
     # 12 d^2 weights a layer in float32, and the folded keys and values of 4 memory tokens
     assert sum(roofline.block_bytes(net)) == 2 * 4 * (12 * 16 * 16 + 2 * 4 * 2 * 16)
 
@@ -154,6 +167,9 @@ def test_floor_is_the_larger_of_arithmetic_and_bytes() -> None:
     peak = {"gflops": 100.0, "read_gbs": 50.0}
     assert roofline.floor(5e9, 1e9, peak) == {"compute_ms": 100.0, "memory_ms": 20.0, "ms": 100.0}
     assert roofline.floor(5e8, 1e9, peak)["ms"] == 20.0
+    # 16-bit products at their own rate: 2e9 of the multiply-adds at 400, the rest at 100
+    mixed = roofline.floor(5e9, 0, peak | {"int16_gops": 400.0}, macs16=2e9)
+    assert mixed["compute_ms"] == pytest.approx(60 + 10)
     runs = [{"gflops": 3.0, "read_gbs": 9.0, "bytes": 1}, {"gflops": 4.0, "read_gbs": 8.0}]
     best = roofline.Roofline.best(runs)
     assert (best["gflops"], best["read_gbs"]) == (4.0, 9.0)
@@ -328,7 +344,7 @@ class FakeWorker:
 
 
 def arguments(**other: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"precision": "float32", "peers": ["eager"], "rounds": 1,
+    return argparse.Namespace(**{"precisions": ["float32"], "peers": ["eager"], "rounds": 1,
                                  "seconds": 0.01} | other)  # fmt: skip
 
 
@@ -371,6 +387,7 @@ def test_a_run_writes_a_complete_document(tmp_path: Path, monkeypatch: Any) -> N
     assert sparse["passes"] == pytest.approx(5) and sparse["macs"] < 0.06 * dense["macs"]
     assert dense["floor"] == eager["floor"]
     assert (tmp_path / "o-tiny.png").stat().st_size > 10_000
+    assert "outside the denoising" in report.stage_lines(document["cases"])[2]
     lines = report.table(document["cases"]).splitlines()
     assert len(lines) == 2 + 4 and len({line.count("|") for line in lines}) == 1
     for path in (["machine"], ["cases", 0, "roofline"], ["cases", 0, "contenders", 1, "times"]):
@@ -383,11 +400,43 @@ def test_a_run_writes_a_complete_document(tmp_path: Path, monkeypatch: Any) -> N
             report.check(broken)
 
 
+def test_cases_are_added_to_a_file_and_replaced_in_it(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(bench, "ROOFLINE_SECONDS", 0.03)
+    monkeypatch.setattr(bench, "SETTLE", 0.0)
+    tiny = {"shape": "tiny", "threads": 1}
+    made = {
+        "lanes": bench.Case(**tiny, lanes=2, plans=bench.LANES),
+        "paced": bench.Case(**tiny, pace_hz=100),
+        "contended": bench.Case(**tiny, contended=True),
+    }
+    monkeypatch.setattr(bench, "CASES", made)
+    monkeypatch.setattr(bench.Run, "_wants_round", lambda *arguments: arguments[-1] < 1)
+    out = tmp_path / "o.json"
+    command = ["--rounds", "1", "--seconds", "0.04", "--out", str(out), "--cases"]
+    assert bench.main([*command, "lanes,contended"]) == 0
+    assert bench.main([*command, "paced,lanes"]) == 0
+    cases = {case["name"]: case for case in report.read(out)["cases"]}
+    assert list(cases) == ["contended", "paced", "lanes"]
+    together, apart = cases["lanes"]["contenders"]
+    assert apart["name"] == f"{together['name']}/one-by-one"
+    assert apart["macs"] == together["macs"] and "stages_ms" not in apart
+    assert 0 < together["arithmetic_share"] <= together["floor_share"] < 1.5
+    for contender in cases["contended"]["contenders"]:
+        assert contender["contended"]["ratio"] > 0 and contender["contended"]["chunks"] > 1
+    text = "\n".join(report.lines(list(cases.values())))
+    for words in ("MB a lane", "one core taken: median", "of the ticks late"):
+        assert words in text
+    assert bench.main([*command, "paced", "--fresh"]) == 0
+    assert [case["name"] for case in report.read(out)["cases"]] == ["paced"]
+
+
 def test_arguments_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (["--peers", "nobody"], ["--cases", "x"], ["--paced", "0"], ["--rounds", "0"]):
         with pytest.raises(SystemExit):
             bench.parse(wrong)
         assert wrong[0] in capsys.readouterr().err
+    assert bench.parse(["--peers", "all"]).peers == list(bench.PEERS)
+    assert bench.parse([]).peers is None and "float32" in bench.parse([]).precisions
     quick = bench.parse(["--quick"])
     assert quick.cases == list(bench.QUICK_CASES) and quick.peers == list(bench.QUICK_PEERS)
     paced = bench.wanted_cases(bench.parse(["--cases", "ddpm100", "--paced", "10", "50"]))
