@@ -337,16 +337,15 @@ def _search(args: argparse.Namespace) -> int:
     probe = load_policy(args.source, args, name="POLICY", lanes=1)
     with argument("--start"):
         probe.plan = start
-    windows = [
-        (episode.obs[part], episode.noise()[part])
-        for episode, part in pick(_recorded(args, probe), args.chunks, 1, args.seed)
-    ]
+    chosen = pick(_recorded(args, probe), args.chunks, 1, args.seed)
+    windows = [(episode.obs[part], episode.noise()[part]) for episode, part in chosen]
     lanes = min(args.lanes, len(windows))
     policy = load_policy(args.source, args, name="POLICY", lanes=lanes)
     error = ChunkError(policy, windows[: len(windows) // lanes * lanes])
     asked = start.sparsity if args.sparsity is None else args.sparsity
     with argument("--start"):
-        search = Search(policy, start, error, sparsity=asked, seed=args.seed)
+        note = {**_facts(probe, args.source), "seeds": sorted({e.seed for e, _ in chosen})}
+        search = Search(policy, start, error, sparsity=asked, seed=args.seed, note=note)
     seconds = args.minutes * 60
     state: list[Found] = []
     with Progress(max(round(seconds), 1), "search", unit="s") as progress:

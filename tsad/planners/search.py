@@ -8,7 +8,7 @@ with the dense chunk's noise, many times a second.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,7 @@ class Search:
         error: `ChunkError` of that policy.
         sparsity: of the cost; the plan found is at least as sparse.
         seed: of the moves.
+        note: kept in the plan's metadata, e.g. which episodes the error is of.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Search:
         *,
         sparsity: float,
         seed: int = 0,
+        note: Mapping[str, Any] | None = None,
     ) -> None:
         self._sources = start.sources.copy()
         if (self._sources[0] != COMPUTE).any() or (self._sources == REUSE_ROLLOUT).any():
@@ -143,7 +145,8 @@ class Search:
                 f"start: expected a sparsity of at least {sparsity:.4g}, got {start.sparsity:.4g}"
             )
         self._rng = np.random.default_rng(seed)
-        self._metadata = {"planner": "search", "sparsity": float(sparsity), "seed": seed}
+        facts = {"planner": "search", "sparsity": float(sparsity), "seed": seed}
+        self._metadata = {**(note or {}), **facts}
 
     def _spent(self, sources: Sources) -> int:
         return int((sources == COMPUTE).sum(axis=0) @ self._costs)

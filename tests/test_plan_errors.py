@@ -1,0 +1,64 @@
+"""bench/plan_errors.py on the bundled policy with a short sampler."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tsad import cli
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+if not BENCH.is_dir():
+    pytest.skip("needs the source tree", allow_module_level=True)
+sys.path.insert(0, str(BENCH))
+
+import plan_errors  # noqa: E402
+
+SAMPLER = ["--sampler", "ddim", "--steps", "8", "--threads", "1"]
+
+
+def test_rank_correlation_and_quantiles() -> None:
+    assert plan_errors.rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1)
+    assert plan_errors.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    found = plan_errors.describe(np.array([1.0, 4.0, 4.0, 16.0]))
+    assert found["rms"] == pytest.approx(2.5) and found["median"] == 2 and found["max"] == 4
+    with pytest.raises(ValueError, match="made with the episodes"):
+        plan_errors.check_apart({"effects": [1, 2]}, [2, 3])
+
+
+def test_the_table(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    pytest.importorskip("gym_pusht")
+    pytest.importorskip("torch")
+    from tsad.sim.pusht import PushT
+
+    monkeypatch.setattr(PushT, "max_steps", 40)
+    seen, others, effects = (str(tmp_path / name) for name in ("seen", "others", "effects.npz"))
+    for folder, first in ((seen, "0"), (others, "5000")):
+        command = ["collect", "pusht", "--out", folder, "--episodes", "2", "--first-seed", first]
+        assert cli.main([*command, *SAMPLER]) == 0
+    command = ["plan", "measure", "pusht", "--data", seen, "--out", effects, "--chunks", "10"]
+    assert cli.main([*command, *SAMPLER]) == 0
+    made = str(tmp_path / "made.npz")
+    command = ["plan", "make", "uniform", "pusht", "--sparsity", "0.75", "--out", made]
+    assert cli.main([*command, *SAMPLER]) == 0
+    out = tmp_path / "errors.json"
+    argv = [effects, others, "--out", str(out), "--lanes", "5", "--cells", "12"]
+    assert plan_errors.main([*argv, "--sparsity", "0.5", "0.75", "--plan", f"mine={made}"]) == 0
+    document = json.loads(out.read_text())
+    plans = document["plans"]
+    assert document["observations"] == 10 and document["seeds"] == [5000, 5001]
+    assert len(document["files_sha256"]["model.safetensors"]) == 64
+    assert plans["mine"]["0.75"]["error"] == plans["uniform"]["0.75"]["error"]
+    for by_sparsity in plans.values():
+        for asked, row in by_sparsity.items():
+            assert row["sparsity"] >= float(asked) - 1e-9
+    assert document["whole_plans"]["plans"] == 2 * len(plans) - 1
+    assert set(document["single_cells"]["rank_correlation"]) == {*plan_errors.SINGLE, "all"}
+    assert "random cells 2" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="that are to test it"):
+        plan_errors.main([effects, seen])
