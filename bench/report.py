@@ -210,9 +210,10 @@ def lane_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
             apart = _best(case, f"{contender['name']}/one-by-one")
             ratio = _ratio(apart, contender["times"]["best_p50"])
             against = f"one after another takes {ratio} as long, " if apart else ""
+            megabytes = contender["memory_bytes"] / case["lanes"] / 1e6
             lines.append(
                 f"{title(case)}, {contender['name']}: {contender['arithmetic_share']:.0%} of the "
-                f"arithmetic floor, {against}{contender['memory_bytes'] / case['lanes'] / 1e6:.1f} MB a lane"
+                f"arithmetic floor, {against}{megabytes:.1f} MB a lane"
             )
     return lines
 
