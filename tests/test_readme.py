@@ -31,7 +31,7 @@ def test_the_commands_it_names_exist() -> None:
 
     commands = set(
         re.findall(
-            r"`?tsad (demo|eval|bench|show|info|convert|generate|train-policy)\b",
+            r"`?tsad (demo|eval|collect|plan|bench|show|info|convert|generate|train-policy)\b",
             README.read_text(),
         )
     )
