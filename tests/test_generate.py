@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,14 @@ def test_search_gives_up_and_winners_are_bounded() -> None:
     assert all(len(searcher(Search(4, 0.3, winners=1))(seed)) <= 1 for seed in SEEDS)
 
 
+def test_the_last_steps_are_those_of_the_whole() -> None:
+    whole = [d for seed in SEEDS for d in searcher()(seed)]
+    last = [d for seed in SEEDS for d in searcher(replace(SEARCH, last=6))(seed)]
+    assert {len(d.actions) for d in whole} != {len(d.actions) for d in last}
+    cut = [d._replace(states=d.states[-6:], actions=d.actions[-6:]) for d in whole]
+    assert same(last, cut)
+
+
 def test_noise_is_not_that_of_an_evaluation() -> None:
     seeds = noise_seeds(7, 4)
     assert len({*seeds, sim.noise_seed(7)}) == 5
@@ -125,6 +134,7 @@ def test_noise_is_not_that_of_an_evaluation() -> None:
         ({"start": 1.0}, "start: expected a score"),
         ({"winners": 9}, "winners: expected 1 to particles, got 9"),
         ({"execute": 5}, "execute: expected 1 to 4, the policy's n_action_steps, got 5"),
+        ({"last": 0}, "last: expected at least 1"),
         ({"particles": 5}, "lanes: got 4, expected at least 5"),
     ],
 )

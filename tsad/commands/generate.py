@@ -89,6 +89,12 @@ def add_parser(subparsers: Any) -> None:
     search.add_argument(
         "--execute", type=positive_int, metavar="N", help="actions of a chunk (default: all)"
     )
+    search.add_argument(
+        "--last",
+        type=positive_int,
+        metavar="N",
+        help="keep the last N steps of each (default: all)",
+    )
     add_policy_options(parser)
     parser.set_defaults(sampler="ddim", steps=4)
     output = parser.add_argument_group("output")
@@ -126,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = _check_arguments(args)
     with argument("the search"):
-        names = ("particles", "start", "interval", "chunks", "winners", "execute")
+        names = ("particles", "start", "interval", "chunks", "winners", "execute", "last")
         search = Search(**{name: getattr(args, name) for name in names})
     source = args.simulator if args.policy is None else args.policy
     policy = load_policy(source, args, name="--policy", lanes=search.particles)

@@ -39,7 +39,8 @@ class Search:
 
     `particles` copies from the score `start` on, of which the better half is kept every `interval`
     chunks, for at most `chunks` chunks; `execute` actions of each chunk are executed (None: the
-    policy's n_action_steps). `winners` particles at most become demonstrations.
+    policy's n_action_steps). `winners` particles at most become demonstrations, and of each the
+    `last` steps at most (None: all): what led to success at once, without the detours before.
     """
 
     particles: int = 8
@@ -48,6 +49,7 @@ class Search:
     chunks: int = 24
     execute: int | None = None
     winners: int = 3
+    last: int | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -56,6 +58,7 @@ class Search:
             "interval": (self.interval >= 1, "at least 1"),
             "chunks": (self.chunks >= 1, "at least 1"),
             "execute": (self.execute is None or self.execute >= 1, "at least 1"),
+            "last": (self.last is None or self.last >= 1, "at least 1"),
             "winners": (1 <= self.winners <= self.particles, "1 to particles"),
         }
         for name, (good, expected) in checks.items():
@@ -136,12 +139,12 @@ class Searcher:
                 return []
             self._advance([lead], self.policy.n_action_steps)
         if lead.success:
-            return [_demonstration(seed, lead)]
+            return [self._demonstration(seed, lead)]
         others = [self._particle(lane, seed) for lane in lanes[1:]]
         for other in others:
             other.become(lead)
         winners = self._select([lead, *others])
-        return [_demonstration(seed, winner) for winner in winners]
+        return [self._demonstration(seed, winner) for winner in winners]
 
     def _particle(self, lane: int, seed: int) -> _Particle:
         environment = self.environments[lane]
@@ -177,6 +180,8 @@ class Searcher:
                     worse.become(better)
         return winners[: search.winners]
 
-
-def _demonstration(seed: int, particle: _Particle) -> Demonstration:
-    return Demonstration(seed, np.stack(particle.states), np.stack(particle.actions))
+    def _demonstration(self, seed: int, particle: _Particle) -> Demonstration:
+        kept = slice(-(self.search.last or len(particle.actions)), None)
+        return Demonstration(
+            seed, np.stack(particle.states[kept]), np.stack(particle.actions[kept])
+        )
