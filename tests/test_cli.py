@@ -11,10 +11,10 @@ import time
 
 import numpy as np
 import pytest
+from command_line import run
 from fakes import FakePushT
 
 import tsad
-from tsad import cli
 from tsad.commands import common
 from tsad.sim import results
 
@@ -30,17 +30,6 @@ COMMANDS = [
     "generate",
     "train-policy",
 ]
-
-
-def run(capsys, *argv: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command line."""
-    try:
-        code = cli.main(list(argv))
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return code, out, err
 
 
 @pytest.fixture

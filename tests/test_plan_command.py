@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 
 import tsad
 from tsad import cli
@@ -17,16 +18,6 @@ from tsad.planners.search import Search
 from tsad.sim.recording import Recorded
 
 SAMPLER = ["--sampler", "ddim", "--steps", "4", "--threads", "1"]
-
-
-def run(capsys: Any, *argv: str) -> tuple[int, str, str]:
-    try:
-        code = cli.main(list(argv))
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return code, out, err
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 from policies import make_policy
 
-from tsad import cli, sim
+from tsad import sim
 from tsad.samplers import make_sampler
 from tsad.sim import recording
 from tsad.sim.results import ResultsError
@@ -122,15 +123,6 @@ def test_a_folder_grows_and_keeps_to_its_settings(tmp_path: Path) -> None:
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ResultsError, match="is not empty"):
         recording.open_collection(tmp_path / "full", {})
-
-
-def run(capsys: Any, *argv: str) -> tuple[int, str, str]:
-    try:
-        code = cli.main(list(argv))
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_collect(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:

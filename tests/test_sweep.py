@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 from fakes import FakePolicy, FakeWorld
 
 import tsad
-from tsad import cli, sim
+from tsad import sim
 from tsad.sim.results import ResultsError, compare, compare_all
 from tsad.sim.rollout import Episode
 
@@ -98,16 +99,6 @@ def test_joint_intervals_hold_together_as_often_as_they_say() -> None:
 
 
 # ---- the command
-
-
-def run(capsys: Any, *argv: str) -> tuple[int, str, str]:
-    try:
-        code = cli.main(list(argv))
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return code, out, err
 
 
 def write(path: Path, rows: Any) -> list[str]:

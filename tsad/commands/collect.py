@@ -13,7 +13,9 @@ from tsad.commands.common import (
     Progress,
     UsageError,
     add_policy_options,
+    add_simulator,
     argument,
+    check_simulator,
     files_sha256,
     load_policy,
     natural,
@@ -50,13 +52,8 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=Formatter,
     )
-    parser.add_argument("simulator", metavar="SIMULATOR", help="the simulator: pusht")
+    add_simulator(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to fill")
-    parser.add_argument(
-        "--policy",
-        metavar="SRC",
-        help="bundled name, tsad folder or checkpoint (default: the simulator's bundled policy)",
-    )
     parser.add_argument(
         "--episodes",
         type=positive_int,
@@ -108,11 +105,7 @@ def run(args: argparse.Namespace) -> int:
     from tsad import sim
     from tsad.sim import recording
 
-    if args.simulator not in sim.names():
-        raise UsageError(
-            f"argument SIMULATOR: unknown simulator {args.simulator!r}; expected one of "
-            f"{', '.join(sim.names())}"
-        )
+    check_simulator(args.simulator)
     seeds = list(range(args.first_seed, args.first_seed + args.episodes))
     if seeds[-1] not in recording.SEEDS:
         raise UsageError(

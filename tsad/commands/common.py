@@ -129,6 +129,27 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_simulator(parser: argparse.ArgumentParser) -> None:
+    """The simulator and the policy that plays in it."""
+    parser.add_argument("simulator", metavar="SIMULATOR", help="the simulator: pusht")
+    parser.add_argument(
+        "--policy",
+        metavar="SRC",
+        help="bundled name, tsad folder or checkpoint (default: the simulator's bundled policy)",
+    )
+
+
+def check_simulator(name: str) -> None:
+    """UsageError if there is no such simulator."""
+    from tsad import sim
+
+    if name not in sim.names():
+        raise UsageError(
+            f"argument SIMULATOR: unknown simulator {name!r}; expected one of "
+            f"{', '.join(sim.names())}"
+        )
+
+
 def load_policy(source: str, args: argparse.Namespace, *, name: str, lanes: int) -> SparsePolicy:
     """`tsad.load` with the options of `add_policy_options`; UsageError names the argument."""
     import tsad

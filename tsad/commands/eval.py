@@ -15,7 +15,9 @@ from tsad.commands.common import (
     Progress,
     UsageError,
     add_policy_options,
+    add_simulator,
     argument,
+    check_simulator,
     cpu_name,
     files_sha256,
     load_plan,
@@ -66,12 +68,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=Formatter,
     )
-    parser.add_argument("simulator", metavar="SIMULATOR", help="the simulator: pusht")
-    parser.add_argument(
-        "--policy",
-        metavar="SRC",
-        help="bundled name, tsad folder or checkpoint (default: the simulator's bundled policy)",
-    )
+    add_simulator(parser)
     parser.add_argument(
         "--seeds", type=positive_int, default=50, metavar="N", help="episodes (default: 50)"
     )
@@ -130,13 +127,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _check_arguments(args: argparse.Namespace) -> Path | None:
     """What argparse cannot see; returns the output path."""
-    from tsad import sim
 
-    if args.simulator not in sim.names():
-        raise UsageError(
-            f"argument SIMULATOR: unknown simulator {args.simulator!r}; expected one of "
-            f"{', '.join(sim.names())}"
-        )
+    check_simulator(args.simulator)
     if args.plan is not None and (args.sparsity is not None or args.planner is not None):
         raise UsageError("argument --plan: a fixed plan leaves nothing to --sparsity or --planner")
     if args.observations is not None and args.settings is None:

@@ -15,7 +15,9 @@ from tsad.commands.common import (
     Progress,
     UsageError,
     add_policy_options,
+    add_simulator,
     argument,
+    check_simulator,
     files_sha256,
     load_policy,
     positive_int,
@@ -66,15 +68,10 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=Formatter,
     )
-    parser.add_argument("simulator", metavar="SIMULATOR", help="the simulator: pusht")
+    add_simulator(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="the npz file to make")
     parser.add_argument(
         "--seeds", type=_range, required=True, metavar="A:B", help="one episode each, A to B-1"
-    )
-    parser.add_argument(
-        "--policy",
-        metavar="SRC",
-        help="bundled name, tsad folder or checkpoint (default: the simulator's bundled policy)",
     )
     search = parser.add_argument_group("the search")
     for name, kind, default, text in (
@@ -106,13 +103,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _check_arguments(args: argparse.Namespace) -> Path:
     """What argparse cannot see; returns the output path."""
-    from tsad import sim
 
-    if args.simulator not in sim.names():
-        raise UsageError(
-            f"argument SIMULATOR: unknown simulator {args.simulator!r}; expected one of "
-            f"{', '.join(sim.names())}"
-        )
+    check_simulator(args.simulator)
     if args.resume and args.overwrite:
         raise UsageError("argument --resume: not together with --overwrite")
     out = Path(args.out)

@@ -12,6 +12,7 @@ from tsad.commands.common import (
     InterruptedRunError,
     UsageError,
     argument,
+    check_simulator,
     load_policy,
     seed_range,
     table,
@@ -158,13 +159,8 @@ def _table(rows: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
 
 
 def _check(args: argparse.Namespace) -> Path:
-    from tsad import sim
 
-    if args.simulator not in sim.names():
-        raise UsageError(
-            f"argument SIMULATOR: unknown simulator {args.simulator!r}; expected one of "
-            f"{', '.join(sim.names())}"
-        )
+    check_simulator(args.simulator)
     if args.out is None:
         raise UsageError("argument --settings: needs --out DIR, a file per setting goes there")
     if args.seeds < 2:
