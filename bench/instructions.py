@@ -75,10 +75,10 @@ def compiler() -> str:
     return f"{version}, {platform.machine()}"
 
 
-def build(folder: Path, flags: Sequence[str] = ()) -> Path:
-    """The program, compiled."""
-    program = folder / "instructions"
-    sources = [HERE / "instructions.c"]
+def build(folder: Path, flags: Sequence[str] = (), source: str = "instructions.c") -> Path:
+    """A program of this folder with the core, compiled."""
+    program = folder / Path(source).stem
+    sources = [HERE / source]
     for part in ("", "net", "stage", "cpu"):
         sources += sorted((ROOT / "csrc" / part).glob("*.c"))
     command = [os.environ.get("CC", "cc"), *FLAGS, *flags, f"-I{ROOT / 'csrc'}"]
