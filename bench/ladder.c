@@ -427,7 +427,9 @@ static void overlap(RUN_PARAMETERS)
         w->rank = 1, w->size = 2;
         now.rank1 = run->registers;
     }
+    bool stalled = w->stalled;
     meet(w);
+    w->stalled = stalled; /* who prunes quickly waits for step 0, not for a core that is taken */
     if (w->rank == 0) {
         for (int i = 0; i < run->net->n_registers; i++) {
             memcpy(run->registers[i], now.rank1[i],
