@@ -19,7 +19,8 @@ extern "C" {
 typedef struct tsad_run {
     const tsad_net *net;
     const tsad_program *program;
-    float **registers; /* the calling worker's */
+    float **registers;          /* the calling worker's */
+    float *previous_x0, **sums; /* where the program needs them */
     tsad_lane *lane;
     const float *noise; /* z of row k at noise + k * noise_step; NULL: none */
     size_t noise_step;
@@ -34,7 +35,9 @@ typedef struct tsad_backend {
         tsad_model *model);            /* plain matrices -> packed; plain ones are freed after */
     void (*unpack)(tsad_model *model); /* frees what pack made; accepts half-packed models */
     size_t (*scratch_floats)(const tsad_model *model);
-    void (*run)(tsad_worker *w, const tsad_run *run, int row_begin, int row_end);
+    /* n > 1: lanes of one net that go through the rows together and share every pass over the
+     * weights that they can; the worker is then alone (size 1) */
+    void (*run)(tsad_worker *w, const tsad_run *runs, int n, int row_begin, int row_end);
     /* fills the lane's sums of rollout slots that its program's ops keep; to be met after */
     void (*keep)(tsad_worker *w, tsad_lane *lane);
 } tsad_backend;

@@ -169,6 +169,7 @@ typedef struct tsad_program {
     int32_t *row_start; /* (n_rows + 1) into ops */
     tsad_op *ops;
     int32_t *sources;
+    float *counts; /* how often an addition takes each of its sources */
     int64_t cost;
     int32_t cells[TSAD_N_SOURCES];
     bool reads_rollout;
@@ -231,15 +232,26 @@ typedef struct tsad_lane {
     tsad_lane_stats stats;
 } tsad_lane;
 
-/* One thread's private memory for a chunk. */
+#define TSAD_GANG 8 /* lanes that one thread takes through the steps together, at most */
+
+/* One lane of a gang: a thread's private memory for its chunk. */
+typedef struct tsad_member {
+    tsad_lane *lane;
+    const float *obs;  /* (To, O) */
+    int row;           /* in the call's arrays */
+    float **registers; /* denoiser's registers, private copies */
+    float **encoder_registers;
+    float *previous_x0;           /* (T, A padded) */
+    float *sums[TSAD_REMEMBERED]; /* branch_floats each */
+} tsad_member;
+
+/* One thread's private memory. A gang of more than one lane is the thread's own (size 1). */
 typedef struct tsad_worker {
     struct tsad_policy *policy;
-    int rank, size;    /* threads that share this lane's chunk */
-    float **registers; /* denoiser's registers, private copies */
-    float **encoder_registers, **pruner_registers;
+    int rank, size;       /* threads that share this lane's chunk */
+    tsad_member *members; /* (gang) */
+    float **pruner_registers;
     float *scratch;                     /* backend's */
-    float *previous_x0;                 /* (T, A padded) */
-    float *sums[TSAD_REMEMBERED];       /* branch_floats each */
     uint32_t *read_epoch, *write_epoch; /* (B) see cpu/run.c */
     uint32_t epoch;
     unsigned parity;
@@ -254,7 +266,7 @@ typedef struct tsad_worker {
 struct tsad_policy {
     tsad_model *model;
     atomic_int busy;
-    int n_lanes, n_threads;
+    int n_lanes, n_threads, gang;
     int slot_rows;         /* that slot_arena has room for: 1 or K */
     double sparsity;       /* of the pruner's budget; < 0: argmax */
     tsad_arena arena;      /* everything but the slots */
@@ -331,7 +343,7 @@ tsad_status tsad_copy_floats(float **out, const float *source, size_t n);
 
 /* ---- stage/ ----------------------------------------------------------------------------- */
 
-void tsad_encode(tsad_worker *w, tsad_lane *lane, const float *obs);
+void tsad_encode(tsad_worker *w, int n); /* the worker's first n members */
 void tsad_prune(tsad_worker *w, tsad_lane *lane);
 /* Chooses the lane's program for this chunk and records the plan. */
 void tsad_plan(tsad_worker *w, tsad_lane *lane);
@@ -339,8 +351,8 @@ void tsad_plan(tsad_worker *w, tsad_lane *lane);
 void tsad_sums_place(tsad_lane *lane);
 /* After tsad_plan: whether this chunk makes them, has them, or goes without. */
 void tsad_sums_choose(tsad_lane *lane);
-/* Runs lane->program from noise to actions; `row` is the lane's row in the call's arrays. */
-void tsad_denoise(tsad_worker *w, tsad_lane *lane, const tsad_call *call, int row);
+/* Runs the programs of the first n members' lanes from noise to actions. */
+void tsad_denoise(tsad_worker *w, int n, const tsad_call *call);
 
 void tsad_program_carve(tsad_program *program, tsad_arena *arena, int n_rows, int max_ops,
                         int max_sources);
@@ -365,11 +377,16 @@ typedef struct tsad_ticket {
 
 void tsad_spin(int spins); /* one turn of a waiting loop */
 void tsad_barrier_wait(tsad_barrier *barrier, int size);
-/* A barrier of the threads that share a lane; rank 0 notes whether it was kept waiting. */
+/* A barrier of the threads that share a lane; rank 0 notes whether it was kept waiting (stall.c).
+ */
 void tsad_worker_meet(tsad_worker *w);
 /* Runs fn(context, rank, size) on `size` threads of the process's team, the caller being rank 0;
  * alone (size 1) when the team is taken or can't be had. Returns the size used. */
 int tsad_team_run(void (*fn)(void *context, int rank, int size), void *context, int size);
 tsad_status tsad_team_reserve(int size); /* start threads ahead of the first chunk */
+
+/* stall.c: threads to ask for, and what the chunk just run says of them */
+int tsad_stall_size(tsad_policy *p, int n_lanes);
+void tsad_stall_note(tsad_policy *p);
 
 int64_t tsad_now(void); /* nanoseconds, monotonic */

@@ -24,18 +24,28 @@ static float **carve_registers(tsad_arena *arena, const tsad_net *net)
     return list;
 }
 
+static void layout_member(const tsad_policy *p, tsad_member *member, tsad_arena *arena)
+{
+    const tsad_model *m = p->model;
+    member->registers = carve_registers(arena, &m->net);
+    member->encoder_registers = carve_registers(arena, &m->encoder);
+    member->previous_x0 = TSAD_CARVE(arena, float, m->horizon *tsad_pad(m->action_dim));
+    for (int i = 0; i < TSAD_REMEMBERED; i++) {
+        member->sums[i] = TSAD_CARVE(arena, float, p->branch_floats);
+    }
+}
+
 static void layout_worker(tsad_policy *p, tsad_worker *w, tsad_arena *arena)
 {
     const tsad_model *m = p->model;
     w->policy = p;
-    w->registers = carve_registers(arena, &m->net);
-    w->encoder_registers = carve_registers(arena, &m->encoder);
-    w->pruner_registers = carve_registers(arena, &m->pruner_net);
-    w->scratch = TSAD_CARVE(arena, float, m->backend->scratch_floats(m));
-    w->previous_x0 = TSAD_CARVE(arena, float, m->horizon *tsad_pad(m->action_dim));
-    for (int i = 0; i < TSAD_REMEMBERED; i++) {
-        w->sums[i] = TSAD_CARVE(arena, float, p->branch_floats);
+    w->members = TSAD_CARVE(arena, tsad_member, p->gang);
+    for (int i = 0; i < p->gang; i++) {
+        tsad_member unplaced = {0};
+        layout_member(p, w->members ? &w->members[i] : &unplaced, arena);
     }
+    w->pruner_registers = carve_registers(arena, &m->pruner_net);
+    w->scratch = TSAD_CARVE(arena, float, m->backend->scratch_floats(m) * (size_t)p->gang);
     w->read_epoch = TSAD_CARVE(arena, uint32_t, m->n_blocks);
     w->write_epoch = TSAD_CARVE(arena, uint32_t, m->n_blocks);
     w->last_of_block = TSAD_CARVE(arena, int32_t, m->n_blocks);
@@ -148,6 +158,7 @@ tsad_status tsad_policy_create(tsad_model *model, int n_lanes, int n_threads, ts
     p->model = model;
     p->n_lanes = n_lanes;
     p->n_threads = n_threads;
+    p->gang = n_lanes < TSAD_GANG ? n_lanes : TSAD_GANG;
     p->sparsity = -1;
     for (int b = 0; b < model->n_blocks; b++) {
         const tsad_node *node = &model->net.nodes[model->net.block_node[b]];
@@ -318,65 +329,61 @@ static int64_t lap(tsad_worker *w, int timer, int64_t since)
     return now;
 }
 
-/* Waiting longer than this, and longer than one's own work took, means a core is taken. The first
- * meeting of a chunk may have to wait for a sleeping core to wake. */
-enum { STALL_NS = 300000, WAKE_NS = 3000000, MAX_PATIENCE = 64 };
-
-void tsad_worker_meet(tsad_worker *w)
-{
-    if (w->size == 1 || w->rank > 0) {
-        tsad_barrier_wait(w->policy->barrier, w->size);
-        return;
-    }
-    int64_t arrived = tsad_now();
-    tsad_barrier_wait(w->policy->barrier, w->size);
-    int64_t left = tsad_now();
-    int64_t limit = w->met_at ? STALL_NS : WAKE_NS, own = w->met_at ? arrived - w->met_at : 0;
-    w->stalled |= left - arrived > limit && left - arrived > own;
-    w->met_at = left;
-}
-
 /* Everything before the loop. The encoder's layers are shared out where they do not depend on
  * each other; the rest is rank 0's. */
-static void prepare_lane(tsad_worker *w, tsad_lane *lane, const float *obs)
+static void prepare(tsad_worker *w, int n)
 {
     int rank = w->rank, size = w->size;
     bool shared = !w->policy->model->encode_rows;
     int64_t t = tsad_now();
     if (shared) {
-        tsad_encode(w, lane, obs);
+        tsad_encode(w, n);
         tsad_worker_meet(w);
     }
     if (rank == 0) {
         w->size = 1;
         if (!shared) {
-            tsad_encode(w, lane, obs);
+            tsad_encode(w, n);
         }
         t = lap(w, TSAD_ENCODE, t);
-        if (lane->planner == TSAD_PRUNER_PLAN && lane->chunk > 0) {
-            tsad_prune(w, lane);
+        for (int i = 0; i < n; i++) {
+            tsad_lane *lane = w->members[i].lane;
+            if (lane->planner == TSAD_PRUNER_PLAN && lane->chunk > 0) {
+                tsad_prune(w, lane);
+            }
         }
         t = lap(w, TSAD_PRUNE, t);
-        tsad_plan(w, lane);
-        tsad_sums_choose(lane);
+        for (int i = 0; i < n; i++) {
+            tsad_plan(w, w->members[i].lane);
+            tsad_sums_choose(w->members[i].lane);
+        }
         lap(w, TSAD_PLAN_STAGE, t);
         w->size = size;
     }
     tsad_worker_meet(w);
 }
 
-static void run_lane(tsad_worker *w, const tsad_call *call, int row)
+/* n lanes of the call from `row` on */
+static void run_lanes(tsad_worker *w, const tsad_call *call, int row, int n)
 {
     tsad_policy *p = w->policy;
     const tsad_model *m = p->model;
-    tsad_lane *lane = &p->lanes[call->lanes[row]];
-    prepare_lane(w, lane, call->obs + (size_t)row * (size_t)m->n_obs_steps * (size_t)m->obs_dim);
-    int64_t t = tsad_now();
-    if (lane->sums_use == TSAD_MAKE_SUMS) {
-        m->backend->keep(w, lane);
-        tsad_worker_meet(w);
+    size_t per_obs = (size_t)m->n_obs_steps * (size_t)m->obs_dim;
+    for (int i = 0; i < n; i++) {
+        tsad_member *member = &w->members[i];
+        member->row = row + i;
+        member->lane = &p->lanes[call->lanes[row + i]];
+        member->obs = call->obs + (size_t)(row + i) * per_obs;
     }
-    tsad_denoise(w, lane, call, row);
+    prepare(w, n);
+    int64_t t = tsad_now();
+    for (int i = 0; i < n; i++) {
+        if (w->members[i].lane->sums_use == TSAD_MAKE_SUMS) {
+            m->backend->keep(w, w->members[i].lane);
+            tsad_worker_meet(w);
+        }
+    }
+    tsad_denoise(w, n, call);
     lap(w, TSAD_DENOISE, t);
 }
 
@@ -401,34 +408,17 @@ static void work(void *context, int rank, int size)
     tsad_worker *w = &j->policy->workers[rank];
     bool spread = size > 1 && call->n_lanes >= size;
     begin_worker(w, spread ? 0 : rank, spread ? 1 : size);
-    if (spread) {
-        for (int row; (row = atomic_fetch_add(&j->next, 1)) < call->n_lanes;) {
-            run_lane(w, call, row);
+    if (spread || size == 1) { /* gangs, as equal as can be, to whoever is free */
+        int fair = (call->n_lanes + size - 1) / size, gangs = (fair + TSAD_GANG - 1) / TSAD_GANG;
+        int most = (fair + gangs - 1) / gangs;
+        for (int row; (row = atomic_fetch_add(&j->next, most)) < call->n_lanes;) {
+            int left = call->n_lanes - row;
+            run_lanes(w, call, row, left < most ? left : most);
         }
     } else {
         for (int row = 0; row < call->n_lanes && w->size > 0; row++) {
-            run_lane(w, call, row);
+            run_lanes(w, call, row, 1);
         }
-    }
-}
-
-/* How many threads to ask for: alone for a while after a stall, twice as long each time. */
-static int choose_size(tsad_policy *p, int n_lanes)
-{
-    if (n_lanes < p->n_threads && p->alone_for > 0) {
-        p->alone_for--;
-        return 1;
-    }
-    return p->n_threads;
-}
-
-static void note_stall(tsad_policy *p)
-{
-    if (p->workers[0].stalled) {
-        p->patience = p->patience * 2 < MAX_PATIENCE ? p->patience * 2 + 1 : MAX_PATIENCE;
-        p->alone_for = p->patience;
-    } else {
-        p->patience /= 2;
     }
 }
 
@@ -468,10 +458,10 @@ tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
     int64_t start = tsad_now();
     job j = {.policy = p, .call = call};
     atomic_store(&p->ticket->value, 0);
-    int size = tsad_team_run(work, &j, choose_size(p, call->n_lanes));
+    int size = tsad_team_run(work, &j, tsad_stall_size(p, call->n_lanes));
     bool spread = size > 1 && call->n_lanes >= size;
     if (size > 1 && !spread) {
-        note_stall(p);
+        tsad_stall_note(p);
     }
     for (int timer = 0; timer < TSAD_TOTAL; timer++) {
         int64_t sum = 0;
@@ -495,18 +485,21 @@ tsad_status tsad_policy_predict_noise(tsad_policy *p, int n, const float *sample
     size_t per_obs = (size_t)m->n_obs_steps * (size_t)m->obs_dim;
     TSAD_TRY(check_finite("obs", obs, (size_t)n * per_obs));
     tsad_worker *w = &p->workers[0];
-    tsad_lane *lane = &p->lanes[p->n_lanes];
+    float **registers = w->members->registers;
     begin_worker(w, 0, 1);
-    tsad_run run = {.net = &m->net, .program = &p->dense, .registers = w->registers, .lane = lane};
+    w->members->lane = &p->lanes[p->n_lanes];
+    tsad_run run = {
+        .net = &m->net, .program = &p->dense, .registers = registers, .lane = w->members->lane};
     for (int i = 0; i < n; i++) {
-        tsad_encode(w, lane, obs + (size_t)i * per_obs);
+        w->members->obs = obs + (size_t)i * per_obs;
+        tsad_encode(w, 1);
         const float *x = sample + (size_t)i * T * A;
         for (size_t t = 0; t < T; t++) {
-            memcpy(w->registers[m->net.input] + t * ld, x + t * A, sizeof(float) * A);
+            memcpy(registers[m->net.input] + t * ld, x + t * A, sizeof(float) * A);
         }
-        m->backend->run(w, &run, step, step + 1);
+        m->backend->run(w, &run, 1, step, step + 1);
         for (size_t t = 0; t < T; t++) {
-            memcpy(out + ((size_t)i * T + t) * A, w->registers[m->net.output] + t * ld,
+            memcpy(out + ((size_t)i * T + t) * A, registers[m->net.output] + t * ld,
                    sizeof(float) * A);
         }
     }
@@ -523,7 +516,9 @@ tsad_status tsad_policy_pruner_scores(tsad_policy *p, const float *obs, float *o
     tsad_worker *w = &p->workers[0];
     tsad_lane *lane = &p->lanes[p->n_lanes];
     begin_worker(w, 0, 1);
-    tsad_encode(w, lane, obs);
+    w->members->lane = lane;
+    w->members->obs = obs;
+    tsad_encode(w, 1);
     tsad_prune(w, lane);
     size_t row = (size_t)m->n_blocks * 4;
     for (int k = 0; k < m->n_steps; k++) {

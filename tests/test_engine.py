@@ -316,3 +316,34 @@ def test_policies_in_several_threads_share_a_model() -> None:
         for results in runs:
             for got in results:
                 np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gangs_of_lanes_have_the_bits_of_lanes_alone(backend: str, precision: str) -> None:
+    """Lanes that one thread takes through the steps together share passes over the weights: the
+    same plan, plans of their own, a lane at its first chunk beside lanes at their fifth, and more
+    lanes than one gang has room for."""
+    K, lanes = 4, 19
+    B = len(make_reference("odd").blocks)
+    rng = np.random.default_rng(11)
+    first = [random_plan(rng, K, B, filled=False) for _ in range(lanes)]
+    later = [random_plan(rng, K, B, filled=plan == COMPUTE) for plan in first]
+    for lane in range(5):  # these five compute the same cells
+        first[lane], later[lane] = first[0], later[0]
+    together = make("odd", lanes=lanes, backend=backend, steps=K, precision=precision, **OPEN)
+    alone = make("odd", lanes=lanes, backend=backend, steps=K, precision=precision, **OPEN)
+    for policy in (together, alone):
+        for lane in range(lanes):
+            policy._set_plan(lane, later[lane], first[lane])
+    for chunk in range(5):
+        obs, noise = random_inputs(config("odd"), chunk, lanes=lanes, steps=K)
+        got = together(obs, noise=noise)
+        for i in range(lanes):
+            row = np.ascontiguousarray(noise[:, i : i + 1])
+            np.testing.assert_array_equal(
+                alone(obs[i : i + 1], noise=row, lanes=[i]), got[i : i + 1]
+            )
+        if chunk == 2:
+            for policy in (together, alone):
+                policy.reset(lanes=[3])

@@ -16,6 +16,14 @@ static inline __attribute__((always_inline)) float total8(__m256 v)
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
+/* sums of four vectors at once */
+static inline __attribute__((always_inline)) void totals8(const vf v[4], float out[4])
+{
+    __m256 low = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]);
+    __m256 pairs = _mm256_hadd_ps(low, _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
 #define W 8
 #define PANEL 16
 #define MAX_ROWS 6
@@ -23,6 +31,7 @@ static inline __attribute__((always_inline)) float total8(__m256 v)
 #define V_FMA(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define V_SET1(x) ((vf)_mm256_set1_ps(x))
 #define V_TOTAL(v) total8((__m256)(v))
+#define V_TOTALS(v, out) totals8(v, out)
 #define DOT16(own, sum, w, x) (sum) += (vi)_mm256_madd_epi16((__m256i)(w), (__m256i)(x))
 #define HAS_DOT16 false
 #define path(name) avx2_##name

@@ -81,6 +81,19 @@ static inline __attribute__((always_inline)) void vnni_dots(const int M, const i
     }
 }
 
+/* sums of four vectors at once */
+static inline __attribute__((always_inline)) void totals16(const vf v[4], float out[4])
+{
+    __m256 half[4];
+    for (int j = 0; j < 4; j++) {
+        half[j] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[j]),
+                                _mm512_extractf32x8_ps((__m512)v[j], 1));
+    }
+    __m256 pairs =
+        _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
 #define W 16
 #define PANEL 32
 #define MAX_ROWS 12
@@ -88,6 +101,7 @@ static inline __attribute__((always_inline)) void vnni_dots(const int M, const i
 #define V_FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define V_SET1(x) ((vf)_mm512_set1_ps(x))
 #define V_TOTAL(v) _mm512_reduce_add_ps((__m512)(v))
+#define V_TOTALS(v, out) totals16(v, out)
 /* gcc 12 copies sums around the intrinsic; the assembler knows the instruction without a flag */
 #define DOT16(own, sum, w, x)                                                                      \
     if (own) {                                                                                     \

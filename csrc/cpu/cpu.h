@@ -56,7 +56,7 @@ typedef struct tsad_cross {
     const tsad_fold *fold;
     const float *bias;
     bool causal; /* row i sees token s iff i >= s - 1 */
-    float *work; /* (rows, S * H) */
+    float *work; /* (S, rows * H rounded up to TSAD_LANE) */
 } tsad_cross;
 
 typedef struct tsad_kernels {
@@ -76,8 +76,8 @@ typedef struct tsad_kernels {
                       float *y, int ldy);
     /* folded cross-attention of normalised x (rows, D) */
     void (*cross)(const tsad_cross *c, const float *x, int ld, int rows, float *y);
-    /* x += sum of n arrays, summed first, in order */
-    void (*add)(float *x, const float *const *source, int n, size_t floats);
+    /* x += sum of n arrays, each times its weight, summed first, in order */
+    void (*add)(float *x, const float *const *source, const float *weight, int n, size_t floats);
     /* s = ((g0 + g1) + (g2 + g3)) of the n given; x += s; slot = s where slot is not NULL */
     void (*finish)(float *x, float *slot, const float *const *group, int n, size_t floats);
 } tsad_kernels;
@@ -133,11 +133,13 @@ static inline float *reg(const context *c, int i) { return c->run->registers[i];
 const float *tsad_cpu_taps(const tsad_node *node, const float *x, int tokens, int channels,
                            int tokens_out, int stride, float *taps);
 void tsad_cpu_fixed(const context *c, const tsad_node *node); /* run a fixed node */
+/* the encoder's folding node for n lanes, which share its weights */
+void tsad_cpu_fold(const context *members, int n, const tsad_node *node);
 
 tsad_status tsad_cpu_pack(tsad_model *model);
 void tsad_cpu_unpack(tsad_model *model);
 size_t tsad_cpu_scratch(const tsad_model *model);
-void tsad_cpu_run(tsad_worker *w, const tsad_run *run, int row_begin, int row_end);
+void tsad_cpu_run(tsad_worker *w, const tsad_run *runs, int n, int row_begin, int row_end);
 void tsad_cpu_keep(tsad_worker *w, tsad_lane *lane);
 
 #define TSAD_CPU_BACKEND(symbol, label, usable_function, kernel_table)                             \

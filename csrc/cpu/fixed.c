@@ -87,23 +87,21 @@ static void keep_memory(const context *c, const tsad_node *node)
     }
 }
 
-/* score and value vectors of tokens [s, s + rows); a panel may run past the end of a vector, so
- * keys come first, then values, each ascending, then the constants */
-static void fold_tokens(const context *c, const tsad_node *node, const float *kv, int ld, int rows,
-                        float *out, float *room)
+/* where a lane keeps the folded tokens of this row and layer */
+static float *folded(const context *c, const tsad_node *node)
+{
+    size_t tokens = (size_t)c->net->registers[node->in].tokens;
+    size_t at = (size_t)c->row * (size_t)c->m->n_layers + (size_t)node->layer;
+    return c->run->lane->fold + at * tokens * c->m->fold.floats;
+}
+
+/* constants of the scores */
+static void fold_shifts(const context *c, const tsad_node *node, const float *kv, int ld)
 {
     const tsad_fold *fold = &c->m->fold;
-    const tsad_packed *list = ((const tsad_cpu_node *)node->packed)->list;
-    int d = fold->width, heads = fold->n_heads, dh = d / heads, ldy = (int)fold->floats;
-    for (int h = 0; h < heads; h++) {
-        tsad_cpu_linear(c->k, &list[1 + h], kv + h * dh, ld, rows, TSAD_LINEAR_ONLY,
-                        out + (size_t)h * (size_t)d, ldy, room);
-    }
-    for (int h = 0; h < heads; h++) {
-        tsad_cpu_linear(c->k, &list[1 + heads + h], kv + d + h * dh, ld, rows, TSAD_LINEAR_ONLY,
-                        out + fold->value + (size_t)h * (size_t)d, ldy, room);
-    }
-    for (int s = 0; s < rows; s++) {
+    int heads = fold->n_heads, dh = fold->width / heads;
+    float *out = folded(c, node);
+    for (int s = 0; s < c->net->registers[node->in].tokens; s++) {
         const float *key = kv + (size_t)s * (size_t)ld;
         for (int h = 0; h < heads; h++) {
             float shift = 0;
@@ -115,23 +113,37 @@ static void fold_tokens(const context *c, const tsad_node *node, const float *kv
     }
 }
 
-static void fold_node(const context *c, const tsad_node *node)
+/* Keys and values of all lanes' tokens, then per head the score and value vectors. A panel may run
+ * past the end of a vector: keys come before values, each ascending, then the constants. */
+void tsad_cpu_fold(const context *members, int n, const tsad_node *node)
 {
+    const context *c = members;
     const tsad_fold *fold = &c->m->fold;
     const tsad_packed *list = ((const tsad_cpu_node *)node->packed)->list;
-    int tokens = c->net->registers[node->in].tokens, d = fold->width, ld = tsad_pad(2 * d);
+    int tokens = c->net->registers[node->in].tokens, d = fold->width, heads = fold->n_heads;
+    int ld = tsad_pad(2 * d), dh = d / heads, ldx = tsad_pad(d);
     if (node->layer % c->w->size != c->w->rank) {
         return; /* another thread's layer */
     }
-    float *kv = c->w->scratch, *room = kv + (size_t)tokens * (size_t)ld;
-    tsad_cpu_linear(c->k, &list[0], reg(c, node->in), tsad_pad(d), tokens, TSAD_LINEAR_ONLY, kv, ld,
-                    room);
-    size_t at = ((size_t)c->row * (size_t)c->m->n_layers + (size_t)node->layer) * (size_t)tokens;
-    float *out = c->run->lane->fold + at * fold->floats;
-    int rows = d % TSAD_LANE ? 1 : tokens;
-    for (int s = 0; s < tokens; s += rows) {
-        fold_tokens(c, node, kv + (size_t)s * (size_t)ld, ld, rows, out + (size_t)s * fold->floats,
-                    room);
+    float *kv = c->w->scratch, *x = kv + (size_t)(n * tokens) * (size_t)ld;
+    float *room = x + (size_t)(n * tokens) * (size_t)ldx;
+    for (int i = 0; i < n; i++) {
+        memcpy(x + (size_t)(i * tokens) * (size_t)ldx, reg(&members[i], node->in),
+               sizeof(float) * (size_t)tokens * (size_t)ldx);
+    }
+    tsad_cpu_linear(c->k, &list[0], x, ldx, n * tokens, TSAD_LINEAR_ONLY, kv, ld, room);
+    int rows = d % TSAD_LANE ? 1 : tokens; /* at once: as many as do not overlap */
+    for (int j = 0; j < 2 * heads; j++) {
+        size_t at = (j < heads ? 0 : fold->value) + (size_t)(j % heads) * (size_t)d;
+        const float *from = kv + (j < heads ? 0 : d) + j % heads * dh;
+        for (int t = 0; t < n * tokens; t += rows) {
+            float *out = folded(&members[t / tokens], node) + (size_t)(t % tokens) * fold->floats;
+            tsad_cpu_linear(c->k, &list[1 + j], from + (size_t)t * (size_t)ld, ld, rows,
+                            TSAD_LINEAR_ONLY, out + at, (int)fold->floats, room);
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        fold_shifts(&members[i], node, kv + (size_t)(i * tokens) * (size_t)ld, ld);
     }
 }
 
@@ -240,7 +252,7 @@ void tsad_cpu_fixed(const context *c, const tsad_node *node)
         keep_memory(c, node);
         break;
     case TSAD_FOLD:
-        fold_node(c, node);
+        tsad_cpu_fold(c, 1, node);
         break;
     case TSAD_PRUNE_KEYS:
         prune_keys(c);

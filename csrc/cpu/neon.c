@@ -13,6 +13,14 @@ static inline __attribute__((always_inline)) vi dot16(int16x8_t w, int16x8_t x)
     return (vi)vpaddq_s32(low, vmull_high_s16(w, x));
 }
 
+/* sums of four vectors at once */
+static inline __attribute__((always_inline)) void totals4(const vf v[4], float out[4])
+{
+    float32x4_t low = vpaddq_f32((float32x4_t)v[0], (float32x4_t)v[1]);
+    float32x4_t high = vpaddq_f32((float32x4_t)v[2], (float32x4_t)v[3]);
+    vst1q_f32(out, vpaddq_f32(low, high));
+}
+
 #define W 4
 #define PANEL 8
 #define MAX_ROWS 12
@@ -20,6 +28,7 @@ static inline __attribute__((always_inline)) vi dot16(int16x8_t w, int16x8_t x)
 #define V_FMA(a, b, c) ((vf)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #define V_SET1(x) ((vf)vdupq_n_f32(x))
 #define V_TOTAL(v) vaddvq_f32((float32x4_t)(v))
+#define V_TOTALS(v, out) totals4(v, out)
 #define DOT16(own, sum, w, x) (sum) += dot16((int16x8_t)(w), (int16x8_t)(x))
 #define HAS_DOT16 false
 #define path(name) neon_##name

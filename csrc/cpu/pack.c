@@ -239,7 +239,7 @@ size_t tsad_cpu_scratch(const tsad_model *m)
                 columns += 2 * tsad_pad(node->m[j].n_in) + 2 * tsad_pad(node->m[j].n_out);
             }
             columns += (TSAD_PARTS + 1) * tsad_pad(out->channels);
-            columns += node->n_heads * tsad_pad(m->n_memory);  /* cross-attention's weights */
+            columns += tsad_pad(node->n_heads) * tsad_pad(m->n_memory); /* cross-attention */
             columns += tsad_pad(in->channels) + 2 * TSAD_LANE; /* the rows' units in 16 bits */
             size_t floats = (size_t)rows * (size_t)columns;
             most = floats > most ? floats : most;

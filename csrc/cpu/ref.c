@@ -203,12 +203,12 @@ static void ref_cross(const tsad_cross *c, const float *x, int ld, int rows, flo
     }
 }
 
-static void ref_add(float *x, const float *const *source, int n, size_t floats)
+static void ref_add(float *x, const float *const *source, const float *weight, int n, size_t floats)
 {
     for (size_t i = 0; i < floats; i++) {
-        float sum = source[0][i];
+        float sum = weight[0] * source[0][i];
         for (int s = 1; s < n; s++) {
-            sum += source[s][i];
+            sum += weight[s] * source[s][i];
         }
         x[i] += sum;
     }

@@ -17,6 +17,7 @@
  */
 #include "cpu.h"
 
+#include <limits.h>
 #include <string.h>
 
 #if defined(__SSE__)
@@ -121,31 +122,35 @@ typedef struct operand {
     tsad_rounded rounded;
 } operand;
 
-/* part p of a split block, into y */
-static void block_part(const context *c, const tsad_node *node, int p, const operand *input,
+/* part p of a split block for n lanes' rows together, into y */
+static void block_part(const context *c, int n, const tsad_node *node, int p, const operand *input,
                        float *work, float *y)
 {
     const tsad_cpu_node *packed = node->packed;
     const tsad_packed *first = &packed->list[2 * p], *second = &packed->list[2 * p + 1];
     const tsad_register *in = &c->net->registers[node->in], *out = &c->net->registers[node->out];
-    int T = in->tokens, ldx = tsad_pad(in->channels), ldy = tsad_pad(out->channels);
+    int T = in->tokens, rows = n * T, ldx = tsad_pad(in->channels), ldy = tsad_pad(out->channels);
     int ld = tsad_pad(first->n_out);
-    float *next = work + (size_t)T * (size_t)ld;
+    float *next = work + (size_t)rows * (size_t)ld;
     bool attention = node->kind == TSAD_SELF_ATTENTION;
     tsad_activation act = attention ? TSAD_LINEAR_ONLY : node->activation;
     if (first->q) {
-        c->k->linear16(first, &input->rounded, T, act, work, ld);
+        c->k->linear16(first, &input->rounded, rows, act, work, ld);
     } else {
-        c->k->linear(first, input->x, ldx, T, act, work, ld);
+        c->k->linear(first, input->x, ldx, rows, act, work, ld);
     }
     if (attention) {
         int width = first->n_out / 3, heads = node->n_heads / packed->n_parts;
-        c->k->attention(work, ld, T, heads, width / heads, node->causal, next, tsad_pad(width));
+        size_t lane = (size_t)T * (size_t)tsad_pad(width);
+        for (int i = 0; i < n; i++) {
+            c->k->attention(work + (size_t)(i * T) * (size_t)ld, ld, T, heads, width / heads,
+                            node->causal, next + (size_t)i * lane, tsad_pad(width));
+        }
         work = next;
         ld = tsad_pad(width);
-        next += (size_t)T * (size_t)ld;
+        next += (size_t)n * lane;
     }
-    tsad_cpu_linear(c->k, second, work, ld, T, TSAD_LINEAR_ONLY, y, ldy, next);
+    tsad_cpu_linear(c->k, second, work, ld, rows, TSAD_LINEAR_ONLY, y, ldy, next);
 }
 
 static void conv_branch(const context *c, const tsad_node *node, const float *x, float *work,
@@ -192,31 +197,19 @@ static int useful_threads(int size, int parts)
     return size >= parts ? parts : 1;
 }
 
-/* this thread's parts of a split block, summed in the tree's order into the first of `part` */
-static void own_parts(const context *c, const tsad_node *node, int begin, int end, const float *x,
-                      float *work, float *const *part, size_t floats)
+/* this thread's parts of a split block, n lanes' rows together */
+static void own_parts(const context *c, int n, const tsad_node *node, int begin, int end,
+                      const float *x, float *work, float *const *part)
 {
     operand input = {.x = x};
     if (((const tsad_cpu_node *)node->packed)->list[0].q) {
         const tsad_register *in = &c->net->registers[node->in];
-        input.rounded =
-            tsad_cpu_round(c->k, x, tsad_pad(in->channels), in->tokens, in->channels, work);
-        work += tsad_rounded_floats(in->tokens, in->channels);
+        int rows = n * in->tokens;
+        input.rounded = tsad_cpu_round(c->k, x, tsad_pad(in->channels), rows, in->channels, work);
+        work += tsad_rounded_floats(rows, in->channels);
     }
     for (int p = begin; p < end; p++) {
-        block_part(c, node, p, &input, work, part[p]);
-    }
-    float *sum = part[begin];
-    if (end - begin == 4) {
-        const float *low = part[begin + 1], *mid = part[begin + 2], *high = part[begin + 3];
-        c->k->add(sum, &low, 1, floats);
-        c->k->add(part[begin + 2], &high, 1, floats);
-        c->k->add(sum, &mid, 1, floats);
-    } else {
-        for (int p = begin + 1; p < end; p++) {
-            const float *next = part[p];
-            c->k->add(sum, &next, 1, floats);
-        }
+        block_part(c, n, node, p, &input, work, part[p]);
     }
 }
 
@@ -253,57 +246,92 @@ static void deliver(const context *c, const tsad_node *node, float *slot, const 
     }
 }
 
-static void compute(const context *c, const tsad_op *op)
+/* inputs of n lanes, normalised where the node asks for it, one after the other; a lane alone that
+ * needs no normalising stays where it is */
+static const float *gather(const context *members, int n, const tsad_node *node, float *to)
 {
-    tsad_worker *w = c->w;
-    const tsad_node *node = &c->net->nodes[op->node];
+    const context *c = members;
     const tsad_register *in = &c->net->registers[node->in];
-    size_t floats = tsad_register_floats(&c->net->registers[node->out]);
-    const float *x = reg(c, node->in);
-    float *scratch = w->scratch + floats; /* the first stretch belongs to deliver */
-    if (node->normalise) {
-        c->k->layernorm(x, tsad_pad(in->channels), in->tokens, in->channels, scratch);
-        x = scratch;
-        scratch += tsad_register_floats(in);
+    size_t floats = tsad_register_floats(in);
+    if (n == 1 && !node->normalise) {
+        return reg(c, node->in);
     }
-    float *slot = op->dst < 0 ? NULL : tsad_slot(c->net, c->run->lane, op->dst);
+    for (int i = 0; i < n; i++) {
+        const float *x = reg(&members[i], node->in);
+        if (node->normalise) {
+            c->k->layernorm(x, tsad_pad(in->channels), in->tokens, in->channels,
+                            to + (size_t)i * floats);
+        } else {
+            memcpy(to + (size_t)i * floats, x, sizeof(float) * floats);
+        }
+    }
+    return to;
+}
+
+/* The same branch of n lanes, each with its own slot to keep it in; n > 1 on one thread only. */
+static void compute(const context *members, int n, const tsad_op *const *op)
+{
+    const context *c = members;
+    tsad_worker *w = c->w;
+    const tsad_node *node = &c->net->nodes[op[0]->node];
+    size_t floats = tsad_register_floats(&c->net->registers[node->out]), all = floats * (size_t)n;
+    size_t in_floats = tsad_register_floats(&c->net->registers[node->in]);
+    float *scratch = w->scratch + floats; /* the first stretch belongs to deliver */
+    const float *x = gather(members, n, node, scratch);
+    scratch += x == scratch ? in_floats * (size_t)n : 0;
+    bool keeps = op[0]->dst >= 0;
     int parts = ((const tsad_cpu_node *)node->packed)->n_parts;
     bool split = node->kind == TSAD_SELF_ATTENTION || node->kind == TSAD_FEED_FORWARD;
     float *part[TSAD_PARTS] = {NULL};
     const float *group[TSAD_PARTS];
     float *shared = w->policy->exchange + w->parity * TSAD_PARTS * w->policy->branch_floats;
     for (int p = 0; p < parts; p++) {
-        part[p] = split && w->size > 1 ? shared + (size_t)p * floats : scratch + (size_t)p * floats;
+        part[p] = split && w->size > 1 ? shared + (size_t)p * floats : scratch + (size_t)p * all;
     }
-    float *work = split && w->size > 1 ? scratch : scratch + (size_t)parts * floats;
-    group[0] = part[0];
-    int groups = 1;
+    float *work = split && w->size > 1 ? scratch : scratch + (size_t)parts * all;
+    int groups = 1, own = parts;
     if (!split) {
-        if (node->kind == TSAD_CROSS_ATTENTION) {
-            cross_attention(c, node, x, work, part[0]);
-        } else {
-            conv_branch(c, node, x, work, part[0]);
+        for (int i = 0; i < n; i++) {
+            const float *from = x + (size_t)i * in_floats;
+            float *to = part[0] + (size_t)i * floats;
+            if (node->kind == TSAD_CROSS_ATTENTION) {
+                cross_attention(&members[i], node, from, work, to);
+            } else {
+                conv_branch(&members[i], node, from, work, to);
+            }
         }
-        if (slot && w->size > 1 &&
+        if (keeps && w->size > 1 &&
             (w->read_epoch[node->block] == w->epoch || w->write_epoch[node->block] == w->epoch)) {
             meet(w);
         }
     } else {
         groups = useful_threads(w->size, parts);
-        int own = parts / groups;
+        own = parts / groups;
+        bool pairs = groups == 2 && own == 2; /* half as much to read for the other thread */
         if (w->rank < groups) {
-            own_parts(c, node, w->rank * own, (w->rank + 1) * own, x, work, part, floats);
+            own_parts(c, n, node, w->rank * own, (w->rank + 1) * own, x, work, part);
+        }
+        if (pairs && w->rank < groups) {
+            const float *second = part[2 * w->rank + 1], one = 1;
+            c->k->add(part[2 * w->rank], &second, &one, 1, all);
+        }
+        if (!pairs) {
+            groups = parts;
+            own = 1;
         }
         if (w->size > 1) {
             meet(w);
             w->parity ^= 1;
         }
-        for (int g = 0; g < groups; g++) {
-            group[g] = part[g * own];
-        }
     }
-    deliver(c, node, slot, group, groups, floats);
-    if (slot) {
+    for (int i = 0; i < n; i++) {
+        for (int g = 0; g < groups; g++) {
+            group[g] = part[g * own] + (size_t)i * floats;
+        }
+        float *slot = keeps ? tsad_slot(c->net, members[i].run->lane, op[i]->dst) : NULL;
+        deliver(&members[i], node, slot, group, groups, floats);
+    }
+    if (keeps) {
         w->write_epoch[node->block] = w->epoch;
     }
 }
@@ -331,21 +359,24 @@ static void settle_reads(const context *c, const int32_t *source, int n)
 enum { AT_ONCE = 64 }; /* arrays that one addition sums */
 
 /* x += n slots, after `kept` where that is not NULL */
-static void add_slots(const context *c, float *x, const float *kept, const int32_t *source, int n,
-                      size_t floats)
+static void add_slots(const context *c, float *x, const float *kept, const int32_t *source,
+                      const float *count, int n, size_t floats)
 {
     const float *from[AT_ONCE];
+    float weight[AT_ONCE];
     int m = 0;
     if (kept) {
-        from[m++] = kept;
+        from[m] = kept;
+        weight[m++] = 1;
     }
     for (int i = 0; i < n || m; i++) {
         if (m == AT_ONCE || i >= n) {
-            c->k->add(x, from, m, floats);
+            c->k->add(x, from, weight, m, floats);
             m = 0;
         }
         if (i < n) {
-            from[m++] = tsad_slot(c->net, c->run->lane, source[i]);
+            from[m] = tsad_slot(c->net, c->run->lane, source[i]);
+            weight[m++] = count[i];
         }
     }
 }
@@ -360,16 +391,18 @@ static void add_reused(const context *c, const tsad_op *op)
         const float *kept = op->kept >= 0 && sums ? sums + op->kept : NULL;
         int known = kept ? op->n_rollout : 0;
         const int32_t *source = c->run->program->sources + op->src + known;
-        float *to = op->remember ? c->w->sums[op->remember - 1] : x;
+        const float *count = c->run->program->counts + op->src + known;
+        float *to = op->remember ? c->run->sums[op->remember - 1] : x;
         if (op->remember) {
             memset(to, 0, sizeof(float) * floats);
         }
         settle_reads(c, source, op->n_src - known);
-        add_slots(c, to, kept, source, op->n_src - known, floats);
+        add_slots(c, to, kept, source, count, op->n_src - known, floats);
     }
     if (op->repeat || op->remember) {
-        const float *sum = c->w->sums[(op->repeat ? op->repeat : op->remember) - 1];
-        c->k->add(x, &sum, 1, floats);
+        const float *sum = c->run->sums[(op->repeat ? op->repeat : op->remember) - 1];
+        const float one = 1;
+        c->k->add(x, &sum, &one, 1, floats);
     }
 }
 
@@ -378,6 +411,7 @@ void tsad_cpu_keep(tsad_worker *w, tsad_lane *lane)
     const tsad_model *m = w->policy->model;
     const tsad_program *program = lane->program;
     const tsad_kernels *k = tsad_cpu_kernels(m);
+    const float one = 1;
     unsigned mode = flush_denormals();
     for (int i = 0; i < program->n_ops; i++) {
         const tsad_op *op = &program->ops[i];
@@ -390,7 +424,7 @@ void tsad_cpu_keep(tsad_worker *w, tsad_lane *lane)
         memset(sum, 0, sizeof(float) * (to - from));
         for (int s = 0; s < op->n_rollout; s++) {
             const float *slot = tsad_slot(&m->net, lane, program->sources[op->src + s]) + from;
-            k->add(sum, &slot, 1, to - from);
+            k->add(sum, &slot, &one, 1, to - from);
         }
     }
     restore_denormals(mode);
@@ -421,7 +455,7 @@ static void update_sample(const context *c)
     float a = t[0], b = t[1], r = t[2], cx0 = t[3], d = t[4], f = t[5], g = t[6], h = t[7];
     const tsad_run *run = c->run;
     const float *z = h != 0 ? run->noise + (size_t)(c->row + 1) * run->noise_step : NULL;
-    float *x = reg(c, c->net->input), *previous = c->w->previous_x0;
+    float *x = reg(c, c->net->input), *previous = run->previous_x0;
     const float *e = reg(c, c->net->output);
     int ld = tsad_pad(c->m->action_dim), A = c->m->action_dim;
     for (int i = 0; i < c->m->horizon; i++) {
@@ -436,39 +470,100 @@ static void update_sample(const context *c)
     }
 }
 
-void tsad_cpu_run(tsad_worker *w, const tsad_run *run, int row_begin, int row_end)
+static void run_op(const context *c, const tsad_op *op)
+{
+    switch (op->kind) {
+    case TSAD_OP_NODE:
+        tsad_cpu_fixed(c, &c->net->nodes[op->node]);
+        break;
+    case TSAD_OP_COMPUTE:
+        compute(c, 1, &op);
+        break;
+    case TSAD_OP_ADD:
+        add_reused(c, op);
+        break;
+    case TSAD_OP_GATED:
+        add_gated(c, op);
+        break;
+    case TSAD_OP_UPDATE:
+        if (c->run->update) {
+            update_sample(c);
+        }
+        break;
+    default:
+        break;
+    }
+}
+
+/* One row of n lanes with programs of their own: always the earliest node that any of them has
+ * next, and where several compute it, all of them at once. */
+static void run_row_of_gang(const context *members, int n)
+{
+    int32_t at[TSAD_GANG], end[TSAD_GANG];
+    for (int i = 0; i < n; i++) {
+        const tsad_program *program = members[i].run->program;
+        at[i] = program->row_start[members[i].row];
+        end[i] = program->row_start[members[i].row + 1];
+    }
+    for (;;) {
+        int node = INT_MAX; /* of the sampler's row, which comes last */
+        bool any = false;
+        for (int i = 0; i < n; i++) {
+            const tsad_op *op = at[i] < end[i] ? &members[i].run->program->ops[at[i]] : NULL;
+            any |= op != NULL;
+            node = op && op->node >= 0 && op->node < node ? op->node : node;
+        }
+        if (!any) {
+            return;
+        }
+        context together[TSAD_GANG];
+        const tsad_op *ops[TSAD_GANG];
+        int m = 0;
+        for (int i = 0; i < n; i++) {
+            const tsad_op *op = at[i] < end[i] ? &members[i].run->program->ops[at[i]] : NULL;
+            if (!op || (op->node >= 0 ? op->node : INT_MAX) != node) {
+                continue;
+            }
+            at[i]++;
+            bool fold = op->kind == TSAD_OP_NODE && members->net->nodes[node].kind == TSAD_FOLD;
+            if (op->kind == TSAD_OP_COMPUTE || fold) {
+                together[m] = members[i];
+                ops[m++] = op;
+            } else {
+                run_op(&members[i], op);
+            }
+        }
+        if (m && ops[0]->kind == TSAD_OP_COMPUTE) {
+            compute(together, m, ops);
+        } else if (m) {
+            tsad_cpu_fold(together, m, &members->net->nodes[node]);
+        }
+    }
+}
+
+void tsad_cpu_run(tsad_worker *w, const tsad_run *runs, int n, int row_begin, int row_end)
 {
     const tsad_model *m = w->policy->model;
-    context c = {.w = w, .run = run, .k = tsad_cpu_kernels(m), .m = m, .net = run->net};
-    const tsad_program *program = run->program;
+    context members[TSAD_GANG];
+    for (int i = 0; i < n; i++) {
+        members[i] = (context){
+            .w = w, .run = &runs[i], .k = tsad_cpu_kernels(m), .m = m, .net = runs[i].net};
+    }
+    const tsad_program *program = runs[0].program;
     unsigned mode = flush_denormals();
-    for (c.row = row_begin; c.row < row_end; c.row++) {
-        if (w->size > 1 && run->update && shares_work(program, c.row) && !stay_together(w)) {
+    for (int row = row_begin; row < row_end; row++) {
+        for (int i = 0; i < n; i++) {
+            members[i].row = row;
+        }
+        if (n > 1) {
+            run_row_of_gang(members, n);
+            continue;
+        }
+        if (w->size > 1 && runs->update && shares_work(program, row) && !stay_together(w)) {
             break;
         }
-        for (int i = program->row_start[c.row]; i < program->row_start[c.row + 1]; i++) {
-            const tsad_op *op = &program->ops[i];
-            switch (op->kind) {
-            case TSAD_OP_NODE:
-                tsad_cpu_fixed(&c, &run->net->nodes[op->node]);
-                break;
-            case TSAD_OP_COMPUTE:
-                compute(&c, op);
-                break;
-            case TSAD_OP_ADD:
-                add_reused(&c, op);
-                break;
-            case TSAD_OP_GATED:
-                add_gated(&c, op);
-                break;
-            case TSAD_OP_UPDATE:
-                if (run->update) {
-                    update_sample(&c);
-                }
-                break;
-            default:
-                break;
-            }
+        for (int i = program->row_start[row]; i < program->row_start[row + 1]; i++) {
+            run_op(members, &program->ops[i]);
         }
     }
     restore_denormals(mode);

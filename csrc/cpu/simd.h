@@ -1,10 +1,11 @@
 /* simd.h: the kernels over a vector of W floats. Included once by each instruction set's file,
  * which defines before: W, vf (vector of W floats), vi (of W int32), PANEL (two vectors),
  * MAX_ROWS and MAX_PANELS (of a tile, by the number of registers), V_FMA(a, b, c) = a * b + c in
- * one rounding, V_SET1, V_TOTAL (the sum of a vector, always in the same tree), vs (W int16),
- * DOT16(own, sum, w, x): sum += the products of pairs of int16, W pairs at once, HAS_DOT16 whether
- * this CPU has an instruction of its own for that (own), and path(name), which prefixes symbols;
- * OWN_DOTS16, where defined, is dots16 for one panel with that instruction.
+ * one rounding, V_SET1, V_TOTAL (the sum of a vector, always in the same tree), V_TOTALS(v, out)
+ * (of four vectors), vs (W int16), DOT16(own, sum, w, x): sum += the products of pairs of int16, W
+ * pairs at once, HAS_DOT16 whether this CPU has an instruction of its own for that (own), and
+ * path(name), which prefixes symbols; OWN_DOTS16, where defined, is dots16 for one panel with that
+ * instruction.
  *
  * The matrix product is a tile of up to MAX_ROWS rows by one panel of two vectors: every weight
  * is loaded once for all rows, in the order in which it lies in memory. It is fetched 16 KB ahead
@@ -334,9 +335,10 @@ static void path(attention)(const float *qkv, int ld, int rows, int heads, int h
     }
 }
 
-/* scores of one row against the folded tokens, HEADS heads of a token at once */
+/* Scores of one row against the folded tokens, HEADS heads of a token at once. plane[s * stride +
+ * h] is the score of head h. */
 ALWAYS_INLINE void cross_scores(const int HEADS, const tsad_cross *c, const float *x, int h, int n,
-                                int stride, float *weight)
+                                int stride, float *plane)
 {
     int d = c->fold->width, whole = d / W * W;
     for (int s = 0; s < n; s++) {
@@ -353,30 +355,66 @@ ALWAYS_INLINE void cross_scores(const int HEADS, const tsad_cross *c, const floa
                 sum[j] = V_FMA(v, load(key + (size_t)j * (size_t)d + i), sum[j]);
             }
         }
+        float total[4];
+        if (HEADS == 4) {
+            V_TOTALS(sum, total);
+        } else {
+            total[0] = V_TOTAL(sum[0]);
+        }
 #pragma GCC unroll 4
         for (int j = 0; j < HEADS; j++) {
             float rest = 0;
             for (int i = whole; i < d; i++) {
                 rest += x[i] * key[(size_t)j * (size_t)d + (size_t)i];
             }
-            weight[(h + j) * stride + s] =
-                V_TOTAL(sum[j]) + rest + c->tokens[s][c->fold->shift + (size_t)(h + j)];
+            plane[s * stride + h + j] =
+                total[j] + rest + c->tokens[s][c->fold->shift + (size_t)(h + j)];
         }
     }
 }
 
-ALWAYS_INLINE void cross_weights(const tsad_cross *c, const float *x, int n, int stride,
+/* Scores of all rows and heads, then their softmax over the tokens, W rows and heads at once:
+ * weight (S, stride), stride >= rows * heads rounded up to W. Tokens that a row does not see get
+ * no weight. */
+ALWAYS_INLINE void cross_weights(const tsad_cross *c, const float *x, int ld, int rows, int stride,
                                  float *weight)
 {
-    int heads = c->fold->n_heads, h = 0;
-    for (; h + 4 <= heads; h += 4) {
-        cross_scores(4, c, x, h, n, stride, weight);
+    int heads = c->fold->n_heads, S = c->n_tokens;
+    for (int t = 0; t < rows; t++) {
+        const float *from = x + (size_t)t * (size_t)ld;
+        float *plane = weight + t * heads;
+        int n = c->causal && t + 2 < S ? t + 2 : S, h = 0;
+        for (; h + 4 <= heads; h += 4) {
+            cross_scores(4, c, from, h, n, stride, plane);
+        }
+        for (; h < heads; h++) {
+            cross_scores(1, c, from, h, n, stride, plane);
+        }
+        for (int s = n; s < S; s++) {
+            for (h = 0; h < heads; h++) {
+                plane[s * stride + h] = -INFINITY;
+            }
+        }
     }
-    for (; h < heads; h++) {
-        cross_scores(1, c, x, h, n, stride, weight);
+    for (int s = 0; s < S; s++) {
+        for (int i = rows * heads; i % W; i++) {
+            weight[s * stride + i] = 0;
+        }
     }
-    for (h = 0; h < heads; h++) {
-        softmax(weight + (size_t)h * (size_t)stride, n);
+    for (int i = 0; i < rows * heads; i += W) {
+        vf top = load(weight + i), sum = V_SET1(0.0f);
+        for (int s = 1; s < S; s++) {
+            top = upper(load(weight + s * stride + i), top);
+        }
+        for (int s = 0; s < S; s++) {
+            vf e = exponential(load(weight + s * stride + i) - top);
+            store(weight + s * stride + i, e);
+            sum += e;
+        }
+        vf scale = V_SET1(1.0f) / sum;
+        for (int s = 0; s < S; s++) {
+            store(weight + s * stride + i, load(weight + s * stride + i) * scale);
+        }
     }
 }
 
@@ -392,7 +430,7 @@ ALWAYS_INLINE void cross_values(const int V, const tsad_cross *c, const float *w
     for (int h = 0; h < c->fold->n_heads; h++) {
         size_t at = c->fold->value + (size_t)h * (size_t)c->fold->width + (size_t)i;
         for (int s = 0; s < n; s++) {
-            vf p = V_SET1(weight[h * stride + s]);
+            vf p = V_SET1(weight[s * stride + h]);
 #pragma GCC unroll 4
             for (int j = 0; j < V; j++) {
                 sum[j] = V_FMA(p, load(c->tokens[s] + at + j * W), sum[j]);
@@ -407,15 +445,13 @@ ALWAYS_INLINE void cross_values(const int V, const tsad_cross *c, const float *w
 
 static void path(cross)(const tsad_cross *c, const float *x, int ld, int rows, float *y)
 {
-    enum { MAX_WEIGHTS = 1024 };
     int d = c->fold->width, heads = c->fold->n_heads, whole = d / W * W;
-    int stride = (c->n_tokens + W - 1) / W * W;
-    float local[MAX_WEIGHTS], *weight = heads * stride <= MAX_WEIGHTS ? local : c->work;
+    int stride = (rows * heads + W - 1) / W * W;
+    cross_weights(c, x, ld, rows, stride, c->work);
     for (int t = 0; t < rows; t++) {
+        const float *weight = c->work + t * heads;
         float *out = y + (size_t)t * (size_t)ld;
-        int n = c->causal && t + 2 < c->n_tokens ? t + 2 : c->n_tokens;
-        cross_weights(c, x + (size_t)t * (size_t)ld, n, stride, weight);
-        int i = 0;
+        int n = c->causal && t + 2 < c->n_tokens ? t + 2 : c->n_tokens, i = 0;
         for (; i + 4 * W <= whole; i += 4 * W) {
             cross_values(4, c, weight, n, stride, i, out);
         }
@@ -427,7 +463,7 @@ static void path(cross)(const tsad_cross *c, const float *x, int ld, int rows, f
             for (int h = 0; h < heads; h++) {
                 size_t at = c->fold->value + (size_t)h * (size_t)d + (size_t)i;
                 for (int s = 0; s < n; s++) {
-                    sum += weight[h * stride + s] * c->tokens[s][at];
+                    sum += weight[s * stride + h] * c->tokens[s][at];
                 }
             }
             out[i] = sum;
@@ -437,14 +473,18 @@ static void path(cross)(const tsad_cross *c, const float *x, int ld, int rows, f
 
 /* ---- sums ---------------------------------------------------------------------------------- */
 
-static void path(add)(float *x, const float *const *source, int n, size_t floats)
+static void path(add)(float *x, const float *const *source, const float *weight, int n,
+                      size_t floats)
 {
-    for (size_t i = 0; i < floats; i += W) {
-        vf sum = load(source[0] + i);
+    for (size_t i = 0; i < floats; i += 2 * W) { /* rows are whole panels */
+        vf w = V_SET1(weight[0]), a = w * load(source[0] + i), b = w * load(source[0] + i + W);
         for (int s = 1; s < n; s++) {
-            sum += load(source[s] + i);
+            w = V_SET1(weight[s]);
+            a = V_FMA(w, load(source[s] + i), a);
+            b = V_FMA(w, load(source[s] + i + W), b);
         }
-        store(x + i, load(x + i) + sum);
+        store(x + i, load(x + i) + a);
+        store(x + i + W, load(x + i + W) + b);
     }
 }
 

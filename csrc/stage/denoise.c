@@ -33,29 +33,40 @@ static void note_writes(const tsad_model *m, tsad_lane *lane)
     lane->stats.chunks = lane->chunk;
 }
 
-void tsad_denoise(tsad_worker *w, tsad_lane *lane, const tsad_call *call, int row)
+static tsad_run begin(const tsad_model *m, const tsad_member *member, const tsad_call *call)
 {
-    const tsad_model *m = w->policy->model;
     int T = m->horizon, A = m->action_dim, ld = tsad_pad(A);
-    const float *noise = call->noise ? call->noise + (size_t)row * call->noise_lane : NULL;
-    const float *start =
-        call->initial ? call->initial + (size_t)row * (size_t)T * (size_t)A : noise;
-    float *x = w->registers[m->net.input]; /* (T, A padded) */
+    size_t row = (size_t)member->row;
+    const float *noise = call->noise ? call->noise + row * call->noise_lane : NULL;
+    const float *start = call->initial ? call->initial + row * (size_t)T * (size_t)A : noise;
+    float *x = member->registers[m->net.input]; /* (T, A padded) */
     for (int t = 0; t < T; t++) {
         memcpy(x + (size_t)t * (size_t)ld, start + (size_t)t * (size_t)A,
                sizeof(float) * (size_t)A);
     }
-    memset(w->previous_x0, 0, sizeof(float) * (size_t)T * (size_t)ld);
-    tsad_run run = {.net = &m->net,
-                    .program = lane->program,
-                    .registers = w->registers,
-                    .lane = lane,
-                    .noise = noise,
-                    .noise_step = call->noise_step,
-                    .update = true};
-    m->backend->run(w, &run, 0, m->n_steps);
-    if (w->rank == 0) {
-        emit_actions(m, x, call, row);
-        note_writes(m, lane);
+    memset(member->previous_x0, 0, sizeof(float) * (size_t)T * (size_t)ld);
+    return (tsad_run){.net = &m->net,
+                      .program = member->lane->program,
+                      .registers = member->registers,
+                      .previous_x0 = member->previous_x0,
+                      .sums = (float **)member->sums,
+                      .lane = member->lane,
+                      .noise = noise,
+                      .noise_step = call->noise_step,
+                      .update = true};
+}
+
+void tsad_denoise(tsad_worker *w, int n, const tsad_call *call)
+{
+    const tsad_model *m = w->policy->model;
+    tsad_run runs[TSAD_GANG] = {0};
+    for (int i = 0; i < n; i++) {
+        runs[i] = begin(m, &w->members[i], call);
+    }
+    m->backend->run(w, runs, n, 0, m->n_steps);
+    for (int i = 0; i < n && w->rank == 0; i++) {
+        const tsad_member *member = &w->members[i];
+        emit_actions(m, member->registers[m->net.input], call, member->row);
+        note_writes(m, member->lane);
     }
 }

@@ -4,7 +4,7 @@
  * have nothing to do here. */
 #include "../backend.h"
 
-void tsad_encode(tsad_worker *w, tsad_lane *lane, const float *obs)
+void tsad_encode(tsad_worker *w, int n)
 {
     tsad_policy *p = w->policy;
     const tsad_model *m = p->model;
@@ -12,13 +12,20 @@ void tsad_encode(tsad_worker *w, tsad_lane *lane, const float *obs)
         return;
     }
     int ld = tsad_pad(m->obs_dim);
-    float *x = w->encoder_registers[m->encoder.input]; /* (To, O padded) */
-    for (int t = 0; t < m->n_obs_steps; t++) {
-        for (int i = 0; i < m->obs_dim; i++) {
-            x[t * ld + i] = obs[t * m->obs_dim + i] * m->obs_scale[i] + m->obs_offset[i];
+    tsad_run runs[TSAD_GANG] = {0};
+    for (int g = 0; g < n; g++) {
+        const tsad_member *member = &w->members[g];
+        float *x = member->encoder_registers[m->encoder.input]; /* (To, O padded) */
+        for (int t = 0; t < m->n_obs_steps; t++) {
+            for (int i = 0; i < m->obs_dim; i++) {
+                float raw = member->obs[t * m->obs_dim + i];
+                x[t * ld + i] = raw * m->obs_scale[i] + m->obs_offset[i];
+            }
         }
+        runs[g] = (tsad_run){.net = &m->encoder,
+                             .program = &p->encode,
+                             .registers = member->encoder_registers,
+                             .lane = member->lane};
     }
-    tsad_run run = {
-        .net = &m->encoder, .program = &p->encode, .registers = w->encoder_registers, .lane = lane};
-    m->backend->run(w, &run, 0, p->encode.n_rows);
+    m->backend->run(w, runs, n, 0, p->encode.n_rows);
 }

@@ -63,6 +63,7 @@ void tsad_program_carve(tsad_program *program, tsad_arena *arena, int n_rows, in
     program->row_start = TSAD_CARVE(arena, int32_t, n_rows + 1);
     program->ops = TSAD_CARVE(arena, tsad_op, max_ops);
     program->sources = TSAD_CARVE(arena, int32_t, max_sources);
+    program->counts = TSAD_CARVE(arena, float, max_sources);
 }
 
 static tsad_op *emit(tsad_program *program, tsad_op_kind kind, int node)
@@ -81,19 +82,29 @@ typedef struct compiler {
     int oldest;                      /* of them */
 } compiler;
 
-/* one more slot for an addition: rollout slots first, each kind in the order of the blocks */
+/* One more slot for an addition: rollout slots first, each kind in the order of the blocks, and a
+ * slot that several branches reuse once. Such a slot is no rollout's: those are one cell's own. */
 static void add_source(tsad_program *program, tsad_op *op, int32_t slot, bool rollout)
 {
     int32_t *list = program->sources + op->src;
+    float *count = program->counts + op->src;
+    for (int i = op->n_rollout; i < op->n_src; i++) {
+        if (list[i] == slot) {
+            count[i]++;
+            return;
+        }
+    }
     int at = op->n_src++;
     program->n_sources++;
     if (rollout) {
         for (; at > op->n_rollout; at--) {
             list[at] = list[at - 1];
+            count[at] = count[at - 1];
         }
         op->n_rollout++;
     }
     list[at] = slot;
+    count[at] = 1;
 }
 
 /* An addition is complete: does it repeat a recent one, and what of it is worth keeping? The same
@@ -112,7 +123,9 @@ static void close_addition(compiler *c, const tsad_op *run)
         if (other && other->n_src == op->n_src &&
             c->net->nodes[other->node].out == c->net->nodes[op->node].out &&
             memcmp(program->sources + other->src, program->sources + op->src,
-                   sizeof(int32_t) * (size_t)op->n_src) == 0) {
+                   sizeof(int32_t) * (size_t)op->n_src) == 0 &&
+            memcmp(program->counts + other->src, program->counts + op->src,
+                   sizeof(float) * (size_t)op->n_src) == 0) {
             other->remember = op->repeat = (uint8_t)(i + 1);
             return;
         }

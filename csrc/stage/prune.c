@@ -9,5 +9,5 @@ void tsad_prune(tsad_worker *w, tsad_lane *lane)
                     .program = &p->prune,
                     .registers = w->pruner_registers,
                     .lane = lane};
-    p->model->backend->run(w, &run, 0, p->prune.n_rows);
+    p->model->backend->run(w, &run, 1, 0, p->prune.n_rows);
 }

@@ -1,0 +1,43 @@
+/* stall.c: a core that another process has taken. The threads of a lane notice at a meeting that
+ * one keeps the others waiting; they part (stay_together in cpu/run.c), and the next chunks run on
+ * one thread, for longer each time it happens again.
+ */
+#include "internal.h"
+
+/* Waiting longer than this, and longer than one's own work took, means a core is taken. The first
+ * meeting of a chunk may have to wait for a sleeping core to wake. */
+enum { STALL_NS = 300000, WAKE_NS = 3000000, MAX_PATIENCE = 64 };
+
+void tsad_worker_meet(tsad_worker *w)
+{
+    if (w->size == 1 || w->rank > 0) {
+        tsad_barrier_wait(w->policy->barrier, w->size);
+        return;
+    }
+    int64_t arrived = tsad_now();
+    tsad_barrier_wait(w->policy->barrier, w->size);
+    int64_t left = tsad_now();
+    int64_t limit = w->met_at ? STALL_NS : WAKE_NS, own = w->met_at ? arrived - w->met_at : 0;
+    w->stalled |= left - arrived > limit && left - arrived > own;
+    w->met_at = left;
+}
+
+/* How many threads to ask for: alone for a while after a stall, twice as long each time. */
+int tsad_stall_size(tsad_policy *p, int n_lanes)
+{
+    if (n_lanes < p->n_threads && p->alone_for > 0) {
+        p->alone_for--;
+        return 1;
+    }
+    return p->n_threads;
+}
+
+void tsad_stall_note(tsad_policy *p)
+{
+    if (p->workers[0].stalled) {
+        p->patience = p->patience * 2 < MAX_PATIENCE ? p->patience * 2 + 1 : MAX_PATIENCE;
+        p->alone_for = p->patience;
+    } else {
+        p->patience /= 2;
+    }
+}
