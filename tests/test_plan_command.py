@@ -57,6 +57,9 @@ def test_every_method_makes_a_plan_that_runs(capsys: Any, tmp_path: Path, effect
         policy.plan = plan
         policy.reset(seed=0)
         assert np.isfinite(policy(np.full((2, 20), 256, np.float32))).all()
+    late = ["plan", "make", "effects", "pusht", "--effects", effects, "--late", "--out", out]
+    code, text, _ = run(capsys, *late, "--sparsity", "0.8", *SAMPLER)
+    assert code == 0 and tsad.Plan.load(out).sparsity >= 0.8  # beyond the dial
     code, text, _ = run(
         capsys, "plan", "make", "uniform", "pusht", "--sparsity", "0.5", "--out", out, *SAMPLER
     )
@@ -70,6 +73,9 @@ def test_search_improves_and_survives_ctrl_c(
     run(capsys, "plan", "make", "random", "pusht", "--sparsity", "0.5", "--out", start, *SAMPLER)
     command = ["plan", "search", "pusht", "--data", str(recorded), "--start", start, "--out", out]
     command += ["--chunks", "8", "--lanes", "4", "--seed", "1", *SAMPLER]
+    worse = str(tmp_path / "worse.npz")  # the better of two is taken
+    tsad.planners.uniform(tsad.load("pusht", sampler="ddim", num_inference_steps=4), 1).save(worse)
+    command.insert(command.index(start), worse)
     plain = Search.run
 
     def limited(self: Search, seconds: float, **options: Any) -> Any:

@@ -21,7 +21,7 @@ def computed(plan: Plan) -> Any:
 
 
 def loss_of(loss: Any, steps: tuple[int, ...], K: int) -> float:
-    ends = [*steps[1:], K]
+    ends = [*steps[1:], K][: len(steps)]
     return float(sum(loss[i, j] for i, j in zip(steps, ends, strict=True)))
 
 
@@ -50,10 +50,35 @@ def test_segments_equal_brute_force() -> None:
     for wrong in (0, K + 1):
         with pytest.raises(ValueError, match=f"count: expected 1 to {K}"):
             segments.steps(0, wrong)
+    with pytest.raises(ValueError, match=r"before: expected numbers of shape \(3, 8\)"):
+        Segments(loss, np.zeros((3, 7)))
     with pytest.raises(ValueError, match=r"loss: expected shape \(blocks, steps, steps \+ 1\)"):
         Segments(np.zeros((2, 3, 3)))
     with pytest.raises(ValueError, match="NaN"):
         Segments(np.full((2, 3, 4), np.nan))
+
+
+def test_segments_that_begin_late_equal_brute_force() -> None:
+    K, B = 6, 3
+    rng = np.random.default_rng(4)
+    loss = rng.standard_normal((B, K, K + 1))
+    before = np.concatenate([np.zeros((B, 1)), rng.standard_normal((B, K))], axis=1)
+    before[2, 1:] = np.inf  # the last block can't wait
+    segments = Segments(loss, before)
+    for b, m in itertools.product(range(B), range(K + 1)):
+        totals = {
+            steps: before[b, steps[0] if steps else K] + loss_of(loss[b], steps, K)
+            for steps in itertools.combinations(range(K), m)
+        }
+        best = min(totals, key=totals.__getitem__)
+        assert segments.values[m, b] == pytest.approx(totals[best])
+        if np.isfinite(totals[best]):
+            assert segments.steps(b, m) == list(best)
+    with pytest.raises(ValueError, match="count: expected 1 to 6"):
+        segments.steps(2, 0)
+    assert segments.allot([1, 1, 1], 1)[2] == 1
+    with pytest.raises(ValueError, match="budget: expected at least 1"):
+        segments.allot([1, 1, 1], 0.5)
 
 
 def test_a_budget_is_spent_as_well_as_one_price_can() -> None:
@@ -360,8 +385,8 @@ def made_up_effects(policy: Any) -> planners.Effects:
     rate = np.random.default_rng(1).uniform(0, 1, (B, K, 1)) ** 3
     age = np.arange(K + 1)[None, None, :] - np.arange(K)[None, :, None]
     segment = rate * np.clip(age - 1, 0, None) ** 2
-    rest = np.zeros(1, np.float32)
-    return planners.Effects(rest, segment, rest, np.zeros((K, B)), *[rest] * 6, {})
+    rest, kind = np.zeros(1, np.float32), np.full((K, B, B), np.nan)
+    return planners.Effects(rest, segment, kind, np.zeros((K, B)), *[rest] * 6, {})
 
 
 def scoring_planners(policy: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from policies import make_policy, noises, observations
 
-from tsad import COMPUTE, REUSE_STEP, Plan, planners
+from tsad import COMPUTE, REUSE_STEP, SKIP, Plan, planners
 from tsad.planners.search import ChunkError, Found, Search
 
 
@@ -87,10 +87,21 @@ def test_search_spends_what_is_left() -> None:
     assert 0.5 - 1e-9 <= found.plan.sparsity < start.sparsity and found.error < 0.5 * found.begun
 
 
+def test_search_goes_on_from_blocks_that_begin_late() -> None:
+    policy = make_policy(lanes=2)
+    error = ChunkError(policy, windows(policy, 2))
+    sources = planners.uniform(policy, 3).sources.copy()
+    sources[:3, 3:] = SKIP
+    sources[3:, 3:] = COMPUTE
+    start = Plan(sources, sources, cost=policy.block_costs)
+    found = Search(policy, start, error, sparsity=start.sparsity).run(60, tries=100)
+    assert found.error < found.begun and (found.plan.sources[0, 3:] == SKIP).any()
+
+
 def test_search_refuses_what_it_cannot_begin_with() -> None:
     policy = make_policy(lanes=2)
     error = ChunkError(policy, windows(policy, 2))
-    with pytest.raises(ValueError, match="start: expected a plan that computes step 0"):
+    with pytest.raises(ValueError, match="start: expected a plan that reads no rollout"):
         Search(policy, planners.c3ache(policy, 2, 6), error, sparsity=0.5)
     sources = np.full((8, 6), REUSE_STEP, np.uint8)
     sources[:2] = COMPUTE

@@ -286,6 +286,27 @@ def test_the_plan_beats_random_ones_of_its_cost(coherent: bool) -> None:
         planner(make_policy(steps=4), 0.5)
 
 
+def test_blocks_above_the_first_layer_may_begin_late() -> None:
+    policy = make_policy(lanes=6)
+    effects = from_policy(policy)
+    late, costs = EffectPlanner(effects, late=True), policy.block_costs
+    for sparsity in (0.0, 0.3, 0.6, 0.85, 0.92):
+        plan = late(policy, sparsity)
+        assert sparsity - 1e-9 <= plan.sparsity <= sparsity + costs.max() / costs.sum() / 8
+        assert (plan.sources[0, :3] == COMPUTE).all()
+        assert np.isfinite(error(policy, plan))  # it runs, right after a reset
+        for b in range(3, 6):  # until it is computed a block waits as cheaply as the tables know
+            for k in range(8):
+                if plan.sources[k, b] == COMPUTE:
+                    break
+                options = {REUSE_TYPE: effects.kind[k, b, b - 3], SKIP: effects.skip[k, b]}
+                assert plan.sources[k, b] == min(options, key=options.__getitem__)
+    assert (late(policy, 0.85).sources[0] != COMPUTE).any()
+    assert late(policy, 0.92).sparsity > policy.max_sparsity
+    with pytest.raises(ValueError, match="sparsity: expected 0 to 0.9375"):
+        late(policy, 0.95)
+
+
 def test_what_the_published_rules_look_at() -> None:
     twin = make_twin()
     effects, v, _ = measured(twin)

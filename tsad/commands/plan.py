@@ -77,12 +77,23 @@ def add_parser(subparsers: Any) -> None:
     make = _action(actions, "make", "a plan of a given sparsity", _make, method=True)
     make.add_argument("--effects", metavar="FILE", help="of 'tsad plan measure'")
     make.add_argument("--sparsity", type=sparsity, required=True, metavar="S", help="of the cost")
+    make.add_argument(
+        "--late",
+        action="store_true",
+        help="effects: blocks may be computed later than at step 0; for few steps",
+    )
 
     search = _action(actions, "search", "a better plan, by trial on recorded chunks", _search)
     _add_data(search, 48)
-    search.add_argument("--start", required=True, metavar="FILE", help="a plan to begin with")
     search.add_argument(
-        "--sparsity", type=sparsity, metavar="S", help="at least (default: that of --start)"
+        "--start",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="plans; it begins with the one of least error that is sparse enough",
+    )
+    search.add_argument(
+        "--sparsity", type=sparsity, metavar="S", help="at least (default: the least of --start)"
     )
     search.add_argument(
         "--minutes", type=_minutes, default=5.0, metavar="X", help="how long (default: 5)"
@@ -299,7 +310,7 @@ def _make(args: argparse.Namespace) -> int:
         planner = planners.Scores(scores, name=f"random cells, seed {args.seed}")
     else:
         effects = _read_effects(args, policy)
-        planner = _calibrated(args.method, effects)
+        planner = _calibrated(args.method, effects, args.late)
     with argument("--sparsity"):
         plan = planner(policy, args.sparsity)
     if args.method not in ("uniform", "random"):
@@ -307,11 +318,11 @@ def _make(args: argparse.Namespace) -> int:
     return _save_plan(args, plan, extra)
 
 
-def _calibrated(method: str, effects: Effects) -> Any:
+def _calibrated(method: str, effects: Effects, late: bool) -> Any:
     from tsad import planners
 
     if method == "effects":
-        return planners.EffectPlanner(effects)
+        return planners.EffectPlanner(effects, late=late)
     if method == "bac":
         return planners.Bac(effects.alike, errors=effects.changes)
     if method == "fbcache":
@@ -333,17 +344,20 @@ def _search(args: argparse.Namespace) -> int:
     from tsad.planners.search import ChunkError, Search
 
     out = _out(args)
-    start = load_plan(args.start, "--start")
+    starts = [load_plan(path, "--start") for path in args.start]
     probe = load_policy(args.source, args, name="POLICY", lanes=1)
+    asked = min(plan.sparsity for plan in starts) if args.sparsity is None else args.sparsity
     with argument("--start"):
-        probe.plan = start
+        for plan in starts:
+            probe.plan = plan
+        starts = [plan for plan in starts if plan.sparsity >= asked - 1e-9] or starts[:1]
     chosen = pick(_recorded(args, probe), args.chunks, 1, args.seed)
     windows = [(episode.obs[part], episode.noise()[part]) for episode, part in chosen]
     lanes = min(args.lanes, len(windows))
     policy = load_policy(args.source, args, name="POLICY", lanes=lanes)
     error = ChunkError(policy, windows[: len(windows) // lanes * lanes])
-    asked = start.sparsity if args.sparsity is None else args.sparsity
     with argument("--start"):
+        start = starts[0] if len(starts) == 1 else min(starts, key=error)
         note = {**_facts(probe, args.source), "seeds": sorted({e.seed for e, _ in chosen})}
         search = Search(policy, start, error, sparsity=asked, seed=args.seed, note=note)
     seconds = args.minutes * 60

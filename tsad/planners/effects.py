@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tsad.checkpoint import write_atomically
 from tsad.plan import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, SKIP, Plan
-from tsad.planners.base import PolicyFacts, budget, check_sparsity, own_values
+from tsad.planners.base import PolicyFacts, budget, check_sparsity, make_plan
 from tsad.planners.segments import Segments
 
 Floats = NDArray[np.float64]
@@ -102,6 +102,26 @@ class Effects:
         loss[:, :, 1:] = np.cumsum(np.triu(self.pair.astype(np.float64), 1), axis=2)
         return loss
 
+    def late(self) -> tuple[Floats, NDArray[np.uint8]]:
+        """What it costs to compute a block at step j for the first time, and how to wait for it.
+
+        Losses (B, K + 1), infinite for the first layer but at j = 0, so that there is a value of
+        each type; and sources (K, B): until then a cell takes the value of the block before of its
+        type, or nothing, whichever does less.
+        """
+        K, B = self.skip.shape
+        # the nearest block of the same type below; a block without one can't wait
+        below = [[c for c in range(b) if not np.isnan(self.kind[0, b, c])] for b in range(B)]
+        loss = np.full((B, K + 1), np.inf)
+        loss[:, 0] = 0.0
+        sources = np.full((K, B), SKIP, np.uint8)
+        for b, candidates in enumerate(below):
+            if candidates:
+                kind = self.kind[:, b, candidates[-1]].astype(np.float64)
+                sources[kind < self.skip[:, b], b] = REUSE_TYPE
+                loss[b, 1:] = np.cumsum(np.minimum(kind, self.skip[:, b]))
+        return loss, sources
+
     def predict(self, plan: Plan, coherent: bool = True) -> float:
         """The mean squared error of executed actions that these tables foresee for a plan.
 
@@ -152,14 +172,21 @@ class EffectPlanner:
     For every block the steps to compute by dynamic programming, over all blocks one price per cost:
     BAC's programme (arXiv 2506.13456), with the effect on actions in place of the similarity of
     features, and cells that weigh what they cost.
+
+    Args:
+        coherent: see `Effects.losses`.
+        late: blocks above the first layer may be computed later than at step 0 (`Effects.late`):
+            the noisiest step is worth little, and in a few steps it is much of the budget. Such a
+            plan can be sparser than the dial goes: call the planner and set ``policy.plan``.
     """
 
-    def __init__(self, effects: Effects, *, coherent: bool = True) -> None:
-        self.effects, self.coherent = effects, coherent
-        self._segments = Segments(effects.losses(coherent))
+    def __init__(self, effects: Effects, *, coherent: bool = True, late: bool = False) -> None:
+        self.effects, self.coherent, self.late = effects, coherent, late
+        before, self._waiting = effects.late()
+        self._segments = Segments(effects.losses(coherent), before if late else None)
 
     def __repr__(self) -> str:
-        return f"EffectPlanner(coherent={self.coherent})"
+        return f"EffectPlanner(coherent={self.coherent}, late={self.late})"
 
     def __call__(self, policy: PolicyFacts, sparsity: float) -> Plan:
         K, B = self.effects.skip.shape
@@ -169,7 +196,18 @@ class EffectPlanner:
                 f"{policy.num_inference_steps} and {len(policy.blocks)}; measure them for this "
                 "policy and sampler"
             )
-        check_sparsity(policy, sparsity)
-        counts = self._segments.allot(np.asarray(policy.block_costs), budget(policy, sparsity))
-        computed = self._segments.mask(counts)
-        return own_values(policy, computed, planner=repr(self), sparsity=float(sparsity))
+        costs = np.asarray(policy.block_costs)
+        if self.late:
+            most = 1 - costs[np.isinf(self._segments.values[0])].sum() / (costs.sum() * K)
+            if not 0 <= sparsity <= most:
+                raise ValueError(
+                    f"sparsity: expected 0 to {most:.6g} (step 0 of the first layer is computed), "
+                    f"got {sparsity}; ask for less"
+                )
+        else:
+            check_sparsity(policy, sparsity)
+        computed = self._segments.mask(self._segments.allot(costs, budget(policy, sparsity)))
+        sources = np.where(computed, np.uint8(COMPUTE), np.uint8(REUSE_STEP))
+        waits = ~np.logical_or.accumulate(computed, axis=0)
+        sources[waits] = self._waiting[waits]
+        return make_plan(policy, sources, sources, planner=repr(self), sparsity=float(sparsity))

@@ -109,12 +109,13 @@ class Search:
     """A plan that moves downhill: ``Search(policy, start, error, sparsity=0.95).run(60).plan``.
 
     Moves: a computed cell to another step; a computed cell dropped for one or two of other blocks;
-    a reused run to another source (type, skip, own value). Each costs at most what is asked, and
-    is taken if the error falls on every group of chunks so far, and in all.
+    a band of neighbouring blocks to another step; a reused run to another source (type, skip, own
+    value). Each costs at most what is asked, and is taken if the error falls over the first groups
+    of chunks, however many of them are looked at, and over all.
 
     Args:
         policy: whose plan it is; its costs decide.
-        start: a plan that computes step 0 and reads no rollout.
+        start: a plan that reads no rollout. What it computes at step 0 stays.
         error: `ChunkError` of that policy.
         sparsity: of the cost; the plan found is at least as sparse.
         seed: of the moves.
@@ -132,9 +133,9 @@ class Search:
         note: Mapping[str, Any] | None = None,
     ) -> None:
         self._sources = start.sources.copy()
-        if (self._sources[0] != COMPUTE).any() or (self._sources == REUSE_ROLLOUT).any():
+        if (self._sources == REUSE_ROLLOUT).any():
             raise ValueError(
-                "start: expected a plan that computes step 0 and reads no rollout; begin with "
+                "start: expected a plan that reads no rollout, got one that does; begin with "
                 "planners.EffectPlanner or planners.uniform"
             )
         self._policy, self._error = policy, error
@@ -189,6 +190,22 @@ class Search:
             sources[step + 1, block], added = COMPUTE, True
         return added
 
+    def _band(self, sources: Sources) -> bool:
+        """Neighbouring blocks computed together at one step, and others at another step not.
+
+        Errors of neighbours cancel where all of them take values of the same step.
+        """
+        steps, blocks = sources.shape
+        begin, width = int(self._rng.integers(blocks)), int(self._rng.integers(2, blocks + 1))
+        band = slice(begin, begin + width)
+        if steps < 2 or not (sources[1:, band] == COMPUTE).any():
+            return False
+        taken = np.flatnonzero((sources[1:, band] == COMPUTE).any(axis=1)) + 1
+        dropped = sources[int(self._rng.choice(taken)), band]
+        dropped[dropped == COMPUTE] = REUSE_STEP
+        sources[int(self._rng.integers(1, steps)), band] = COMPUTE
+        return self._spent(sources) <= self._budget
+
     def _resource(self, sources: Sources) -> bool:
         """Another source for the cells from a reused one up to the next computed one."""
         cells = np.argwhere(sources != COMPUTE)
@@ -202,13 +219,17 @@ class Search:
         sources[step:end, block] = self._rng.choice(kinds)
         return True
 
-    def _move(self) -> Sources:
+    def _move(self) -> tuple[Sources, Plan]:
         # Moves that the tables of effects call promising were tried first, once: it found less.
-        moves = (self._shift, self._swap, self._resource)
+        moves = (self._shift, self._swap, self._band, self._resource)
         while True:
             sources = self._sources.copy()
-            if moves[int(self._rng.integers(len(moves)))](sources):
-                return sources
+            if not moves[int(self._rng.integers(len(moves)))](sources):
+                continue
+            try:
+                return sources, self._plan(sources)
+            except ValueError:  # reads what nothing has written: where a block begins late
+                continue
 
     # ---- descent
 
@@ -226,8 +247,8 @@ class Search:
         now = [float(self._error.chunks(plan, group).mean()) for group in groups]
         found = Found(plan, float(np.mean(now)), float(np.mean(now)), 0, 0, 0.0)
         while found.seconds < seconds and (tries is None or found.tried < tries):
-            sources = self._move()
-            trial, errors = self._plan(sources), []
+            sources, trial = self._move()
+            errors: list[float] = []
             for group in groups:
                 errors.append(float(self._error.chunks(trial, group).mean()))
                 if sum(errors) >= sum(now[: group + 1]):

@@ -26,11 +26,14 @@ class Segments:
         loss: (B, K, K + 1): ``loss[b, i, j]`` is lost where block b is computed at step i and
             reused at the steps i + 1 to j - 1; read where j > i. Any sign.
 
-    ``values`` (K + 1, B): the least loss with m computed steps, the first being step 0; infinite
-    for m = 0.
+        before: (B, K + 1): what is lost where a block is computed at step j for the first time, the
+            steps before it being filled in some other way; j = K is never. Infinite where it can't
+            be. Default: every block is computed at step 0.
+
+    ``values`` (K + 1, B): the least loss with m computed steps; infinite where that can't be.
     """
 
-    def __init__(self, loss: ArrayLike) -> None:
+    def __init__(self, loss: ArrayLike, before: ArrayLike | None = None) -> None:
         table = np.array(loss, np.float64)
         if table.ndim != 3 or table.shape[2] != table.shape[1] + 1:
             raise ValueError(
@@ -43,7 +46,14 @@ class Segments:
             raise ValueError("loss: expected numbers, got NaN; leave out what was not measured")
         best = np.full((B, K + 1), np.inf)  # of the steps before j, in m segments
         best[:, 0] = 0.0
+        if before is not None:
+            best = np.array(before, np.float64)
+            if best.shape != (B, K + 1) or np.isnan(best).any():
+                raise ValueError(
+                    f"before: expected numbers of shape ({B}, {K + 1}), got {best.shape}"
+                )
         self.values = np.full((K + 1, B), np.inf)
+        self.values[0] = best[:, K]
         self._begins = np.zeros((K + 1, B, K + 1), np.int64)  # of the last segment
         for m in range(1, K + 1):
             candidates = best[:, :K, None] + table  # (B, i, j)
@@ -52,10 +62,11 @@ class Segments:
             self.values[m] = best[:, K]
 
     def steps(self, block: int, count: int) -> list[int]:
-        """The best ``count`` steps (1 to K) at which to compute a block, ascending."""
+        """The best ``count`` steps (0 to K) at which to compute a block, ascending."""
         K = self.values.shape[0] - 1
-        if not 1 <= count <= K:
-            raise ValueError(f"count: expected 1 to {K} computed steps, got {count}")
+        if not 0 <= count <= K or np.isinf(self.values[count, block]):
+            least = int(np.isinf(self.values[:, block]).argmin())
+            raise ValueError(f"count: expected {least} to {K} computed steps, got {count}")
         end, steps = K, []
         for m in range(count, 0, -1):
             end = int(self._begins[m, block, end])
@@ -71,21 +82,22 @@ class Segments:
         return computed
 
     def allot(self, costs: ArrayLike, budget: float) -> Ints:
-        """How often to compute each block, (B,), at least once: the least loss within a budget.
+        """How often to compute each block, (B,): the least loss within a budget.
 
         ``costs`` (B,) of one cell. Least but for one price: all blocks pay the same for a cost of
         1, found by bisection; what is left of the budget then goes to `spend`.
         """
         costs = np.asarray(costs, np.float64)
-        if costs.sum() > budget:
+        least = float(np.isinf(self.values).argmin(axis=0) @ costs)
+        if least > budget:
             raise ValueError(
-                f"budget: expected at least {costs.sum():g}, step 0 of every block, got {budget:g}"
+                f"budget: expected at least {least:g}, the cells that must be computed, got "
+                f"{budget:g}"
             )
-        m = np.arange(1, self.values.shape[0])[:, None] * costs  # cost of m cells
-        values = self.values[1:]
+        m = np.arange(self.values.shape[0])[:, None] * costs  # cost of m cells
 
         def counts_at(price: float) -> Ints:
-            return np.asarray((values + price * m).argmin(axis=0) + 1, np.int64)
+            return np.asarray((self.values + price * m).argmin(axis=0), np.int64)
 
         low, high = 0.0, 1.0
         if counts_at(low) @ costs <= budget:
