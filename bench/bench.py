@@ -442,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
         run.close()
     if args.plot:
         for case in done:
-            if len(case["contenders"]) > 1 and not case["pace_hz"]:
+            if report.has_curve(case):
                 report.plot(case, machine, out.with_name(f"{out.stem}-{case['name']}.png"))
     print(report.header({**document, "cases": done}) + "\n\n" + report.table(done))
     print("\n" + "\n".join([*report.lines(done), f"written to {out}"]))

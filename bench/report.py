@@ -262,6 +262,13 @@ def header(document: Mapping[str, Any]) -> str:
 # ---- plot
 
 
+def has_curve(case: Mapping[str, Any]) -> bool:
+    """Whether there is a curve to plot: dense, and more than one sparsity beside it."""
+    ours = [c for _, c in _timed([case]) if c["peer"] == "tsad"]
+    known = {round(c["sparsity"], 3) for c in ours}
+    return not case["pace_hz"] and _best(case, "tsad dense") is not None and len(known) > 2
+
+
 def plot(case: Mapping[str, Any], machine: Mapping[str, Any], path: Path) -> None:
     """Latency against sparsity: our plans, the line of ideal saving, the floor, dense peers."""
     from matplotlib.figure import Figure

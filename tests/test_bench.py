@@ -440,7 +440,8 @@ def test_cases_are_added_to_a_file_and_replaced_in_it(tmp_path: Path, monkeypatc
     monkeypatch.setattr(bench.Run, "_wants_round", lambda *arguments: arguments[-1] < 1)
     out = tmp_path / "o.json"
     command = ["--rounds", "1", "--seconds", "0.04", "--out", str(out), "--cases"]
-    assert bench.main([*command, "lanes,contended"]) == 0
+    assert bench.main([*command, "lanes,contended", "--plot"]) == 0
+    assert not list(tmp_path.glob("*.png"))  # there is no curve among these
     assert bench.main([*command, "paced,lanes"]) == 0
     cases = {case["name"]: case for case in report.read(out)["cases"]}
     assert list(cases) == ["contended", "paced", "lanes"]
