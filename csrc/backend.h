@@ -19,8 +19,8 @@ extern "C" {
 typedef struct tsad_run {
     const tsad_net *net;
     const tsad_program *program;
-    float **registers;          /* the calling worker's */
-    float *previous_x0, **sums; /* where the program needs them */
+    float **registers;         /* the calling worker's */
+    const tsad_member *member; /* where the program has sums or a sampler */
     tsad_lane *lane;
     const float *noise; /* z of row k at noise + k * noise_step; NULL: none */
     size_t noise_step;

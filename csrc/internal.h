@@ -141,6 +141,15 @@ typedef struct tsad_pruner {
     void *packed;
 } tsad_pruner;
 
+/* Rows that compute nothing, in closed form: see net/closed.c. base NULL: this net has none. */
+typedef struct tsad_closed {
+    int tokens, width, actions;
+    float *base;             /* (T, D); the others follow in the same allocation */
+    float *embed, *head;     /* (A, D) */
+    float *head_bias;        /* (A) */
+    float *square, *through; /* (A, A) */
+} tsad_closed;
+
 /* ---- programs --------------------------------------------------------------------------- */
 
 typedef enum tsad_op_kind {
@@ -167,6 +176,7 @@ typedef struct tsad_program {
     int n_rows, n_ops, n_sources;
     int max_ops, max_sources;
     int32_t *row_start; /* (n_rows + 1) into ops */
+    uint8_t *closed;    /* (n_rows) 1 + the remembered sum that the closed form is of, 0: run ops */
     tsad_op *ops;
     int32_t *sources;
     float *counts; /* how often an addition takes each of its sources */
@@ -197,6 +207,7 @@ struct tsad_model {
     bool has_pruner;
     tsad_pruner pruner;
     tsad_fold fold;
+    tsad_closed closed;
     float *time_fold;  /* (K, layers, fold.floats); NULL when encode_rows */
     tsad_arena packed; /* the backend's weights */
     size_t weight_bytes;
@@ -241,8 +252,10 @@ typedef struct tsad_member {
     int row;           /* in the call's arrays */
     float **registers; /* denoiser's registers, private copies */
     float **encoder_registers;
-    float *previous_x0;           /* (T, A padded) */
-    float *sums[TSAD_REMEMBERED]; /* branch_floats each */
+    float *previous_x0;             /* (T, A padded) */
+    float *sums[TSAD_REMEMBERED];   /* branch_floats each */
+    float *tables[TSAD_REMEMBERED]; /* of the closed form, made when first needed */
+    bool *table_ready;              /* (TSAD_REMEMBERED) */
 } tsad_member;
 
 /* One thread's private memory. A gang of more than one lane is the thread's own (size 1). */
@@ -321,6 +334,8 @@ tsad_status tsad_net_nodes(const tsad_model_spec *spec, tsad_model *model);
 /* time_memory (K, D): the encoder's output for the time tokens; NULL if it runs per step */
 tsad_status tsad_net_pruner(const tsad_model_spec *spec, tsad_model *model,
                             const float *time_memory);
+
+tsad_status tsad_net_closed(tsad_model *model); /* from the plain matrices */
 
 /* builder (net/build.c) */
 tsad_status tsad_net_begin(tsad_net *net, int max_nodes, int max_registers);

@@ -139,6 +139,7 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
         return tsad_fail(TSAD_SHAPE, "block_cost: expected %d entries, one per block, got %d",
                          m->net.n_blocks, spec->n_blocks);
     }
+    TSAD_TRY(tsad_net_closed(m));
     TSAD_TRY(m->backend->pack(m));
     free_plain(m);
     return TSAD_OK;
@@ -175,9 +176,9 @@ void tsad_model_destroy(tsad_model *m)
     tsad_net_free(&m->net);
     tsad_net_free(&m->encoder);
     tsad_net_free(&m->pruner_net);
-    float *tables[] = {m->sampler,           m->obs_scale,        m->obs_offset,   m->action_scale,
-                       m->action_offset,     m->time_fold,        m->pruner.query, m->pruner.token,
-                       m->pruner.time_score, m->pruner.time_value};
+    float *tables[] = {m->sampler,           m->obs_scale,         m->obs_offset,   m->action_scale,
+                       m->action_offset,     m->time_fold,         m->pruner.query, m->pruner.token,
+                       m->pruner.time_score, m->pruner.time_value, m->closed.base};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         tsad_deallocate(tables[i]);
     }

@@ -32,7 +32,9 @@ static void layout_member(const tsad_policy *p, tsad_member *member, tsad_arena 
     member->previous_x0 = TSAD_CARVE(arena, float, m->horizon *tsad_pad(m->action_dim));
     for (int i = 0; i < TSAD_REMEMBERED; i++) {
         member->sums[i] = TSAD_CARVE(arena, float, p->branch_floats);
+        member->tables[i] = TSAD_CARVE(arena, float, m->horizon * (1 + 2 * m->action_dim));
     }
+    member->table_ready = TSAD_CARVE(arena, bool, TSAD_REMEMBERED);
 }
 
 static void layout_worker(tsad_policy *p, tsad_worker *w, tsad_arena *arena)

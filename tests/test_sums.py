@@ -96,3 +96,20 @@ def test_a_recomputed_block_ends_a_repeated_sum() -> None:
         got = engine(obs, noise=noise, return_horizon=True)
         expected = reference(obs, noise, plan, return_horizon=True, first=plan)
         assert relative_error(got, expected) < PLAN_TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_in_closed_form_equal_the_reference(backend: str) -> None:
+    """Nothing but the step before from row 1 on: the embedding, the LayerNorm and the head of all
+    those rows are a closed form."""
+    steps = 30
+    plan = np.full((steps, B), STEP, np.uint8)
+    plan[0] = COMPUTE
+    engine = make("odd", backend=backend, threads=2, steps=steps, **OPEN)
+    reference = make_reference("odd", steps=steps, **OPEN)
+    engine._set_plan(0, plan, plan)
+    for chunk in range(2):
+        obs, noise = random_inputs(config("odd"), chunk, steps=steps)
+        got = engine(obs, noise=noise, return_horizon=True)
+        expected = reference(obs, noise, plan, return_horizon=True, first=plan)
+        assert relative_error(got, expected) < PLAN_TOLERANCE

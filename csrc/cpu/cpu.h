@@ -136,6 +136,9 @@ void tsad_cpu_fixed(const context *c, const tsad_node *node); /* run a fixed nod
 /* the encoder's folding node for n lanes, which share its weights */
 void tsad_cpu_fold(const context *members, int n, const tsad_node *node);
 
+/* the network's output of a row that only adds a remembered sum */
+void tsad_cpu_closed(const context *c, int remembered);
+
 tsad_status tsad_cpu_pack(tsad_model *model);
 void tsad_cpu_unpack(tsad_model *model);
 size_t tsad_cpu_scratch(const tsad_model *model);

@@ -392,15 +392,16 @@ static void add_reused(const context *c, const tsad_op *op)
         int known = kept ? op->n_rollout : 0;
         const int32_t *source = c->run->program->sources + op->src + known;
         const float *count = c->run->program->counts + op->src + known;
-        float *to = op->remember ? c->run->sums[op->remember - 1] : x;
+        float *to = op->remember ? c->run->member->sums[op->remember - 1] : x;
         if (op->remember) {
+            c->run->member->table_ready[op->remember - 1] = false;
             memset(to, 0, sizeof(float) * floats);
         }
         settle_reads(c, source, op->n_src - known);
         add_slots(c, to, kept, source, count, op->n_src - known, floats);
     }
     if (op->repeat || op->remember) {
-        const float *sum = c->run->sums[(op->repeat ? op->repeat : op->remember) - 1];
+        const float *sum = c->run->member->sums[(op->repeat ? op->repeat : op->remember) - 1];
         const float one = 1;
         c->k->add(x, &sum, &one, 1, floats);
     }
@@ -455,7 +456,7 @@ static void update_sample(const context *c)
     float a = t[0], b = t[1], r = t[2], cx0 = t[3], d = t[4], f = t[5], g = t[6], h = t[7];
     const tsad_run *run = c->run;
     const float *z = h != 0 ? run->noise + (size_t)(c->row + 1) * run->noise_step : NULL;
-    float *x = reg(c, c->net->input), *previous = run->previous_x0;
+    float *x = reg(c, c->net->input), *previous = run->member->previous_x0;
     const float *e = reg(c, c->net->output);
     int ld = tsad_pad(c->m->action_dim), A = c->m->action_dim;
     for (int i = 0; i < c->m->horizon; i++) {
@@ -495,6 +496,18 @@ static void run_op(const context *c, const tsad_op *op)
     }
 }
 
+/* a row in closed form; false: this one is not */
+static bool run_closed(const context *c)
+{
+    int closed = c->run->program->closed[c->row];
+    if (!closed || !c->run->update) {
+        return false;
+    }
+    tsad_cpu_closed(c, closed - 1);
+    update_sample(c);
+    return true;
+}
+
 /* One row of n lanes with programs of their own: always the earliest node that any of them has
  * next, and where several compute it, all of them at once. */
 static void run_row_of_gang(const context *members, int n)
@@ -504,6 +517,9 @@ static void run_row_of_gang(const context *members, int n)
         const tsad_program *program = members[i].run->program;
         at[i] = program->row_start[members[i].row];
         end[i] = program->row_start[members[i].row + 1];
+        if (run_closed(&members[i])) {
+            at[i] = end[i];
+        }
     }
     for (;;) {
         int node = INT_MAX; /* of the sampler's row, which comes last */
@@ -561,6 +577,9 @@ void tsad_cpu_run(tsad_worker *w, const tsad_run *runs, int n, int row_begin, in
         }
         if (w->size > 1 && runs->update && shares_work(program, row) && !stay_together(w)) {
             break;
+        }
+        if (run_closed(members)) {
+            continue;
         }
         for (int i = program->row_start[row]; i < program->row_start[row + 1]; i++) {
             run_op(members, &program->ops[i]);

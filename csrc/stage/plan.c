@@ -61,6 +61,7 @@ void tsad_program_carve(tsad_program *program, tsad_arena *arena, int n_rows, in
     program->max_ops = max_ops;
     program->max_sources = max_sources;
     program->row_start = TSAD_CARVE(arena, int32_t, n_rows + 1);
+    program->closed = TSAD_CARVE(arena, uint8_t, n_rows);
     program->ops = TSAD_CARVE(arena, tsad_op, max_ops);
     program->sources = TSAD_CARVE(arena, int32_t, max_sources);
     program->counts = TSAD_CARVE(arena, float, max_sources);
@@ -80,6 +81,7 @@ typedef struct compiler {
     bool keep;
     int32_t recent[TSAD_REMEMBERED]; /* additions whose sums a later row may add again, -1: none */
     int oldest;                      /* of them */
+    int32_t again[TSAD_REMEMBERED];  /* the last row that does nothing but add this sum, -1: none */
 } compiler;
 
 /* One more slot for an addition: rollout slots first, each kind in the order of the blocks, and a
@@ -131,6 +133,7 @@ static void close_addition(compiler *c, const tsad_op *run)
         }
     }
     c->recent[c->oldest] = (int32_t)(op - program->ops);
+    c->again[c->oldest] = -1;
     c->oldest = (c->oldest + 1) % TSAD_REMEMBERED;
     if (c->keep && op->n_rollout > 1) {
         op->kept = (int32_t)program->kept_floats;
@@ -178,6 +181,24 @@ static void compile_row(compiler *c, const int32_t *slot, const uint8_t *sources
     emit(program, TSAD_OP_UPDATE, -1);
 }
 
+/* A row that only adds a remembered sum has a closed form, which is worth its tables from the
+ * second such row on. */
+static void close_row(compiler *c, int k)
+{
+    tsad_program *program = c->program;
+    const tsad_op *op = &program->ops[program->row_start[k]]; /* embedding, addition, head */
+    int n = program->n_ops - program->row_start[k];
+    program->closed[k] = 0;
+    if (n != 4 || op[1].kind != TSAD_OP_ADD || !op[1].repeat) {
+        return;
+    }
+    int sum = op[1].repeat - 1;
+    if (c->again[sum] >= 0) {
+        program->closed[c->again[sum]] = program->closed[k] = op[1].repeat;
+    }
+    c->again[sum] = k;
+}
+
 void tsad_program_compile(tsad_program *program, const tsad_model *model, const uint8_t *sources,
                           bool keep, int32_t *last_of_block)
 {
@@ -186,6 +207,7 @@ void tsad_program_compile(tsad_program *program, const tsad_model *model, const 
     int32_t slot[TSAD_MAX_BLOCKS];
     compiler c = {.program = program, .net = net, .keep = keep};
     memset(c.recent, -1, sizeof c.recent);
+    memset(c.again, -1, sizeof c.again);
     tsad_resolver resolver;
     tsad_resolver_begin(&resolver, B, last_of_block);
     program->kept_floats = 0;
@@ -211,6 +233,9 @@ void tsad_program_compile(tsad_program *program, const tsad_model *model, const 
         }
         program->row_start[k] = program->n_ops;
         compile_row(&c, slot, row);
+        if (model->closed.base) {
+            close_row(&c, k);
+        }
     }
     program->row_start[model->n_steps] = program->n_ops;
 }
