@@ -296,6 +296,7 @@ struct tsad_policy {
     int64_t ns[TSAD_N_TIMERS];
     struct tsad_barrier *barrier;
     struct tsad_ticket *ticket;
+    bool stalled_before;     /* the last chunk that threads shared */
     int alone_for, patience; /* chunks to run without the team after a stall, and how many next */
 };
 

@@ -1,12 +1,13 @@
 /* stall.c: a core that another process has taken. The threads of a lane notice at a meeting that
- * one keeps the others waiting; they part (stay_together in cpu/run.c), and the next chunks run on
- * one thread, for longer each time it happens again.
+ * one keeps the others waiting; they part for the rest of the chunk (stay_together in cpu/run.c).
+ * When the next chunk stalls too, the chunks after it run on one thread, for longer each time.
  */
 #include "internal.h"
 
-/* Waiting longer than this, and longer than one's own work took, means a core is taken. The first
+/* Waiting longer than this, and longer than one's own work took, means a core is taken: a process
+ * that shares one keeps it for milliseconds, a virtual machine's hiccups are shorter. The first
  * meeting of a chunk may have to wait for a sleeping core to wake. */
-enum { STALL_NS = 300000, WAKE_NS = 3000000, MAX_PATIENCE = 64 };
+enum { STALL_NS = 1000000, WAKE_NS = 3000000, MAX_PATIENCE = 64 };
 
 void tsad_worker_meet(tsad_worker *w)
 {
@@ -22,7 +23,7 @@ void tsad_worker_meet(tsad_worker *w)
     w->met_at = left;
 }
 
-/* How many threads to ask for: alone for a while after a stall, twice as long each time. */
+/* How many threads to ask for: alone for a while after stalls in a row. */
 int tsad_stall_size(tsad_policy *p, int n_lanes)
 {
     if (n_lanes < p->n_threads && p->alone_for > 0) {
@@ -34,10 +35,12 @@ int tsad_stall_size(tsad_policy *p, int n_lanes)
 
 void tsad_stall_note(tsad_policy *p)
 {
-    if (p->workers[0].stalled) {
+    bool again = p->stalled_before;
+    p->stalled_before = p->workers[0].stalled;
+    if (!p->stalled_before) {
+        p->patience /= 2;
+    } else if (again) { /* once can be chance: going on alone would cost more than it saves */
         p->patience = p->patience * 2 < MAX_PATIENCE ? p->patience * 2 + 1 : MAX_PATIENCE;
         p->alone_for = p->patience;
-    } else {
-        p->patience /= 2;
     }
 }
