@@ -1,7 +1,12 @@
 """One thread for NumPy's and PyTorch's own matrix products: the tests multiply small matrices, and
-two thread pools on two cores spend their time waiting for each other (20x slower, measured)."""
+two thread pools on two cores spend their time waiting for each other (20x slower, measured). And
+Ctrl-C at its default: a shell that starts the tests in the background has it ignored, in every
+process that a test starts too."""
 
 import os
+import signal
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
