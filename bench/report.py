@@ -281,30 +281,30 @@ def plot(case: Mapping[str, Any], machine: Mapping[str, Any], path: Path) -> Non
     figure = Figure(figsize=(8, 5), layout="constrained")
     ax = figure.subplots()
 
-    def draw(points: list[Mapping[str, Any]], color: str, marker: str, label: str) -> None:
+    def draw(points: list[Mapping[str, Any]], color: str, style: str, label: str) -> None:
         x = [100 * c["sparsity"] for c in points]
         y = [c["times"]["best_p50"] for c in points]
         low = [max(0.0, v - c["times"]["spread"][0]) for v, c in zip(y, points, strict=True)]
         high = [c["times"]["spread"][1] - v for v, c in zip(y, points, strict=True)]
-        ax.errorbar(x, y, [low, high], color=color, marker=marker, label=label, capsize=3)
+        ax.errorbar(x, y, [low, high], color=color, fmt=style, label=label, capsize=3)
 
     lines = [c for c in ours if c["plan"] != "sparse95"]
-    draw(lines, "#0072B2", "o", "tsad, uniform plans")
+    draw(lines, "#0072B2", "o-", "tsad, uniform plans")
     mixed = [c for c in ours if c["plan"] == "sparse95"]
     if mixed:
         draw(mixed, "#D55E00", "s", "tsad, the 95 % plan")
     halves = [c for c in timed if c["peer"] == "tsad-int16"]
     if halves:
-        draw(halves, "#CC79A7", "^", "tsad, int16")
+        draw(halves, "#CC79A7", "^", "tsad, int16: dense, the 95 % plan")
     grid = [i / 10 for i in range(0, 996)]
     ax.plot(grid, [dense * (1 - s / 100) for s in grid], "--", color="#555555", label="ideal")
     floors = [c["floor"]["ms"] for c in lines]
     ax.plot([100 * c["sparsity"] for c in lines], floors, ":", color="#009E73", label="floor")
-    for contender in timed:
-        if not contender["peer"].startswith("tsad"):
-            best = contender["times"]["best_p50"]
-            ax.axhline(best, color="#BBBBBB", linewidth=0.8)
-            ax.text(0.5, best, contender["name"], fontsize=7, va="bottom", color="#555555")
+    peers = [c for c in timed if not c["peer"].startswith("tsad")]
+    for i, contender in enumerate(sorted(peers, key=lambda c: float(c["times"]["best_p50"]))):
+        best = contender["times"]["best_p50"]  # neighbours' names stand beside each other
+        ax.axhline(best, color="#BBBBBB", linewidth=0.8)
+        ax.text(18 * (i % 4), best, contender["name"], fontsize=7, va="bottom", color="#555555")
     ax.set(
         yscale="log", xlabel="sparsity, % of the cost", ylabel="ms per chunk, p50 of the best round"
     )

@@ -438,8 +438,9 @@ static tsad_status check_finite(const char *name, const float *x, size_t n)
 static tsad_status check_call(const tsad_policy *p, const tsad_call *call)
 {
     const tsad_model *m = p->model;
-    if (call->n_lanes < 1) {
-        return tsad_fail(TSAD_ARGUMENT, "lanes: expected at least one lane, got none");
+    if (call->n_lanes < 1 || call->n_lanes > p->n_lanes) {
+        return tsad_fail(TSAD_ARGUMENT, "lanes: expected 1 to %d distinct lanes, got %d",
+                         p->n_lanes, call->n_lanes);
     }
     for (int i = 0; i < call->n_lanes; i++) {
         if (call->lanes[i] < 0 || call->lanes[i] >= p->n_lanes) {

@@ -111,14 +111,13 @@ static void add_source(tsad_program *program, tsad_op *op, int32_t slot, bool ro
 
 /* An addition is complete: does it repeat a recent one, and what of it is worth keeping? The same
  * slots hold the same values until one of them is computed again, and then their numbers differ. */
-static void close_addition(compiler *c, const tsad_op *run)
+static void close_addition(compiler *c, tsad_op *op)
 {
     enum { WORTH = 3 };
     tsad_program *program = c->program;
-    if (!run || run->n_src < WORTH) {
+    if (!op || op->n_src < WORTH) {
         return;
     }
-    tsad_op *op = &program->ops[run - program->ops];
     size_t floats = tsad_register_floats(&c->net->registers[c->net->nodes[op->node].out]);
     for (int i = 0; i < TSAD_REMEMBERED; i++) {
         tsad_op *other = c->recent[i] >= 0 ? &program->ops[c->recent[i]] : NULL;
@@ -171,10 +170,12 @@ static void compile_row(compiler *c, const int32_t *slot, const uint8_t *sources
         if (source == TSAD_COMPUTE) {
             emit(program, TSAD_OP_COMPUTE, i)->dst = slot[node->block];
         } else if (source != TSAD_SKIP) {
-            tsad_op *op = run ? run : emit(program, gated ? TSAD_OP_GATED : TSAD_OP_ADD, i);
-            op->src = run ? op->src : program->n_sources;
-            add_source(program, op, slot[node->block], source == TSAD_REUSE_ROLLOUT);
-            run = gated ? NULL : op;
+            if (!run) {
+                run = emit(program, gated ? TSAD_OP_GATED : TSAD_OP_ADD, i);
+                run->src = program->n_sources;
+            }
+            add_source(program, run, slot[node->block], source == TSAD_REUSE_ROLLOUT);
+            run = gated ? NULL : run;
         }
     }
     close_addition(c, run);
