@@ -26,9 +26,10 @@ static const shape STANDARD = {.steps = 100,
                                .obs_dim = 20,
                                .n_action_steps = 8};
 
-typedef enum rung { IN_LOOP, ENCODE_ONCE, ALL_AT_ONCE, HOISTED, OVERLAPPED, N_RUNGS } rung;
-static const char *const rung_names[] = {"in the loop", "encoder once", "all steps at once",
-                                         "hoisted", "hoisted, beside step 0"};
+typedef enum rung { IN_LOOP, ENCODE_ONCE, ALL_AT_ONCE, HOISTED, SHARED, OVERLAPPED, N_RUNGS } rung;
+static const char *const rung_names[] = {"in the loop",       "encoder once",
+                                         "all steps at once", "hoisted, one thread",
+                                         "hoisted, shared",   "hoisted, beside step 0"};
 static const char *const pruner_names[] = {"published 512-8-1024", "published layout 128-4-256",
                                            "MLP 768-128-96"};
 
@@ -47,9 +48,11 @@ static struct {
 #ifdef TSAD_GANG /* lanes that share passes over the weights: here there is one */
 #define RUN_PARAMETERS tsad_worker *w, const tsad_run *run, int n, int begin, int end
 #define RUN_ROWS(from, to) now.engine->run(w, run, n, from, to)
+#define RUN(what, from, to) now.engine->run(w, what, 1, from, to)
 #else
 #define RUN_PARAMETERS tsad_worker *w, const tsad_run *run, int begin, int end
 #define RUN_ROWS(from, to) now.engine->run(w, run, from, to)
+#define RUN(what, from, to) now.engine->run(w, what, from, to)
 #endif
 
 static void encode_steps(const tsad_model *m, int first, int n)
@@ -66,18 +69,16 @@ static void prune_steps(int first, int n)
     now.prune += tsad_now() - t;
 }
 
-static void prune_hoisted(tsad_worker *w, tsad_lane *lane)
+static void prune_hoisted(tsad_worker *w, tsad_lane *lane, bool alone)
 {
     int64_t t = tsad_now();
-    int rank = w->rank, size = w->size;
-    w->rank = 0, w->size = 1;
-    if (now.p->kind == MLP) {
-        hoisted_mlp(now.p);
-    } else {
-        tsad_prune(w, lane);
+    int size = w->size;
+    w->size = alone ? 1 : size;
+    tsad_prune(w, lane);
+    w->size = size;
+    if (w->rank == 0) {
+        now.prune += tsad_now() - t;
     }
-    w->rank = rank, w->size = size;
-    now.prune += tsad_now() - t;
 }
 
 /* what rank 0 does before row k */
@@ -94,8 +95,8 @@ static void before_row(tsad_worker *w, const tsad_run *run, int k)
         prune_steps(k, 1);
     } else if (k == 0 && now.rung == ALL_AT_ONCE) {
         prune_steps(0, K);
-    } else if (k == 0) {
-        prune_hoisted(w, run->lane);
+    } else if (k == 0 && now.rung != SHARED) { /* beside step 0 only where there are two threads */
+        prune_hoisted(w, run->lane, true);
     }
 }
 
@@ -105,17 +106,39 @@ static void meet(tsad_worker *w)
     w->epoch++;
 }
 
-/* rank 0 prunes while rank 1 runs step 0 alone, and then takes over what that left */
+/* Rank 0 prunes while rank 1 runs step 0 alone; then both prune what is left, and rank 0 takes over
+ * what step 0 left. As tsad_prune, but for the meeting before the rows are shared. */
 static void overlap(RUN_PARAMETERS)
 {
     (void)end;
-    if (w->rank == 0) {
-        prune_hoisted(w, run->lane);
+    tsad_policy *p = w->policy;
+    int rank = w->rank, size = w->size;
+    tsad_run rows = {.net = &p->model->pruner_net,
+                     .program = &p->prune,
+                     .registers = w->pruner_registers,
+                     .lane = run->lane};
+    if (rank == 0) {
+        atomic_store(&p->next_row, 0);
+    }
+    meet(w);
+    int64_t t = tsad_now();
+    w->rank = 0, w->size = 1;
+    if (rank == 0) {
+        RUN(&rows, 0, 1);
+        atomic_store(&p->next_row, 1);
     } else {
-        w->rank = 0, w->size = 1;
         RUN_ROWS(begin, begin + 1);
-        w->rank = 1, w->size = 2;
         now.rank1 = run->registers;
+        while (!atomic_load(&p->next_row)) { /* what all rows need is not there yet */
+            tsad_spin(0);
+        }
+    }
+    for (int row; (row = atomic_fetch_add(&p->next_row, 1)) < p->prune.n_rows;) {
+        RUN(&rows, row, row + 1);
+    }
+    w->rank = rank, w->size = size;
+    if (rank == 0) {
+        now.prune += tsad_now() - t;
     }
     bool stalled = w->stalled;
     meet(w);
@@ -152,6 +175,10 @@ static void run_rows(RUN_PARAMETERS)
             }
             meet(w);
         }
+        if (now.rung == SHARED && k == 0) {
+            prune_hoisted(w, run->lane, false);
+            meet(w);
+        }
         RUN_ROWS(k, every ? k + 1 : end);
     }
 }
@@ -181,7 +208,7 @@ static times chunk(rung which)
     tsad_policy_get_timings(policy, ns);
     /* the plain rungs do not need what the engine encodes; they pay for their own */
     int64_t spare = which <= ALL_AT_ONCE ? ns[TSAD_ENCODE] : 0;
-    int64_t beside = now.encode + (which == OVERLAPPED ? 0 : now.prune);
+    int64_t beside = now.encode + now.prune;
     return (times){.total = 1e-6 * (double)(ns[TSAD_TOTAL] - spare),
                    .denoise = 1e-6 * (double)(ns[TSAD_DENOISE] - beside),
                    .encode = 1e-6 * (double)(now.encode + ns[TSAD_ENCODE] - spare),
@@ -227,16 +254,9 @@ static void verify(plain *p, const tsad_model *m)
             }
         }
     }
-    if (p->kind == MLP) {
-        p->k->linear(&p->time1, p->memory, S * (int)d, (int)K, TSAD_LINEAR_ONLY, p->time_part,
-                     MLP_HIDDEN);
-        hoisted_mlp(p);
-        memcpy(scores, p->scores, sizeof(float) * K * B * 4);
-    } else {
-        must(tsad_policy_pruner_scores(policy, now.obs, got));
-        for (size_t k = 0; k < K; k++) { /* back to the order of the memory */
-            memcpy(scores + k * B * 4, got + (K - 1 - k) * B * 4, sizeof(float) * B * 4);
-        }
+    must(tsad_policy_pruner_scores(policy, now.obs, got));
+    for (size_t k = 0; k < K; k++) { /* back to the order of the memory */
+        memcpy(scores + k * B * 4, got + (K - 1 - k) * B * 4, sizeof(float) * B * 4);
     }
     for (int at_once = 0; at_once < 2; at_once++) {
         for (int k = 0; k < (at_once ? 1 : (int)K); k++) {
@@ -288,7 +308,7 @@ static void report(const plain *p, rung which, int round, int chunks)
 
 static void climb(pruner_kind kind, const uint8_t *plan, int threads, int rounds, int chunks)
 {
-    static const int sizes[][3] = {{512, 8, 1024}, {128, 4, 256}, {0, 0, 0}};
+    static const int sizes[][3] = {{512, 8, 1024}, {128, 4, 256}, {128, 0, 0}};
     shape s = STANDARD;
     s.hidden = sizes[kind][0], s.pruner_heads = sizes[kind][1], s.pruner_ff = sizes[kind][2];
     random_spec *r = random_spec_make(&s, NULL);

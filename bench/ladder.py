@@ -11,16 +11,16 @@ outside the decoder, and when:
   and values and folded, for every layer), then the pruner on it, whole;
 - encoder once: the memory of all steps in one batch before the loop, the pruner at every step;
 - all steps at once: the pruner in one batch too, as the published code ends up;
-- hoisted: what the engine does. Time tokens are tables, observation tokens are encoded once, the
-  pruner's constants are made at load;
-- hoisted, beside step 0: the same pruner on one core while the other computes step 0, which no plan
-  decides (two threads only).
+- hoisted, one thread: time tokens are tables, observation tokens are encoded once, the pruner's
+  constants are made at load;
+- hoisted, shared: what the engine does, threads take the pruner's steps in turn;
+- hoisted, beside step 0: one core begins to prune while the other computes step 0, which no plan
+  decides, and then helps (two threads only).
 
-Plain memory and pruner run on one thread, as the engine's own pruner does, on the engine's kernels,
-and are checked against its tables and scores before anything is timed; so are all actions. The
-engine's own pruner has the published layout, in the published size and in a smaller one. The MLP
-(three memory tokens in a row, 768 - 128 - 96, for all blocks of a step at once) is one that
-policies cannot load: it shows what a pruner of that cost would leave. Noise is given, not drawn.
+Plain memory and pruner run on one thread, on the engine's kernels, and are checked against its
+tables and scores before anything is timed; so are all actions. The pruners: the published layout,
+in the published size and in a smaller one, and an MLP (three memory tokens in a row, 768 - 128 -
+96, for all blocks of a step at once). Noise is given, not drawn.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each pruner and rung: the round with the lowest total, and the spread.
 
     `outside` is the total less the denoising. Where the pruner runs beside step 0 the two cannot be
-    told apart, so there it is the total less the denoising of "hoisted".
+    told apart, so there it is the total less the denoising of the rung before.
     """
     rungs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:

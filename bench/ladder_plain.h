@@ -8,7 +8,7 @@
 #include "internal.h"
 #include "random_model.h"
 
-enum { S = 3, MLP_HIDDEN = 128 };
+enum { S = 3 };
 
 typedef enum pruner_kind { PUBLISHED, SMALL, MLP } pruner_kind;
 
@@ -21,8 +21,7 @@ typedef struct plain {
     tsad_packed obs_emb, enc0, enc2, kv[8], key[8][4], value[8][4];
     const float *pos;
     tsad_packed qkv, out, query, proj, pkv, pout, ff1, ff2, head; /* the published pruner */
-    tsad_packed mlp1, mlp2, time1, obs1;                          /* the MLP: parts of mlp1 */
-    float *time_part;                                             /* (K, MLP_HIDDEN) */
+    tsad_packed mlp1, mlp2;                                       /* the MLP */
     float *tokens, *hidden, *memory, *kvs, *folds;                /* (K * S, ...) */
     float *x, *y, *wide, *middle, *source, *scores;               /* (K * B, ...) */
 } plain;
@@ -157,22 +156,6 @@ static void make_pruner(plain *p)
     p->head = layer(p, w, "", "head", NULL, n, 4);
 }
 
-/* scores of all blocks from the three memory tokens in a row */
-static void make_mlp(plain *p)
-{
-    int d = p->s.width, B = blocks_of(&p->s);
-    weights w = {.n = 0};
-    add_linear(&w, "", "mlp1", S * d, MLP_HIDDEN);
-    add_linear(&w, "", "mlp2", MLP_HIDDEN, 4 * B);
-    tsad_matrix m = take(&w, "", "mlp1", NULL, S * d, 0, MLP_HIDDEN, 1);
-    p->mlp1 = pack_rows(p, &m, 0, S * d, true);
-    p->time1 = pack_rows(p, &m, 0, d, true); /* of the time token alone: a table, made here */
-    p->obs1 = pack_rows(p, &m, d, S * d, false);
-    tsad_matrix_free(&m);
-    p->mlp2 = layer(p, &w, "", "mlp2", NULL, MLP_HIDDEN, 4 * B);
-    p->time_part = room((size_t)(p->s.steps * MLP_HIDDEN));
-}
-
 static plain *plain_make(const shape *s, pruner_kind kind, const tsad_model *model, random_spec *r)
 {
     plain *p = calloc(1, sizeof *p);
@@ -186,9 +169,10 @@ static plain *plain_make(const shape *s, pruner_kind kind, const tsad_model *mod
     p->kvs = room(tokens * 2 * d);
     p->folds = room(tokens * (size_t)s->layers * model->fold.floats);
     p->scores = room(rows * TSAD_LANE);
-    if (kind == MLP) {
-        make_mlp(p);
-        p->middle = room((size_t)(s->steps * MLP_HIDDEN));
+    if (kind == MLP) { /* scores of all blocks from the memory tokens in a row */
+        p->mlp1 = layer(p, &r->pruner, "", "0", NULL, S * s->width, s->hidden);
+        p->mlp2 = layer(p, &r->pruner, "", "2", NULL, s->hidden, 4 * blocks_of(s));
+        p->middle = room((size_t)(s->steps * s->hidden));
         return p;
     }
     make_pruner(p);
@@ -269,9 +253,9 @@ static void plain_prune(const plain *p, int first, int steps)
     const float *memory = p->memory + (size_t)(first * S * d);
     float *scores = p->scores + (size_t)(first * B * TSAD_LANE);
     if (p->kind == MLP) { /* three memory tokens in a row are one row of 768 */
-        k->linear(&p->mlp1, memory, S * d, steps, TSAD_RELU, p->middle, MLP_HIDDEN);
-        k->linear(&p->mlp2, p->middle, MLP_HIDDEN, steps, TSAD_LINEAR_ONLY,
-                  p->scores + first * 4 * B, 4 * B);
+        k->linear(&p->mlp1, memory, S * d, steps, TSAD_RELU, p->middle, n);
+        k->linear(&p->mlp2, p->middle, n, steps, TSAD_LINEAR_ONLY, p->scores + first * 4 * B,
+                  4 * B);
         return;
     }
     for (int t = 0; t < rows; t++) {
@@ -306,18 +290,4 @@ static void plain_prune(const plain *p, int first, int steps)
         p->x[i] += p->y[i];
     }
     k->linear(&p->head, p->x, n, rows, TSAD_LINEAR_ONLY, scores, TSAD_LANE);
-}
-
-/* the MLP with the time token's part from a table, the observations' once per chunk */
-static void hoisted_mlp(const plain *p)
-{
-    int d = p->s.width, K = p->s.steps, B = blocks_of(&p->s);
-    float once[MLP_HIDDEN + TSAD_LANE];
-    p->k->linear(&p->obs1, p->memory + d, 2 * d, 1, TSAD_LINEAR_ONLY, once, MLP_HIDDEN);
-    for (int k = 0; k < K; k++) {
-        for (int i = 0; i < MLP_HIDDEN; i++) {
-            p->middle[k * MLP_HIDDEN + i] = fmaxf(p->time_part[k * MLP_HIDDEN + i] + once[i], 0);
-        }
-    }
-    p->k->linear(&p->mlp2, p->middle, MLP_HIDDEN, K, TSAD_LINEAR_ONLY, p->scores, 4 * B);
 }

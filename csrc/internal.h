@@ -64,12 +64,14 @@ typedef enum tsad_node_kind {
     TSAD_UPSAMPLE, /* each token repeated `stride` times */
     TSAD_CONCAT,   /* channels of in, then of in2 */
     TSAD_COPY,
-    TSAD_TOKENS,      /* out = [row's table token, in]: memory tokens of one step */
-    TSAD_KEEP_MEMORY, /* in -> the lane's memory of this row, for the pruner */
-    TSAD_FOLD,        /* memory tokens -> folded keys and values of one layer (tsad_fold) */
-    TSAD_PRUNE_KEYS,  /* the lane's memory -> the pruner's scores and values */
-    TSAD_PRUNE_QUERY, /* softmax over memory of one step, added to the constant block tokens */
-    TSAD_PRUNE_STORE  /* in -> the lane's scores of this row */
+    TSAD_TOKENS,       /* out = [row's table token, in]: memory tokens of one step */
+    TSAD_KEEP_MEMORY,  /* in -> the lane's memory of this row, for the pruner */
+    TSAD_FOLD,         /* memory tokens -> folded keys and values of one layer (tsad_fold) */
+    TSAD_PRUNE_KEYS,   /* the lane's memory -> the pruner's scores and values */
+    TSAD_PRUNE_QUERY,  /* softmax over memory of one step, added to the constant block tokens */
+    TSAD_PRUNE_TOKENS, /* the lane's memory of this row, its tokens in a row -> out */
+    TSAD_PRUNE_SPREAD, /* out (K, n) = ReLU of in (1, n) added to every row of the table */
+    TSAD_PRUNE_STORE   /* in -> the lane's scores, from this row on */
 } tsad_node_kind;
 
 typedef enum tsad_activation { TSAD_LINEAR_ONLY, TSAD_GELU, TSAD_RELU, TSAD_MISH } tsad_activation;
@@ -129,15 +131,16 @@ typedef struct tsad_fold {
 } tsad_fold;
 
 typedef struct tsad_pruner {
-    int hidden, n_heads, n_blocks;
-    int query_tokens;   /* memory tokens that PRUNE_KEYS handles at once: To, or S per row */
-    tsad_matrix keys;   /* memory (D) -> keys (hidden), query scale folded */
-    tsad_matrix values; /* memory (D) -> values (hidden) */
-    tsad_matrix out;    /* (hidden, hidden): values -> branch, head by head */
-    float *query;       /* (B, hidden) constant queries */
-    float *token;       /* (B, hidden) constant block tokens after self-attention, plus out bias */
-    float *time_score;  /* (K, B, H) scores against the time token; NULL with an encoder */
-    float *time_value;  /* (K, H, hidden) */
+    bool at_once;                  /* one row of its program makes the scores of all steps */
+    int hidden, n_heads, n_blocks; /* of the transformer; 0: an MLP, which is all in its net */
+    int query_tokens;              /* memory tokens that it reads at once: To, or S per row */
+    tsad_matrix keys;              /* memory (D) -> keys (hidden), query scale folded */
+    tsad_matrix values;            /* memory (D) -> values (hidden) */
+    tsad_matrix out;               /* (hidden, hidden): values -> branch, head by head */
+    float *query;                  /* (B, hidden) constant queries */
+    float *token;      /* (B, hidden) constant block tokens after self-attention, plus out bias */
+    float *time_score; /* (K, B, H) scores against the time token; NULL with an encoder */
+    float *time_value; /* (K, H, hidden) */
     void *packed;
 } tsad_pruner;
 
@@ -296,6 +299,7 @@ struct tsad_policy {
     int64_t ns[TSAD_N_TIMERS];
     struct tsad_barrier *barrier;
     struct tsad_ticket *ticket;
+    atomic_int next_row;     /* of the pruner, for whichever thread is free */
     bool stalled_before;     /* the last chunk that threads shared */
     int alone_for, patience; /* chunks to run without the team after a stall, and how many next */
 };
@@ -335,6 +339,8 @@ tsad_status tsad_net_nodes(const tsad_model_spec *spec, tsad_model *model);
 /* time_memory (K, D): the encoder's output for the time tokens; NULL if it runs per step */
 tsad_status tsad_net_pruner(const tsad_model_spec *spec, tsad_model *model,
                             const float *time_memory);
+tsad_status tsad_net_pruner_mlp(const tsad_model_spec *spec, tsad_model *model,
+                                const float *time_memory);
 
 tsad_status tsad_net_closed(tsad_model *model); /* from the plain matrices */
 

@@ -75,7 +75,7 @@ static void layout_lane(const tsad_policy *p, tsad_lane *lane, tsad_arena *arena
         tsad_program_carve(&lane->dynamic, arena, m->n_steps, ops, (int)cells);
         lane->memory = TSAD_CARVE(arena, float, rows * tokens * (size_t)tsad_pad(m->width));
         lane->prune_score = TSAD_CARVE(arena, float, rows * tokens * (size_t)m->n_blocks * heads);
-        lane->prune_value = TSAD_CARVE(arena, float, rows * tokens * heads * hidden + TSAD_LANE);
+        lane->prune_value = TSAD_CARVE(arena, float, rows * tokens * heads * hidden);
         lane->scores = TSAD_CARVE(arena, float, cells * 4);
     }
 }
@@ -109,7 +109,8 @@ static void layout(tsad_policy *p, tsad_arena *arena)
     int encode_rows = m->encode_rows ? m->n_steps : 1;
     tsad_program_carve(&p->dense, arena, m->n_steps, ops, (int)cells);
     tsad_program_carve(&p->encode, arena, encode_rows, encode_rows * m->encoder.n_nodes, 1);
-    tsad_program_carve(&p->prune, arena, m->n_steps, m->n_steps * m->pruner_net.n_nodes, 1);
+    int prune_rows = m->pruner.at_once ? 1 : m->n_steps;
+    tsad_program_carve(&p->prune, arena, prune_rows, prune_rows * m->pruner_net.n_nodes, 1);
 }
 
 /* Slots for every lane, `rows` rows each (the lane of predict_noise needs one). On failure the
@@ -331,8 +332,8 @@ static int64_t lap(tsad_worker *w, int timer, int64_t since)
     return now;
 }
 
-/* Everything before the loop. The encoder's layers are shared out where they do not depend on
- * each other; the rest is rank 0's. */
+/* Everything before the loop. The encoder's layers and the pruner's steps are shared out where they
+ * do not depend on each other; the plan is rank 0's. */
 static void prepare(tsad_worker *w, int n)
 {
     int rank = w->rank, size = w->size;
@@ -340,28 +341,26 @@ static void prepare(tsad_worker *w, int n)
     int64_t t = tsad_now();
     if (shared) {
         tsad_encode(w, n);
-        tsad_worker_meet(w);
-    }
-    if (rank == 0) {
+    } else if (rank == 0) {
         w->size = 1;
-        if (!shared) {
-            tsad_encode(w, n);
-        }
-        t = lap(w, TSAD_ENCODE, t);
-        for (int i = 0; i < n; i++) {
-            tsad_lane *lane = w->members[i].lane;
-            if (lane->planner == TSAD_PRUNER_PLAN && lane->chunk > 0) {
-                tsad_prune(w, lane);
-            }
-        }
-        t = lap(w, TSAD_PRUNE, t);
-        for (int i = 0; i < n; i++) {
-            tsad_plan(w, w->members[i].lane);
-            tsad_sums_choose(w->members[i].lane);
-        }
-        lap(w, TSAD_PLAN_STAGE, t);
+        tsad_encode(w, n);
         w->size = size;
     }
+    tsad_worker_meet(w);
+    t = lap(w, TSAD_ENCODE, t);
+    for (int i = 0; i < n; i++) {
+        tsad_lane *lane = w->members[i].lane;
+        if (lane->planner == TSAD_PRUNER_PLAN && lane->chunk > 0) {
+            tsad_prune(w, lane);
+            tsad_worker_meet(w);
+        }
+    }
+    t = lap(w, TSAD_PRUNE, t);
+    for (int i = 0; i < n && rank == 0; i++) {
+        tsad_plan(w, w->members[i].lane);
+        tsad_sums_choose(w->members[i].lane);
+    }
+    lap(w, TSAD_PLAN_STAGE, t);
     tsad_worker_meet(w);
 }
 

@@ -115,8 +115,9 @@ typedef struct tsad_model_spec {
     /* optional pruner; n_pruner_tensors == 0 means none */
     const tsad_tensor *pruner_tensors;
     int n_pruner_tensors;
-    int pruner_hidden, pruner_heads, pruner_ff;
-    const float *block_emb; /* (B, pruner_hidden), the sinusoidal code of each block id */
+    int pruner_hidden;
+    int pruner_heads, pruner_ff; /* of a transformer; 0: an MLP, which needs no block_emb either */
+    const float *block_emb;      /* (B, pruner_hidden), the sinusoidal code of each block id */
 
     /* family "nodes" only: see net/nodes.c */
     const int32_t *nodes;     /* (n_nodes, 10) */

@@ -83,9 +83,11 @@ SCHEDULER: dict[str, Any] = {
 }
 PRUNER = {"hidden_dim": 512, "n_head": 8, "dim_feedforward": 1024}
 TINY_PRUNER = {"hidden_dim": 24, "n_head": 3, "dim_feedforward": 40}
+MLP_PRUNER = {"type": "mlp", "hidden_dim": 128}
+TINY_MLP_PRUNER = {"type": "mlp", "hidden_dim": 19}
 
 
-def config(name: str, *, pruner: bool = False, **scheduler: Any) -> dict[str, Any]:
+def config(name: str, *, pruner: bool | str = False, **scheduler: Any) -> dict[str, Any]:
     """The ``config.json`` of a named case as a new dict; keywords replace ``scheduler`` keys."""
     network = NETWORKS[name]
     assert scheduler.keys() <= SCHEDULER.keys()
@@ -104,7 +106,9 @@ def config(name: str, *, pruner: bool = False, **scheduler: Any) -> dict[str, An
         },
         "cost": {"version": 1, "unit": "MAC", "blocks": list(block_costs(network))},
     }
-    if pruner:
+    if pruner == "mlp":
+        result["pruner"] = dict(TINY_MLP_PRUNER if name in SMALL else MLP_PRUNER)
+    elif pruner:
         result["pruner"] = dict(TINY_PRUNER if name in SMALL else PRUNER)
     return copy.deepcopy(result)
 
@@ -129,17 +133,19 @@ def random_pruner(
     w = _random(pruner_shapes(pruner, network), seed)
     # What differs between cells must outweigh what they share: sharpen attention, and subtract the
     # mean from the logits.
-    layer = "transformer_decoder.layers.0"
-    w[f"{layer}.multihead_attn.in_proj_weight"][: 2 * pruner["hidden_dim"]] *= np.float32(2)
-    w[f"{layer}.linear1.weight"] *= np.float32(2)
-    w["memory_proj.weight"] *= np.float32(0.5)
+    layer, mlp = "transformer_decoder.layers.0", pruner.get("type") == "mlp"
+    if not mlp:
+        w[f"{layer}.multihead_attn.in_proj_weight"][: 2 * pruner["hidden_dim"]] *= np.float32(2)
+        w[f"{layer}.linear1.weight"] *= np.float32(2)
+        w["memory_proj.weight"] *= np.float32(0.5)
     rng = np.random.default_rng(seed)
     if tensors is None:
         memory = rng.standard_normal((16, 1 + network["n_obs_steps"], network["n_emb"]))
     else:
         obs = rng.standard_normal((16, network["n_obs_steps"], network["obs_dim"]))
         memory = encode(tensors, network, np.linspace(0, 99, 16).round(), obs)
-    w["head.bias"] -= prune(w, pruner, memory, 3 * network["n_layer"]).mean((0, 1))
+    mean = prune(w, pruner, memory, 3 * network["n_layer"]).mean(0)
+    w["2.bias" if mlp else "head.bias"] -= mean.ravel() if mlp else mean.mean(0)
     return w
 
 

@@ -22,7 +22,7 @@ def make(
     backend: str | None = None,
     sampler: str | None = None,
     steps: int | None = None,
-    pruner: bool = False,
+    pruner: bool | str = False,
     tensors: Tensors | None = None,
     precision: str = "float32",
     **scheduler: Any,
@@ -44,7 +44,7 @@ def make_reference(
     lanes: int = 1,
     sampler: str | None = None,
     steps: int | None = None,
-    pruner: bool = False,
+    pruner: bool | str = False,
     **scheduler: Any,
 ) -> ReferencePolicy:
     """The specification, in float64, on the same case and weights."""

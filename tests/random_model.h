@@ -15,7 +15,7 @@ enum { MAX_TENSORS = 320 };
 
 typedef struct shape {
     int steps, layers, width, heads, horizon, action_dim, n_obs_steps, obs_dim, n_action_steps;
-    int hidden, pruner_heads, pruner_ff; /* of the pruner; hidden 0: none */
+    int hidden, pruner_heads, pruner_ff; /* of the pruner; hidden 0: none, heads 0: an MLP */
 } shape;
 
 static inline int blocks_of(const shape *s) { return 3 * s->layers; }
@@ -133,6 +133,11 @@ static inline void draw_policy(weights *w, const shape *s)
 
 static inline void draw_pruner(weights *w, const shape *s)
 {
+    if (!s->pruner_heads) {
+        add_linear(w, "", "0", (1 + s->n_obs_steps) * s->width, s->hidden);
+        add_linear(w, "", "2", s->hidden, 4 * blocks_of(s));
+        return;
+    }
     add_linear(w, "", "memory_proj", s->width, s->hidden);
     add_linear(w, "", "head", s->hidden, 4);
     add_decoder_layer(w, "transformer_decoder.layers.0.", s->hidden, s->pruner_ff);

@@ -192,6 +192,39 @@ static void test_stalls(tsad_model *model)
     check(same && stalls > 60, text);
 }
 
+/* the threads of a lane share the pruner's steps: whoever makes them, the plan and the bits are the
+ * same, also with a core taken at any meeting */
+static void test_pruners(void)
+{
+    shape kinds[2] = {TINY, TINY};
+    kinds[1].pruner_heads = 0; /* an MLP */
+    bool same = true;
+    int64_t costs[2];
+    for (int kind = 0; kind < 2; kind++) {
+        tsad_model *model = random_model(&kinds[kind], NULL);
+        static float expected[T * A], actions[T * A];
+        for (int trial = 0; trial < 60; trial++) {
+            for (int threads = 1; threads <= 4; threads *= 2) {
+                tsad_policy *p;
+                must(tsad_policy_create(model, 1, threads, &p));
+                must(tsad_policy_set_pruner(p, 0.5));
+                for (int rollout = 0; rollout < ROLLOUTS; rollout++) {
+                    readings_to_jump = __real_tsad_now && rollout == 1 ? trial : -1;
+                    p->alone_for = 0;
+                    chunk(p, 1, threads == 1 ? expected : actions);
+                }
+                same &= threads == 1 || memcmp(actions, expected, sizeof actions) == 0;
+                costs[kind] = tsad_policy_get_stats(p, 0).cost;
+                tsad_policy_destroy(p);
+            }
+        }
+        same &= costs[kind] <= model->dense_cost / 2;
+        tsad_model_destroy(model);
+    }
+    readings_to_jump = -1;
+    check(same, "identical bits on 1, 2 and 4 threads with a pruner, a transformer and an MLP");
+}
+
 static void test_plans(tsad_model *model)
 {
     uint8_t dense[K * B] = {0}, plan[K * B] = {0};
@@ -311,6 +344,7 @@ int main(int argc, char **argv)
         test_misshapen();
         test_threads(model);
         test_stalls(model);
+        test_pruners();
         test_plans(model);
         test_paths(TSAD_FLOAT32, 1e-5f);
         test_paths(TSAD_INT16, 1e-4f);

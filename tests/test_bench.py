@@ -207,7 +207,8 @@ def test_the_ladders_plain_forms_equal_the_engine() -> None:
     """ladder.c checks memory, scores and actions of every rung before it measures."""
     lines = ladder.run(threads=2, rounds=1, chunks=1)
     assert [line["rung"] for line in lines] == 3 * [
-        "in the loop", "encoder once", "all steps at once", "hoisted", "hoisted, beside step 0",
+        "in the loop", "encoder once", "all steps at once", "hoisted, one thread",
+        "hoisted, shared", "hoisted, beside step 0",
     ]  # fmt: skip
     assert all(line["total"] > 0 for line in lines)
 

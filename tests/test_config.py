@@ -77,7 +77,8 @@ def test_defaults_and_round_trip() -> None:
 
 
 def test_round_trip_keeps_every_value() -> None:
-    full = changed("pruner", {"hidden_dim": 64, "n_head": 2, "dim_feedforward": 96})
+    sizes = {"type": "transformer", "hidden_dim": 64, "n_head": 2, "dim_feedforward": 96}
+    full = changed("pruner", sizes)
     full["network"] |= {"n_cond_layers": 3, "causal_attn": False}
     full["scheduler"] = {
         "type": "ddim",
@@ -165,6 +166,8 @@ def test_provenance_is_copied() -> None:
         ("cost", {"version": 1, "unit": "MAC", "blocks": [0] * 6}, "only zeros"),
         ("pruner", None, "pruner: expected a JSON object"),
         ("pruner.n_head", 7, "pruner.hidden_dim"),
+        ("pruner", {"type": "cnn"}, 'pruner.type: expected one of "transformer", "mlp"'),
+        ("pruner", {"type": "mlp", "n_head": 4}, "unknown key 'n_head' in pruner"),
         ("provenance", [], "provenance: expected a JSON object"),
         ("network", [], "network: expected a JSON object"),
         ("extra", 1, "unknown key 'extra'"),

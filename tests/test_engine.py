@@ -198,28 +198,34 @@ def test_memory_is_a_short_ring_until_a_plan_reuses_rollouts() -> None:
 # ---- the pruner --------------------------------------------------------------------------------
 
 
+PRUNERS = pytest.mark.parametrize("pruner", ["transformer", "mlp"])
+
+
+@PRUNERS
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["tiny", "tiny_encoder"])
-def test_pruner_scores_equal_the_reference(name: str, backend: str) -> None:
-    engine = make(name, pruner=True, backend=backend, steps=20)
-    reference = make_reference(name, pruner=True, steps=20)
+def test_pruner_scores_equal_the_reference(name: str, backend: str, pruner: str) -> None:
+    engine = make(name, pruner=pruner, backend=backend, steps=20)
+    reference = make_reference(name, pruner=pruner, steps=20)
     obs, _ = random_inputs(config(name), 4)
     expected = reference.prune(obs[0])[::-1]  # the time flip: loop index i from memory row K-1-i
     assert relative_error(engine._pruner_scores(obs[0]), expected) < NETWORK_TOLERANCE
 
 
-def test_the_pruner_of_the_published_shape() -> None:
-    engine = make("odd", pruner=True, steps=10)
-    reference = make_reference("odd", pruner=True, steps=10)
+@PRUNERS
+def test_the_pruner_of_the_published_shape(pruner: str) -> None:
+    engine = make("odd", pruner=pruner, steps=10)
+    reference = make_reference("odd", pruner=pruner, steps=10)
     obs, _ = random_inputs(config("odd"), 4)
     got, expected = engine._pruner_scores(obs[0]), reference.prune(obs[0])[::-1]
     assert relative_error(got, expected) < NETWORK_TOLERANCE
 
 
-def test_the_pruner_plans_every_chunk_as_the_reference() -> None:
+@PRUNERS
+def test_the_pruner_plans_every_chunk_as_the_reference(pruner: str) -> None:
     K = 12
-    engine = make("tiny", seed=3, pruner=True, steps=K, **OPEN)
-    reference = make_reference("tiny", seed=3, pruner=True, steps=K, **OPEN)
+    engine = make("tiny", seed=3, pruner=pruner, steps=K, **OPEN)
+    reference = make_reference("tiny", seed=3, pruner=pruner, steps=K, **OPEN)
     engine._set_pruner(-1)
     kinds = set()
     for chunk in range(4):
@@ -233,6 +239,20 @@ def test_the_pruner_plans_every_chunk_as_the_reference() -> None:
             np.testing.assert_array_equal(plan, argmax_plan(reference.prune(obs[0])))
         kinds |= set(np.unique(plan).tolist())
     assert kinds == {COMPUTE, TYPE, STEP, ROLLOUT}  # else the test shows little
+
+
+@PRUNERS
+@pytest.mark.parametrize("name", ["tiny", "tiny_encoder"])
+def test_threads_share_the_pruners_steps(name: str, pruner: str) -> None:
+    policies = [make(name, pruner=pruner, threads=n, steps=30, **OPEN) for n in (1, 2, 3, 4)]
+    for policy in policies:
+        policy._set_pruner(0.5)
+    for chunk in range(20):
+        obs, noise = random_inputs(config(name), chunk, steps=30)
+        outputs = [policy(obs, noise=noise) for policy in policies]
+        for policy, actions in zip(policies[1:], outputs[1:], strict=True):
+            np.testing.assert_array_equal(policy._get_plan(0), policies[0]._get_plan(0))
+            np.testing.assert_array_equal(actions, outputs[0])
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.8, 0.9])

@@ -91,6 +91,26 @@ def test_pruner_equals_pytorch_plain_and_hoisted(name, K):
     assert cases.relative_error(hoisted, expected) <= cases.REFERENCE_TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["tiny", "kitchen"])
+def test_mlp_pruner_equals_pytorch(name):
+    config = cases.config(name, pruner="mlp")
+    network, sizes = config["network"], config["pruner"]
+    B, K, S = 3 * network["n_layer"], 7, 1 + network["n_obs_steps"]
+    memory = np.random.default_rng(3).standard_normal((K, S, network["n_emb"]))
+    weights = cases.random_pruner(sizes, network, seed=4)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(S * network["n_emb"], sizes["hidden_dim"]),
+        torch.nn.ReLU(),
+        torch.nn.Linear(sizes["hidden_dim"], 4 * B),
+    ).double()
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+    with torch.no_grad():
+        expected = model(torch.from_numpy(memory).flatten(1)).reshape(K, B, 4).numpy()
+    w = {key: value.astype(np.float64) for key, value in weights.items()}
+    got = reference.prune(w, sizes, memory, B)
+    assert cases.relative_error(got, expected) <= cases.REFERENCE_TOLERANCE
+
+
 def test_hoisted_pruner_in_float32_is_an_exact_rewrite():
     config = cases.config("tiny", pruner=True, num_inference_steps=20)
     tensors = cases.random_tensors(config["network"], seed=1)

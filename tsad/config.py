@@ -51,9 +51,11 @@ name, and keys without a default must be there.
   ``blocks``                 one integer per block, 3 per layer: self-attention, cross-attention,
                              feed-forward. Without ``cost`` it is ``block_costs(network)``
 
-``pruner``                   only with ``pruner.safetensors``: the paper's one-layer transformer
-                             (arXiv 2605.13316)
-  ``hidden_dim``             width (default 512), divisible by ``n_head``
+``pruner``                   only with ``pruner.safetensors``
+  ``type``                   ``"transformer"`` (default), the paper's one layer (arXiv 2605.13316),
+                             or ``"mlp"``: the memory tokens of a step in a row, one hidden ReLU
+                             layer, four numbers per block; it has a width alone
+  ``hidden_dim``             width (default 512, of an MLP 128), divisible by ``n_head``
   ``n_head``                 attention heads (default 8)
   ``dim_feedforward``        feed-forward width (default 1024)
 
@@ -81,6 +83,7 @@ NETWORK_TYPES = ("diffusion_policy_transformer",)
 SAMPLERS = ("ddpm", "ddim", "dpmsolver++")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample")
+PRUNER_TYPES = ("transformer", "mlp")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
@@ -386,16 +389,27 @@ class NormalizerConfig:
 
 @dataclass(frozen=True)
 class PrunerConfig:
-    """Shape of the pruner: one pre-norm ReLU decoder layer over block tokens (arXiv 2605.13316)."""
+    """Shape of the pruner.
+
+    ``"transformer"``: one pre-norm ReLU decoder layer over block tokens (arXiv 2605.13316).
+    ``"mlp"``: the (1 + n_obs_steps) memory tokens of a step in a row, one hidden ReLU layer of
+    ``hidden_dim``, 4 logits per block; ``n_head`` and ``dim_feedforward`` are 0.
+    """
 
     hidden_dim: int = 512
     n_head: int = 8
     dim_feedforward: int = 1024
+    type: str = PRUNER_TYPES[0]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, file: str = "config.json") -> PrunerConfig:
         """The checked ``pruner`` object; ``ValueError`` names key, value and expectation."""
         section = _Section(data, "pruner", file)
+        kind = section.choice("type", PRUNER_TYPES, PRUNER_TYPES[0])
+        if kind == "mlp":
+            mlp = cls(section.integer("hidden_dim", 1, MAX_WIDTH, 128), 0, 0, kind)
+            section.done()
+            return mlp
         pruner = cls(
             hidden_dim=section.integer("hidden_dim", 4, MAX_WIDTH, 512),
             n_head=section.integer("n_head", 1, MAX_HEADS, 8),
@@ -409,7 +423,10 @@ class PrunerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``pruner`` object of ``config.json``."""
-        return asdict(self)
+        if self.type == "mlp":
+            return {"type": self.type, "hidden_dim": self.hidden_dim}
+        data = asdict(self)
+        return {"type": data.pop("type"), **data}
 
 
 @dataclass(frozen=True)
@@ -549,9 +566,15 @@ def network_shapes(network: NetworkConfig | Mapping[str, Any]) -> Shapes:
 def pruner_shapes(
     pruner: PrunerConfig | Mapping[str, Any], network: NetworkConfig | Mapping[str, Any]
 ) -> Shapes:
-    """Name -> shape of every tensor in ``pruner.safetensors``: the published pruner's names."""
+    """Name -> shape of every tensor in ``pruner.safetensors``.
+
+    The published pruner's names, or those of ``nn.Sequential(nn.Linear, nn.ReLU, nn.Linear)``.
+    """
     net = _as_network(network)
     prn = pruner if isinstance(pruner, PrunerConfig) else PrunerConfig.from_dict(pruner)
+    if prn.type == "mlp":
+        first = _linear("0", prn.hidden_dim, net.n_memory * net.n_emb)
+        return first | _linear("2", 4 * net.n_blocks, prn.hidden_dim)
     shapes = _linear("memory_proj", prn.hidden_dim, net.n_emb)
     shapes |= _transformer_layer(
         "transformer_decoder.layers.0", prn.hidden_dim, prn.dim_feedforward, decoder=True

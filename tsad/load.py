@@ -116,13 +116,13 @@ def make_model(
     packed_pruner = None
     if pruner is not None and config.pruner is not None:
         hidden = config.pruner.hidden_dim
-        packed_pruner = {
-            "tensors": pruner,
-            "hidden": hidden,
-            "heads": config.pruner.n_head,
-            "ff": config.pruner.dim_feedforward,
-            "block_emb": sinusoid(np.arange(net.n_blocks), hidden, np.float32),
-        }
+        packed_pruner = {"tensors": pruner, "hidden": hidden}
+        if config.pruner.type == "transformer":
+            packed_pruner |= {
+                "heads": config.pruner.n_head,
+                "ff": config.pruner.dim_feedforward,
+                "block_emb": sinusoid(np.arange(net.n_blocks), hidden, np.float32),
+            }
     return _core.Model(
         family=net.type,
         horizon=net.horizon,

@@ -136,8 +136,11 @@ def prune(w: Tensors, pruner: Mapping[str, Any], memory: Array, n_blocks: int) -
     """Logits (K, B, 4) of the four classes, row k from ``memory[k]``; ``memory`` is (K, S, d).
 
     One pre-norm ReLU decoder layer: tokens that code the block index attend to each other, then to
-    the policy's own memory.
+    the policy's own memory. Or an MLP of all memory tokens of a step in a row.
     """
+    if pruner.get("type") == "mlp":
+        x = linear(relu(linear(memory.reshape(len(memory), -1), w, "0")), w, "2")
+        return x.reshape(len(memory), n_blocks, 4)
     name, n_head = "transformer_decoder.layers.0", pruner["n_head"]
     source = linear(memory, w, "memory_proj")
     x = sinusoid(np.arange(n_blocks), pruner["hidden_dim"], memory.dtype)
@@ -152,7 +155,8 @@ def prune(w: Tensors, pruner: Mapping[str, Any], memory: Array, n_blocks: int) -
 
 
 class HoistedPruner:
-    """The pruner with everything computed once that depends on neither step nor observation.
+    """The transformer pruner with everything computed once that depends on neither step nor
+    observation.
 
     Equal to ``prune`` up to rounding, for a token-wise encoder (``n_cond_layers`` 0). Constants are
     the block tokens after self-attention, their queries, and what the time tokens score and output;

@@ -160,6 +160,7 @@ static void prune_keys(const context *c)
     const float *memory =
         c->run->lane->memory + (size_t)c->row * (size_t)S * (size_t)tsad_pad(c->m->width);
     float *key = c->w->scratch, *value = key + (size_t)S * (size_t)ld;
+    float *vector = value + (size_t)S * (size_t)ld; /* whole panels; the next row is not ours */
     c->k->linear(&packed->keys, memory, tsad_pad(c->m->width), S, TSAD_LINEAR_ONLY, key, ld);
     c->k->linear(&packed->values, memory, tsad_pad(c->m->width), S, TSAD_LINEAR_ONLY, value, ld);
     for (int s = 0; s < S; s++) {
@@ -177,8 +178,9 @@ static void prune_keys(const context *c)
             }
         }
         for (int h = 0; h < heads; h++) {
-            c->k->linear(&packed->out[h], value + s * ld + h * dh, ld, 1, TSAD_LINEAR_ONLY,
-                         out + (size_t)h * (size_t)n, n);
+            c->k->linear(&packed->out[h], value + s * ld + h * dh, ld, 1, TSAD_LINEAR_ONLY, vector,
+                         ld);
+            memcpy(out + (size_t)h * (size_t)n, vector, sizeof(float) * (size_t)n);
         }
     }
 }
@@ -232,12 +234,38 @@ static void prune_query(const context *c, const tsad_node *node)
     }
 }
 
+static void prune_tokens(const context *c, const tsad_node *node)
+{
+    size_t S = (size_t)c->m->pruner.query_tokens, d = (size_t)c->m->width;
+    size_t ld = (size_t)tsad_pad(c->m->width);
+    const float *memory = c->run->lane->memory + (size_t)c->row * S * ld;
+    for (size_t s = 0; s < S; s++) {
+        memcpy(reg(c, node->out) + s * d, memory + s * ld, sizeof(float) * d);
+    }
+}
+
+static void prune_spread(const context *c, const tsad_node *node)
+{
+    const tsad_register *out = &c->net->registers[node->out];
+    size_t n = (size_t)out->channels, ld = (size_t)tsad_pad(out->channels);
+    const float *x = reg(c, node->in);
+    for (size_t k = 0; k < (size_t)out->tokens; k++) {
+        const float *table = node->table + k * n;
+        float *y = reg(c, node->out) + k * ld;
+        for (size_t i = 0; i < n; i++) {
+            float sum = x[i] + table[i];
+            y[i] = sum > 0 ? sum : 0;
+        }
+    }
+}
+
 static void prune_store(const context *c, const tsad_node *node)
 {
-    int B = c->m->n_blocks, ld = tsad_pad(4);
-    float *out = c->run->lane->scores + (size_t)c->row * (size_t)B * 4;
-    for (int b = 0; b < B; b++) {
-        memcpy(out + b * 4, reg(c, node->in) + b * ld, sizeof(float) * 4);
+    const tsad_register *in = &c->net->registers[node->in];
+    size_t n = (size_t)in->channels, ld = (size_t)tsad_pad(in->channels);
+    float *out = c->run->lane->scores + (size_t)c->row * (size_t)c->m->n_blocks * 4;
+    for (size_t t = 0; t < (size_t)in->tokens; t++) {
+        memcpy(out + t * n, reg(c, node->in) + t * ld, sizeof(float) * n);
     }
 }
 
@@ -259,6 +287,12 @@ void tsad_cpu_fixed(const context *c, const tsad_node *node)
         break;
     case TSAD_PRUNE_QUERY:
         prune_query(c, node);
+        break;
+    case TSAD_PRUNE_TOKENS:
+        prune_tokens(c, node);
+        break;
+    case TSAD_PRUNE_SPREAD:
+        prune_spread(c, node);
         break;
     case TSAD_PRUNE_STORE:
         prune_store(c, node);

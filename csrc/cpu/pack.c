@@ -204,7 +204,7 @@ static void layout(tsad_model *m, const packer *p)
             pack_node(p, &nets[i]->nodes[n]);
         }
     }
-    if (m->has_pruner) {
+    if (m->pruner.n_heads) {
         pack_pruner(p, &m->pruner);
     }
 }
@@ -245,6 +245,6 @@ size_t tsad_cpu_scratch(const tsad_model *m)
             most = floats > most ? floats : most;
         }
     }
-    size_t pruner = 2 * (size_t)m->pruner.query_tokens * (size_t)tsad_pad(m->pruner.hidden);
+    size_t pruner = (2 * (size_t)m->pruner.query_tokens + 1) * (size_t)tsad_pad(m->pruner.hidden);
     return (pruner > most ? pruner : most) + TSAD_LANE;
 }

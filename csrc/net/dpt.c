@@ -331,7 +331,8 @@ tsad_status tsad_net_dpt(const tsad_model_spec *spec, tsad_model *model)
         status = tabulate_time(spec, model, &time_memory);
     }
     if (status == TSAD_OK && spec->n_pruner_tensors) {
-        status = tsad_net_pruner(spec, model, time_memory);
+        status = spec->pruner_heads ? tsad_net_pruner(spec, model, time_memory)
+                                    : tsad_net_pruner_mlp(spec, model, time_memory);
     }
     tsad_deallocate(time_memory);
     return status;

@@ -281,16 +281,18 @@ static int read_pruner(source *s, PyObject *kw, tsad_model_spec *spec)
     }
     if (check_keywords(pruner, pruner_keywords, 5, "pruner") < 0 ||
         take_int(pruner, "hidden", -1, &spec->pruner_hidden) < 0 ||
-        take_int(pruner, "heads", -1, &spec->pruner_heads) < 0 ||
-        take_int(pruner, "ff", -1, &spec->pruner_ff) < 0) {
+        take_int(pruner, "heads", 0, &spec->pruner_heads) < 0 ||
+        take_int(pruner, "ff", 0, &spec->pruner_ff) < 0) {
         return -1;
     }
     int64_t shape[2] = {spec->n_blocks, spec->pruner_hidden};
-    edge_view *view = take_array(s, pruner, "block_emb", EDGE_FLOAT32, 2, shape, true);
-    if (!view || take_tensors(s, 1, look_up(pruner, "tensors"), "pruner['tensors']") < 0) {
+    bool transformer = spec->pruner_heads != 0;
+    edge_view *view = take_array(s, pruner, "block_emb", EDGE_FLOAT32, 2, shape, transformer);
+    if (PyErr_Occurred() ||
+        take_tensors(s, 1, look_up(pruner, "tensors"), "pruner['tensors']") < 0) {
         return -1;
     }
-    spec->block_emb = view->data;
+    spec->block_emb = view ? view->data : NULL;
     spec->pruner_tensors = s->tensors[1];
     spec->n_pruner_tensors = (int)s->n_tensors[1];
     return 0;
