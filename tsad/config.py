@@ -100,7 +100,7 @@ MAX_COST = 2**53  # float64 counts exactly up to here
 Shapes = dict[str, tuple[int, ...]]
 
 
-class _Section:
+class Section:
     """A JSON object being read: methods take out a key and check it, ``done`` refuses the rest."""
 
     def __init__(self, data: Any, name: str, file: str) -> None:
@@ -248,7 +248,7 @@ class NetworkConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, file: str = "config.json") -> NetworkConfig:
         """The checked ``network`` object; ``ValueError`` names key, value and expectation."""
-        section = _Section(data, "network", file)
+        section = Section(data, "network", file)
         network = cls(
             type=section.choice("type", NETWORK_TYPES, NETWORK_TYPES[0]),
             horizon=section.integer("horizon", 1, MAX_HORIZON),
@@ -314,7 +314,7 @@ class SchedulerConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, file: str = "config.json") -> SchedulerConfig:
         """The checked ``scheduler`` object; ``ValueError`` names key, value and expectation."""
-        section = _Section(data, "scheduler", file)
+        section = Section(data, "scheduler", file)
         kind = section.choice("type", SAMPLERS)
         train = section.integer("num_train_timesteps", 1, MAX_TIMESTEPS, 100)
         scheduler = cls(
@@ -365,10 +365,10 @@ class NormalizerConfig:
         cls, data: Mapping[str, Any], obs_dim: int, action_dim: int, *, file: str = "config.json"
     ) -> NormalizerConfig:
         """The checked ``normalizer`` object; ``ValueError`` names key, value and expectation."""
-        section = _Section(data, "normalizer", file)
+        section = Section(data, "normalizer", file)
         maps = {}
         for key, dim in (("obs", obs_dim), ("action", action_dim)):
-            part = _Section(section.take(key), f"normalizer.{key}", file)
+            part = Section(section.take(key), f"normalizer.{key}", file)
             maps[key] = Affine(part.numbers("scale", dim), part.numbers("offset", dim))
             part.done()
         section.done()
@@ -404,7 +404,7 @@ class PrunerConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, file: str = "config.json") -> PrunerConfig:
         """The checked ``pruner`` object; ``ValueError`` names key, value and expectation."""
-        section = _Section(data, "pruner", file)
+        section = Section(data, "pruner", file)
         kind = section.choice("type", PRUNER_TYPES, PRUNER_TYPES[0])
         if kind == "mlp":
             mlp = cls(section.integer("hidden_dim", 1, MAX_WIDTH, 128), 0, 0, kind)
@@ -448,7 +448,7 @@ class PolicyConfig:
         was expected and the fix: for wrong types, values out of range, numbers that contradict
         each other, missing and unknown keys.
         """
-        section = _Section(data, "", file)
+        section = Section(data, "", file)
         section.choice("format", (FORMAT,))
         version = section.take("format_version")
         if isinstance(version, bool) or version != FORMAT_VERSION:
@@ -493,7 +493,7 @@ def _costs_to_dict(costs: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _read_costs(data: Any, network: NetworkConfig, file: str) -> tuple[int, ...]:
-    section = _Section(data, "cost", file)
+    section = Section(data, "cost", file)
     section.integer("version", COST_VERSION, COST_VERSION)
     section.choice("unit", ("MAC",))
     blocks = section.take("blocks")

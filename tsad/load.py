@@ -13,6 +13,7 @@ import numpy as np
 from tsad.checkpoint import CONFIG_FILE, Tensors, read_folder
 from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
 from tsad.convert import folder_kind, lerobot_error, read_checkpoint
+from tsad.presets import Preset, check_clash, find_preset
 from tsad.reference import sinusoid
 from tsad.samplers import Sampler, make_sampler
 
@@ -37,6 +38,7 @@ def load(
     sampler: str | None = None,
     num_inference_steps: int | None = None,
     timestep_spacing: str | None = None,
+    preset: str | None = None,
 ) -> SparsePolicy:
     """A policy, ready to run.
 
@@ -50,6 +52,10 @@ def load(
     the CPUs that this process may use, at most four per lane. ``sampler`` (``"ddpm"``,
     ``"ddim"``, ``"dpmsolver++"``), ``num_inference_steps`` and ``timestep_spacing`` (``"leading"``,
     ``"trailing"``, ``"linspace"``) override the checkpoint's.
+
+    ``preset`` is the name of a measured setting in the policy's folder (``tsad.presets``): it says
+    sampler, steps, spacing, precision and plan. An argument that says otherwise is refused, as
+    nobody measured the mixture; afterwards the policy's plan and dial are yours.
 
     Raises ``ValueError`` or ``TypeError`` naming the argument, what came, what was expected and the
     fix; ``FileNotFoundError`` if ``source`` is a path to nothing; ``CheckpointError``, a
@@ -65,6 +71,20 @@ def load(
             "choose one of these"
         )
     config, tensors, pruner = read_policy(source)
+    chosen = None
+    if preset is not None:
+        chosen = find_preset(policy_folder(source), preset, str(source))
+        given = {
+            "sampler": sampler,
+            "num_inference_steps": num_inference_steps,
+            "timestep_spacing": timestep_spacing,
+            "precision": None if precision == "auto" else precision,
+        }
+        check_clash(chosen, given)
+        sampler, num_inference_steps = chosen.sampler, chosen.num_inference_steps
+        timestep_spacing, precision = chosen.timestep_spacing, chosen.precision
+    if chosen is not None and chosen.n_action_steps is not None:
+        config = _fewer_actions(config, chosen.n_action_steps)
     if timestep_spacing is not None:
         if timestep_spacing not in TIMESTEP_SPACINGS:
             raise ValueError(
@@ -81,7 +101,7 @@ def load(
     # the policy is part of the compiled core; reading and converting files work without it
     from tsad.policy import SparsePolicy
 
-    return SparsePolicy(
+    policy = SparsePolicy(
         model,
         config=config,
         sampler=table,
@@ -90,6 +110,34 @@ def load(
         device="cpu",
         precision=precision,
     )
+    if chosen is not None:
+        _apply(policy, chosen)
+    return policy
+
+
+def _fewer_actions(config: PolicyConfig, n: int) -> PolicyConfig:
+    most = config.network.n_action_steps
+    if n > most:
+        raise ValueError(
+            f"preset: expected at most {most} n_action_steps, what the policy executes of a chunk, "
+            f"got {n}; make the preset anew: tsad tune"
+        )
+    return replace(config, network=replace(config.network, n_action_steps=n))
+
+
+def _apply(policy: SparsePolicy, preset: Preset) -> None:
+    """The preset's plan, or its planner and dial."""
+    plan = preset.load_plan()
+    try:
+        if plan is not None:
+            policy.plan = plan
+            return
+        if preset.planner is not None:
+            policy.planner = preset.planner
+        if preset.planner == "pruner" or preset.sparsity is not None:
+            policy.sparsity = preset.sparsity
+    except ValueError as error:
+        raise ValueError(f"preset: {preset.name!r} does not fit this policy: {error}") from error
 
 
 def make_model(
@@ -166,6 +214,12 @@ def usable_cpus() -> int:
     except (OSError, ValueError, ZeroDivisionError):  # no quota ("max"), or no such system
         pass
     return max(count, 1)
+
+
+def policy_folder(source: str | os.PathLike[str]) -> Path | None:
+    """The folder that a bundled name or a path stands for; None if it is not one."""
+    path = _ASSETS / source if isinstance(source, str) and source in bundled() else Path(source)
+    return path if path.is_dir() else None
 
 
 def read_policy(source: str | os.PathLike[str]) -> tuple[PolicyConfig, Tensors, Tensors | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tsad.commands.common import (
     Formatter,
     Progress,
     add_policy_options,
+    add_preset,
     argument,
     cpu_name,
     load_policy,
@@ -43,6 +45,7 @@ examples:
   tsad bench                                        the bundled policy, dense and 0.9
   tsad bench pusht --sparsity 0.5 0.9 0.95 --chunks 500
   tsad bench pusht --sampler ddim --steps 16 --threads 1
+  tsad bench pusht --preset fast                    dense, and what tsad tune has chosen
   tsad bench runs/mine --lanes 8 --json"""
 
 
@@ -66,10 +69,10 @@ def add_parser(subparsers: Any) -> None:
         "--sparsity",
         type=sparsity,
         nargs="+",
-        default=[0.9],
         metavar="S",
-        help="times these beside dense (default: 0.9)",
+        help="times these beside dense (default: 0.9; with --preset: none)",
     )
+    add_preset(parser)
     parser.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
     parser.add_argument("--lanes", type=positive_int, default=1, metavar="L", help="default: 1")
     parser.add_argument(
@@ -93,33 +96,44 @@ def observations(policy: SparsePolicy, n: int) -> NDArray[np.float32]:
 
 
 class Clock:
-    """The times of one sparsity, in milliseconds."""
+    """The times of one setting, in milliseconds.
 
-    def __init__(self, value: float) -> None:
-        self.sparsity = value
+    ``setup`` makes the policy run it, before each round: settings may share a policy.
+    """
+
+    def __init__(self, name: str, policy: SparsePolicy, setup: Callable[[], None]) -> None:
+        self.name, self.policy, self._setup = name, policy, setup
         self.wall: list[float] = []
         self.first: list[float] = []
+        self.medians: list[float] = []  # of each round
         self.stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
         self.plan: Any = None
 
-    def round(self, policy: SparsePolicy, obs: NDArray[np.float32]) -> None:
+    def round(self, obs: NDArray[np.float32]) -> None:
         """One chunk per row of `obs`, after a reset and two chunks that do not count."""
-        policy.sparsity = self.sparsity
-        policy.reset(seed=0)
+        policy = self.policy
+        policy.reset(seed=0)  # a plan that reads rollouts can't be set on another plan's
+        self._setup()
         self.first.append(_call(policy, obs[0]))
         _call(policy, obs[0])
+        begin = len(self.wall)
         for row in obs:
             self.wall.append(_call(policy, row))
             timings = policy.timings
             for stage in STAGES:
                 self.stages[stage].append(float(timings[stage]))
+        self.medians.append(float(np.median(self.wall[begin:])))
         plan = policy.plan
         self.plan = plan[0] if isinstance(plan, list) else plan
 
-    def facts(self, policy: SparsePolicy) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """Percentiles and rates."""
+        policy = self.policy
         per_second = 1e3 * policy.lanes * len(self.wall) / sum(self.wall)
         return {
+            "name": self.name,
+            "sampler": sampler_name(policy),
+            "precision": policy.precision,
             "sparsity": float(self.plan.sparsity),
             "cell_sparsity": float(self.plan.cell_sparsity),
             "passes": float(self.plan.cost) * policy.num_inference_steps,
@@ -149,8 +163,7 @@ def _milliseconds(value: float) -> str:
 
 def _report(document: dict[str, Any]) -> str:
     results = document["results"]
-    heads = [f"{r['sparsity']:.1%}" if r["sparsity"] else "dense" for r in results]
-    rows = [["ms, p50 / p90 / p99", *heads]]
+    rows = [["ms, p50 / p90 / p99", *(r["name"] for r in results)]]
 
     def three(values: dict[str, float]) -> str:
         return " / ".join(_milliseconds(values[f"p{p}"]) for p in PERCENTILES)
@@ -173,6 +186,32 @@ def _report(document: dict[str, Any]) -> str:
     )
 
 
+def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
+    """Dense, the sparsities, and the preset."""
+    import tsad
+
+    def dial(value: float) -> Callable[[], None]:
+        return lambda: setattr(policy, "sparsity", value)
+
+    default = [] if args.preset else [0.9]
+    values = [value for value in args.sparsity or default if value > 0]
+    for value in values:
+        set_sparsity(policy, value)
+    policy.sparsity = 0.0
+    clocks = [Clock(f"{v:.1%}" if v else "dense", policy, dial(v)) for v in [0.0, *values]]
+    if args.preset:
+        with argument("--preset"):
+            chosen = tsad.load(
+                args.policy,
+                lanes=args.lanes,
+                device=args.device,
+                threads=args.threads,
+                preset=args.preset,
+            )
+        clocks.append(Clock(args.preset, chosen, lambda: None))
+    return clocks
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     import tsad
@@ -181,14 +220,12 @@ def run(args: argparse.Namespace) -> int:
     if args.planner is not None:
         with argument("--planner"):
             policy.planner = args.planner
-    for value in args.sparsity:
-        set_sparsity(policy, value)
-    clocks = [Clock(0.0), *(Clock(value) for value in args.sparsity if value > 0)]
+    clocks = _clocks(policy, args)
     obs = observations(policy, -(-args.chunks // ROUNDS))
     with Progress(ROUNDS * len(clocks), "bench", unit="rounds") as progress:
         for _ in range(ROUNDS):
             for clock in clocks:
-                clock.round(policy, obs)
+                clock.round(obs)
                 progress.update(f"{np.median(clock.wall):.2f} ms")
     document = {
         "tsad": tsad.__version__,
@@ -199,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
         "backend": policy.backend,
         "threads": policy.threads,
         "lanes": policy.lanes,
-        "results": [clock.facts(policy) for clock in clocks],
+        "results": [clock.facts() for clock in clocks],
     }
     print(json.dumps(document, indent=1) if args.json else _report(document))
     return 0

@@ -48,6 +48,7 @@ OPTIONS = {
     "plan": "",
     "planner": "",
     "precision": "--precision",
+    "preset": "--preset",
     "sampler": "--sampler",
     "source": "",
     "start": "--start",
@@ -129,6 +130,52 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_preset(parser: Any) -> None:
+    """The option that names a preset, for commands that `use_preset`."""
+    parser.add_argument(
+        "--preset", metavar="NAME", help="a measured setting of the policy: tsad info lists them"
+    )
+
+
+def use_preset(args: argparse.Namespace, source: str, name: str | None) -> None:
+    """Put what a preset says into the arguments, as if it had been typed; UsageError on a clash."""
+    from tsad.checkpoint import CONFIG_FILE, read_json
+    from tsad.config import PolicyConfig
+    from tsad.load import policy_folder
+    from tsad.presets import check_clash, find_preset
+
+    if name is None:
+        return
+    with argument("--preset"):
+        folder = policy_folder(source)
+        preset = find_preset(folder, name, source)
+        assert folder is not None  # else there was no preset
+        given = {
+            "sampler": args.sampler,
+            "num_inference_steps": args.steps,
+            "timestep_spacing": args.spacing,
+            "precision": None if args.precision == "auto" else args.precision,
+            "n_action_steps": args.n_action_steps,
+        }
+        check_clash(preset, given)
+        for option in ("plan", "planner", "sparsity"):
+            if getattr(args, option) is not None:
+                raise ValueError(
+                    f"--{option}: got {getattr(args, option)!r}, but the preset {name!r} decides "
+                    "what is computed; leave out one of the two"
+                )
+        preset.load_plan()
+        scheduler = PolicyConfig.from_dict(read_json(folder / CONFIG_FILE)).scheduler
+    args.sampler, args.steps = preset.sampler, preset.num_inference_steps
+    # None where it is the policy's own: the same settings then go on with each other's episodes
+    own = preset.timestep_spacing == scheduler.timestep_spacing
+    args.spacing = None if own else preset.timestep_spacing
+    args.precision = preset.precision
+    args.n_action_steps = preset.n_action_steps
+    args.planner, args.sparsity = preset.planner, preset.sparsity
+    args.plan = None if preset.plan is None else str(preset.plan)
+
+
 def add_simulator(parser: argparse.ArgumentParser) -> None:
     """The simulator and the policy that plays in it."""
     parser.add_argument("simulator", metavar="SIMULATOR", help="the simulator: pusht")
@@ -194,16 +241,13 @@ def set_sparsity(policy: SparsePolicy, value: float) -> None:
 
 def files_sha256(source: str) -> dict[str, str]:
     """SHA-256 of each file that a policy is read from: those of a folder, or a checkpoint."""
-    from importlib import resources
+    from tsad.load import policy_folder
 
-    from tsad.load import bundled
-
-    asset = resources.files("tsad") / "assets" / source
-    path = Path(str(asset)) if source in bundled() else Path(source)
-    if path.is_file():
-        return {"checkpoint": _sha256(path)}
+    folder = policy_folder(source)
+    if folder is None:
+        return {"checkpoint": _sha256(Path(source))}
     names = ("config.json", "model.safetensors", "pruner.safetensors")
-    return {name: _sha256(path / name) for name in names if (path / name).is_file()}
+    return {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ from tsad.commands.common import (
     Progress,
     UsageError,
     add_policy_options,
+    add_preset,
     add_simulator,
     argument,
     check_simulator,
@@ -31,6 +32,7 @@ from tsad.commands.common import (
     seed_range,
     set_sparsity,
     sparsity,
+    use_preset,
 )
 
 if TYPE_CHECKING:
@@ -46,8 +48,8 @@ With --out every finished episode is on disk at once, and --resume goes on after
 
 --settings FILE plays many settings over the same seeds: a JSON list of objects with a "name" and
 any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision", "n_action_steps",
-"noise". Then --out is a folder with a file per setting; the same command goes on with what is
-missing. The first is the baseline of all; the intervals hold for all rows together."""
+"noise", "preset". Then --out is a folder with a file per setting; the same command goes on with
+what is missing. The first is the baseline of all; the intervals hold for all rows together."""
 
 EPILOG = """\
 examples:
@@ -56,6 +58,7 @@ examples:
   tsad eval pusht --seeds 500 --out sparse.json --sparsity 0.9 --baseline dense.json
   tsad eval pusht --policy runs/mine --sampler ddim --steps 8 --lanes 4
   tsad eval pusht --plan plan.npz --json | jq .summary.score
+  tsad eval pusht --seeds 500 --preset fast                        what tsad tune has chosen
   tsad eval pusht --seeds 500 --settings sweep.json --out sweep    many settings, one table"""
 
 
@@ -94,6 +97,7 @@ def add_parser(subparsers: Any) -> None:
     )
     choice.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
     choice.add_argument("--plan", metavar="FILE", help="a fixed plan (npz) instead of a planner")
+    add_preset(choice)
     choice.add_argument("--settings", metavar="FILE", help="many settings, JSON; see above")
     parser.add_argument(
         "--n-action-steps",
@@ -317,6 +321,11 @@ def _paired(args: argparse.Namespace, episodes: list[Any], baseline: list[Any]) 
     return {"baseline": args.baseline, **compare(episodes, baseline)}
 
 
+def policy_source(args: argparse.Namespace) -> str:
+    """The policy that is asked for: --policy, or the simulator's bundled one."""
+    return str(args.simulator if args.policy is None else args.policy)
+
+
 def seeds_of(args: argparse.Namespace) -> list[int]:
     """The seeds that are asked for."""
     from tsad import sim
@@ -335,7 +344,7 @@ def evaluate(
     seeds = seeds_of(args)
     # Everything that can be refused is refused here, before a file is touched or time is spent.
     environment = sim.make(args.simulator)
-    source = args.simulator if args.policy is None else args.policy
+    source = policy_source(args)
     policy = load_policy(source, args, name="--policy", lanes=min(args.lanes, args.seeds))
     with argument("--policy"):
         sim.check(policy, environment)
@@ -360,6 +369,7 @@ def run(args: argparse.Namespace) -> int:
 
         return sweep.run(args)
     out = _check_arguments(args)
+    use_preset(args, policy_source(args), args.preset)
     baseline = _read_baseline(args.baseline, seeds_of(args))
     document, policy = evaluate(args, out, baseline)
     if args.json:

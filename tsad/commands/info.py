@@ -11,6 +11,7 @@ from typing import Any
 from tsad.commands.common import (
     Formatter,
     add_policy_options,
+    argument,
     cpu_name,
     files_sha256,
     load_policy,
@@ -104,7 +105,39 @@ def policy_facts(source: str, args: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_lane": policy.stats["bytes"],
         "error_bound": policy.stats["error_bound"],
         "provenance": config.get("provenance", {}),
+        "presets": _presets(source),
     }
+
+
+def _presets(source: str) -> list[dict[str, Any]]:
+    """The presets in the policy's folder; "words" and "usable" are said of each, too."""
+    from tsad.load import policy_folder
+    from tsad.presets import read_presets, stale
+
+    folder = policy_folder(source)
+    if folder is None:
+        return []
+    with argument("SRC"):
+        others = stale(folder)
+        return [
+            {**preset.to_dict(), "words": preset.words(), "usable": preset.name not in others}
+            for preset in read_presets(folder).values()
+        ]
+
+
+def _preset_rows(presets: list[dict[str, Any]]) -> dict[str, str]:
+    """A line per preset: what it is and what was measured, or why it is refused."""
+    rows = {}
+    for preset in presets:
+        text, measured = preset["words"], preset.get("measured", {})
+        if not preset["usable"]:
+            text += f"; refused: made for other weights, {preset['model_sha256'][:8]}"
+        else:
+            loss, milliseconds = measured.get("loss"), measured.get("milliseconds")
+            text += "" if milliseconds is None else f"; {milliseconds:.2f} ms"
+            text += "" if loss is None else f", loss {loss:.3f}"
+        rows[preset["name"]] = text
+    return rows
 
 
 def _lines(title: str, rows: dict[str, Any]) -> list[str]:
@@ -156,5 +189,7 @@ def run(args: argparse.Namespace) -> int:
     lines = _lines("build and machine", build)
     if "policy" in facts:
         lines += _lines(f"policy {args.policy}", _policy_rows(facts["policy"]))
+        if facts["policy"]["presets"]:
+            lines += _lines("presets", _preset_rows(facts["policy"]["presets"]))
     print("\n".join(lines).rstrip())
     return 0

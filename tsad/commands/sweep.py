@@ -16,8 +16,9 @@ from tsad.commands.common import (
     load_policy,
     seed_range,
     table,
+    use_preset,
 )
-from tsad.commands.eval import configure, evaluate, seeds_of
+from tsad.commands.eval import configure, evaluate, policy_source, seeds_of
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "precision": (str,),
     "n_action_steps": (int,),
     "noise": (int,),
+    "preset": (str,),
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 SUMMARY = "summary.json"
@@ -81,8 +83,9 @@ def _arguments(args: argparse.Namespace, row: Mapping[str, Any], folder: Path) -
     row = {key: value for key, value in row.items() if key != "name"}
     if "plan" in row:  # relative to the settings file
         row["plan"] = str(folder / row["plan"])
-    own = {**vars(args), **row, "resume": not args.overwrite}
-    return argparse.Namespace(**own)
+    own = argparse.Namespace(**{**vars(args), **row, "resume": not args.overwrite})
+    use_preset(own, policy_source(args), row.get("preset"))
+    return own
 
 
 def _passes(policy: SparsePolicy) -> float | None:
@@ -165,7 +168,7 @@ def _check(args: argparse.Namespace) -> Path:
         raise UsageError("argument --settings: needs --out DIR, a file per setting goes there")
     if args.seeds < 2:
         raise UsageError("argument --seeds: expected 2 or more with --settings: rows are compared")
-    for name in ("plan", "planner", "sparsity", "baseline"):
+    for name in ("plan", "planner", "preset", "sparsity", "baseline"):
         if getattr(args, name) is not None:
             raise UsageError(f"argument --{name}: not together with --settings; put it in the file")
     out = Path(args.out)
@@ -183,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
     out = _check(args)
     settings = read_settings(args.settings)
     windows = None if args.observations is None else _windows(args)
-    source = args.simulator if args.policy is None else args.policy
+    source = policy_source(args)
     folder = Path(args.settings).resolve().parent
     rows, episodes = {}, {}
     for row in settings:  # a row that can't be loaded fails before hours are spent on others

@@ -18,6 +18,7 @@ from tsad.commands.common import (
     natural,
     positive_int,
 )
+from tsad.presets import stale_note
 
 if TYPE_CHECKING:
     from tsad.training.train import Report, Settings, Trainer
@@ -160,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(_plan(trainer, begun), flush=True)
     config = _fit(trainer, args)
+    notes = stale_note(trainer.out)
     summary = {
         "out": str(trainer.out),
         "sha256": config.provenance["sha256"]["model.safetensors"],
@@ -172,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(summary))
     else:
         print(f"written to {trainer.out}: {trainer.step} steps, {trainer.seconds / 60:.1f} minutes")
-        print(f"sha256 of model.safetensors: {summary['sha256']}")
+        print("\n".join([f"sha256 of model.safetensors: {summary['sha256']}", *notes]))
     return 0
 
 

@@ -26,6 +26,7 @@ from tsad.checkpoint import (
     write_pruner,
 )
 from tsad.convert.diffusion_policy import Converted, read_checkpoint, read_pruner
+from tsad.presets import read_presets, stale_note
 
 __all__ = ["Converted", "convert", "convert_pruner", "read_checkpoint", "read_pruner"]
 
@@ -54,7 +55,9 @@ def convert(
     converted = read_checkpoint(path, weights=weights)
     provenance = converted.config.provenance | {"source_sha256": _sha256(path)}
     config = replace(converted.config, provenance=provenance)
+    read_presets(folder)  # a broken file is said before anything is written
     config = write_folder(folder, config, converted.tensors, dtype=dtype)
+    converted.notes.extend(stale_note(folder))
     network = config.network
     return {
         "source": str(path),

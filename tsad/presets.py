@@ -1,0 +1,282 @@
+"""Presets: settings of a policy that were measured, by name, in the policy's folder.
+
+``presets.json`` holds them; the plans that they use lie beside it. ``tsad tune --save`` writes them
+and ``tsad.load(source, preset="fast")`` applies one. A preset belongs to weights, by their SHA-256:
+what was measured of others says nothing of these.
+
+::
+
+  {
+    "format": "tsad-presets", "format_version": 1,
+    "presets": [
+      {
+        "name": "fast", "model_sha256": "2ba0801a...",
+        "sampler": "ddim", "num_inference_steps": 8, "timestep_spacing": "leading",
+        "precision": "int16", "n_action_steps": 8,
+        "planner": "uniform", "sparsity": 0.75,
+        "measured": {"milliseconds": 1.9, ...}
+      }
+    ]
+  }
+
+Instead of ``planner`` and ``sparsity`` there may be ``plan``, the name of a file, with
+``plan_sha256``, of its bytes. Without any of them it is dense. ``n_action_steps`` is what a chunk
+returns, if not all. ``measured`` is free: loss and interval, offline error, milliseconds, passes,
+the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsad.checkpoint import MODEL_FILE, CheckpointError, format_json, read_json, write_atomically
+from tsad.config import (
+    MAX_HORIZON,
+    MAX_TIMESTEPS,
+    SAMPLERS,
+    TIMESTEP_SPACINGS,
+    Section,
+)
+from tsad.planners import NAMES as PLANNERS
+
+if TYPE_CHECKING:
+    from tsad.plan import Plan
+
+PRESETS_FILE = "presets.json"
+FORMAT = "tsad-presets"
+FORMAT_VERSION = 1
+PRECISIONS = ("float32", "int16")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One preset; the fields are the keys of the module docstring.
+
+    ``plan`` is the path of the plan file, in the folder that it was read from; None without one.
+    """
+
+    name: str
+    model_sha256: str
+    sampler: str
+    num_inference_steps: int
+    timestep_spacing: str
+    precision: str = "float32"
+    n_action_steps: int | None = None
+    planner: str | None = None
+    sparsity: float | None = None
+    plan: Path | None = None
+    plan_sha256: str | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of ``presets.json``, without what is not set."""
+        values = {**vars(self), "plan": None if self.plan is None else self.plan.name}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def load_plan(self) -> Plan | None:
+        """Its plan; ``CheckpointError`` if the file is missing or not the one it was made with."""
+        from tsad.plan import Plan
+
+        if self.plan is None:
+            return None
+        try:
+            content = self.plan.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.plan}: the plan of the preset {self.name!r} can't be read ({error}); copy "
+                f"it beside {PRESETS_FILE}, or make the preset anew (tsad tune)"
+            ) from error
+        found = hashlib.sha256(content).hexdigest()
+        if found != self.plan_sha256:
+            raise CheckpointError(
+                f"{self.plan}: expected the plan of the preset {self.name!r}, sha256 "
+                f"{self.plan_sha256}, got {found}; restore the file, or make the preset anew (tsad "
+                "tune)"
+            )
+        return Plan.load(self.plan)
+
+    def words(self) -> str:
+        """The setting in one line, e.g. "ddim, 8 steps leading, uniform 75 %, int16"."""
+        parts = [self.sampler, f"{self.num_inference_steps} steps {self.timestep_spacing}"]
+        if self.plan is not None:
+            parts.append(f"plan {self.plan.name}")
+        elif self.planner == "pruner" and self.sparsity is None:
+            parts.append("pruner, its own sparsity")
+        elif self.sparsity:
+            parts.append(f"{self.planner or 'sparsity'} {100 * self.sparsity:.4g} %")
+        else:
+            parts.append("dense")
+        if self.n_action_steps is not None:
+            parts.append(f"{self.n_action_steps} actions of a chunk")
+        return ", ".join([*parts, self.precision])
+
+
+def model_sha256(folder: Path) -> str:
+    """SHA-256 of a folder's weights."""
+    with (folder / MODEL_FILE).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_presets(folder: Path) -> dict[str, Preset]:
+    """The presets in a folder by name, those of other weights included; {} without the file.
+
+    ``ValueError`` names the file, the preset and the key that is wrong.
+    """
+    path = folder / PRESETS_FILE
+    if not path.exists():
+        return {}
+    section = Section(read_json(path), "", str(path))
+    section.choice("format", (FORMAT,))
+    version = section.take("format_version")
+    if isinstance(version, bool) or version != FORMAT_VERSION:
+        raise section.error("format_version", str(FORMAT_VERSION), version, "update tsad")
+    rows = section.take("presets")
+    section.done()
+    if not isinstance(rows, list):
+        raise section.error("presets", "a list of objects", rows)
+    presets: dict[str, Preset] = {}
+    for number, row in enumerate(rows):
+        part = Section(row, f"presets[{number}]", str(path))
+        preset = _read(part, folder)
+        if preset.name in presets:
+            raise part.error("name", "each name once", preset.name, "rename one of them")
+        presets[preset.name] = preset
+    return presets
+
+
+def _read(section: Section, folder: Path) -> Preset:
+    """One checked preset."""
+
+    def text(key: str, pattern: str, expected: str) -> str:
+        value = section.take(key)
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise section.error(key, expected, value)
+        return value
+
+    def has(key: str) -> bool:
+        section.known.append(key)
+        return key in section.data
+
+    preset = Preset(
+        name=text("name", _NAME.pattern, "letters, digits, dots, dashes and underscores"),
+        model_sha256=text("model_sha256", "[0-9a-f]{64}", "64 hexadecimal digits"),
+        sampler=section.choice("sampler", SAMPLERS),
+        num_inference_steps=section.integer("num_inference_steps", 1, MAX_TIMESTEPS),
+        timestep_spacing=section.choice("timestep_spacing", TIMESTEP_SPACINGS),
+        precision=section.choice("precision", PRECISIONS, "float32"),
+        n_action_steps=section.integer("n_action_steps", 1, MAX_HORIZON)
+        if has("n_action_steps")
+        else None,
+        planner=section.choice("planner", PLANNERS) if has("planner") else None,
+        # a number above -1, then: 0 is dense
+        sparsity=section.number("sparsity", -1.0, 1.0) if has("sparsity") else None,
+        # in this folder, whatever the file says
+        plan=folder / text("plan", _NAME.pattern, "the name of a file beside this one")
+        if has("plan")
+        else None,
+        plan_sha256=text("plan_sha256", "[0-9a-f]{64}", "64 hexadecimal digits")
+        if has("plan_sha256")
+        else None,
+        measured=section.take("measured", {}),
+    )
+    section.done()
+    if preset.sparsity is not None and preset.sparsity < 0:
+        raise section.error("sparsity", "a number from 0 (dense) to 1", preset.sparsity)
+    if preset.plan is not None and (preset.planner is not None or preset.sparsity is not None):
+        raise section.error("plan", "no planner or sparsity beside it", preset.plan.name)
+    if (preset.plan is None) != (preset.plan_sha256 is None):
+        got = "one of them"
+        raise section.error("plan", "plan and plan_sha256, or neither", got, "add or remove one")
+    if not isinstance(preset.measured, Mapping):
+        raise section.error("measured", "a JSON object", preset.measured)
+    return preset
+
+
+def find_preset(folder: Path | None, name: str, source: str) -> Preset:
+    """The preset of that name, made for these weights; ``ValueError`` says what there is.
+
+    ``folder`` is the policy's, None if it has none; ``source`` names the policy in messages.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"preset: expected a name, got {name!r} ({type(name).__name__})")
+    if folder is None:
+        raise ValueError(
+            f"preset: got {name!r}, but {source!r} is a checkpoint, and only folders hold presets; "
+            "make one with: tsad convert CHECKPOINT FOLDER, then: tsad tune FOLDER --save"
+        )
+    presets = read_presets(folder)
+    if name not in presets:
+        there = f"the presets {', '.join(map(repr, presets))}" if presets else "no presets"
+        raise ValueError(
+            f"preset: got {name!r}, but {source!r} has {there}; tsad tune --save makes some"
+        )
+    preset, found = presets[name], model_sha256(folder)
+    if preset.model_sha256 != found:
+        raise ValueError(
+            f"preset: {name!r} was made for other weights, {MODEL_FILE} of sha256 "
+            f"{preset.model_sha256}, and this policy's is {found}; make it anew: tsad tune"
+        )
+    return preset
+
+
+def check_clash(preset: Preset, given: Mapping[str, Any]) -> None:
+    """``ValueError`` if an argument (not None) says otherwise than the preset."""
+    for name, value in given.items():
+        own = getattr(preset, name)
+        if value is not None and value != own:
+            raise ValueError(
+                f"{name}: got {value!r}, but the preset {preset.name!r} has {own!r}, and what was "
+                "measured is the whole of it; leave out one of the two"
+            )
+
+
+def save_presets(folder: Path, presets: Iterable[tuple[Preset, Plan | None]]) -> None:
+    """Put presets into a folder; others that are there stay, those of equal name are replaced.
+
+    A plan becomes the file ``preset-NAME.npz``. Plans are written first: whoever is interrupted
+    leaves presets that are refused, never ones that run another plan.
+    """
+    kept = read_presets(folder)
+    files: dict[Path, bytes] = {}
+    for preset, plan in presets:
+        values = vars(preset) | {"plan": None, "plan_sha256": None}
+        if plan is not None:
+            path, buffer = folder / f"preset-{preset.name}.npz", BytesIO()
+            plan.write(buffer)
+            files[path] = buffer.getvalue()
+            digest = hashlib.sha256(files[path]).hexdigest()
+            values |= {"plan": path, "plan_sha256": digest}
+        kept[preset.name] = Preset(**values)
+    for path, content in files.items():
+        write_atomically(path, content)
+    rows = ",\n".join("    " + format_json(p.to_dict(), "    ") for p in kept.values())
+    text = (
+        f'{{\n  "format": "{FORMAT}",\n  "format_version": {FORMAT_VERSION},\n'
+        f'  "presets": [\n{rows}\n  ]\n}}\n'
+    )
+    write_atomically(folder / PRESETS_FILE, text.encode())
+
+
+def stale(folder: Path) -> list[str]:
+    """Names of the presets in a folder that were made for other weights than lie in it."""
+    presets = read_presets(folder)
+    found = model_sha256(folder) if presets else ""
+    return [name for name, preset in presets.items() if preset.model_sha256 != found]
+
+
+def stale_note(folder: Path) -> list[str]:
+    """What to tell whoever has just replaced a folder's weights, in one line or none."""
+    names = stale(folder)
+    if not names:
+        return []
+    return [
+        f"{PRESETS_FILE} stays, but its {', '.join(names)} were made for other weights and are "
+        "refused; tsad tune --save makes new ones"
+    ]
