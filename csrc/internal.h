@@ -246,7 +246,7 @@ typedef struct tsad_lane {
     tsad_lane_stats stats;
 } tsad_lane;
 
-#define TSAD_GANG 8 /* lanes that one thread takes through the steps together, at most */
+#define TSAD_GANG 4 /* lanes that one thread takes through the steps together, at most */
 
 /* One lane of a gang: a thread's private memory for its chunk. */
 typedef struct tsad_member {

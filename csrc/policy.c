@@ -402,6 +402,16 @@ static void begin_worker(tsad_worker *w, int rank, int size)
     memset(w->write_epoch, 0, sizeof(uint32_t) * (size_t)w->policy->model->n_blocks);
 }
 
+/* Lanes to take at once when `left` are left: few at the end of a long call, so that no thread
+ * waits long for the last. */
+static int gang_size(int left, int size, int most)
+{
+    int n = left > size * most ? most : (left + 2 * size - 1) / (2 * size);
+    n = n > 2 ? n : 2;
+    n = n < most ? n : most;
+    return n < left ? n : left;
+}
+
 static void work(void *context, int rank, int size)
 {
     job *j = context;
@@ -412,9 +422,12 @@ static void work(void *context, int rank, int size)
     if (spread || size == 1) { /* gangs, as equal as can be, to whoever is free */
         int fair = (call->n_lanes + size - 1) / size, gangs = (fair + TSAD_GANG - 1) / TSAD_GANG;
         int most = (fair + gangs - 1) / gangs;
-        for (int row; (row = atomic_fetch_add(&j->next, most)) < call->n_lanes;) {
-            int left = call->n_lanes - row;
-            run_lanes(w, call, row, left < most ? left : most);
+        for (int row = atomic_load(&j->next), n; row < call->n_lanes;) {
+            n = gang_size(call->n_lanes - row, size, most);
+            if (atomic_compare_exchange_strong(&j->next, &row, row + n)) {
+                run_lanes(w, call, row, n);
+                row = atomic_load(&j->next);
+            }
         }
     } else {
         for (int row = 0; row < call->n_lanes && w->size > 0; row++) {

@@ -381,6 +381,14 @@ static void add_slots(const context *c, float *x, const float *kept, const int32
     }
 }
 
+/* ask for memory that will be read soon */
+static void fetch(const float *from, size_t floats)
+{
+    for (size_t i = 0; i < floats; i += 16) {
+        __builtin_prefetch(from + i, 0, 2);
+    }
+}
+
 static void add_reused(const context *c, const tsad_op *op)
 {
     const tsad_node *node = &c->net->nodes[op->node];
@@ -399,6 +407,9 @@ static void add_reused(const context *c, const tsad_op *op)
         }
         settle_reads(c, source, op->n_src - known);
         add_slots(c, to, kept, source, count, op->n_src - known, floats);
+        if (kept) { /* the next sum of the lane: they lie in the order of their use */
+            fetch(kept + floats, floats);
+        }
     }
     if (op->repeat || op->remember) {
         const float *sum = c->run->member->sums[(op->repeat ? op->repeat : op->remember) - 1];
