@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -240,6 +244,32 @@ def test_foreign_files_are_refused_and_kept(tmp_path, content: bytes) -> None:
     with pytest.raises(ResultsError, match="not a results file"):
         Journal(out, SETTINGS, resume=True)
     assert out.read_bytes() == content
+
+
+def test_one_run_at_a_time(tmp_path) -> None:
+    out = tmp_path / "r.json"
+    code = (
+        "import sys, time; from pathlib import Path; from tsad.sim.results import Journal\n"
+        f"journal = Journal(Path({str(out)!r}), {{}})\n"
+        "print('held', flush=True); time.sleep(600)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        wanted = f"{re.escape(str(out))} is being written by another run, process {other.pid}; fix"
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(ResultsError, match=wanted):
+                Journal(out, {}, **options)
+    finally:
+        other.kill()  # no good-bye: the lock goes with the process, its file stays
+        other.wait()
+        other.stdout.close()
+    assert (tmp_path / "r.json.lock").exists()
+    journal = Journal(out, {}, resume=True)
+    with pytest.raises(ResultsError, match=f"process {os.getpid()};"):
+        Journal(out, {}, resume=True)
+    journal.finish({})
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
 # --- Push-T

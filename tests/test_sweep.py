@@ -13,6 +13,7 @@ from fakes import FakePolicy, FakeWorld
 
 import tsad
 from tsad import sim
+from tsad.sim import offline
 from tsad.sim.results import ResultsError, compare, compare_all
 from tsad.sim.rollout import Episode
 
@@ -139,7 +140,9 @@ def test_a_sweep(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
     assert found["file"]["score"] == found["half"]["score"]  # the same plan
     assert found["file"]["passes"] == found["half"]["passes"] == 2
     assert found["dense"]["action_rms"] == found["again"]["action_rms"] == 0
-    assert 1e-3 < found["half"]["action_rms"] < 2 and found["int16"]["action_rms"] == 0
+    assert 1e-3 < found["half"]["action_rms"] < 2
+    assert 0 < found["int16"]["action_rms"] < 1e-3  # to float32, not to itself
+    assert found["trailing"]["action_rms"] == 0  # to its own sampler, dense
     assert found["half"]["action_rms"] == pytest.approx(found["file"]["action_rms"])
     for name in ("other-noise", "half", "short", "trailing"):
         assert compared[name]["standard_error"] > 0, name
@@ -155,8 +158,18 @@ def test_a_sweep(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
 
     monkeypatch.setattr(sim, "rollouts", watched)
     command[3] = "4"
+
+    def unasked(*args: Any) -> Any:
+        raise AssertionError("errors are kept")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "actions", unasked)
+        code, out, _ = run(capsys, *command, "--observations", recorded)
+    assert code == 0 and f"{found['half']['action_rms']:.4f}" in out and len(played) == len(rows)
+    played.clear()
+    command[3] = "5"
     code, out, _ = run(capsys, *command)
-    assert code == 0 and played == [100003] * len(rows)
+    assert code == 0 and played == [100004] * len(rows)
     assert "95 % together" in out and out.count("\n") >= len(rows) + 4
     played.clear()
     rows[3]["sparsity"] = 0.25

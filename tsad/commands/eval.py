@@ -242,7 +242,6 @@ def _play(
             f"{len(journal.episodes)} episodes are kept; the same command with --resume goes on"
         ) from None
     finally:
-        journal.close()
         for environment in environments:
             environment.close()
 
@@ -352,13 +351,16 @@ def evaluate(
     settings = _settings(policy, source, args)
     with argument("--out"):
         journal = Journal(out, settings, resume=args.resume, overwrite=args.overwrite)
-    todo = [seed for seed in seeds if seed not in journal.episodes]
-    if todo:
-        _play(policy, args, todo, journal)
-    document = _document(policy, source, args, journal, seeds)
-    if baseline is not None:
-        document["paired"] = _paired(args, [journal.episodes[seed] for seed in seeds], baseline)
-    journal.finish(document)
+    try:
+        todo = [seed for seed in seeds if seed not in journal.episodes]
+        if todo:
+            _play(policy, args, todo, journal)
+        document = _document(policy, source, args, journal, seeds)
+        if baseline is not None:
+            document["paired"] = _paired(args, [journal.episodes[seed] for seed in seeds], baseline)
+        journal.finish(document)
+    finally:
+        journal.close()
     return document, policy
 
 

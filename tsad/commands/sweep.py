@@ -18,6 +18,7 @@ from tsad.commands.common import (
     table,
     use_preset,
 )
+from tsad.commands.errors import ERRORS_FILE, Errors, recorded_windows
 from tsad.commands.eval import configure, evaluate, policy_source, seeds_of
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 
@@ -39,7 +40,7 @@ KEYS: dict[str, tuple[type, ...]] = {
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 SUMMARY = "summary.json"
-ERROR_CHUNKS = 2  # consecutive recorded observations; the second is compared
+MOST_WINDOWS = 250  # of recorded observations, to compare actions on
 
 
 def read_settings(path: str) -> list[dict[str, Any]]:
@@ -93,38 +94,6 @@ def _passes(policy: SparsePolicy) -> float | None:
     if policy.sparsity is None:
         return None
     return float(policy.num_inference_steps * (1 - policy.sparsity))
-
-
-def _action_error(policy_args: Any, source: str, windows: list[Any]) -> float:
-    """RMS difference of executed actions, normalised units, to the same policy run densely.
-
-    Windows of raw observations (2, n_obs_steps, obs_dim); both chunks get fresh noise, and the
-    second is compared, so that a plan may reuse the first.
-    """
-    import numpy as np
-
-    from tsad.planners.search import ChunkError
-
-    lanes = min(8, len(windows))
-    policy = load_policy(source, policy_args, name="--policy", lanes=lanes)
-    shape = (ERROR_CHUNKS, policy.num_inference_steps, policy.horizon, policy.action_dim)
-    rng = np.random.default_rng(0)
-    rows = [(obs, rng.standard_normal(shape, np.float32)) for obs in windows]
-    error = ChunkError(policy, rows[: len(rows) // lanes * lanes])
-    configure(policy, policy_args)
-    return float(error.as_set() ** 0.5)
-
-
-def _windows(args: argparse.Namespace) -> list[Any]:
-    """Pairs of consecutive observations from a collection, all episodes in turn."""
-    from tsad.commands.plan import pick
-    from tsad.sim.recording import read_collection
-
-    with argument("--observations"):
-        _, episodes = read_collection(Path(args.observations))
-    picked = pick(episodes, 10**9, ERROR_CHUNKS, 0)
-    windows = [episode.obs[part] for episode, part in picked]
-    return [obs for obs in windows if len(obs) == ERROR_CHUNKS][:250]
 
 
 def _row(document: Mapping[str, Any], policy: SparsePolicy, error: float | None) -> dict[str, Any]:
@@ -185,7 +154,9 @@ def run(args: argparse.Namespace) -> int:
 
     out = _check(args)
     settings = read_settings(args.settings)
-    windows = None if args.observations is None else _windows(args)
+    windows = None
+    if args.observations is not None:
+        windows = recorded_windows(args.observations, MOST_WINDOWS)
     source = policy_source(args)
     folder = Path(args.settings).resolve().parent
     rows, episodes = {}, {}
@@ -196,6 +167,11 @@ def run(args: argparse.Namespace) -> int:
             sim.check_executed(policy, own.n_action_steps)
             configure(policy, own)
     out.mkdir(parents=True, exist_ok=True)
+    errors = None
+    if windows is not None:
+        baseline = _arguments(args, settings[0], folder)
+        file = out / ERRORS_FILE
+        errors = Errors(source, windows, draws=1, reference=baseline, file=file)
     for row in settings:
         own, name = _arguments(args, row, folder), row["name"]
         path = out / f"{name}.json"
@@ -205,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
             raise InterruptedRunError(
                 f"setting {name}: {str(stop).partition(';')[0]}; the same command goes on"
             ) from None
-        error = None if windows is None else _action_error(own, source, windows)
+        error = None if errors is None else errors.of(own, name)["action_rms"]
         rows[name] = _row(document, policy, error)
         wanted = set(seeds_of(args))
         episodes[name] = [e for e in read_results(path)[1] if e.seed in wanted]

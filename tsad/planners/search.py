@@ -67,18 +67,6 @@ class ChunkError:
         ]
         return np.stack(chunks) * self._scale
 
-    def as_set(self) -> float:
-        """The mean with the policy as it is set, planner or plan; first chunks are not counted.
-
-        Of windows of one chunk, the first is all there is.
-        """
-        later = slice(1 if len(self._dense[0]) > 1 else 0, None)
-        errors = [
-            ((self._run(group) - dense)[later] ** 2).mean()
-            for group, dense in enumerate(self._dense)
-        ]
-        return float(np.mean(errors))
-
     def chunks(self, plan: Plan, group: int) -> Floats:
         """(C, L): the error of each chunk of a group that counts."""
         self._policy.reset()  # a plan that reads rollouts can't be set on another plan's

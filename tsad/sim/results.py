@@ -206,14 +206,63 @@ def _read_partial(path: Path) -> tuple[dict[str, Any], list[Episode]]:
     return rows[0]["settings"], [_episode(row, str(path)) for row in rows[1:]]
 
 
+class Lock:
+    """One run at a time per results file: ``<out>.lock``, held from here until `release`.
+
+    The system frees it when a process ends, however it ends; a file that is left says nothing.
+
+    Raises:
+        ResultsError: another run holds it; the message names the file and the process.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._path = out.with_name(out.name + ".lock")
+        self._file: Any = None
+        try:
+            import fcntl
+        except ModuleNotFoundError:  # not a POSIX system: nothing guards there
+            return
+        while True:
+            file = self._path.open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                file.close()
+                raise ResultsError(
+                    f"{out} is being written by another run, process {holder}; fix: wait for it, "
+                    "or name another file"
+                ) from None
+            # Whoever held it before may have removed the file between the two lines above.
+            if self._path.exists() and os.path.samestat(
+                os.fstat(file.fileno()), os.stat(self._path)
+            ):
+                break
+            file.close()
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Let others in; once more does nothing."""
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)  # while it is still held: nobody else's can go
+            self._file.close()
+            self._file = None
+
+
 class Journal:
     """The record of one run: `episodes` so far, `append` for the next, `finish` at the end.
 
-    With `out` None nothing is written, and only memory remembers.
+    With `out` None nothing is written, and only memory remembers. Until `close` or `finish` no
+    other run can open the same file (`Lock`).
 
     Raises (on construction):
         ResultsError: `out` or its partial file exists and neither `resume` nor `overwrite` was
-            given, or resuming finds other settings; the message names each difference.
+            given, resuming finds other settings, or another run is writing it; the message names
+            each difference, or the process.
     """
 
     def __init__(
@@ -227,8 +276,17 @@ class Journal:
         self.out, self.settings = out, dict(settings)
         self.episodes: dict[int, Episode] = {}
         self._file: Any = None
+        self._lock: Lock | None = None
         if out is None:
             return
+        self._lock = Lock(out)
+        try:
+            self._open(out, resume, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, out: Path, resume: bool, overwrite: bool) -> None:
         partial = partial_path(out)
         existing = next((path for path in (partial, out) if path.exists()), None)
         if existing is not None and not overwrite:
@@ -260,12 +318,15 @@ class Journal:
 
     def finish(self, document: Mapping[str, Any]) -> None:
         """Write `out` and drop the partial file."""
-        self.close()
         if self.out is not None:
             write_atomically(self.out, (json.dumps(document, indent=1) + "\n").encode())
             partial_path(self.out).unlink()
+        self.close()
 
     def close(self) -> None:
+        """Nothing more comes; what is kept stays, and another run may go on."""
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._lock is not None:
+            self._lock.release()

@@ -1,0 +1,75 @@
+"""Errors on recorded observations: draw by draw, and between distributions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from policies import make_policy
+
+from tsad import REUSE_ROLLOUT, Plan, planners
+from tsad.sim import offline
+
+
+def windows(policy: Any, count: int, seed: int = 0) -> Any:
+    shape = (count, 2, policy.n_obs_steps, policy.obs_dim)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def test_actions_depend_on_window_and_draw_alone() -> None:
+    policy, other = make_policy(lanes=3), make_policy(lanes=1)
+    given = windows(policy, 4)
+    found = offline.actions(policy, given, 2)
+    assert found.shape == (4, 2, policy.n_action_steps * policy.action_dim)
+    done: list[int] = []
+    np.testing.assert_array_equal(offline.actions(other, given, 2, done.append), found)
+    assert sum(done) == 8 and len(done) == 8
+    assert offline.rms(found[:, :1], found[:, 1:]) > 0.1
+    # the second observation's, with noise of its own
+    other.reset()
+    scale = np.array(other.config["normalizer"]["action"]["scale"])
+    alone = other(given[3, 1][None], noise=offline.noise(other, 3, 1, 1)[:, None])
+    np.testing.assert_allclose((alone[0] * scale).ravel(), found[3, 1], rtol=1e-6)
+
+
+def test_the_initial_sample_is_shared_by_samplers() -> None:
+    few, many = make_policy(steps=2), make_policy(steps=8)
+    a, b = offline.noise(few, 1, 2), offline.noise(many, 1, 2)
+    assert len(a) == 2 and len(b) == 8 and (a[0] == b[0]).all()
+    assert (a[0] != offline.noise(few, 1, 3)[0]).all() and (b[0] != b[1]).all()
+
+
+def test_chunks_before_run_where_they_matter() -> None:
+    policy = make_policy(lanes=2)
+    given = windows(policy, 2)
+    assert not offline.needs_past(policy)  # dense
+    policy.plan = planners.uniform(policy, 2)
+    assert not offline.needs_past(policy)
+    sources = np.zeros((8, 6), np.uint8)
+    sources[3:] = REUSE_ROLLOUT
+    policy.plan = Plan(sources)
+    assert offline.needs_past(policy)
+    found = offline.actions(policy, given)
+    changed = given.copy()
+    changed[:, 0] += 1.0  # only what was seen before
+    policy.reset()
+    policy.plan = Plan(sources)
+    assert offline.rms(offline.actions(policy, changed), found) > 1e-3
+    assert offline.needs_past(make_policy(pruner=True))
+
+
+def test_energy_tells_distributions_apart() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 60, 16, 3))
+    floor = offline.energy(a, b)
+    assert abs(floor) < 0.02  # other draws of the same
+    assert offline.energy(a, a) == 0
+    found = [offline.energy(a + shift, b) for shift in (0.3, 0.6, 1.2)]
+    assert floor + 0.02 < found[0] < found[1] < found[2]
+    assert offline.energy(0.5 * a, b) > floor + 0.05 < offline.energy(2 * a, b)  # scatter
+    assert offline.energy(a + 1e-3, a) < 1e-4  # shared noise: no floor
+    assert offline.energy(10 * a, 10 * b) == pytest.approx(floor)
+    assert np.isnan(offline.energy(a, np.zeros_like(a)))
+    with pytest.raises(ValueError, match="a: expected at least 2 draws, got 1"):
+        offline.energy(a[:, :1], b[:, :1])

@@ -1,0 +1,132 @@
+"""Offline errors of many settings, kept in a file: what `tsad eval --settings` and `tsad tune` ask.
+
+An error costs up to a minute; whoever is interrupted finds those that are done in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsad.commands.common import Progress, argument, files_sha256, load_policy
+from tsad.commands.eval import configure
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tsad import SparsePolicy
+    from tsad.sim.offline import Floats
+
+ERRORS_FILE = "errors.json"
+LANES = 8
+
+
+def recorded_windows(path: str, most: int) -> NDArray[np.float32]:
+    """(W, 2, n_obs_steps, obs_dim) consecutive observations of a collection, all episodes in turn.
+
+    UsageError if it is none, or has no two consecutive chunks.
+    """
+    import numpy as np
+
+    from tsad.commands.plan import pick
+    from tsad.sim.recording import read_collection
+
+    with argument("--observations"):
+        _, episodes = read_collection(Path(path))
+        picked = [episode.obs[part] for episode, part in pick(episodes, 10**9, 2, 0)]
+        pairs = [obs for obs in picked if len(obs) == 2][:most]
+        if not pairs:
+            raise ValueError(f"{path}: no episode of two chunks in it; collect longer ones")
+        return np.stack(pairs)
+
+
+class Errors:
+    """Errors of settings, given as the arguments of a command, on recorded observations.
+
+    ``action_rms`` is to the dense float32 policy with the same sampler and noise; ``distance`` (of
+    two draws or more) to the ``reference`` setting, dense and float32: see `tsad.sim.offline`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        windows: NDArray[np.float32],
+        *,
+        draws: int,
+        reference: argparse.Namespace,
+        file: Path,
+    ) -> None:
+        self._source, self._windows, self._draws = source, windows, draws
+        self._reference, self._file = reference, file
+        self._dense: dict[Any, Floats] = {}  # by sampler, steps and spacing
+        seen = hashlib.sha256(windows.tobytes()).hexdigest()
+        self._facts = {"files_sha256": files_sha256(source), "windows": seen, "draws": draws}
+        self._kept: dict[str, dict[str, float]] = {}
+        if file.exists():
+            with argument("--out"):
+                self._kept = json.loads(file.read_text())
+
+    def of(self, args: argparse.Namespace, name: str) -> dict[str, float]:
+        """The errors of one setting; ``name`` is shown while they are measured."""
+        from tsad.checkpoint import write_atomically
+
+        policy = self._load(args, f"--settings: {name}")
+        facts = {
+            **self._facts,
+            "scheduler": policy.config["scheduler"],
+            "precision": policy.precision,
+            "backend": policy.backend,
+            **configure(policy, args),
+        }
+        if self._draws > 1:
+            facts["reference"] = self._key(self._reference)
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        if key not in self._kept:
+            self._kept[key] = self._measure(policy, args, name)
+            text = json.dumps(self._kept, indent=1) + "\n"
+            write_atomically(self._file, text.encode())
+        return self._kept[key]
+
+    def _load(self, args: argparse.Namespace, name: str) -> SparsePolicy:
+        lanes = min(LANES, len(self._windows) * self._draws)
+        return load_policy(self._source, args, name=name, lanes=lanes)
+
+    @staticmethod
+    def _key(args: argparse.Namespace) -> list[Any]:
+        return [args.sampler, args.steps, args.spacing]
+
+    def _measure(
+        self, policy: SparsePolicy, args: argparse.Namespace, name: str
+    ) -> dict[str, float]:
+        from tsad.sim import offline
+
+        own = self._dense_actions(args)
+        found = self._run(policy, f"{name}, errors")
+        errors = {"action_rms": offline.rms(found, own)}
+        if self._draws > 1:
+            errors["distance"] = offline.energy(found, self._dense_actions(self._reference))
+        return errors
+
+    def _dense_actions(self, args: argparse.Namespace) -> Floats:
+        """Of the dense float32 policy with the sampler of a setting."""
+        key = tuple(self._key(args))
+        if key not in self._dense:
+            plain = argparse.Namespace(**{**vars(args), "precision": "float32"})
+            policy = self._load(plain, "--settings")
+            policy.sparsity = 0.0
+            words = "own" if args.sampler is None else args.sampler
+            self._dense[key] = self._run(policy, f"{words} {policy.num_inference_steps}, dense")
+        return self._dense[key]
+
+    def _run(self, policy: SparsePolicy, label: str) -> Floats:
+        from tsad.sim import offline
+
+        total = len(self._windows) * self._draws
+        with Progress(total, label, unit="chunks") as progress:
+            return offline.actions(
+                policy, self._windows, self._draws, lambda done: progress.update(n=done)
+            )

@@ -1,0 +1,98 @@
+"""What a setting does to the actions on recorded observations, without a simulator.
+
+A setting runs on some observations with some draws of noise each. Two settings of one sampler are
+compared draw by draw (`rms`): the same noise, so all that differs is what they compute. Settings of
+different samplers turn the same noise into other actions, and rightly so; they are compared as
+distributions (`energy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+def needs_past(policy: Any) -> bool:
+    """Whether a chunk may depend on the one before: its first chunk after a reset is another."""
+    plans = policy.plan if isinstance(policy.plan, list) else [policy.plan]
+    return policy.planner == "pruner" or any(
+        plan.sources.any()
+        and (plan.first is None or not np.array_equal(plan.first.sources, plan.sources))
+        for plan in plans
+    )
+
+
+def noise(policy: Any, *key: int) -> NDArray[np.float32]:
+    """(K, horizon, action_dim) that the key fixes; the initial sample is the same for every K."""
+    shape = (policy.horizon, policy.action_dim)
+    drawn = np.empty((policy.num_inference_steps, *shape), np.float32)
+    drawn[0] = np.random.default_rng(key).standard_normal(shape, np.float32)
+    later = np.random.default_rng((*key, 1))
+    drawn[1:] = later.standard_normal(drawn[1:].shape, np.float32)
+    return drawn
+
+
+def actions(
+    policy: Any,
+    windows: NDArray[np.float32],
+    draws: int = 1,
+    progress: Callable[[int], None] = lambda chunks: None,
+) -> Floats:
+    """(W, draws, n_action_steps * action_dim): executed actions, normalised units.
+
+    Args:
+        policy: as it is set, and not run since; its lanes are reset.
+        windows: (W, 2, n_obs_steps, obs_dim): two consecutive observations, raw units. The second
+            one's actions are returned; the first runs before it where it matters (`needs_past`).
+        draws: of noise, for each window.
+        progress: called with the number of results just added.
+    """
+    begin = 0 if needs_past(policy) else 1
+    config = policy.config
+    scale = np.array(config["normalizer"]["action"]["scale"], np.float64)
+    jobs = [(w, m) for w in range(len(windows)) for m in range(draws)]
+    found = []
+    for at in range(0, len(jobs), policy.lanes):
+        batch = jobs[at : at + policy.lanes]
+        lanes = list(range(len(batch)))
+        policy.reset(lanes=lanes)
+        for chunk in range(begin, 2):
+            obs = np.stack([windows[w, chunk] for w, _ in batch])
+            drawn = np.stack([noise(policy, w, m, chunk) for w, m in batch], axis=1)
+            result = policy(obs, noise=drawn, lanes=lanes)
+        found.append((result * scale).reshape(len(batch), -1))
+        progress(len(batch))
+    return np.concatenate(found).reshape(len(windows), draws, -1)
+
+
+def rms(a: Floats, b: Floats) -> float:
+    """Root mean square difference of two results of `actions`, draw by draw."""
+    return float(np.sqrt(((a - b) ** 2).mean()))
+
+
+def energy(a: Floats, b: Floats) -> float:
+    """Energy distance between two results of `actions`, relative to the spread of ``b``.
+
+    2 E|A - B| - E|A - A'| - E|B - B'| over different draws, per window, then the mean over windows,
+    divided by that of E|B - B'|: 0 if both draw actions alike, whichever noise makes which. Scatter
+    lost counts as well as scatter added. Szekely and Rizzo 2013. Shared noise makes it exact where
+    ``a`` and ``b`` are equal, and quiet where they are close. nan if ``b`` does not scatter.
+    """
+    if a.shape[1] < 2:
+        raise ValueError(f"a: expected at least 2 draws, got {a.shape[1]}; run more")
+    spread = float(_apart(b, b).mean())
+    distance = (2 * _apart(a, b) - _apart(a, a) - _apart(b, b)).mean()
+    return float(distance) / spread if spread > 0 else float("nan")
+
+
+def _apart(a: Floats, b: Floats) -> Floats:
+    """(W,) mean |A_i - B_j| over i != j."""
+    lengths = np.stack([np.linalg.norm(x[:, None] - y, axis=-1) for x, y in zip(a, b, strict=True)])
+    draws = a.shape[1]
+    diagonal = np.trace(lengths, axis1=1, axis2=2)
+    return np.asarray((lengths.sum(axis=(1, 2)) - diagonal) / (draws * (draws - 1)))
