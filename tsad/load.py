@@ -120,7 +120,7 @@ def _fewer_actions(config: PolicyConfig, n: int) -> PolicyConfig:
     if n > most:
         raise ValueError(
             f"preset: expected at most {most} n_action_steps, what the policy executes of a chunk, "
-            f"got {n}; make the preset anew: tsad tune"
+            f"got {n}; make the preset anew"
         )
     return replace(config, network=replace(config.network, n_action_steps=n))
 

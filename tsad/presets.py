@@ -1,7 +1,7 @@
 """Presets: settings of a policy that were measured, by name, in the policy's folder.
 
-``presets.json`` holds them; the plans that they use lie beside it. ``tsad tune --save`` writes them
-and ``tsad.load(source, preset="fast")`` applies one. A preset belongs to weights, by their SHA-256:
+``presets.json`` holds them; the plans that they use lie beside it. `save_presets` writes them and
+``tsad.load(source, preset="fast")`` applies one. A preset belongs to weights, by their SHA-256:
 what was measured of others says nothing of these.
 
 ::
@@ -91,14 +91,13 @@ class Preset:
         except OSError as error:
             raise CheckpointError(
                 f"{self.plan}: the plan of the preset {self.name!r} can't be read ({error}); copy "
-                f"it beside {PRESETS_FILE}, or make the preset anew (tsad tune)"
+                f"it beside {PRESETS_FILE}, or make the preset anew"
             ) from error
         found = hashlib.sha256(content).hexdigest()
         if found != self.plan_sha256:
             raise CheckpointError(
                 f"{self.plan}: expected the plan of the preset {self.name!r}, sha256 "
-                f"{self.plan_sha256}, got {found}; restore the file, or make the preset anew (tsad "
-                "tune)"
+                f"{self.plan_sha256}, got {found}; restore the file, or make the preset anew"
             )
         return Plan.load(self.plan)
 
@@ -209,19 +208,20 @@ def find_preset(folder: Path | None, name: str, source: str) -> Preset:
     if folder is None:
         raise ValueError(
             f"preset: got {name!r}, but {source!r} is a checkpoint, and only folders hold presets; "
-            "make one with: tsad convert CHECKPOINT FOLDER, then: tsad tune FOLDER --save"
+            "make one with: tsad convert CHECKPOINT FOLDER"
         )
     presets = read_presets(folder)
     if name not in presets:
         there = f"the presets {', '.join(map(repr, presets))}" if presets else "no presets"
         raise ValueError(
-            f"preset: got {name!r}, but {source!r} has {there}; tsad tune --save makes some"
+            f"preset: got {name!r}, but {source!r} has {there}; "
+            "tsad.presets.save_presets makes some"
         )
     preset, found = presets[name], model_sha256(folder)
     if preset.model_sha256 != found:
         raise ValueError(
             f"preset: {name!r} was made for other weights, {MODEL_FILE} of sha256 "
-            f"{preset.model_sha256}, and this policy's is {found}; make it anew: tsad tune"
+            f"{preset.model_sha256}, and this policy's is {found}; make it anew"
         )
     return preset
 
@@ -278,5 +278,5 @@ def stale_note(folder: Path) -> list[str]:
         return []
     return [
         f"{PRESETS_FILE} stays, but its {', '.join(names)} were made for other weights and are "
-        "refused; tsad tune --save makes new ones"
+        "refused; tsad.presets.save_presets makes new ones"
     ]

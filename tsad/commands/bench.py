@@ -45,7 +45,7 @@ examples:
   tsad bench                                        the bundled policy, dense and 0.9
   tsad bench pusht --sparsity 0.5 0.9 0.95 --chunks 500
   tsad bench pusht --sampler ddim --steps 16 --threads 1
-  tsad bench pusht --preset fast                    dense, and what tsad tune has chosen
+  tsad bench pusht --preset fast                    dense, and a preset of its folder
   tsad bench runs/mine --lanes 8 --json"""
 
 

@@ -1,4 +1,4 @@
-"""Offline errors of many settings, kept in a file: what `tsad eval --settings` and `tsad tune` ask.
+"""Offline errors of many settings, kept in a file: what `tsad eval --settings` asks.
 
 An error costs up to a minute; whoever is interrupted finds those that are done in the file.
 """

@@ -58,7 +58,7 @@ examples:
   tsad eval pusht --seeds 500 --out sparse.json --sparsity 0.9 --baseline dense.json
   tsad eval pusht --policy runs/mine --sampler ddim --steps 8 --lanes 4
   tsad eval pusht --plan plan.npz --json | jq .summary.score
-  tsad eval pusht --seeds 500 --preset fast                        what tsad tune has chosen
+  tsad eval pusht --seeds 500 --preset fast                        a preset of its folder
   tsad eval pusht --seeds 500 --settings sweep.json --out sweep    many settings, one table"""
 
 
