@@ -361,7 +361,8 @@ def test_published_pruner(tmp_path: Path) -> None:
     summary = convert_pruner(tmp_path / "pruner.pt", tmp_path / "out")
     json.dumps(summary)
     config, _, pruner = read_folder(tmp_path / "out")
-    assert config.pruner is not None and config.pruner.to_dict() == cases.TINY_PRUNER
+    assert config.pruner is not None
+    assert config.pruner.to_dict() == {"type": "transformer", **cases.TINY_PRUNER}
     assert pruner is not None and set(pruner) == set(arrays)
     for name, value in arrays.items():
         np.testing.assert_array_equal(pruner[name], value)
@@ -376,7 +377,7 @@ def test_bare_pruner_state_dicts(tmp_path: Path) -> None:
     state, _ = pruner_state()
     torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "p.pt")
     config, _ = read_pruner(tmp_path / "p.pt", network, n_head=3)
-    assert config.to_dict() == cases.TINY_PRUNER
+    assert config.to_dict() == {"type": "transformer", **cases.TINY_PRUNER}
     config, _ = read_pruner(tmp_path / "p.pt", network)  # says nothing of its heads
     assert config.n_head == 8
     with pytest.raises(ValueError, match="pruner.hidden_dim"):

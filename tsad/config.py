@@ -270,21 +270,13 @@ class NetworkConfig:
             raise section.error("n_emb", expected, network.n_emb)
         last = network.n_obs_steps - 1 + network.n_action_steps
         if last > network.horizon:
-            raise section.error(
-                "horizon",
-                f"at least n_obs_steps - 1 + n_action_steps = {last}, the end of what is executed",
-                network.horizon,
-                "lower n_action_steps, or train a longer horizon",
-            )
+            expected = f"at least n_obs_steps - 1 + n_action_steps = {last}, the last one executed"
+            fix = "lower n_action_steps, or train a longer horizon"
+            raise section.error("horizon", expected, network.horizon, fix)
+        fix = "other variants are not supported; train with time_as_cond=True and obs_as_cond=True"
         for key in ("time_as_cond", "obs_as_cond"):
             if not getattr(network, key):
-                raise section.error(
-                    key,
-                    "true",
-                    False,
-                    "variants without cross-attention to time and observation tokens are not "
-                    "supported; train with time_as_cond=True and obs_as_cond=True",
-                )
+                raise section.error(key, "true", False, fix)
         return network
 
     def to_dict(self) -> dict[str, Any]:
