@@ -45,15 +45,9 @@ static struct {
     float **rank1; /* its registers, after step 0 */
 } now;
 
-#ifdef TSAD_GANG /* lanes that share passes over the weights: here there is one */
 #define RUN_PARAMETERS tsad_worker *w, const tsad_run *run, int n, int begin, int end
 #define RUN_ROWS(from, to) now.engine->run(w, run, n, from, to)
 #define RUN(what, from, to) now.engine->run(w, what, 1, from, to)
-#else
-#define RUN_PARAMETERS tsad_worker *w, const tsad_run *run, int begin, int end
-#define RUN_ROWS(from, to) now.engine->run(w, run, from, to)
-#define RUN(what, from, to) now.engine->run(w, what, from, to)
-#endif
 
 static void encode_steps(const tsad_model *m, int first, int n)
 {
@@ -160,11 +154,7 @@ static void run_rows(RUN_PARAMETERS)
     }
     bool beside = now.rung == OVERLAPPED && w->size == 2;
     if (beside) {
-#ifdef TSAD_GANG
         overlap(w, run, n, begin, end);
-#else
-        overlap(w, run, begin, end);
-#endif
         begin++;
     }
     bool every = now.rung <= ENCODE_ONCE;

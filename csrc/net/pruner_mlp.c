@@ -8,12 +8,6 @@
  */
 #include "../internal.h"
 
-static tsad_status take(const tsad_model_spec *spec, const char *name, int rows, int cols,
-                        const float **out)
-{
-    return tsad_take(spec->pruner_tensors, spec->n_pruner_tensors, name, rows, cols, out);
-}
-
 /* columns `from` on of a torch weight (n_out, n_all), transposed */
 static tsad_status columns(tsad_matrix *m, const float *weight, const float *bias, int n_all,
                            int from, int n_out)
@@ -60,10 +54,12 @@ tsad_status tsad_net_pruner_mlp(const tsad_model_spec *spec, tsad_model *model,
         return tsad_fail(TSAD_ARGUMENT, "pruner: hidden: expected at least 1, got %d", hidden);
     }
     const float *w0, *b0, *w2, *b2;
-    TSAD_TRY(take(spec, "0.weight", hidden, n_all, &w0));
-    TSAD_TRY(take(spec, "0.bias", hidden, 0, &b0));
-    TSAD_TRY(take(spec, "2.weight", 4 * B, hidden, &w2));
-    TSAD_TRY(take(spec, "2.bias", 4 * B, 0, &b2));
+    const tsad_tensor *tensors = spec->pruner_tensors;
+    int n = spec->n_pruner_tensors;
+    TSAD_TRY(tsad_take(tensors, n, "0.weight", hidden, n_all, &w0));
+    TSAD_TRY(tsad_take(tensors, n, "0.bias", hidden, 0, &b0));
+    TSAD_TRY(tsad_take(tensors, n, "2.weight", 4 * B, hidden, &w2));
+    TSAD_TRY(tsad_take(tensors, n, "2.bias", 4 * B, 0, &b2));
     TSAD_TRY(tsad_net_begin(net, 5, 4));
     int memory = tsad_net_register(net, 1, n_all - from), first = tsad_net_register(net, 1, hidden);
     int middle = time_memory ? tsad_net_register(net, rows, hidden) : first;
@@ -80,7 +76,8 @@ tsad_status tsad_net_pruner_mlp(const tsad_model_spec *spec, tsad_model *model,
         node->activation = TSAD_RELU;
     }
     node = tsad_net_add(net, TSAD_LINEAR, middle, scores);
-    TSAD_TRY(columns(&node->m[0], w2, b2, hidden, 0, 4 * B));
+    TSAD_TRY(tsad_matrix_make(&node->m[0], hidden, 4 * B));
+    tsad_matrix_fold(&node->m[0], w2, b2, NULL, NULL, 1.0f);
     tsad_net_add(net, TSAD_PRUNE_STORE, scores, scores);
     model->pruner.query_tokens = time_memory ? model->n_memory - 1 : model->n_memory;
     model->pruner.at_once = time_memory != NULL;

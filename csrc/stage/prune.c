@@ -16,14 +16,14 @@ void tsad_prune(tsad_worker *w, tsad_lane *lane)
         atomic_store(&p->next_row, 1);
         p->model->backend->run(w, &run, 1, 0, 1); /* and what all rows need of the observations */
     }
-    w->rank = 0;
-    if (n_rows > 1) {
-        w->rank = rank, w->size = size;
-        tsad_worker_meet(w);
-        w->rank = 0, w->size = 1;
-        for (int row; (row = atomic_fetch_add(&p->next_row, 1)) < n_rows;) {
-            p->model->backend->run(w, &run, 1, row, row + 1);
-        }
+    w->size = size;
+    if (n_rows == 1) {
+        return;
+    }
+    tsad_worker_meet(w);
+    w->rank = 0, w->size = 1;
+    for (int row; (row = atomic_fetch_add(&p->next_row, 1)) < n_rows;) {
+        p->model->backend->run(w, &run, 1, row, row + 1);
     }
     w->rank = rank, w->size = size;
 }
