@@ -73,3 +73,12 @@ def test_energy_tells_distributions_apart() -> None:
     assert np.isnan(offline.energy(a, np.zeros_like(a)))
     with pytest.raises(ValueError, match="a: expected at least 2 draws, got 1"):
         offline.energy(a[:, :1], b[:, :1])
+
+
+def test_spread_is_relative() -> None:
+    rng = np.random.default_rng(0)
+    b = rng.standard_normal((3, 16, 4))
+    assert offline.spread(b, b) == 1
+    assert offline.spread(b / 2 + 5, b) == pytest.approx(0.5)  # where they are doesn't matter
+    assert offline.spread(np.zeros_like(b), b) == 0
+    assert np.isnan(offline.spread(b, np.zeros_like(b)))

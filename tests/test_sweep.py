@@ -148,6 +148,14 @@ def test_a_sweep(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
         assert compared[name]["standard_error"] > 0, name
     assert found["trailing"]["settings"]["timestep_spacing"] == "trailing"
 
+    # several draws compare distributions with the first row's
+    code, out, err = run(capsys, *command, "--observations", recorded, "--draws", "2", "--json")
+    assert code == 0, err
+    drawn = json.loads(out)["rows"]
+    assert drawn["dense"]["distance"] == 0 and drawn["dense"]["spread"] == 1
+    assert drawn["int16"]["distance"] < 1e-3 < drawn["half"]["distance"]
+    assert drawn["half"]["score"] == found["half"]["score"]
+
     # more seeds play only those; a row more plays that row
     played: list[int] = []
     rollouts = sim.rollouts

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 ERRORS_FILE = "errors.json"
 LANES = 8
+# Recorded observations that actions are compared on: with more draws of each, fewer.
+MOST_WINDOWS, LEAST_WINDOWS, MOST_CHUNKS = 250, 24, 1536
+
+
+def most_windows(draws: int) -> int:
+    """How many recorded observations to take with so many draws of noise each."""
+    return max(min(MOST_WINDOWS, MOST_CHUNKS // draws), LEAST_WINDOWS)
 
 
 def recorded_windows(path: str, most: int) -> NDArray[np.float32]:
@@ -108,7 +115,9 @@ class Errors:
         found = self._run(policy, f"{name}, errors")
         errors = {"action_rms": offline.rms(found, own)}
         if self._draws > 1:
-            errors["distance"] = offline.energy(found, self._dense_actions(self._reference))
+            reference = self._dense_actions(self._reference)
+            errors["distance"] = offline.energy(found, reference)
+            errors["spread"] = offline.spread(found, reference)
         return errors
 
     def _dense_actions(self, args: argparse.Namespace) -> Floats:

@@ -125,6 +125,13 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR",
         help="with --settings: a folder of 'tsad collect', to report the error of actions on",
     )
+    output.add_argument(
+        "--draws",
+        type=positive_int,
+        default=1,
+        metavar="M",
+        help="of noise for each of these; 2 or more compare distributions (default: 1)",
+    )
     output.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.set_defaults(run=run)
 
@@ -137,6 +144,8 @@ def _check_arguments(args: argparse.Namespace) -> Path | None:
         raise UsageError("argument --plan: a fixed plan leaves nothing to --sparsity or --planner")
     if args.observations is not None and args.settings is None:
         raise UsageError("argument --observations: needs --settings FILE")
+    if args.draws > 1 and args.observations is None:
+        raise UsageError("argument --draws: needs --observations DIR")
     if args.resume and args.overwrite:
         raise UsageError("argument --resume: not together with --overwrite")
     if args.out is None:

@@ -18,12 +18,16 @@ from tsad.commands.common import (
     table,
     use_preset,
 )
-from tsad.commands.errors import ERRORS_FILE, Errors, recorded_windows
+from tsad.commands.errors import ERRORS_FILE, Errors, most_windows, recorded_windows
 from tsad.commands.eval import configure, evaluate, policy_source, seeds_of
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tsad import SparsePolicy
+    from tsad.sim.rollout import Episode
 
 KEYS: dict[str, tuple[type, ...]] = {
     "name": (str,),
@@ -40,7 +44,6 @@ KEYS: dict[str, tuple[type, ...]] = {
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 SUMMARY = "summary.json"
-MOST_WINDOWS = 250  # of recorded observations, to compare actions on
 
 
 def read_settings(path: str) -> list[dict[str, Any]]:
@@ -89,45 +92,50 @@ def _arguments(args: argparse.Namespace, row: Mapping[str, Any], folder: Path) -
     return own
 
 
-def _passes(policy: SparsePolicy) -> float | None:
+def passes(policy: SparsePolicy) -> float | None:
     """Dense passes of a chunk; None where the policy has not run and its pruner decides."""
     if policy.sparsity is None:
         return None
     return float(policy.num_inference_steps * (1 - policy.sparsity))
 
 
-def _row(document: Mapping[str, Any], policy: SparsePolicy, error: float | None) -> dict[str, Any]:
-    summary, settings = document["summary"], document["settings"]
+def _row(document: Mapping[str, Any], policy: SparsePolicy, errors: Mapping[str, float]) -> Any:
+    summary = document["summary"]
     return {
-        "settings": settings,
-        "passes": _passes(policy),
+        "settings": document["settings"],
+        "passes": passes(policy),
         "score": summary["score"],
         "success": summary["success"],
         "steps_to_success": summary["steps_to_success"],
-        "action_rms": error,
+        "action_rms": None,
+        **errors,
     }
 
 
 def _table(rows: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
-    def number(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    lines = [["setting", "passes", "score", "success", "action rms", "difference", "95 % together"]]
+    distance = any("distance" in row for row in rows.values())
+    head = ["setting", "passes", "score", "success", "action rms"]
+    lines = [[*head, *["distance", "spread"] * distance, "difference", "95 % together"]]
     for name, row in rows.items():
         other = compared["rows"].get(name)
         interval = "" if other is None else "{:+.3f} to {:+.3f}".format(*other["simultaneous"])
-        lines.append(
-            [
-                name,
-                number(row["passes"], 2),
-                number(row["score"]["mean"], 3),
-                number(row["success"]["mean"], 3),
-                number(row["action_rms"], 4),
-                "" if other is None else f"{other['mean_difference']:+.3f}",
-                interval,
-            ]
-        )
+        line = [
+            name,
+            number(row["passes"], 2),
+            number(row["score"]["mean"], 3),
+            number(row["success"]["mean"], 3),
+            number(row["action_rms"], 4),
+        ]
+        if distance:
+            line += [number(row["distance"], 3), number(row["spread"], 2)]
+        line += ["" if other is None else f"{other['mean_difference']:+.3f}", interval]
+        lines.append(line)
     return table(lines)
+
+
+def number(value: float | None, digits: int) -> str:
+    """A cell of a table; empty for None."""
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _check(args: argparse.Namespace) -> Path:
@@ -146,47 +154,91 @@ def _check(args: argparse.Namespace) -> Path:
     return out
 
 
+class Sweep:
+    """The rows of a settings file, checked: each is loaded once, before hours go into others.
+
+    ``folder`` is where the plans of the rows lie; ``out`` gets a file per row.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, settings: list[dict[str, Any]], folder: Path, out: Path
+    ) -> None:
+        self._args, self._folder, self._out = args, folder, out
+        self._source = policy_source(args)
+        self._arguments: dict[str, argparse.Namespace] = {}
+        self._errors: Errors | None = None
+        self.rows: dict[str, Any] = {}
+        self.episodes: dict[str, list[Episode]] = {}
+        self.add(settings)
+
+    def add(self, settings: list[dict[str, Any]]) -> None:
+        """Further rows."""
+        from tsad import sim
+
+        for row in settings:
+            name, own = row["name"], _arguments(self._args, row, self._folder)
+            with argument(f"--settings: {name}"):
+                policy = self.load(own, f"--settings: {name}")
+                sim.check_executed(policy, own.n_action_steps)
+            self._arguments[name] = own
+
+    def load(self, own: argparse.Namespace, name: str) -> SparsePolicy:
+        """One lane of a row's policy, set."""
+        policy = load_policy(self._source, own, name=name, lanes=1)
+        configure(policy, own)
+        return policy
+
+    def arguments(self, name: str) -> argparse.Namespace:
+        """A row's."""
+        return self._arguments[name]
+
+    def measure(self, windows: NDArray[np.float32] | None, draws: int) -> None:
+        """From now on `play` and `error` report errors of actions on these."""
+        if windows is not None:
+            self._out.mkdir(parents=True, exist_ok=True)
+            first = next(iter(self._arguments.values()))
+            file = self._out / ERRORS_FILE
+            self._errors = Errors(self._source, windows, draws=draws, reference=first, file=file)
+
+    def error(self, name: str) -> dict[str, float]:
+        """Errors of a row's actions; {} where nothing is recorded to measure them on."""
+        return {} if self._errors is None else self._errors.of(self._arguments[name], name)
+
+    def play(self) -> None:
+        """Play what is missing of every row that has not been."""
+        from tsad.sim.results import read_results
+
+        self._out.mkdir(parents=True, exist_ok=True)
+        for name, own in self._arguments.items():
+            if name in self.rows:
+                continue
+            path = self._out / f"{name}.json"
+            try:
+                document, policy = evaluate(own, path)
+            except InterruptedRunError as stop:
+                raise InterruptedRunError(
+                    f"setting {name}: {str(stop).partition(';')[0]}; the same command goes on"
+                ) from None
+            self.rows[name] = _row(document, policy, self.error(name))
+            wanted = set(seeds_of(self._args))
+            self.episodes[name] = [e for e in read_results(path)[1] if e.seed in wanted]
+
+
 def run(args: argparse.Namespace) -> int:
     """Play every setting's missing seeds; print and write the comparison."""
-    from tsad import sim
     from tsad.checkpoint import write_atomically
-    from tsad.sim.results import compare_all, read_results
+    from tsad.sim.results import compare_all
 
     out = _check(args)
     settings = read_settings(args.settings)
     windows = None
     if args.observations is not None:
-        windows = recorded_windows(args.observations, MOST_WINDOWS)
-    source = policy_source(args)
-    folder = Path(args.settings).resolve().parent
-    rows, episodes = {}, {}
-    for row in settings:  # a row that can't be loaded fails before hours are spent on others
-        own = _arguments(args, row, folder)
-        with argument(f"--settings: {row['name']}"):
-            policy = load_policy(source, own, name=f"--settings: {row['name']}", lanes=1)
-            sim.check_executed(policy, own.n_action_steps)
-            configure(policy, own)
-    out.mkdir(parents=True, exist_ok=True)
-    errors = None
-    if windows is not None:
-        baseline = _arguments(args, settings[0], folder)
-        file = out / ERRORS_FILE
-        errors = Errors(source, windows, draws=1, reference=baseline, file=file)
-    for row in settings:
-        own, name = _arguments(args, row, folder), row["name"]
-        path = out / f"{name}.json"
-        try:
-            document, policy = evaluate(own, path)
-        except InterruptedRunError as stop:
-            raise InterruptedRunError(
-                f"setting {name}: {str(stop).partition(';')[0]}; the same command goes on"
-            ) from None
-        error = None if errors is None else errors.of(own, name)["action_rms"]
-        rows[name] = _row(document, policy, error)
-        wanted = set(seeds_of(args))
-        episodes[name] = [e for e in read_results(path)[1] if e.seed in wanted]
-    seeds = seeds_of(args)
-    compared = compare_all(episodes, settings[0]["name"]) if len(settings) > 1 else None
+        windows = recorded_windows(args.observations, most_windows(args.draws))
+    sweep = Sweep(args, settings, Path(args.settings).resolve().parent, out)
+    sweep.measure(windows, args.draws)
+    sweep.play()
+    rows, seeds = sweep.rows, seeds_of(args)
+    compared = compare_all(sweep.episodes, settings[0]["name"]) if len(settings) > 1 else None
     summary = {
         "format": "tsad-sweep",
         "format_version": 1,
@@ -199,7 +251,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(text)
     else:
-        print(f"{args.simulator}, {seed_range([seeds[0], seeds[-1]])}, policy {source}")
+        print(
+            f"{args.simulator}, {seed_range([seeds[0], seeds[-1]])}, policy {policy_source(args)}"
+        )
         print(_table(rows, compared or {"rows": {}}))
         print(f"written to {out}")
     return 0

@@ -90,6 +90,15 @@ def energy(a: Floats, b: Floats) -> float:
     return float(distance) / spread if spread > 0 else float("nan")
 
 
+def spread(a: Floats, b: Floats) -> float:
+    """How far apart the draws of ``a`` are, relative to ``b``: below 1, a mode has been lost.
+
+    The mean over windows of E|A - A'|, over that of E|B - B'|; nan if ``b`` does not scatter.
+    """
+    own, other = float(_apart(a, a).mean()), float(_apart(b, b).mean())
+    return own / other if other > 0 else float("nan")
+
+
 def _apart(a: Floats, b: Floats) -> Floats:
     """(W,) mean |A_i - B_j| over i != j."""
     lengths = np.stack([np.linalg.norm(x[:, None] - y, axis=-1) for x, y in zip(a, b, strict=True)])
