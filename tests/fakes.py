@@ -66,6 +66,9 @@ class FakeWorld:
         success = score > 0.93
         return Step(self.position.astype(np.float32), score, success, success)
 
+    def rest_action(self) -> Any:
+        return self.position[:2]
+
     def render(self, size: int) -> Any:
         return np.full((size, size, 3), 128, np.uint8)
 

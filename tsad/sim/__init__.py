@@ -54,6 +54,9 @@ class Environment(Protocol):
     def step(self, action: FloatArray) -> Step:
         """Execute one action (action_dim,), raw units."""
 
+    def rest_action(self) -> FloatArray:
+        """The action (action_dim,), raw units, that keeps the robot where it is now."""
+
     def render(self, size: int) -> NDArray[np.uint8]:
         """The scene as it is now, uint8 (size, size, 3)."""
 

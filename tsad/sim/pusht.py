@@ -113,6 +113,10 @@ class PushT:
         """Agent x, y, block x, y, angle: float32 (5,), as demonstrations record it."""
         return np.asarray(self._simulator.get_obs(), np.float32)
 
+    def rest_action(self) -> NDArray[np.float32]:
+        """Go to where the agent is: its x and y, as in the observation."""
+        return self.state()[:2]
+
     def snapshot(self) -> tuple[Any, ...]:
         """All that the coming steps depend on, for `restore` of this or of another table."""
         agent, block = self._simulator.agent, self._simulator.block

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.sim.realtime import Delay
+
 if TYPE_CHECKING:
     from tsad.sim import Environment, Step
 
@@ -81,8 +83,8 @@ def noise_seed(seed: int, stream: int = 0) -> int:
 class _Lane:
     """The episode that one lane plays at the moment."""
 
-    def __init__(self, environment: Environment, n_obs_steps: int) -> None:
-        self.environment = environment
+    def __init__(self, environment: Environment, n_obs_steps: int, delay: Delay) -> None:
+        self.environment, self.delay = environment, delay
         self.window = np.zeros((n_obs_steps, environment.obs_dim), np.float32)
         self.seed = -1
 
@@ -91,10 +93,11 @@ class _Lane:
         self.chunk_ms: list[float] = []
         # Before the start nothing was seen: the first observation stands in, as in training.
         self.window[:] = self.environment.reset(seed)
+        self.delay.start(self.environment)
 
-    def act(self, actions: NDArray[np.float32], on_step: OnStep | None) -> bool:
-        """Execute one chunk (n_action_steps, action_dim); True when the episode is over."""
-        for action in actions:
+    def act(self, chunk: NDArray[np.float32], on_step: OnStep | None) -> bool:
+        """Go on to the next chunk with this one; True when the episode is over."""
+        for action in self.delay.ask(chunk):
             step: Step = self.environment.step(action)
             self.window[:-1] = self.window[1:]
             self.window[-1] = step.obs
@@ -146,6 +149,7 @@ def rollouts(
     on_start: OnStart | None = None,
     n_action_steps: int | None = None,
     noise_stream: int = 0,
+    delay: int = 0,
 ) -> Iterator[Episode]:
     """Play the episodes of `seeds`; yields each as it ends, in an order that depends on the lanes.
 
@@ -159,10 +163,11 @@ def rollouts(
         n_action_steps: how many of a chunk's actions are executed before the next chunk; default:
             all that the policy returns.
         noise_stream: of `noise_seed`: other noise in the same scenes.
+        delay: ticks, steps of the simulator, that go by while a chunk is made: `tsad.sim.realtime`.
 
     Raises:
         ValueError: the policy does not fit the simulator, has too few lanes, or returns fewer than
-            `n_action_steps`.
+            `n_action_steps`; `delay` is negative, or the simulator has no `rest_action` for it.
         RuntimeError: an action is not finite.
     """
     if not 1 <= len(environments) <= policy.lanes:
@@ -173,7 +178,10 @@ def rollouts(
     check(policy, environments[0])
     executed = check_executed(policy, n_action_steps)
     queue = iter(seeds)
-    lanes = [_Lane(environment, policy.n_obs_steps) for environment in environments]
+    lanes = [
+        _Lane(environment, policy.n_obs_steps, Delay(executed, delay))
+        for environment in environments
+    ]
     running: list[int] = []
 
     def take_next(index: int) -> bool:
@@ -203,7 +211,7 @@ def rollouts(
         for row, index in enumerate(running):
             lane = lanes[index]
             lane.chunk_ms.append(milliseconds / len(running))
-            if not lane.act(actions[row, :executed], on_step):
+            if not lane.act(actions[row], on_step):
                 still.append(index)
                 continue
             yield lane.episode()
