@@ -19,7 +19,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +37,11 @@ from tsad.checkpoint import write_atomically  # noqa: E402
 from tsad.commands.common import files_sha256, plan_sha256, table  # noqa: E402
 from tsad.commands.plan import pick  # noqa: E402
 from tsad.planners.search import ChunkError  # noqa: E402
+from tsad.sim.frontier import rank_correlation  # noqa: E402
 from tsad.sim.recording import read_collection  # noqa: E402
 
 RANDOM_PLANS = 3
 SINGLE = {"reuse_step": REUSE_STEP, "reuse_type": REUSE_TYPE, "skip": SKIP}
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's, ties in order of appearance."""
-    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def describe(errors: np.ndarray) -> dict[str, float]:

@@ -29,6 +29,7 @@ COMMANDS = (
     "eval",
     "collect",
     "plan",
+    "tune",
     "bench",
     "show",
     "info",
@@ -49,6 +50,7 @@ examples:
   tsad eval pusht --seeds 50 --sparsity 0.9       score it in the simulator
   tsad collect pusht --out recorded               rollouts to calibrate and search plans on
   tsad plan --help                                static plans: measure, make, search, import
+  tsad tune pusht --out tuned                     the fastest settings that lose nothing
   tsad convert policy.ckpt policy/                a Diffusion Policy checkpoint to a tsad folder
   tsad COMMAND --help                             options and examples of one command
 

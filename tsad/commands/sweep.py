@@ -166,6 +166,7 @@ class Sweep:
         self._args, self._folder, self._out = args, folder, out
         self._source = policy_source(args)
         self._arguments: dict[str, argparse.Namespace] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
         self._errors: Errors | None = None
         self.rows: dict[str, Any] = {}
         self.episodes: dict[str, list[Episode]] = {}
@@ -180,7 +181,7 @@ class Sweep:
             with argument(f"--settings: {name}"):
                 policy = self.load(own, f"--settings: {name}")
                 sim.check_executed(policy, own.n_action_steps)
-            self._arguments[name] = own
+            self._arguments[name], self._settings[name] = own, row
 
     def load(self, own: argparse.Namespace, name: str) -> SparsePolicy:
         """One lane of a row's policy, set."""
@@ -188,9 +189,13 @@ class Sweep:
         configure(policy, own)
         return policy
 
-    def arguments(self, name: str) -> argparse.Namespace:
-        """A row's."""
-        return self._arguments[name]
+    def arguments(self) -> dict[str, argparse.Namespace]:
+        """Those of every row, as if typed."""
+        return self._arguments
+
+    def setting(self, name: str) -> dict[str, Any]:
+        """A row as it was given."""
+        return self._settings[name]
 
     def measure(self, windows: NDArray[np.float32] | None, draws: int) -> None:
         """From now on `play` and `error` report errors of actions on these."""

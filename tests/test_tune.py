@@ -1,0 +1,177 @@
+"""tsad tune: the frontier, what is chosen, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import run
+
+import tsad
+from tsad.commands import tune
+from tsad.sim import frontier
+
+# ---- what settings are worth
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    ms = {"slow": 9.0, "mid": 5.0, "bad": 6.0, "fast": 1.0, "tie": 5.0, "none": 0.5}
+    loss = {"slow": 0.0, "mid": 0.1, "bad": 0.1, "fast": 0.4, "tie": 0.1, "none": math.nan}
+    assert frontier.frontier(ms, loss) == ["fast", "mid", "slow"]
+    loss["fast"] = -0.1
+    assert frontier.frontier(ms, loss) == ["fast"]
+    assert frontier.fastest(ms, ["slow", "mid"]) == "mid"
+    assert frontier.fastest(ms, []) is None
+
+
+def test_as_many_seeds_as_said_show_that_nothing_is_lost() -> None:
+    rng = np.random.default_rng(0)
+    pilot = rng.normal(0, 0.2, 400)
+    n, margin = frontier.seeds_needed(pilot, 0.03), 0.03
+    assert 400 < n < 560  # (3.24 * 0.2 / 0.03)^2 = 467
+    draws = rng.normal(0, 0.2, (4000, n))
+    half = 1.96 * draws.std(axis=1, ddof=1) / math.sqrt(n)
+    assert 0.87 < (draws.mean(axis=1) - half > -margin).mean() < 0.93
+    assert frontier.seeds_needed([0.0, 0.0, 0.0], 0.01) == 2
+    for wrong in ([1.0], np.zeros((3, 2))):
+        with pytest.raises(ValueError, match="differences: expected two or more"):
+            frontier.seeds_needed(wrong, 0.01)
+    with pytest.raises(ValueError, match="margin: expected a number above 0"):
+        frontier.seeds_needed(pilot, 0.0)
+
+
+def test_rank_correlation() -> None:
+    assert frontier.rank_correlation([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
+    assert frontier.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4
+    assert frontier.rank_correlation([0, 5, 5, 9], [1, 2, 3, 4]) == pytest.approx(0.9486833)
+    assert math.isnan(frontier.rank_correlation([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(frontier.rank_correlation([1, 2], [1, 2]))
+    with pytest.raises(ValueError, match="b: expected 3 numbers"):
+        frontier.rank_correlation([1, 2, 3], [1, 2])
+
+
+def test_the_default_grid_fits_the_policy() -> None:
+    names = [row["name"] for row in tune.default_grid(tsad.load("pusht"))]
+    assert names[0] == "dense" and len(set(names)) == len(names)
+    assert {"uniform-95", "ddim-2-trailing", "dpm-5", "ddim-16-uniform-87.5"} <= set(names)
+    few = tune.default_grid(tsad.load("pusht", sampler="ddim", num_inference_steps=5))
+    assert all(row.get("steps", 0) < 5 for row in few)
+    assert not any(row["name"] == "uniform-95" for row in few)  # less than two steps
+
+
+# ---- the command
+
+ROWS = [
+    {"name": "eight", "sampler": "ddim", "steps": 8},
+    {"name": "four", "sampler": "ddim", "steps": 4},
+    {"name": "one", "sampler": "ddim", "steps": 1},
+    {"name": "half", "sampler": "ddim", "steps": 4, "planner": "uniform", "sparsity": 0.5},
+    {"name": "other", "sampler": "ddim", "steps": 1, "noise": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """A policy of our own, recorded observations, settings."""
+    pytest.importorskip("gym_pusht")
+    root = Path(tmp_path_factory.mktemp("tune"))
+    shutil.copytree(Path(tsad.__file__).parent / "assets" / "pusht", root / "policy")
+    (root / "grid.json").write_text(json.dumps(ROWS))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: Any) -> None:
+    from tsad.sim.pusht import PushT
+
+    monkeypatch.setattr(PushT, "max_steps", 24)
+    monkeypatch.setattr(tune, "CHUNKS_PER_ROUND", 2)
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    policy, grid = str(folder / "policy"), str(folder / "grid.json")
+    out = str(folder / "tuned")
+    return ["tune", "--policy", policy, "--settings", grid, "--out", out, "--rounds", "2", *more]
+
+
+def test_tune_in_a_simulator(capsys: Any, folder: Path) -> None:
+    options = ["--seeds", "3", "--lanes", "3", "--int16", "--save", "--within", "9", "--json"]
+    code, out, err = run(capsys, *command(folder, "pusht", *options))
+    assert code == 0, err
+    found = json.loads(out)
+    assert json.loads((folder / "tuned" / "tune.json").read_text()) == found
+    rows = found["rows"]
+    assert list(rows)[:5] == [row["name"] for row in ROWS]
+    small = [name for name in rows if name.endswith("-int16")]
+    assert small and "other-int16" not in rows
+    assert rows["half"]["passes"] == 2 and rows["half"]["cell_sparsity"] == 0.5
+    assert "mean_difference" not in rows["eight"] and rows["half"]["seeds_needed"] >= 2
+    assert all(row["milliseconds"] == min(row["round_medians"]) > 0 for row in rows.values())
+    # with so much allowed the fastest row of all is both, but never one with other noise
+    times = {name: row["milliseconds"] for name, row in rows.items() if name != "other"}
+    fastest = min(times, key=lambda name: times[name])
+    assert found["presets"] == {"fast": fastest, "lossless": fastest}
+    assert found["frontier"][0] == fastest and "other" not in found["frontier"]
+    policy = tsad.load(folder / "policy", preset="fast")
+    assert policy.num_inference_steps == found["settings"][fastest]["steps"]
+    assert policy.precision == found["settings"][fastest].get("precision", "float32")
+
+    # again: nothing is played, times are taken anew; text and picture
+    code, out, err = run(capsys, *command(folder, "pusht", "--seeds", "3", "--lanes", "3"))
+    assert code == 0 and "episodes" not in err, err
+    assert "95 % together" in out and "fast: " in out and "lossless: " in out
+    assert (folder / "tuned" / "tune.png").stat().st_size > 10_000
+
+
+def test_nothing_is_chosen_that_loses_more(capsys: Any, folder: Path) -> None:
+    options = ["pusht", "--seeds", "3", "--lanes", "3", "--within", "1e-9", "--json"]
+    code, out, err = run(capsys, *command(folder, *options))
+    assert code == 0, err
+    found = json.loads(out)
+    rows = found["rows"]
+    base = rows["eight"]["score"]["mean"]
+    for name in (found["presets"]["fast"], found["presets"]["lossless"]):
+        assert name == "eight" or rows[name]["score"]["mean"] >= base - 1e-9
+
+
+def test_tune_without_a_simulator(capsys: Any, folder: Path) -> None:
+    recorded, policy = str(folder / "recorded"), str(folder / "policy")
+    collect = ["collect", "pusht", "--policy", policy, "--out", recorded, "--episodes", "1"]
+    assert run(capsys, *collect, "--sampler", "ddim", "--steps", "4")[0] == 0
+    code, out, err = run(
+        capsys, *command(folder, "--observations", recorded, "--draws", "3", "--json")
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    rows = found["rows"]
+    assert found["simulator"] is None and found["seeds"] is None and "score" not in rows["one"]
+    assert rows["eight"]["distance"] == 0 < rows["four"]["distance"] < rows["one"]["distance"]
+    assert set(found["presets"]) == {"fast"} and found["rank_correlation"] == {}
+    code, out, _ = run(capsys, *command(folder, "--observations", recorded, "--draws", "3"))
+    assert code == 0 and "recorded observations" in out and "spread" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x"], "SIMULATOR: expected a simulator, or --observations"),
+        (["--observations", "x", "--out", "x"], "--policy: without a simulator"),
+        (["chess", "--out", "x"], "unknown simulator 'chess'"),
+        (["pusht", "--out", "x", "--seeds", "1"], "--seeds: expected 2 or more"),
+        (["pusht", "--out", "x", "--within", "0"], "--within: got '0', expected a number above 0"),
+        (["pusht", "--out", "x", "--within", "nan"], "--within: got 'nan'"),
+        (["pusht", "--out", __file__], "is a file, expected a folder"),
+        (["--policy", "p", "--observations", "x", "--out", "y", "--draws", "1"], "--draws: expec"),
+        (["pusht", "--out", "x", "--settings", "/no/such"], "--settings: "),
+        (["pusht", "--out", "x", "--observations", "/no/such"], "--observations: "),
+    ],
+)
+def test_bad_use(capsys: Any, arguments: list[str], message: str) -> None:
+    code, _, err = run(capsys, "tune", *arguments)
+    assert code == 2 and message in err, err

@@ -1,0 +1,489 @@
+"""`tsad tune`: what a policy loses at which latency, and the fastest settings that lose nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsad.commands.bench import Clock, observations
+from tsad.commands.common import (
+    Formatter,
+    Progress,
+    UsageError,
+    argument,
+    check_simulator,
+    cpu_name,
+    files_sha256,
+    load_plan,
+    load_policy,
+    natural,
+    positive_int,
+    sampler_name,
+    seed_range,
+    table,
+)
+from tsad.commands.errors import most_windows, recorded_windows
+from tsad.commands.eval import configure, policy_source, seeds_of
+from tsad.commands.sweep import Sweep, number, passes, read_settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tsad import SparsePolicy
+
+FORMAT, FORMAT_VERSION = "tsad-tune", 1
+RESULT, PICTURE = "tune.json", "tune.png"
+CHUNKS_PER_ROUND = 30
+ERRORS = ("action_rms", "distance")
+FEW_STEPS, FEWEST = (16, 10, 8, 6, 5, 4, 3, 2), 2
+DPM_STEPS = (10, 8, 5, 4)
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+SPARSE_FEW = ((16, 0.75), (16, 0.875), (8, 0.5), (8, 0.75), (4, 0.5))
+
+DESCRIPTION = """\
+Plays a policy with many settings over the same seeds, times each afterwards, and shows the
+frontier: the least loss at every latency. The first setting, dense, is what all are compared with.
+
+fast      the fastest setting whose mean loss is at most --within
+lossless  the fastest whose 95 % interval, of all settings together, lies above -(--within)
+
+are kept in the policy's folder with --save, for tsad.load(..., preset="fast"). Without --settings
+the grid is: DDIM and DPM-Solver++ with few steps, and plans that compute evenly spaced steps; then
+what is best again in 16 bits. The format of --settings is that of tsad eval.
+
+Without a simulator, --observations alone compare the actions of --draws samples per observation
+with those of the dense policy, as distributions (energy distance, relative to the dense policy's
+own spread): what is kept is "fast", by --within in these units. With both, tune.json says how well
+that figure ranks the settings by what they lose in closed loop.
+
+Scores don't mind a busy machine, times do: run the same command again when it is quiet. Episodes
+and errors are kept in --out, and only times are taken again."""
+
+EPILOG = """\
+examples:
+  tsad tune pusht --out tuned                                        100 seeds, the default grid
+  tsad tune pusht --out tuned --seeds 500 --settings mine.json       settings of your own
+  tsad tune pusht --policy runs/mine --out tuned --within 0.05 --save
+  tsad collect pusht --out recorded --episodes 16
+  tsad tune --policy runs/mine --observations recorded --out tuned   no simulator"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "tune",
+        help="find the fastest settings that lose nothing",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=Formatter,
+    )
+    parser.add_argument(
+        "simulator", metavar="SIMULATOR", nargs="?", help="pusht; none: --observations alone"
+    )
+    parser.add_argument(
+        "--policy",
+        metavar="SRC",
+        help="bundled name, tsad folder or checkpoint (default: the simulator's bundled policy)",
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
+    parser.add_argument("--settings", metavar="FILE", help="instead of the default grid, JSON")
+    parser.add_argument(
+        "--seeds", type=positive_int, default=100, metavar="N", help="episodes (default: 100)"
+    )
+    parser.add_argument(
+        "--first-seed",
+        type=natural,
+        default=10_000,
+        metavar="S",
+        help="seeds S to S+N-1 (default: 10000; keep the test seeds, from 100000, for the report)",
+    )
+    parser.add_argument(
+        "--lanes", type=positive_int, default=8, metavar="L", help="environments (default: 8)"
+    )
+    parser.add_argument(
+        "--within",
+        type=_loss,
+        default=0.03,
+        metavar="X",
+        help="what may be lost: of the score, or without a simulator of distance (default: 0.03)",
+    )
+    parser.add_argument("--observations", metavar="DIR", help="a folder of 'tsad collect'")
+    parser.add_argument(
+        "--draws",
+        type=positive_int,
+        default=16,
+        metavar="M",
+        help="of noise per observation, 2 or more (default: 16)",
+    )
+    parser.add_argument(
+        "--int16",
+        action=argparse.BooleanOptionalAction,
+        help="the best again in 16 bits (default: without --settings)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help=f"of {CHUNKS_PER_ROUND} chunks to time each setting, in turns (default: 5)",
+    )
+    parser.add_argument("--save", action="store_true", help="keep the presets with the policy")
+    parser.add_argument("--threads", type=positive_int, metavar="T", help="the engine's choice")
+    parser.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    # what a setting may say, and this command leaves to the settings
+    parser.set_defaults(
+        run=run, sampler=None, steps=None, spacing=None, precision="float32", plan=None,
+        planner=None, sparsity=None, preset=None, n_action_steps=None, noise=0, overwrite=False,
+        resume=True,
+    )  # fmt: skip
+
+
+def _loss(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0, e.g. 0.03")
+    return value
+
+
+def default_grid(policy: SparsePolicy) -> list[dict[str, Any]]:
+    """Settings for a policy: its own, fewer steps of other samplers, evenly spaced plans."""
+    own = policy.num_inference_steps
+    rows: list[dict[str, Any]] = [{"name": "dense"}]
+    rows += [
+        {"name": f"uniform-{100 * s:g}", "planner": "uniform", "sparsity": s}
+        for s in SPARSITIES
+        if (1 - s) * own >= FEWEST
+    ]
+    for spacing in ("leading", "trailing"):
+        for steps in FEW_STEPS:
+            name = f"ddim-{steps}" + ("-trailing" if spacing == "trailing" else "")
+            rows.append({"name": name, "sampler": "ddim", "steps": steps, "spacing": spacing})
+    rows += [
+        {"name": f"dpm-{steps}", "sampler": "dpmsolver++", "steps": steps} for steps in DPM_STEPS
+    ]
+    for steps, s in SPARSE_FEW:
+        row = {"name": f"ddim-{steps}-uniform-{100 * s:g}", "sampler": "ddim", "steps": steps}
+        rows.append({**row, "planner": "uniform", "sparsity": s})
+    return [row for row in rows if row.get("steps", 0) < own]
+
+
+def _check(args: argparse.Namespace) -> Path:
+    if args.simulator is None:
+        if args.observations is None:
+            raise UsageError(
+                "argument SIMULATOR: expected a simulator, or --observations DIR to do without"
+            )
+        if args.policy is None:
+            raise UsageError("argument --policy: without a simulator, expected a policy")
+        if args.draws < 2:
+            raise UsageError("argument --draws: expected 2 or more without a simulator")
+    else:
+        check_simulator(args.simulator)
+        if args.seeds < 2:
+            raise UsageError("argument --seeds: expected 2 or more: settings are compared")
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"argument --out: {args.out!r} is a file, expected a folder")
+    if args.save:
+        from tsad.load import policy_folder
+
+        with argument("--save"):
+            folder = policy_folder(policy_source(args))
+            if folder is None:
+                raise ValueError(
+                    f"{policy_source(args)!r} is a checkpoint, and only folders hold presets; "
+                    "make one with: tsad convert CHECKPOINT FOLDER"
+                )
+    return out
+
+
+# ---- measuring
+
+
+def _score(sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
+    """The rows of all settings so far, played or compared on observations alone."""
+    if args.simulator is not None:
+        sweep.play()
+        return sweep.rows
+    return {
+        name: {"passes": passes(sweep.load(own, name)), **sweep.error(name)}
+        for name, own in sweep.arguments().items()
+    }
+
+
+def _losses(rows: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
+    if args.simulator is None:
+        return {name: row["distance"] for name, row in rows.items()}
+    first = next(iter(rows.values()))
+    return {name: first["score"]["mean"] - row["score"]["mean"] for name, row in rows.items()}
+
+
+def _in_16_bits(sweep: Sweep, rows: dict[str, Any], args: argparse.Namespace) -> None:
+    """Add the settings that are best at their number of passes again, with small weights."""
+    from tsad.sim.frontier import frontier
+
+    known = {n: row["passes"] for n, row in rows.items() if row["passes"] is not None}
+    losses = _losses(rows, args)
+    best = [n for n in frontier(known, {n: losses[n] for n in known}) if _plain(sweep, n)]
+    sweep.add([{**sweep.setting(n), "name": f"{n}-int16", "precision": "int16"} for n in best])
+
+
+def _plain(sweep: Sweep, name: str) -> bool:
+    """Whether a row is a setting to choose, in 32 bits, and not another experiment."""
+    return _choosable(sweep, name) and sweep.arguments()[name].precision in ("auto", "float32")
+
+
+def _choosable(sweep: Sweep, name: str) -> bool:
+    return not sweep.setting(name).keys() & {"noise", "realtime", "latency", "warm_start"}
+
+
+def _time(
+    sweep: Sweep, args: argparse.Namespace, windows: NDArray[np.float32] | None
+) -> dict[str, Any]:
+    """Milliseconds per chunk of every setting, in turns: the fastest round's median, and all's."""
+    clocks = []
+    for name, own in sweep.arguments().items():
+        policy = load_policy(policy_source(args), own, name="--settings", lanes=1)
+
+        def setup(policy: SparsePolicy = policy, own: argparse.Namespace = own) -> None:
+            configure(policy, own)
+
+        clocks.append(Clock(name, policy, setup))
+    obs = observations(clocks[0].policy, CHUNKS_PER_ROUND)
+    if windows is not None:
+        obs = windows[:CHUNKS_PER_ROUND, 1][:, None]
+    with Progress(args.rounds * len(clocks), "times", unit="rounds") as progress:
+        for _ in range(args.rounds):
+            for clock in clocks:
+                clock.round(obs)
+                progress.update(clock.name)
+    return {
+        clock.name: {
+            "milliseconds": min(clock.medians),
+            "round_medians": clock.medians,
+            "cell_sparsity": float(clock.plan.cell_sparsity),
+            "passes": float(clock.plan.cost) * clock.policy.num_inference_steps,
+            "sampler": sampler_name(clock.policy),
+        }
+        for clock in clocks
+    }
+
+
+# ---- judging
+
+
+def _compare(sweep: Sweep, rows: dict[str, Any], within: float) -> None:
+    """Into the rows: paired differences to the first, intervals of all together, seeds needed."""
+    from tsad.sim.frontier import seeds_needed
+    from tsad.sim.results import compare_all
+
+    baseline = next(iter(rows))
+    found = compare_all(sweep.episodes, baseline)["rows"]
+    scores = {n: {e.seed: e.score for e in episodes} for n, episodes in sweep.episodes.items()}
+    for name, facts in found.items():
+        pairs = [scores[name][seed] - scores[baseline][seed] for seed in scores[baseline]]
+        rows[name] |= {**facts, "seeds_needed": seeds_needed(pairs, within)}
+
+
+def _choose(
+    sweep: Sweep, rows: dict[str, Any], args: argparse.Namespace
+) -> tuple[list[str], dict[str, str | None]]:
+    """The frontier, and the settings that become presets."""
+    from tsad.sim.frontier import fastest, frontier
+
+    names = [name for name in rows if _choosable(sweep, name)]
+    times = {name: rows[name]["milliseconds"] for name in names}
+    losses = {name: value for name, value in _losses(rows, args).items() if name in times}
+    kept = [name for name in names if losses[name] <= args.within]
+    chosen = {"fast": fastest(times, kept)}
+    if args.simulator is not None:
+        first = next(iter(rows))
+        proven = [n for n in names if n == first or rows[n]["simultaneous"][0] > -args.within]
+        chosen["lossless"] = fastest(times, proven)
+    return frontier(times, losses), chosen
+
+
+def _save(
+    sweep: Sweep, rows: dict[str, Any], chosen: dict[str, str | None], args: argparse.Namespace
+) -> None:
+    from tsad.load import policy_folder
+    from tsad.presets import Preset, model_sha256, save_presets
+
+    folder = policy_folder(policy_source(args))
+    assert folder is not None  # _check
+    presets = []
+    for preset, name in chosen.items():
+        if name is None:
+            continue
+        own = sweep.arguments()[name]
+        policy = sweep.load(own, name)
+        scheduler = policy.config["scheduler"]
+        measured = {key: rows[name][key] for key in MEASURED if key in rows[name]}
+        made = Preset(
+            preset,
+            model_sha256(folder),
+            scheduler["type"],
+            policy.num_inference_steps,
+            scheduler["timestep_spacing"],
+            precision=policy.precision,
+            n_action_steps=own.n_action_steps,
+            planner=own.planner,
+            sparsity=own.sparsity,
+            measured={"setting": name, "cpu": cpu_name(), **measured},
+        )
+        plan = None if own.plan is None else load_plan(own.plan, "--settings")
+        presets.append((made, plan))
+    with argument("--save"):
+        save_presets(folder, presets)
+
+
+MEASURED = (
+    "milliseconds", "passes", "score", "success", "mean_difference", "simultaneous", "distance",
+)  # fmt: skip
+
+
+# ---- reporting
+
+
+def _table(document: dict[str, Any]) -> str:
+    rows = document["rows"]
+    played = document["simulator"] is not None
+    lines = [["setting", "", "ms", "passes"]]
+    lines[0] += ["score", "success"] * played + ["distance", "spread"] * document["drawn"]
+    lines[0] += ["difference", "95 % together"] * played
+    for name in sorted(rows, key=lambda name: -rows[name]["milliseconds"]):
+        row = rows[name]
+        line = [name, "*" if name in document["frontier"] else ""]
+        line += [number(row["milliseconds"], 2), number(row["passes"], 2)]
+        if played:
+            line += [number(row["score"]["mean"], 3), number(row["success"]["mean"], 3)]
+        if document["drawn"]:
+            line += [number(row["distance"], 3), number(row["spread"], 2)]
+        if played:
+            other = "mean_difference" in row
+            line += [f"{row['mean_difference']:+.3f}"] if other else [""]
+            line += ["{:+.3f} to {:+.3f}".format(*row["simultaneous"])] if other else [""]
+        lines.append(line)
+    return table(lines)
+
+
+def _words(document: dict[str, Any]) -> list[str]:
+    """The choice, and what stands in its way."""
+    lines = ["* nothing is both faster and better"]
+    rows, within = document["rows"], document["within"]
+    for preset, name in document["presets"].items():
+        if name is None:
+            lines.append(f"{preset}: none loses at most {within:g}")
+            continue
+        times = [rows[n]["milliseconds"] for n in (next(iter(rows)), name)]
+        lines.append(f"{preset}: {name}, {times[1]:.2f} ms, {times[0] / times[1]:.1f} times faster")
+    chosen = document["presets"]
+    if "lossless" in chosen and chosen["fast"] not in (None, chosen["lossless"]):
+        more = rows[chosen["fast"]].get("seeds_needed")
+        lines.append(f"to prove {chosen['fast']} within {within:g}, if it is: about {more} seeds")
+    for error, found in document["rank_correlation"].items():
+        if found["rank_correlation"] is not None:
+            lines.append(
+                f"rank correlation of {error} and loss over {found['rows']} settings: "
+                f"{found['rank_correlation']:.2f}"
+            )
+    return lines
+
+
+def _document(
+    sweep: Sweep, rows: dict[str, Any], times: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    import tsad
+    from tsad.sim.frontier import correlations
+
+    probe = sweep.load(next(iter(sweep.arguments().values())), "--settings")
+    for name, row in rows.items():
+        row |= times[name]
+    baseline = next(iter(rows))
+    if args.simulator is not None:
+        _compare(sweep, rows, args.within)
+    kept, chosen = _choose(sweep, rows, args)
+    played = args.simulator is not None
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "tsad": tsad.__version__,
+        "policy": policy_source(args),
+        "files_sha256": files_sha256(policy_source(args)),
+        "simulator": args.simulator,
+        "seeds": [seeds_of(args)[0], seeds_of(args)[-1]] if played else None,
+        "machine": {"cpu": cpu_name(), "backend": probe.backend, "threads": probe.threads},
+        "drawn": any("distance" in row for row in rows.values()),
+        "draws": args.draws if args.observations is not None else None,
+        "within": args.within,
+        "baseline": baseline,
+        "settings": {name: sweep.setting(name) for name in rows},
+        "rows": rows,
+        "frontier": kept,
+        "presets": chosen,
+        "rank_correlation": correlations(rows, baseline, ERRORS) if played else {},
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from tsad.checkpoint import write_atomically
+
+    out = _check(args)
+    folder = Path()
+    if args.settings is None:
+        with argument("--policy"):
+            settings = default_grid(
+                load_policy(policy_source(args), args, name="--policy", lanes=1)
+            )
+    else:
+        settings, folder = read_settings(args.settings), Path(args.settings).resolve().parent
+    windows = None
+    if args.observations is not None:
+        windows = recorded_windows(args.observations, most_windows(args.draws))
+    sweep = Sweep(args, settings, folder, out)
+    sweep.measure(windows, args.draws)
+    rows = _score(sweep, args)
+    if args.int16 or (args.int16 is None and args.settings is None):
+        _in_16_bits(sweep, rows, args)
+        rows = _score(sweep, args)
+    document = _document(sweep, rows, _time(sweep, args, windows), args)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=1)
+    write_atomically(out / RESULT, (text + "\n").encode())
+    if args.save:
+        _save(sweep, rows, document["presets"], args)
+    print(text if args.json else _report(document, out, args))
+    return 0
+
+
+def _report(document: dict[str, Any], out: Path, args: argparse.Namespace) -> str:
+    from tsad._extras import MissingExtraError
+    from tsad.plot_frontier import save_frontier
+
+    seeds = document["seeds"]
+    where = "recorded observations" if seeds is None else f"{args.simulator}, {seed_range(seeds)}"
+    machine = document["machine"]
+    lines = [
+        f"{where}, policy {document['policy']}; {machine['cpu']}, {machine['threads']} threads",
+        _table(document),
+        *_words(document),
+    ]
+    written = str(out / RESULT)
+    try:
+        save_frontier(document, out / PICTURE)
+        written += f" and {out / PICTURE}"
+    except MissingExtraError as missing:
+        lines.append(f"no picture: {missing}")
+    lines.append(f"written to {written}")
+    if args.save:
+        lines.append('kept with the policy: tsad.load(..., preset="fast")')
+    return "\n".join(lines)
