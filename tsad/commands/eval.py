@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsad.commands import realtime
 from tsad.commands.common import (
     Formatter,
     InterruptedRunError,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from tsad import SparsePolicy
     from tsad.sim.results import Journal
 
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Play seeded episodes in a simulator and report score and success with their errors.
 
 An episode's result depends on its seed and on the policy's settings alone: not on --lanes, not on
@@ -48,8 +49,11 @@ With --out every finished episode is on disk at once, and --resume goes on after
 
 --settings FILE plays many settings over the same seeds: a JSON list of objects with a "name" and
 any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision", "n_action_steps",
-"noise", "preset". Then --out is a folder with a file per setting; the same command goes on with
-what is missing. The first is the baseline of all; the intervals hold for all rows together."""
+"noise", "preset", "realtime", "latency". Then --out is a folder with a file per setting; the same
+command goes on with what is missing. The first is the baseline of all; the intervals hold for all
+rows together.
+
+{realtime.HELP}"""
 
 EPILOG = """\
 examples:
@@ -59,7 +63,8 @@ examples:
   tsad eval pusht --policy runs/mine --sampler ddim --steps 8 --lanes 4
   tsad eval pusht --plan plan.npz --json | jq .summary.score
   tsad eval pusht --seeds 500 --preset fast                        a preset of its folder
-  tsad eval pusht --seeds 500 --settings sweep.json --out sweep    many settings, one table"""
+  tsad eval pusht --seeds 500 --settings sweep.json --out sweep    many settings, one table
+  tsad eval pusht --realtime 50 --n-action-steps 4                 a robot that doesn't wait"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -112,6 +117,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="other noise in the same scenes, a number (default: 0)",
     )
+    realtime.add_options(parser)
     add_policy_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write the results, per seed, as JSON")
@@ -146,6 +152,7 @@ def _check_arguments(args: argparse.Namespace) -> Path | None:
         raise UsageError("argument --observations: needs --settings FILE")
     if args.draws > 1 and args.observations is None:
         raise UsageError("argument --draws: needs --observations DIR")
+    realtime.check(args, "--latency")
     if args.resume and args.overwrite:
         raise UsageError("argument --resume: not together with --overwrite")
     if args.out is None:
@@ -240,6 +247,7 @@ def _play(
                 todo,
                 n_action_steps=args.n_action_steps,
                 noise_stream=args.noise,
+                delay=journal.settings.get("realtime", {}).get("ticks", 0),
             ):
                 journal.append(episode)
                 scores = [kept.score for kept in journal.episodes.values()]
@@ -310,6 +318,7 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
         f"{_interval(success['interval95'])}",
         f"chunk    {times['mean']:.2f} ms mean, {times['max']:.2f} ms largest, over "
         f"{summary['chunks']} chunks{_lanes(run_['lanes'])}",
+        *realtime.report(settings),
     ]
     if "paired" in document:
         paired = document["paired"]
@@ -357,7 +366,7 @@ def evaluate(
     with argument("--policy"):
         sim.check(policy, environment)
         sim.check_executed(policy, args.n_action_steps)
-    settings = _settings(policy, source, args)
+    settings = {**_settings(policy, source, args), **realtime.settings(args, source, out)}
     with argument("--out"):
         journal = Journal(out, settings, resume=args.resume, overwrite=args.overwrite)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsad.commands import realtime
 from tsad.commands.common import (
     InterruptedRunError,
     UsageError,
@@ -41,8 +42,11 @@ KEYS: dict[str, tuple[type, ...]] = {
     "n_action_steps": (int,),
     "noise": (int,),
     "preset": (str,),
+    "realtime": (int, float),
+    "latency": (int, float),
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
+RANGES = {"realtime": realtime.hertz, "latency": realtime.milliseconds}
 SUMMARY = "summary.json"
 
 
@@ -70,6 +74,11 @@ def read_settings(path: str) -> list[dict[str, Any]]:
                     raise ValueError(
                         f"{where}: {key}: expected one of {', '.join(CHOICES[key])}, got {value!r}"
                     )
+                if key in RANGES:
+                    try:
+                        RANGES[key](value)
+                    except argparse.ArgumentTypeError as error:
+                        raise ValueError(f"{where}: {key}: {error}") from None
             name = row["name"]
             if name in names or not name.replace("-", "").replace(".", "").isalnum():
                 raise ValueError(
@@ -178,6 +187,7 @@ class Sweep:
 
         for row in settings:
             name, own = row["name"], _arguments(self._args, row, self._folder)
+            realtime.check(own, f"--settings: {name}: latency")
             with argument(f"--settings: {name}"):
                 policy = self.load(own, f"--settings: {name}")
                 sim.check_executed(policy, own.n_action_steps)

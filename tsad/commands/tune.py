@@ -139,7 +139,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(
         run=run, sampler=None, steps=None, spacing=None, precision="float32", plan=None,
         planner=None, sparsity=None, preset=None, n_action_steps=None, noise=0, overwrite=False,
-        resume=True,
+        resume=True, realtime=None, latency=None,
     )  # fmt: skip
 
 

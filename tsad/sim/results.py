@@ -206,6 +206,21 @@ def _read_partial(path: Path) -> tuple[dict[str, Any], list[Episode]]:
     return rows[0]["settings"], [_episode(row, str(path)) for row in rows[1:]]
 
 
+def _existing(out: Path) -> Path | None:
+    """The file of a run to go on with: of one that is unfinished first."""
+    return next((path for path in (partial_path(out), out) if path.exists()), None)
+
+
+def _read(out: Path, existing: Path) -> tuple[dict[str, Any], list[Episode]]:
+    return read_results(out) if existing == out else _read_partial(existing)
+
+
+def recorded_settings(out: Path) -> dict[str, Any] | None:
+    """The settings of the run at `out`, finished or not; None if there is none."""
+    existing = _existing(out)
+    return None if existing is None else _read(out, existing)[0]
+
+
 class Lock:
     """One run at a time per results file: ``<out>.lock``, held from here until `release`.
 
@@ -287,15 +302,13 @@ class Journal:
             raise
 
     def _open(self, out: Path, resume: bool, overwrite: bool) -> None:
-        partial = partial_path(out)
-        existing = next((path for path in (partial, out) if path.exists()), None)
+        existing = _existing(out)
         if existing is not None and not overwrite:
             if not resume:
                 raise ResultsError(
                     f"{existing} exists; fix: --resume goes on with it, --overwrite starts anew"
                 )
-            reader = _read_partial if existing == partial else read_results
-            recorded, episodes = reader(existing)
+            recorded, episodes = _read(out, existing)
             changed = differences(recorded, self.settings)
             if changed:
                 raise ResultsError(
@@ -305,6 +318,7 @@ class Journal:
             self.episodes = {episode.seed: episode for episode in episodes}
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": self.settings}
         rows = [header, *(asdict(episode) for episode in self.episodes.values())]
+        partial = partial_path(out)
         write_atomically(partial, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = partial.open("ab")
 

@@ -1,0 +1,123 @@
+"""`tsad eval --realtime`: its options, and the latency that a run is played with."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tsad.commands.bench import Clock, observations
+from tsad.commands.common import Progress, UsageError, argument, load_policy
+from tsad.sim.realtime import MOST_HZ, MOST_MS, delay_ticks
+
+ROUNDS, CHUNKS = 5, 10  # chunks of a round; the median of the quietest round counts
+
+HELP = f"""\
+--realtime HZ: the simulator doesn't wait for the policy. A step of the simulator is a tick of 1/HZ
+seconds, whatever its own pace (Push-T: 10 Hz): a larger HZ is a faster robot. A chunk asked for at
+a tick is ready d = HZ x latency / 1000 ticks later, rounded down: within its tick is in time.
+Chunks are asked for every N ticks (--n-action-steps), or every d if that is more. Action i of a
+chunk belongs to tick i after what it saw. At each tick the newest chunk that is ready acts, with
+its last action where it has no more; before the first one the robot holds its place. So actions
+that come too late are dropped, and an N below what the policy returns leaves some for the wait.
+The latency is a setting like others: --latency MS, or that of the results to go on with, or it is
+measured first (the quietest of {ROUNDS} rounds, one lane, --threads). On a busy machine give
+the one of a quiet hour (tsad bench). A d of 0 is a simulator that waits."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options to `parser`; `HELP` says more than fits there."""
+    group = parser.add_argument_group("real time (default: the simulator waits for the policy)")
+    group.add_argument(
+        "--realtime", type=hertz, metavar="HZ", help="ticks a second, one step of the simulator"
+    )
+    group.add_argument(
+        "--latency",
+        type=milliseconds,
+        metavar="MS",
+        help="of a chunk, to 0.1 ms (default: measured here, now)",
+    )
+
+
+def _number(most: float, fits: Callable[[float], bool], expected: str) -> Callable[[Any], float]:
+    def parse(text: Any) -> float:
+        try:
+            value = float(text)
+        except (ValueError, OverflowError):
+            value = -1.0
+        if not (fits(value) and value <= most):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected} {most:g}")
+        return value
+
+    return parse
+
+
+# argparse types, and the check of the same keys in a settings file
+hertz = _number(MOST_HZ, lambda value: value > 0, "ticks a second, above 0 and up to")
+milliseconds = _number(MOST_MS, lambda value: value >= 0, "milliseconds, 0 to")
+
+
+def check(args: argparse.Namespace, name: str) -> None:
+    """UsageError, naming the argument `name`, where a latency has nothing to delay."""
+    if args.latency is not None and args.realtime is None:
+        raise UsageError(f"argument {name}: needs --realtime HZ, the ticks that it is counted in")
+
+
+def settings(args: argparse.Namespace, source: str, out: Path | None) -> dict[str, Any]:
+    """What a run's settings say of real time: {} without it, else {"realtime": {...}}.
+
+    The latency is that of the arguments, else that of the results at `out`, else measured.
+    """
+    if args.realtime is None:
+        return {}
+    hz, latency = float(args.realtime), args.latency
+    if latency is None and out is not None and not args.overwrite:
+        with argument("--out"):
+            latency = _recorded(out)
+    if latency is None:
+        latency = _measured(source, args)
+    latency = round(float(latency), 1)
+    return {
+        "realtime": {"hz": hz, "latency_ms": latency, "ticks": delay_ticks(hz, latency)},
+    }
+
+
+def _recorded(out: Path) -> float | None:
+    """The latency of the results at `out`; None if there are none."""
+    from tsad.sim.results import ResultsError, recorded_settings
+
+    recorded = recorded_settings(out)
+    if recorded is None:
+        return None
+    if "realtime" not in recorded:
+        raise ResultsError(
+            f"{out} was made without --realtime; fix: leave it out, another --out, or --overwrite"
+        )
+    return float(recorded["realtime"]["latency_ms"])
+
+
+def _measured(source: str, args: argparse.Namespace) -> float:
+    """Milliseconds per chunk of the setting, here and now, one lane.
+
+    The first chunk of an episode, which may be dense, is taken to be as fast as the others.
+    """
+    from tsad.commands.eval import configure  # which imports this module
+
+    policy = load_policy(source, args, name="--policy", lanes=1)
+    configure(policy, args)
+    clock, obs = Clock("latency", policy, lambda: None), observations(policy, CHUNKS)
+    with Progress(ROUNDS, "latency", unit="rounds") as progress:
+        for _ in range(ROUNDS):
+            clock.round(obs)
+            progress.update(f"{min(clock.medians):.1f} ms")
+    return min(clock.medians)
+
+
+def report(played: dict[str, Any]) -> list[str]:
+    """The line of a report; none where the simulator waits."""
+    if "realtime" not in played:
+        return []
+    known = played["realtime"]
+    count = "1 tick" if known["ticks"] == 1 else f"{known['ticks']} ticks"
+    return [f"late     {count} ({known['latency_ms']:.1f} ms at {known['hz']:g} Hz)"]
