@@ -41,6 +41,7 @@ from tsad.sim.frontier import rank_correlation  # noqa: E402
 from tsad.sim.recording import read_collection  # noqa: E402
 
 RANDOM_PLANS = 3
+DIAL = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
 SINGLE = {"reuse_step": REUSE_STEP, "reuse_type": REUSE_TYPE, "skip": SKIP}
 
 
@@ -118,6 +119,15 @@ def single_cells(
         if len(some) > 2
     }
     return {"rank_correlation": correlation, "cells": rows}
+
+
+def dial(policy: Any, effects: planners.Effects) -> dict[str, dict[str, float]]:
+    """The sparsity of the cost that each planner makes, by what was asked of it."""
+    most = 1 - 1 / policy.num_inference_steps  # step 0 is computed
+    return {
+        name: {f"{asked:g}": maker(policy, asked).sparsity for asked in DIAL if asked <= most}
+        for name, maker in makers(effects).items()
+    }
 
 
 def report(document: dict[str, Any]) -> str:
@@ -226,8 +236,13 @@ def main(argv: list[str] | None = None) -> int:
         ),
         "plans": len(rows),
     }
+    document["dial"] = dial(policy, effects)
     document["single_cells"] = single_cells(policy, effects, error, args.cells)
     print(report(document))
+    lines = [["sparsity asked", *(f"{float(a):.0%}" for a in document["dial"]["uniform"])]]
+    for name, made in document["dial"].items():
+        lines.append([name, *(f"{value:.3%}" for value in made.values())])
+    print(table(lines))
     print(f"whole plans: {document['whole_plans']}")
     print(f"single cells: {document['single_cells'].get('rank_correlation')}")
     if args.out is not None:

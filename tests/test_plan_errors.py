@@ -57,6 +57,10 @@ def test_the_table(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     for by_sparsity in plans.values():
         for asked, row in by_sparsity.items():
             assert row["sparsity"] >= float(asked) - 1e-9
+    dial = document["dial"]
+    assert all(list(made) == ["0", "0.5", "0.8"] for made in dial.values())  # of eight steps
+    assert all(b >= float(a) - 1e-9 for made in dial.values() for a, b in made.items())
+    assert dial["bac"]["0.5"] == pytest.approx(0.5, abs=0.02)
     assert document["whole_plans"]["plans"] == 2 * len(plans) - 1
     assert set(document["single_cells"]["rank_correlation"]) == {*plan_errors.SINGLE, "all"}
     assert "random cells 2" in capsys.readouterr().out
