@@ -181,6 +181,25 @@ def check_apart(seen: dict[str, list[int]], tested: list[int]) -> None:
             )
 
 
+def same_weights(args: argparse.Namespace, *made: dict[str, Any]) -> dict[str, str]:
+    """The hashes of the policy's files; ValueError if what was made is of others."""
+    hashes = files_sha256(args.policy)
+    if any(facts["files_sha256"] != hashes for facts in made):
+        raise ValueError("effects, observations and policy are not of the same weights")
+    return hashes
+
+
+def load_policy(args: argparse.Namespace, facts: dict[str, Any], lanes: int) -> Any:
+    """The policy with the sampler that the effects are of."""
+    return tsad.load(
+        args.policy,
+        lanes=lanes,
+        threads=args.threads,
+        sampler=facts["sampler"],
+        num_inference_steps=facts["num_inference_steps"],
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     args = arguments(argv)
@@ -191,16 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     seen = {args.effects: facts["seeds"]}
     seen |= {name: plan.metadata.get("seeds", []) for name, plan in given.items()}
     check_apart(seen, [episode.seed for episode in episodes])
-    hashes = files_sha256(args.policy)
-    if not hashes == facts["files_sha256"] == settings["files_sha256"]:
-        raise ValueError("effects, observations and policy are not of the same weights")
-    policy = tsad.load(
-        args.policy,
-        lanes=args.lanes,
-        threads=args.threads,
-        sampler=facts["sampler"],
-        num_inference_steps=facts["num_inference_steps"],
-    )
+    hashes = same_weights(args, facts, settings)
+    policy = load_policy(args, facts, args.lanes)
     chosen = pick(episodes, args.observations, 1, 0)
     windows = [(episode.obs[part], episode.noise()[part]) for episode, part in chosen]
     windows = windows[: len(windows) // args.lanes * args.lanes]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from policies import make_policy, noises, observations
 
-from tsad import COMPUTE, REUSE_STEP, SKIP, Plan, planners
+from tsad import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, SKIP, Plan, planners
 from tsad.planners.search import ChunkError, Found, Search
 
 
@@ -107,3 +107,69 @@ def test_search_refuses_what_it_cannot_begin_with() -> None:
     sources[:2] = COMPUTE
     with pytest.raises(ValueError, match="start: expected a sparsity of at least 0.9"):
         Search(policy, Plan(sources, sources), error, sparsity=0.9)
+    with pytest.raises(ValueError, match="start: expected no sources but 0 and `allowed`"):
+        Search(policy, Plan(sources, sources), error, sparsity=0.7, allowed=[REUSE_TYPE])
+    never = two_halves(policy)[:1] * 2
+    with pytest.raises(ValueError, match="its value would be as old as the episode"):
+        Search(policy, never, error, sparsity=0.5, allowed=[REUSE_ROLLOUT])
+
+
+def test_plans_that_take_turns_refresh_what_they_read() -> None:
+    """A cycle of a dense plan and one that reuses: every other chunk is right."""
+    policy = make_policy(lanes=2)
+    K, B = 8, len(policy.blocks)
+    given = windows(policy, 4, chunks=4)
+    error = ChunkError(policy, given, counts_first=False)
+    reuses = Plan(np.full((K, B), REUSE_ROLLOUT), cost=policy.block_costs)
+    dense = planners.dense(policy)
+    found = error.chunks([reuses, dense], 0)
+    assert found.shape == (3, 2) and (found[[0, 2]] > 0).all() and not found[1].any()
+    # the second group of windows begins where the first ended
+    assert [bool(row.any()) for row in error.chunks([reuses, dense], 1)] == [False, True, False]
+    alone = error.chunks(reuses, 0)  # of the first chunk for ever
+    assert alone[0] == pytest.approx(found[0]) and alone[2] != pytest.approx(found[2])
+    assert error.chunks(planners.uniform(policy, 4), 0).shape == (3, 2)
+    assert error([reuses, dense]) < error(reuses)
+
+
+ALL = (REUSE_STEP, REUSE_TYPE, REUSE_ROLLOUT)
+
+
+def two_halves(policy: Any) -> list[Plan]:
+    halves = np.full((2, 8, len(policy.blocks)), REUSE_ROLLOUT)
+    halves[0, ::2] = halves[1, 1::2] = COMPUTE
+    return [Plan(half, cost=policy.block_costs) for half in halves]
+
+
+@pytest.mark.parametrize("allowed", [(REUSE_ROLLOUT,), ALL])
+def test_search_of_a_cycle(allowed: tuple[int, ...]) -> None:
+    policy = make_policy(lanes=2)
+    error = ChunkError(policy, windows(policy, 4, chunks=3), counts_first=False)
+    step = planners.uniform_sparse(policy, 0.5)
+    start = [step, step] if REUSE_STEP in allowed else two_halves(policy)
+    search = Search(policy, start, error, sparsity=0.5, seed=3, allowed=allowed)
+
+    def watch(found: Found) -> None:
+        sources = np.stack([plan.sources for plan in found.plans])
+        assert set(np.unique(sources)) <= {COMPUTE, *allowed}
+        read, computed = (sources == REUSE_ROLLOUT).any(0), (sources == COMPUTE).any(0)
+        assert not (read & ~computed).any()
+        assert all(plan.sparsity >= 0.5 - 1e-9 and plan.first is None for plan in found.plans)
+
+    found = search.run(60, tries=150, on_try=watch)
+    assert len(found.plans) == 2 and found.plans[0] != found.plans[1] and found.taken > 0
+    assert found.error == pytest.approx(error(found.plans)) and found.error < 0.95 * found.begun
+    again = Search(policy, start, error, sparsity=0.5, seed=3, allowed=allowed)
+    assert again.run(60, tries=150).plans == found.plans
+
+
+@pytest.mark.parametrize("kind", [REUSE_TYPE, REUSE_STEP, REUSE_ROLLOUT])
+def test_search_of_one_direction_stays_there(kind: int) -> None:
+    policy = make_policy(lanes=2)
+    error = ChunkError(policy, windows(policy, 4, chunks=3), counts_first=False)
+    sources = np.full((8, len(policy.blocks)), kind)
+    sources[[0, 4]] = COMPUTE
+    start = Plan(sources, None if kind == REUSE_ROLLOUT else sources, cost=policy.block_costs)
+    found = Search(policy, start, error, sparsity=0.7, allowed=[kind]).run(60, tries=100)
+    assert set(np.unique(found.plan.sources)) == {COMPUTE, kind}
+    assert found.error < found.begun and found.plan.sparsity >= 0.7 - 1e-9
