@@ -43,6 +43,28 @@ def test_the_error_is_that_of_executed_actions_at_the_same_noise() -> None:
             ChunkError(policy, wrong)
 
 
+def test_the_error_against_more_steps_of_the_same_sampler() -> None:
+    few, many = (make_policy(lanes=2, sampler="ddim", steps=steps) for steps in (4, 12))
+    given = windows(few, 4)
+    error = ChunkError(few, given, reference=many)
+    assert error(planners.dense(few)) > 1e-4  # fewer steps are another result
+    scale = np.array(few.config["normalizer"]["action"]["scale"])
+    obs, noise = (np.stack(part) for part in zip(*given, strict=True))
+    results = []
+    for policy in (few, many):
+        policy.sparsity = 0.0
+        drawn = np.zeros((policy.num_inference_steps, 2, *noise.shape[3:]), np.float32)
+        drawn[0] = noise[:2, 0, 0]
+        results.append(policy(obs[:2, 0], noise=drawn) * scale)
+    wanted = ((results[0] - results[1]) ** 2).mean(axis=(1, 2))
+    assert error.chunks(planners.dense(few), 0).ravel() == pytest.approx(wanted, rel=1e-5)
+    # the samples are those of the windows, of whatever sampler they were recorded
+    other = ChunkError(many, [(o, z[:, :4]) for o, z in given])
+    assert other(planners.dense(many)) == 0
+    with pytest.raises(ValueError, match="reference: expected 2 lanes, got 1"):
+        ChunkError(few, given, reference=make_policy(sampler="ddim", steps=12))
+
+
 def test_plans_that_read_rollouts_run_in_sequence() -> None:
     policy = make_policy(lanes=2)
     error = ChunkError(policy, windows(policy, 2, chunks=3))

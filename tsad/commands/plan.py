@@ -99,6 +99,13 @@ def add_parser(subparsers: Any) -> None:
         "--minutes", type=_minutes, default=5.0, metavar="X", help="how long (default: 5)"
     )
     search.add_argument(
+        "--against",
+        type=positive_int,
+        metavar="K",
+        help="count as right what K dense steps of the same sampler make, not its own --steps: for "
+        "few steps of ddim or dpmsolver++; --data may then be of any sampler",
+    )
+    search.add_argument(
         "--lanes",
         type=positive_int,
         default=12,
@@ -182,12 +189,17 @@ def _check_facts(name: str, path: str, found: Any, wanted: dict[str, Any]) -> No
         )
 
 
-def _recorded(args: argparse.Namespace, policy: SparsePolicy) -> list[Recorded]:
+def _recorded(
+    args: argparse.Namespace, policy: SparsePolicy, *, any_sampler: bool = False
+) -> list[Recorded]:
     from tsad.sim.recording import read_collection
 
     with argument("--data"):
         settings, episodes = read_collection(Path(args.data))
-    _check_facts("--data", args.data, settings, _facts(policy, args.source))
+    facts = _facts(policy, args.source)
+    if any_sampler:
+        facts = {"files_sha256": facts["files_sha256"]}
+    _check_facts("--data", args.data, settings, facts)
     return episodes
 
 
@@ -351,14 +363,25 @@ def _search(args: argparse.Namespace) -> int:
         for plan in starts:
             probe.plan = plan
         starts = [plan for plan in starts if plan.sparsity >= asked - 1e-9] or starts[:1]
-    chosen = pick(_recorded(args, probe), args.chunks, 1, args.seed)
+    if args.against is not None and probe.config["scheduler"]["type"] == "ddpm":
+        raise UsageError(
+            "argument --against: ddpm draws noise at every step, so other steps make other "
+            "actions; use --sampler ddim or dpmsolver++"
+        )
+    episodes = _recorded(args, probe, any_sampler=args.against is not None)
+    chosen = pick(episodes, args.chunks, 1, args.seed)
     windows = [(episode.obs[part], episode.noise()[part]) for episode, part in chosen]
     lanes = min(args.lanes, len(windows))
-    policy = load_policy(args.source, args, name="POLICY", lanes=lanes)
-    error = ChunkError(policy, windows[: len(windows) // lanes * lanes])
+    policy, reference = load_policy(args.source, args, name="POLICY", lanes=lanes), None
+    if args.against is not None:
+        more = argparse.Namespace(**{**vars(args), "steps": args.against})
+        with argument("--against"):
+            reference = load_policy(args.source, more, name="--against", lanes=lanes)
+    error = ChunkError(policy, windows[: len(windows) // lanes * lanes], reference=reference)
     with argument("--start"):
         start = starts[0] if len(starts) == 1 else min(starts, key=error)
         note = {**_facts(probe, args.source), "seeds": sorted({e.seed for e, _ in chosen})}
+        note |= {} if args.against is None else {"against": args.against}
         search = Search(policy, start, error, sparsity=asked, seed=args.seed, note=note)
     seconds = args.minutes * 60
     state: list[Found] = []

@@ -29,8 +29,10 @@ class ChunkError:
         windows: pairs of raw observations (C, n_obs_steps, obs_dim) and noise (C, K, horizon,
             action_dim): C consecutive chunks of an episode, the same C for all; their number is a
             multiple of L. C is 1 unless plans read rollouts.
-
         counts_first: False leaves the first chunk of every window out, whatever plan it is of.
+        reference: another policy of L lanes, whose dense chunks count as right instead of the
+            policy's own: of the same weights and more steps of a sampler without noise (DDIM,
+            DPM-Solver++), say. It begins with the same samples.
 
     A lane runs a window from its reset on; each chunk is compared with the dense one of the same
     noise. If a plan's first chunk is another plan (dense, say), it isn't counted. Several plans are
@@ -44,6 +46,7 @@ class ChunkError:
         windows: Sequence[tuple[NDArray[Any], NDArray[Any]]],
         *,
         counts_first: bool = True,
+        reference: Any = None,
     ) -> None:
         lengths = {len(obs) for obs, _ in windows}
         if len(lengths) != 1 or len(windows) % policy.lanes:
@@ -60,24 +63,31 @@ class ChunkError:
             noise = np.stack([noise for _, noise in rows], axis=2).astype(np.float32)
             self._groups.append((np.ascontiguousarray(obs), np.ascontiguousarray(noise)))
         policy.reset()
-        policy.sparsity = 0.0
-        self._dense = [self._run(group) for group in range(len(self._groups))]
+        right = policy if reference is None else reference
+        if right.lanes != policy.lanes:
+            raise ValueError(f"reference: expected {policy.lanes} lanes, got {right.lanes}")
+        right.sparsity = 0.0
+        self._dense = [self._run(group, right) for group in range(len(self._groups))]
 
     @property
     def groups(self) -> int:
         """How many runs of all lanes the windows take."""
         return len(self._groups)
 
-    def _run(self, group: int, cycle: Sequence[Plan] = ()) -> Floats:
+    def _run(self, group: int, policy: Any, cycle: Sequence[Plan] = ()) -> Floats:
         """Normalised executed actions (C, L, n_action_steps, action_dim)."""
         obs, noise = self._groups[group]
-        self._policy.reset()
+        steps = policy.num_inference_steps
+        if noise.shape[1] != steps:  # of a sampler that reads the initial sample alone
+            first = noise[:, :1]
+            noise = np.concatenate([first, np.repeat(0 * first, steps - 1, axis=1)], axis=1)
+        policy.reset()
         turn = group * (len(obs) - 1)
         chunks = []
         for c, (each, z) in enumerate(zip(obs, noise, strict=True)):
             if c and len(cycle) > 1:
-                self._policy.plan = cycle[(turn + c - 1) % len(cycle)]
-            actions = np.asarray(self._policy(each, noise=z))
+                policy.plan = cycle[(turn + c - 1) % len(cycle)]
+            actions = np.asarray(policy(each, noise=z))
             chunks.append(actions.reshape(each.shape[0], -1, len(self._scale)))
         return np.stack(chunks) * self._scale
 
@@ -88,7 +98,9 @@ class ChunkError:
         begin = max(cycle, key=lambda each: bool((each.sources == REUSE_ROLLOUT).any()))
         self._policy.reset()  # a plan that reads rollouts can't be set on another plan's
         self._policy.plan = begin
-        error = ((self._run(group, cycle) - self._dense[group]) ** 2).mean(axis=(2, 3))
+        error = ((self._run(group, self._policy, cycle) - self._dense[group]) ** 2).mean(
+            axis=(2, 3)
+        )
         repeats = begin.first is not None and np.array_equal(begin.first.sources, begin.sources)
         dense = not begin.sources.any()
         alike = len(cycle) == 1 and (repeats or dense or len(error) == 1)
