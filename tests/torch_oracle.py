@@ -57,11 +57,17 @@ def diffusers_scheduler(scheduler: Mapping[str, Any], *, double: bool = False) -
 
 
 def run_diffusers(
-    solver: Any, noise: NDArray[Any], predict: Callable[[int, Tensor], Tensor], dtype: Any
+    solver: Any,
+    noise: NDArray[Any],
+    predict: Callable[[int, Tensor], Tensor],
+    dtype: Any,
+    *,
+    last: int = 0,
 ) -> NDArray[Any]:
     """The final sample of diffusers' loop; ``noise[0]`` is the first, ``noise[k]`` added after k-1.
 
-    ``predict(k, sample)`` is the network at loop index k.
+    ``predict(k, sample)`` is the network at loop index k. ``last``: that many steps at the end of
+    the schedule, 0: all.
     """
     # After the last step there is no draw of ours: DDPM may ask for one, of deviation 1e-10.
     draws = iter([*noise[1:], np.zeros_like(noise[0])])
@@ -71,7 +77,7 @@ def run_diffusers(
 
     x = torch.tensor(noise[0], dtype=dtype)
     with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", draw):
-        for k, t in enumerate(solver.timesteps):
+        for k, t in enumerate(solver.timesteps[-last:]):
             x = solver.step(predict(k, x), t, x).prev_sample
     return x.numpy()
 

@@ -15,7 +15,7 @@ from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
 from tsad.convert import folder_kind, lerobot_error, read_checkpoint
 from tsad.presets import Preset, check_clash, find_preset
 from tsad.reference import sinusoid
-from tsad.samplers import Sampler, make_sampler
+from tsad.samplers import Sampler, make_sampler, tail
 
 if TYPE_CHECKING:
     from tsad import _core
@@ -39,6 +39,7 @@ def load(
     num_inference_steps: int | None = None,
     timestep_spacing: str | None = None,
     preset: str | None = None,
+    warm_start: int | None = None,
 ) -> SparsePolicy:
     """A policy, ready to run.
 
@@ -56,6 +57,10 @@ def load(
     ``preset`` is the name of a measured setting in the policy's folder (``tsad.presets``): it says
     sampler, steps, spacing, precision and plan. An argument that says otherwise is refused, as
     nobody measured the mixture; afterwards the policy's plan and dial are yours.
+
+    ``warm_start=N`` denoises a chunk from the one before it, in the last N steps alone; the first
+    one after a reset runs all. The policy is then a `tsad.warm.WarmPolicy`: say how many actions
+    you execute.
 
     Raises ``ValueError`` or ``TypeError`` naming the argument, what came, what was expected and the
     fix; ``FileNotFoundError`` if ``source`` is a path to nothing; ``CheckpointError``, a
@@ -79,6 +84,7 @@ def load(
             "num_inference_steps": num_inference_steps,
             "timestep_spacing": timestep_spacing,
             "precision": None if precision == "auto" else precision,
+            "warm_start": warm_start,
         }
         check_clash(chosen, given)
         sampler, num_inference_steps = chosen.sampler, chosen.num_inference_steps
@@ -96,6 +102,7 @@ def load(
     table = make_sampler(
         config.scheduler.to_dict(), sampler=sampler, num_inference_steps=num_inference_steps
     )
+    last = None if warm_start is None else tail(table, warm_start)
     precision = "float32" if precision == "auto" else precision
     model = make_model(config, tensors, pruner, table, precision=precision)
     # the policy is part of the compiled core; reading and converting files work without it
@@ -112,7 +119,11 @@ def load(
     )
     if chosen is not None:
         _apply(policy, chosen)
-    return policy
+    if last is None:
+        return policy
+    from tsad.warm import WarmPolicy
+
+    return WarmPolicy(policy, make_model(config, tensors, None, last, precision=precision), last)
 
 
 def _fewer_actions(config: PolicyConfig, n: int) -> PolicyConfig:

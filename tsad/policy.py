@@ -112,7 +112,7 @@ class SparsePolicy(_core.Policy):
         if planner == "pruner" and not self.has_pruner:
             raise ValueError(
                 "planner: got 'pruner', but this policy has none; choose 'uniform', or load a "
-                "folder with pruner.safetensors"
+                "folder with pruner.safetensors, and no warm_start"
             )
         dial = 0.0 if planner == "dense" or self._dial is None else self._dial
         self._follow(planner, self._check_dial(planner, dial))
@@ -338,8 +338,8 @@ class SparsePolicy(_core.Policy):
             plan = f"planner {self._planner!r}, sparsity {self._dial:.4g}"
         lanes = f"{self.lanes} lane{'s' if self.lanes > 1 else ''}"
         return (
-            f"SparsePolicy({self._sampler.name} {self.num_inference_steps} steps x {self.n_blocks} "
-            f"blocks, obs {self.n_obs_steps} x {self.obs_dim} -> actions {self.n_action_steps} x "
-            f"{self.action_dim} of {self.horizon}, {lanes}, {self._device} {self._precision} "
-            f"{self.backend}, {plan})"
+            f"{type(self).__name__}({self._sampler.name} {self.num_inference_steps} steps x "
+            f"{self.n_blocks} blocks, obs {self.n_obs_steps} x {self.obs_dim} -> actions "
+            f"{self.n_action_steps} x {self.action_dim} of {self.horizon}, {lanes}, "
+            f"{self._device} {self._precision} {self.backend}, {plan})"
         )

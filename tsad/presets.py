@@ -229,7 +229,7 @@ def find_preset(folder: Path | None, name: str, source: str) -> Preset:
 def check_clash(preset: Preset, given: Mapping[str, Any]) -> None:
     """``ValueError`` if an argument (not None) says otherwise than the preset."""
     for name, value in given.items():
-        own = getattr(preset, name)
+        own = getattr(preset, name, None)  # None: no preset says it
         if value is not None and value != own:
             raise ValueError(
                 f"{name}: got {value!r}, but the preset {preset.name!r} has {own!r}, and what was "

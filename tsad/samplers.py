@@ -57,6 +57,8 @@ class Sampler:
     """Whether any row has h != 0. The last row never has."""
     prediction_type: str
     """What the network's output is: ``"epsilon"`` or ``"sample"``."""
+    alphas_cumprod: Float
+    """(K,) share of signal in the variance of the sample that each row gets."""
 
 
 def make_sampler(
@@ -105,10 +107,42 @@ def make_sampler(
     fill = {"ddpm": _fill_ddpm, "ddim": _fill_ddim, "dpmsolver++": _fill_dpmsolver}[config.type]
     table = _fill_x0(config, used)
     fill(config, timesteps, alphas_cumprod, dict(zip(COLUMNS, table.T, strict=True)))
-    timesteps.setflags(write=False)
-    table.setflags(write=False)
+    return _freeze(config.type, timesteps, table, config.prediction_type, used)
+
+
+def tail(sampler: Sampler, warm_start: int) -> Sampler:
+    """The last ``warm_start`` steps of a sampler, for a sample that begins at their noise level.
+
+    As diffusers on ``scheduler.timesteps[-warm_start:]`` with no history: the first row of
+    DPM-Solver++ is of first order. Raises ``ValueError`` unless 1 <= ``warm_start`` <= K.
+    """
+    steps = len(sampler.timesteps)
+    whole = isinstance(warm_start, int | np.integer) and not isinstance(warm_start, bool)
+    if not whole or not 1 <= warm_start <= steps:
+        raise ValueError(
+            f"warm_start: expected an integer from 1 to {steps} (num_inference_steps), got "
+            f"{warm_start!r}; choose one in this range, or None to start every chunk from noise"
+        )
+    table = sampler.table[-warm_start:].copy()
+    c, g = COLUMNS.index("c"), COLUMNS.index("g")
+    table[0, c] += table[0, g]  # x0_previous = x0 is what makes a row of first order
+    table[0, g] = 0
+    return _freeze(
+        sampler.name,
+        sampler.timesteps[-warm_start:].copy(),
+        table,
+        sampler.prediction_type,
+        sampler.alphas_cumprod[-warm_start:].copy(),
+    )
+
+
+def _freeze(
+    name: str, timesteps: Int, table: Float, prediction_type: str, alphas_cumprod: Float
+) -> Sampler:
+    for array in (timesteps, table, alphas_cumprod):
+        array.setflags(write=False)
     adds_noise = bool((table[:, COLUMNS.index("h")] != 0).any())
-    return Sampler(config.type, timesteps, table, adds_noise, config.prediction_type)
+    return Sampler(name, timesteps, table, adds_noise, prediction_type, alphas_cumprod)
 
 
 def _check_steps(steps: Any, given: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from tsad.commands.common import (
     Progress,
     add_policy_options,
     add_preset,
+    add_warm_start,
     argument,
     cpu_name,
     load_policy,
@@ -78,6 +79,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--chunks", type=positive_int, default=100, metavar="N", help="of each (default: 100)"
     )
+    add_warm_start(parser)
     add_policy_options(parser)
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.set_defaults(run=run)

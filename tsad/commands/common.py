@@ -55,6 +55,7 @@ OPTIONS = {
     "sparsity": "",
     "threads": "--threads",
     "timestep_spacing": "--spacing",
+    "warm_start": "--warm-start",
 }
 
 
@@ -137,6 +138,16 @@ def add_preset(parser: Any) -> None:
     )
 
 
+def add_warm_start(parser: Any) -> None:
+    """The option that `load_policy` hands to `tsad.load`, for commands that go on in episodes."""
+    parser.add_argument(
+        "--warm-start",
+        type=positive_int,
+        metavar="N",
+        help="start from the chunk before: after an episode's first, only the last N steps",
+    )
+
+
 def use_preset(args: argparse.Namespace, source: str, name: str | None) -> None:
     """Put what a preset says into the arguments, as if it had been typed; UsageError on a clash."""
     from tsad.checkpoint import CONFIG_FILE, read_json
@@ -156,6 +167,7 @@ def use_preset(args: argparse.Namespace, source: str, name: str | None) -> None:
             "timestep_spacing": args.spacing,
             "precision": None if args.precision == "auto" else args.precision,
             "n_action_steps": args.n_action_steps,
+            "warm_start": getattr(args, "warm_start", None),
         }
         check_clash(preset, given)
         for option in ("plan", "planner", "sparsity"):
@@ -211,6 +223,7 @@ def load_policy(source: str, args: argparse.Namespace, *, name: str, lanes: int)
             sampler=args.sampler,
             num_inference_steps=args.steps,
             timestep_spacing=args.spacing,
+            warm_start=getattr(args, "warm_start", None),
         )
 
 
@@ -290,7 +303,8 @@ def planner_name(policy: SparsePolicy) -> str:
 def sampler_name(policy: SparsePolicy) -> str:
     """The sampler in words, e.g. "ddpm, 100 steps"."""
     scheduler = policy.config["scheduler"]
-    return f"{scheduler['type']}, {policy.num_inference_steps} steps"
+    steps, run = scheduler["num_inference_steps"], policy.num_inference_steps
+    return f"{scheduler['type']}, {f'the last {run} of ' if run < steps else ''}{steps} steps"
 
 
 def seed_range(seeds: Sequence[int]) -> str:

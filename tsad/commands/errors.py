@@ -54,8 +54,9 @@ def recorded_windows(path: str, most: int) -> NDArray[np.float32]:
 class Errors:
     """Errors of settings, given as the arguments of a command, on recorded observations.
 
-    ``action_rms`` is to the dense float32 policy with the same sampler and noise; ``distance`` (of
-    two draws or more) to the ``reference`` setting, dense and float32: see `tsad.sim.offline`.
+    ``action_rms`` is to the dense float32 policy with the same sampler, warm start and noise;
+    ``distance`` (of two draws or more) to the ``reference`` setting, dense and float32: see
+    `tsad.sim.offline`.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Errors:
     ) -> None:
         self._source, self._windows, self._draws = source, windows, draws
         self._reference, self._file = reference, file
-        self._dense: dict[Any, Floats] = {}  # by sampler, steps and spacing
+        self._dense: dict[Any, Floats] = {}  # by sampler, steps, spacing, warm start
         seen = hashlib.sha256(windows.tobytes()).hexdigest()
         self._facts = {"files_sha256": files_sha256(source), "windows": seen, "draws": draws}
         self._kept: dict[str, dict[str, float]] = {}
@@ -80,6 +81,7 @@ class Errors:
     def of(self, args: argparse.Namespace, name: str) -> dict[str, float]:
         """The errors of one setting; ``name`` is shown while they are measured."""
         from tsad.checkpoint import write_atomically
+        from tsad.warm import WarmPolicy
 
         policy = self._load(args, f"--settings: {name}")
         facts = {
@@ -89,6 +91,8 @@ class Errors:
             "backend": policy.backend,
             **configure(policy, args),
         }
+        if isinstance(policy, WarmPolicy):
+            facts["warm_start"] = policy.num_inference_steps
         if self._draws > 1:
             facts["reference"] = self._key(self._reference)
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -104,7 +108,9 @@ class Errors:
 
     @staticmethod
     def _key(args: argparse.Namespace) -> list[Any]:
-        return [args.sampler, args.steps, args.spacing]
+        warm_start = getattr(args, "warm_start", None)
+        own = [args.sampler, args.steps, args.spacing]
+        return own if warm_start is None else [*own, warm_start]
 
     def _measure(
         self, policy: SparsePolicy, args: argparse.Namespace, name: str

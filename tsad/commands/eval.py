@@ -18,6 +18,7 @@ from tsad.commands.common import (
     add_policy_options,
     add_preset,
     add_simulator,
+    add_warm_start,
     argument,
     check_simulator,
     cpu_name,
@@ -49,9 +50,9 @@ With --out every finished episode is on disk at once, and --resume goes on after
 
 --settings FILE plays many settings over the same seeds: a JSON list of objects with a "name" and
 any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision", "n_action_steps",
-"noise", "preset", "realtime", "latency". Then --out is a folder with a file per setting; the same
-command goes on with what is missing. The first is the baseline of all; the intervals hold for all
-rows together.
+"noise", "preset", "realtime", "latency", "warm_start". Then --out is a folder with a file per
+setting; the same command goes on with what is missing. The first is the baseline of all; the
+intervals hold for all rows together.
 
 {realtime.HELP}"""
 
@@ -62,6 +63,7 @@ examples:
   tsad eval pusht --seeds 500 --out sparse.json --sparsity 0.9 --baseline dense.json
   tsad eval pusht --policy runs/mine --sampler ddim --steps 8 --lanes 4
   tsad eval pusht --plan plan.npz --json | jq .summary.score
+  tsad eval pusht --sampler ddim --steps 16 --warm-start 4 --n-action-steps 4
   tsad eval pusht --seeds 500 --preset fast                        a preset of its folder
   tsad eval pusht --seeds 500 --settings sweep.json --out sweep    many settings, one table
   tsad eval pusht --realtime 50 --n-action-steps 4                 a robot that doesn't wait"""
@@ -118,6 +120,7 @@ def add_parser(subparsers: Any) -> None:
         help="other noise in the same scenes, a number (default: 0)",
     )
     realtime.add_options(parser)
+    add_warm_start(parser)
     add_policy_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write the results, per seed, as JSON")
@@ -206,6 +209,7 @@ def _settings(policy: SparsePolicy, source: str, args: argparse.Namespace) -> di
     """All that decides an episode's result; a run resumes only where these are equal."""
     import tsad
     from tsad import sim
+    from tsad.warm import WarmPolicy
 
     settings: dict[str, Any] = {
         "tsad": tsad.__version__,
@@ -213,7 +217,7 @@ def _settings(policy: SparsePolicy, source: str, args: argparse.Namespace) -> di
         "packages": package_versions(sim.facts(args.simulator).packages),
         "files_sha256": files_sha256(source),
         "sampler": policy.config["scheduler"]["type"],
-        "num_inference_steps": policy.num_inference_steps,
+        "num_inference_steps": policy.config["scheduler"]["num_inference_steps"],
         "device": str(policy.device),
         "precision": policy.precision,
         "backend": policy.backend,
@@ -224,6 +228,8 @@ def _settings(policy: SparsePolicy, source: str, args: argparse.Namespace) -> di
         settings["n_action_steps"] = args.n_action_steps
     if args.noise:
         settings["noise"] = args.noise
+    if isinstance(policy, WarmPolicy):
+        settings["warm_start"] = policy.num_inference_steps
     if args.spacing is not None:
         settings["timestep_spacing"] = args.spacing
     return settings

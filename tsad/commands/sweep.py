@@ -44,6 +44,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "preset": (str,),
     "realtime": (int, float),
     "latency": (int, float),
+    "warm_start": (int,),
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 RANGES = {"realtime": realtime.hertz, "latency": realtime.milliseconds}

@@ -14,23 +14,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.warm import WarmPolicy
+
 Floats = NDArray[np.float64]
 
 
 def needs_past(policy: Any) -> bool:
     """Whether a chunk may depend on the one before: its first chunk after a reset is another."""
     plans = policy.plan if isinstance(policy.plan, list) else [policy.plan]
-    return policy.planner == "pruner" or any(
-        plan.sources.any()
-        and (plan.first is None or not np.array_equal(plan.first.sources, plan.sources))
-        for plan in plans
+    return (
+        isinstance(policy, WarmPolicy)
+        or policy.planner == "pruner"
+        or any(
+            plan.sources.any()
+            and (plan.first is None or not np.array_equal(plan.first.sources, plan.sources))
+            for plan in plans
+        )
     )
 
 
 def noise(policy: Any, *key: int) -> NDArray[np.float32]:
     """(K, horizon, action_dim) that the key fixes; the initial sample is the same for every K."""
     shape = (policy.horizon, policy.action_dim)
-    drawn = np.empty((policy.num_inference_steps, *shape), np.float32)
+    steps = policy.config["scheduler"]["num_inference_steps"]  # all, whatever a warm chunk runs
+    drawn = np.empty((steps, *shape), np.float32)
     drawn[0] = np.random.default_rng(key).standard_normal(shape, np.float32)
     later = np.random.default_rng((*key, 1))
     drawn[1:] = later.standard_normal(drawn[1:].shape, np.float32)

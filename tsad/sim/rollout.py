@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad.sim.realtime import Delay
+from tsad.warm import WarmPolicy
 
 if TYPE_CHECKING:
     from tsad.sim import Environment, Step
@@ -89,7 +90,7 @@ class _Lane:
         self.seed = -1
 
     def start(self, seed: int) -> None:
-        self.seed, self.score, self.success, self.steps = seed, 0.0, False, 0
+        self.seed, self.score, self.success, self.steps, self.asked = seed, 0.0, False, 0, 0
         self.chunk_ms: list[float] = []
         # Before the start nothing was seen: the first observation stands in, as in training.
         self.window[:] = self.environment.reset(seed)
@@ -97,6 +98,7 @@ class _Lane:
 
     def act(self, chunk: NDArray[np.float32], on_step: OnStep | None) -> bool:
         """Go on to the next chunk with this one; True when the episode is over."""
+        self.asked = self.steps
         for action in self.delay.ask(chunk):
             step: Step = self.environment.step(action)
             self.window[:-1] = self.window[1:]
@@ -154,7 +156,8 @@ def rollouts(
     """Play the episodes of `seeds`; yields each as it ends, in an order that depends on the lanes.
 
     Args:
-        policy: any `Policy`; lane i steps environments[i].
+        policy: any `Policy`; lane i steps environments[i]. One with a warm start is told how many
+            steps went by since each lane's previous chunk.
         environments: at most policy.lanes of them.
         seeds: one episode each.
         on_step: called with (environment, steps, score so far) at the start and after each step.
@@ -199,8 +202,12 @@ def rollouts(
     running = [index for index in range(len(lanes)) if take_next(index)]
     while running:
         obs = np.stack([lanes[index].window for index in running])
+        options: dict[str, Any] = {}
+        if isinstance(policy, WarmPolicy):
+            since = [lanes[index].steps - lanes[index].asked for index in running]
+            options["executed"] = np.minimum(since, policy.horizon)
         begin = time.perf_counter()
-        actions = np.asarray(policy(obs, lanes=running))
+        actions = np.asarray(policy(obs, lanes=running, **options))
         milliseconds = (time.perf_counter() - begin) * 1e3
         seeds_now = [lanes[index].seed for index in running]
         if not np.isfinite(actions).all():
