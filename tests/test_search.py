@@ -58,6 +58,8 @@ def test_the_error_against_more_steps_of_the_same_sampler() -> None:
         results.append(policy(obs[:2, 0], noise=drawn) * scale)
     wanted = ((results[0] - results[1]) ** 2).mean(axis=(1, 2))
     assert error.chunks(planners.dense(few), 0).ravel() == pytest.approx(wanted, rel=1e-5)
+    root = ChunkError(few, given, reference=many, power=0.5)
+    assert root.chunks(planners.dense(few), 0).ravel() == pytest.approx(wanted**0.5, rel=1e-5)
     # the samples are those of the windows, of whatever sampler they were recorded
     other = ChunkError(many, [(o, z[:, :4]) for o, z in given])
     assert other(planners.dense(many)) == 0

@@ -373,11 +373,15 @@ def _search(args: argparse.Namespace) -> int:
     windows = [(episode.obs[part], episode.noise()[part]) for episode, part in chosen]
     lanes = min(args.lanes, len(windows))
     policy, reference = load_policy(args.source, args, name="POLICY", lanes=lanes), None
+    power = 1.0
     if args.against is not None:
         more = argparse.Namespace(**{**vars(args), "steps": args.against})
+        power = 0.5
         with argument("--against"):
             reference = load_policy(args.source, more, name="--against", lanes=lanes)
-    error = ChunkError(policy, windows[: len(windows) // lanes * lanes], reference=reference)
+    error = ChunkError(
+        policy, windows[: len(windows) // lanes * lanes], reference=reference, power=power
+    )
     with argument("--start"):
         start = starts[0] if len(starts) == 1 else min(starts, key=error)
         note = {**_facts(probe, args.source), "seeds": sorted({e.seed for e, _ in chosen})}
@@ -391,8 +395,8 @@ def _search(args: argparse.Namespace) -> int:
             state[:] = [found]
             passed = min(int(found.seconds), progress.total) - progress.done
             if passed > 0:
-                note = f"rms {found.error**0.5:.4f}, {found.taken} of {found.tried} taken"
-                progress.update(note, n=passed)
+                now = found.error ** (0.5 / power)
+                progress.update(f"error {now:.4f}, {found.taken} of {found.tried} taken", passed)
 
         try:
             found = search.run(seconds, on_try=on_try)
@@ -403,7 +407,9 @@ def _search(args: argparse.Namespace) -> int:
             raise InterruptedRunError(
                 f"the best so far is in {args.out}; --start {args.out} goes on from it"
             ) from None
-    extra = {"rms_begun": found.begun**0.5, "rms": found.error**0.5}
+    # against other steps it is the mean of the chunks' root mean squares, not that of all
+    name = "rms" if args.against is None else "mean_rms"
+    extra = {f"{name}_begun": found.begun ** (0.5 / power), name: found.error ** (0.5 / power)}
     return _save_plan(args, found.plan, {**extra, "tried": found.tried, "taken": found.taken})
 
 

@@ -33,6 +33,9 @@ class ChunkError:
         reference: another policy of L lanes, whose dense chunks count as right instead of the
             policy's own: of the same weights and more steps of a sampler without noise (DDIM,
             DPM-Solver++), say. It begins with the same samples.
+        power: of the mean squared errors, before their mean over chunks. In few steps a handful of
+            chunks goes another way than the reference and outweighs all others; 0.5 counts them
+            by their root.
 
     A lane runs a window from its reset on; each chunk is compared with the dense one of the same
     noise. If a plan's first chunk is another plan (dense, say), it isn't counted. Several plans are
@@ -47,6 +50,7 @@ class ChunkError:
         *,
         counts_first: bool = True,
         reference: Any = None,
+        power: float = 1.0,
     ) -> None:
         lengths = {len(obs) for obs, _ in windows}
         if len(lengths) != 1 or len(windows) % policy.lanes:
@@ -54,7 +58,7 @@ class ChunkError:
                 f"windows: expected a multiple of {policy.lanes} (the policy's lanes), equally "
                 f"long, got {len(windows)} of lengths {sorted(lengths)}"
             )
-        self._policy, self._counts_first = policy, counts_first
+        self._policy, self._counts_first, self.power = policy, counts_first, power
         self._scale = np.array(policy.config["normalizer"]["action"]["scale"], np.float64)
         self._groups = []
         for begin in range(0, len(windows), policy.lanes):
@@ -98,16 +102,15 @@ class ChunkError:
         begin = max(cycle, key=lambda each: bool((each.sources == REUSE_ROLLOUT).any()))
         self._policy.reset()  # a plan that reads rollouts can't be set on another plan's
         self._policy.plan = begin
-        error = ((self._run(group, self._policy, cycle) - self._dense[group]) ** 2).mean(
-            axis=(2, 3)
-        )
+        found = self._run(group, self._policy, cycle)
+        error = ((found - self._dense[group]) ** 2).mean(axis=(2, 3)) ** self.power
         repeats = begin.first is not None and np.array_equal(begin.first.sources, begin.sources)
         dense = not begin.sources.any()
         alike = len(cycle) == 1 and (repeats or dense or len(error) == 1)
         return np.asarray(error if alike and self._counts_first else error[1:])
 
     def __call__(self, plan: Plan | Sequence[Plan]) -> float:
-        """The mean over all chunks that count."""
+        """The mean over all chunks that count, of their errors to the power."""
         return float(np.mean([self.chunks(plan, group) for group in range(self.groups)]))
 
 

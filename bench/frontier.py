@@ -1,0 +1,71 @@
+"""What `tsad tune` found, as a table for a page.
+
+    tsad tune pusht --settings bench/frontier/settings.json --out frontier \
+        --seeds 500 --first-seed 100000 --observations others --draws 64
+    python bench/frontier.py frontier/tune.json
+
+`bench/frontier/README.md` says how the plans among the settings were made. `--only` names rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tsad.plot_frontier import FAMILIES, family
+
+
+def line(document: dict[str, Any], name: str) -> str:
+    """One row of the table."""
+    row, setting = document["rows"][name], document["settings"][name]
+    kind = "dense" if name == document["baseline"] else FAMILIES[family(setting)][2]
+    if setting.get("precision") == "int16":
+        kind += ", 16 bits"
+    label = f"**{name}**" if name in document["frontier"] else name
+    cells = [label, kind, f"{row['milliseconds']:.2f}", f"{row['passes']:.2f}"]
+    cells += [f"{row['cell_sparsity']:.0%}", f"{row['score']['mean']:.3f}"]
+    cells += [f"{row['success']['mean']:.3f}"]
+    if "mean_difference" in row:
+        low, high = row["simultaneous"]
+        cells += [f"{row['mean_difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"]
+    else:
+        cells += ["", ""]
+    if document["drawn"]:
+        cells += [f"{row['distance']:.3f}", f"{row['spread']:.2f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def page(document: dict[str, Any], only: list[str] | None = None) -> str:
+    """The table, slowest first; names of the frontier in bold."""
+    rows = document["rows"]
+    names = [name for name in rows if only is None or name in only]
+    names.sort(key=lambda name: -rows[name]["milliseconds"])
+    head = ["setting", "what", "ms", "passes", "cells reused", "score", "success", "difference"]
+    head += ["95 %, all together", *["distance", "spread"] * document["drawn"]]
+    rule = "| --- | --- |" + " ---: |" * (len(head) - 2)
+    return "\n".join(["| " + " | ".join(head) + " |", rule, *(line(document, n) for n in names)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="tune.json")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
+    args = parser.parse_args(argv)
+    document = json.loads(args.file.read_text())
+    unknown = set(args.only or ()) - set(document["rows"])
+    if unknown:
+        parser.error(f"--only: no such rows: {', '.join(sorted(unknown))}")
+    print(page(document, args.only))
+    for error, found in document["rank_correlation"].items():
+        print(f"\nrank correlation of {error} and loss: {found}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
