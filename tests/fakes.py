@@ -7,6 +7,8 @@ that got another's noise, past or observation gives other numbers.
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import numpy as np
@@ -74,6 +76,40 @@ class FakeWorld:
 
     def close(self) -> None:
         pass
+
+
+class Table(FakeWorld):
+    """Takes a policy of the case "tiny"; as `"fakes:Table"` every process can make it."""
+
+    name, obs_dim = "table", 6
+
+    def reset(self, seed: int) -> Any:
+        super().reset(seed)
+        return self._seen()
+
+    def step(self, action: Any) -> Step:
+        return super().step(action)._replace(obs=self._seen())
+
+    def _seen(self) -> Any:
+        return np.resize(self.position, self.obs_dim).astype(np.float32)
+
+
+class BrokenTable(Table):
+    """Falls over in the episode of seed 5."""
+
+    def reset(self, seed: int) -> Any:
+        if seed == 5:
+            raise LookupError("the table has three legs")
+        return super().reset(seed)
+
+
+class DeadlyTable(Table):
+    """Kills its process in the episode of seed 5, unless that is $TABLES_OWNER."""
+
+    def reset(self, seed: int) -> Any:
+        if seed == 5 and os.environ["TABLES_OWNER"] != str(os.getpid()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reset(seed)
 
 
 class FakePushT(FakePolicy):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -28,3 +31,12 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
             f"{purpose} needs the Python package '{error.name}', which is not installed; "
             f"fix: pip install 'tsad-policy[{extra}]'"
         ) from error
+
+
+def package_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those distributions that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions

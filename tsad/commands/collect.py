@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsad._extras import package_versions
 from tsad.commands.common import (
     Formatter,
     InterruptedRunError,
@@ -19,7 +20,6 @@ from tsad.commands.common import (
     files_sha256,
     load_policy,
     natural,
-    package_versions,
     positive_int,
     seed_range,
 )

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import hashlib
 import importlib
-import importlib.metadata
 import math
 import os
 import platform
@@ -209,22 +208,25 @@ def check_simulator(name: str) -> None:
         )
 
 
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `tsad.load` that `add_policy_options` and `add_warm_start` give."""
+    return {
+        "device": args.device,
+        "precision": args.precision,
+        "threads": args.threads,
+        "sampler": args.sampler,
+        "num_inference_steps": args.steps,
+        "timestep_spacing": args.spacing,
+        "warm_start": getattr(args, "warm_start", None),
+    }
+
+
 def load_policy(source: str, args: argparse.Namespace, *, name: str, lanes: int) -> SparsePolicy:
     """`tsad.load` with the options of `add_policy_options`; UsageError names the argument."""
     import tsad
 
     with argument(name):
-        return tsad.load(
-            source,
-            lanes=lanes,
-            device=args.device,
-            precision=args.precision,
-            threads=args.threads,
-            sampler=args.sampler,
-            num_inference_steps=args.steps,
-            timestep_spacing=args.spacing,
-            warm_start=getattr(args, "warm_start", None),
-        )
+        return tsad.load(source, lanes=lanes, **load_options(args))
 
 
 def load_plan(path: str, name: str) -> Plan:
@@ -283,15 +285,6 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def package_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of those distributions that are installed."""
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def planner_name(policy: SparsePolicy) -> str:

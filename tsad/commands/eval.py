@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad.commands import realtime
+from tsad._extras import package_versions
+from tsad.commands import jobs, realtime
 from tsad.commands.common import (
     Formatter,
     InterruptedRunError,
@@ -26,7 +29,6 @@ from tsad.commands.common import (
     load_plan,
     load_policy,
     natural,
-    package_versions,
     plan_sha256,
     planner_name,
     positive_int,
@@ -40,12 +42,13 @@ from tsad.commands.common import (
 if TYPE_CHECKING:
     from tsad import SparsePolicy
     from tsad.sim.results import Journal
+    from tsad.sim.rollout import Episode
 
 DESCRIPTION = f"""\
 Play seeded episodes in a simulator and report score and success with their errors.
 
 An episode's result depends on its seed and on the policy's settings alone: not on --lanes, not on
---threads, not on the order. So two runs over the same seeds are paired, whatever their sparsity.
+--threads, --jobs or the order. So two runs over the same seeds are paired, whatever their sparsity.
 With --out every finished episode is on disk at once, and --resume goes on after an interruption.
 
 --settings FILE plays many settings over the same seeds: a JSON list of objects with a "name" and
@@ -66,7 +69,9 @@ examples:
   tsad eval pusht --sampler ddim --steps 16 --warm-start 4 --n-action-steps 4
   tsad eval pusht --seeds 500 --preset fast                        a preset of its folder
   tsad eval pusht --seeds 500 --settings sweep.json --out sweep    many settings, one table
-  tsad eval pusht --realtime 50 --n-action-steps 4                 a robot that doesn't wait"""
+  tsad eval pusht --realtime 50 --n-action-steps 4                 a robot that doesn't wait
+  tsad eval pusht --seeds 500 --out dense.json --jobs 8            in eight processes
+  tsad eval pusht --seeds 500 --out dense.json --ray               on a Ray cluster"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -121,6 +126,7 @@ def add_parser(subparsers: Any) -> None:
     )
     realtime.add_options(parser)
     add_warm_start(parser)
+    jobs.add_options(parser)
     add_policy_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write the results, per seed, as JSON")
@@ -235,42 +241,69 @@ def _settings(policy: SparsePolicy, source: str, args: argparse.Namespace) -> di
     return settings
 
 
-def _play(
-    policy: SparsePolicy, args: argparse.Namespace, todo: list[int], journal: Journal
-) -> None:
-    """Play the seeds that are left, keeping each episode as it ends."""
+def _here(
+    policy: SparsePolicy, simulator: str, lanes: int, todo: list[int], options: Mapping[str, Any]
+) -> Generator[Episode, None, None]:
+    """The episodes of `todo`, played by this process."""
     from tsad import sim
 
-    environments = [sim.make(args.simulator) for _ in range(min(args.lanes, len(todo)))]
-    done = args.seeds - len(todo)
-    dense = policy.sparsity == 0
-    label = f"{args.simulator}, {'dense' if dense else 'sparsity ' + _percent(policy.sparsity)}"
+    environments = [sim.make(simulator) for _ in range(min(lanes, len(todo)))]
     try:
-        with Progress(args.seeds, label, unit="episodes", done=done) as progress:
-            for episode in sim.rollouts(
-                policy,
-                environments,
-                todo,
-                n_action_steps=args.n_action_steps,
-                noise_stream=args.noise,
-                delay=journal.settings.get("realtime", {}).get("ticks", 0),
-            ):
-                journal.append(episode)
-                scores = [kept.score for kept in journal.episodes.values()]
-                progress.update(f"score {sum(scores) / len(scores):.3f}")
-    except KeyboardInterrupt:
-        if journal.out is None:
-            raise InterruptedRunError("nothing was kept; --out FILE keeps episodes") from None
-        raise InterruptedRunError(
-            f"{len(journal.episodes)} episodes are kept; the same command with --resume goes on"
-        ) from None
+        yield from sim.rollouts(policy, environments, todo, **options)
     finally:
         for environment in environments:
             environment.close()
 
 
+def _kept(journal: Journal) -> str:
+    if journal.out is None:
+        return "nothing was kept; --out FILE keeps episodes"
+    return f"{len(journal.episodes)} episodes are kept; the same command with --resume goes on"
+
+
+def _play(
+    policy: SparsePolicy,
+    args: argparse.Namespace,
+    todo: list[int],
+    journal: Journal,
+    workers: jobs.Workers | None,
+) -> None:
+    """Play the seeds that are left, keeping each episode as it ends."""
+    from tsad.sim.parallel import WorkerError
+
+    options = {
+        "n_action_steps": args.n_action_steps,
+        "noise_stream": args.noise,
+        "delay": journal.settings.get("realtime", {}).get("ticks", 0),
+    }
+    if workers is None:
+        played = _here(policy, args.simulator, args.lanes, todo, options)
+    else:
+        played = jobs.play(workers, policy, policy_source(args), args, todo, options)
+    done = args.seeds - len(todo)
+    dense = policy.sparsity == 0
+    label = f"{args.simulator}, {'dense' if dense else 'sparsity ' + _percent(policy.sparsity)}"
+    try:
+        with (
+            contextlib.closing(played),
+            Progress(args.seeds, label, unit="episodes", done=done) as progress,
+        ):
+            for episode in played:
+                journal.append(episode)
+                scores = [kept.score for kept in journal.episodes.values()]
+                progress.update(f"score {sum(scores) / len(scores):.3f}")
+    except KeyboardInterrupt:
+        raise InterruptedRunError(_kept(journal)) from None
+    except WorkerError as error:
+        raise WorkerError(f"{error}; {_kept(journal)}") from None
+
+
 def _document(
-    policy: SparsePolicy, source: str, args: argparse.Namespace, journal: Journal, seeds: list[int]
+    policy: SparsePolicy,
+    args: argparse.Namespace,
+    journal: Journal,
+    seeds: list[int],
+    workers: jobs.Workers | None,
 ) -> dict[str, Any]:
     """The whole result, as it is written and printed."""
     from tsad.sim import results
@@ -282,10 +315,11 @@ def _document(
         "settings": journal.settings,
         # What may differ between runs of the same settings.
         "run": {
-            "policy": source,
+            "policy": policy_source(args),
             "plan": args.plan,
             "lanes": policy.lanes,
             "threads": policy.threads,
+            **({} if workers is None else workers._asdict()),
             "cpu": cpu_name(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
@@ -306,8 +340,14 @@ def _percent(sparsity: float | None) -> str:
     return "of its own choice" if sparsity is None else f"{sparsity:.1%}"
 
 
-def _lanes(lanes: int) -> str:
-    return "" if lanes == 1 else f" ({lanes} lanes: a lane's share of a call)"
+def _beside(run: Mapping[str, Any]) -> str:
+    """What else went on while the chunks of a run were timed."""
+    lanes, notes = run["lanes"], []
+    if lanes > 1:
+        notes.append(f"{lanes} lanes: a lane's share of a call")
+    if "jobs" in run:
+        notes.append(f"{run['jobs']} processes at a time")
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
@@ -323,7 +363,7 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
         f"success  {success['mean']:.3f} ({count} of {summary['episodes']}), "
         f"{_interval(success['interval95'])}",
         f"chunk    {times['mean']:.2f} ms mean, {times['max']:.2f} ms largest, over "
-        f"{summary['chunks']} chunks{_lanes(run_['lanes'])}",
+        f"{summary['chunks']} chunks{_beside(run_)}",
         *realtime.report(settings),
     ]
     if "paired" in document:
@@ -373,13 +413,14 @@ def evaluate(
         sim.check(policy, environment)
         sim.check_executed(policy, args.n_action_steps)
     settings = {**_settings(policy, source, args), **realtime.settings(args, source, out)}
+    workers = jobs.workers_of(args, policy)
     with argument("--out"):
         journal = Journal(out, settings, resume=args.resume, overwrite=args.overwrite)
     try:
         todo = [seed for seed in seeds if seed not in journal.episodes]
         if todo:
-            _play(policy, args, todo, journal)
-        document = _document(policy, source, args, journal, seeds)
+            _play(policy, args, todo, journal, workers)
+        document = _document(policy, args, journal, seeds, workers)
         if baseline is not None:
             document["paired"] = _paired(args, [journal.episodes[seed] for seed in seeds], baseline)
         journal.finish(document)

@@ -222,6 +222,7 @@ class Sweep:
 
     def play(self) -> None:
         """Play what is missing of every row that has not been."""
+        from tsad.sim.parallel import WorkerError
         from tsad.sim.results import read_results
 
         self._out.mkdir(parents=True, exist_ok=True)
@@ -231,10 +232,9 @@ class Sweep:
             path = self._out / f"{name}.json"
             try:
                 document, policy = evaluate(own, path)
-            except InterruptedRunError as stop:
-                raise InterruptedRunError(
-                    f"setting {name}: {str(stop).partition(';')[0]}; the same command goes on"
-                ) from None
+            except (InterruptedRunError, WorkerError) as stop:
+                text = str(stop).replace("command with --resume", "command")  # a sweep always does
+                raise type(stop)(f"setting {name}: {text}") from None
             self.rows[name] = _row(document, policy, self.error(name))
             wanted = set(seeds_of(self._args))
             self.episodes[name] = [e for e in read_results(path)[1] if e.seed in wanted]

@@ -324,11 +324,11 @@ class Journal:
 
     def append(self, episode: Episode) -> None:
         """Keep one finished episode, on disk before this returns."""
-        self.episodes[episode.seed] = episode
         if self._file is not None:
             self._file.write(json.dumps(asdict(episode)).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
+        self.episodes[episode.seed] = episode  # last: Ctrl-C in between claims nothing
 
     def finish(self, document: Mapping[str, Any]) -> None:
         """Write `out` and drop the partial file."""

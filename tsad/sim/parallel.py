@@ -1,0 +1,223 @@
+"""Episodes spread over worker processes, of this machine or of a Ray cluster.
+
+An episode is decided by its seed and the policy's settings (`tsad.sim.rollout`), not by who plays
+it. Each worker loads the policy once and is handed a few seeds whenever it is idle. Workers end at
+once when the caller does, or stops: by an error, by Ctrl-C, killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tsad._extras import package_versions, require
+from tsad.sim.rollout import Episode, rollouts
+
+# Of a batch of seeds: its episodes, or what went wrong.
+Outcome = list[Episode] | str
+Outcomes = Generator[Outcome, None, None]
+
+
+class WorkerError(RuntimeError):
+    """A worker failed or was killed; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a worker needs to play any seed; pickled.
+
+    Args:
+        simulator: a name that `tsad.sim.make` knows here.
+        source: of `tsad.load`, and `load` its keyword arguments; `lanes` and `threads` with them.
+        attributes: set on the policy in this order: `planner`, `sparsity`, `plan`.
+        options: keyword arguments of `tsad.sim.rollouts`.
+        identity: `identity` of the caller's policy: workers with another would give other results.
+    """
+
+    simulator: str
+    source: str
+    load: Mapping[str, Any]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, str] = field(default_factory=dict)
+
+
+def identity(policy: Any, packages: Sequence[str]) -> dict[str, str]:
+    """What must be equal wherever the same results are wanted: versions, and the kernels' path."""
+    import tsad
+
+    return {"tsad": tsad.__version__, "backend": policy.backend, **package_versions(packages)}
+
+
+class Player:
+    """Plays seeds; the policy and the simulator are loaded by the first call."""
+
+    def __init__(self, work: Work, facts: Any) -> None:
+        self._work, self._facts = work, facts
+        self._policy: Any = None
+        self._environments: list[Any] = []
+
+    def play(self, seeds: list[int]) -> Outcome:
+        """The episodes of `seeds`; an exception as text, for not every one can be pickled."""
+        try:
+            if self._policy is None:
+                self._load()
+            environments = self._environments[: len(seeds)]
+            return list(rollouts(self._policy, environments, seeds, **self._work.options))
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            return (
+                f"in the episodes {seeds}: {type(error).__name__}: {error} "
+                f"({where.filename}, line {where.lineno})"
+            )
+
+    def _load(self) -> None:
+        import tsad
+        from tsad import sim
+
+        work = self._work
+        sim.register(work.simulator, **self._facts._asdict())  # the caller's may not be ours
+        self._environments = [sim.make(work.simulator) for _ in range(work.load["lanes"])]
+        policy = tsad.load(work.source, **work.load)
+        ours = identity(policy, self._facts.packages)
+        for name, wanted in work.identity.items():
+            if ours.get(name) != wanted:
+                raise RuntimeError(
+                    f"{name}: this worker has {ours.get(name)}, the caller {wanted}; results would "
+                    "differ; install the same, or use machines of one kind"
+                )
+        for name, value in work.attributes.items():
+            setattr(policy, name, value)
+        self._policy = policy
+
+
+def play(
+    work: Work, seeds: Sequence[int], jobs: int, *, ray: bool = False
+) -> Generator[Episode, None, None]:
+    """As `tsad.sim.rollouts`, in `jobs` processes; `close` it to end them before its end.
+
+    Episodes come in an order that depends on the workers; those of a batch, as many as a worker
+    has lanes, together. With `ray` the processes are actors of the Ray cluster that `ray_cpus`
+    connected to, `threads` CPUs each; it needs tsad and the policy's files on its machines.
+
+    Raises:
+        WorkerError: a worker raised an exception, or was killed.
+        MissingExtraError: Ray is not installed.
+    """
+    size = int(work.load["lanes"])
+    batches = [list(seeds[i : i + size]) for i in range(0, len(seeds), size)]
+    pool = _on_ray if ray else _on_processes
+    with contextlib.closing(pool(work, min(jobs, len(batches)), batches)) as outcomes:
+        for outcome in outcomes:
+            if isinstance(outcome, str):
+                raise WorkerError(f"a worker failed {outcome}")
+            yield from outcome
+
+
+# ---- processes of this machine
+
+_player: Player | None = None
+
+
+def _on_processes(work: Work, jobs: int, batches: list[list[int]]) -> Outcomes:
+    from tsad import sim
+
+    # Not fork: the engine, and whoever calls this, may have threads.
+    context = multiprocessing.get_context("spawn")
+    # Workers end when the other end of this pipe is closed, as it is by the death of its owner.
+    line, owner = context.Pipe(duplex=False)
+    player = Player(work, sim.facts(work.simulator))
+    executor = ProcessPoolExecutor(jobs, context, _enter, (player, line))
+    try:
+        with _interrupts_held():
+            futures = [executor.submit(_play, batch) for batch in batches]
+        for future in as_completed(futures):
+            yield future.result()
+        executor.shutdown()
+    except BrokenProcessPool:
+        raise WorkerError(
+            "a worker process ended in the middle of its work: it was killed, or memory ran out "
+            "(fewer processes or lanes need less)"
+        ) from None
+    finally:
+        owner.close()
+        executor.shutdown(cancel_futures=True)
+        line.close()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits, and processes started inside never hear it: the terminal sends it to all."""
+    if not hasattr(signal, "pthread_sigmask"):  # not a POSIX system
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _enter(player: Player, line: Connection) -> None:
+    """Start of a worker process."""
+    global _player
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_owner, args=(line,), daemon=True).start()
+    _player = player
+
+
+def _end_with_owner(line: Connection) -> None:
+    with contextlib.suppress(OSError):
+        line.poll(None)
+    os._exit(0)
+
+
+def _play(seeds: list[int]) -> Outcome:
+    assert _player is not None  # `_enter` came first
+    return _player.play(seeds)
+
+
+# ---- a Ray cluster
+
+
+def ray_cpus() -> int:
+    """CPUs of the Ray cluster: RAY_ADDRESS's, else one that runs here, else one started here.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        RuntimeError: the cluster cannot be reached.
+    """
+    ray = require("ray", extra="ray", purpose="a Ray cluster")
+    if not ray.is_initialized():
+        try:
+            ray.init(logging_level="WARNING", log_to_driver=False)
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"no Ray cluster: {error}") from error
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
+def _on_ray(work: Work, jobs: int, batches: list[list[int]]) -> Outcomes:
+    from tsad import sim
+
+    ray = require("ray", extra="ray", purpose="a Ray cluster")
+    # Not ray.util.multiprocessing.Pool: it hands out batches in turn, to busy workers too.
+    pool_of = require("ray.util", extra="ray", purpose="a Ray cluster").ActorPool
+    player = ray.remote(num_cpus=work.load["threads"])(Player)
+    actors = [player.remote(work, sim.facts(work.simulator)) for _ in range(jobs)]
+    try:
+        yield from pool_of(actors).map_unordered(lambda a, seeds: a.play.remote(seeds), batches)
+    except ray.exceptions.RayError as error:
+        raise WorkerError(f"a worker of the Ray cluster ended: {error}") from error
+    finally:
+        for actor in actors:
+            ray.kill(actor)
