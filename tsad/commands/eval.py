@@ -412,8 +412,8 @@ def evaluate(
     with argument("--policy"):
         sim.check(policy, environment)
         sim.check_executed(policy, args.n_action_steps)
-    settings = {**_settings(policy, source, args), **realtime.settings(args, source, out)}
     workers = jobs.workers_of(args, policy)
+    settings = {**_settings(policy, source, args), **realtime.settings(args, source, out)}
     with argument("--out"):
         journal = Journal(out, settings, resume=args.resume, overwrite=args.overwrite)
     try:

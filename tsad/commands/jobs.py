@@ -24,18 +24,18 @@ class Workers(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """--jobs and --ray."""
-    group = parser.add_argument_group("processes; they never change the results, but for times")
+    group = parser.add_argument_group("who plays; never changes the results, but for times")
     group.add_argument(
         "--jobs",
         type=positive_int,
         metavar="N",
-        help="play in N processes that share the CPUs (default: 1; with --ray: all of its CPUs)",
+        help="N processes, which share the CPUs (default: 1; with --ray: one per CPU)",
     )
     group.add_argument(
         "--ray",
         action="store_true",
-        help="processes of the Ray cluster at RAY_ADDRESS, of the one here, or of a new one here; "
-        "tsad and the policy's files must be where they run",
+        help="processes of a Ray cluster: $RAY_ADDRESS, or the one on this machine, or a new one; "
+        "tsad and the policy's files must be where they run; --threads each, default 1",
     )
 
 
@@ -44,9 +44,8 @@ def workers_of(args: argparse.Namespace, policy: SparsePolicy) -> Workers | None
     from tsad.load import usable_cpus
     from tsad.sim.parallel import ray_cpus
 
-    # tune, which shares `evaluate`, has neither option
-    jobs, ray = getattr(args, "jobs", None), getattr(args, "ray", False)
-    if not ray:
+    jobs = args.jobs
+    if not args.ray:
         if jobs is None or jobs == 1:
             return None
         share = max(1, usable_cpus() // jobs)

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsad.commands import jobs
 from tsad.commands.bench import Clock, observations
 from tsad.commands.common import (
     Formatter,
@@ -132,6 +133,7 @@ def add_parser(subparsers: Any) -> None:
         help=f"of {CHUNKS_PER_ROUND} chunks to time each setting, in turns (default: 5)",
     )
     parser.add_argument("--save", action="store_true", help="keep the presets with the policy")
+    jobs.add_options(parser)
     parser.add_argument("--threads", type=positive_int, metavar="T", help="the engine's choice")
     parser.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")

@@ -116,6 +116,8 @@ def play(
     """
     size = int(work.load["lanes"])
     batches = [list(seeds[i : i + size]) for i in range(0, len(seeds), size)]
+    if not batches:
+        return
     pool = _on_ray if ray else _on_processes
     with contextlib.closing(pool(work, min(jobs, len(batches)), batches)) as outcomes:
         for outcome in outcomes:
