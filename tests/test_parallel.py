@@ -96,7 +96,7 @@ def test_stopped_and_resumed(capsys: Any, tmp_path: Path, tiny: str, how: Any) -
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    partial, deadline = tmp_path / "r.json.partial", time.monotonic() + 60
+    partial, deadline = tmp_path / "r.json.partial", time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if partial.exists() and partial.read_bytes().count(b"\n") >= 4:
             break
@@ -113,7 +113,8 @@ def test_stopped_and_resumed(capsys: Any, tmp_path: Path, tiny: str, how: Any) -
     if how == signal.SIGKILL:
         return
     said = re.search(r"(\d+) episodes are kept; the same command with --resume goes on", err)
-    assert process.returncode == 130 and said and 3 <= int(said[1]) <= len(kept)
+    assert process.returncode == 130 and said
+    assert len(kept) - 1 <= int(said[1]) <= len(kept)  # one may just have been written
 
     seeds = max(kept) + 4
     line = command(tiny, "table", out, *more, "--resume", seeds=seeds)

@@ -14,9 +14,10 @@ import signal
 import threading
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -140,11 +141,19 @@ def _on_processes(work: Work, jobs: int, batches: list[list[int]]) -> Outcomes:
     line, owner = context.Pipe(duplex=False)
     player = Player(work, sim.facts(work.simulator))
     executor = ProcessPoolExecutor(jobs, context, _enter, (player, line))
+    left = iter(batches)
+
+    def hand_out(count: int) -> set[Future[Outcome]]:
+        return {executor.submit(_play, batch) for batch in islice(left, count)}
+
     try:
         with _interrupts_held():
-            futures = [executor.submit(_play, batch) for batch in batches]
-        for future in as_completed(futures):
-            yield future.result()
+            futures = hand_out(2 * jobs)  # one to play and one that waits, so that nobody does
+        while futures:
+            done, futures = wait(futures, return_when=FIRST_COMPLETED)
+            futures |= hand_out(len(done))
+            for future in done:
+                yield future.result()
         executor.shutdown()
     except BrokenProcessPool:
         raise WorkerError(
