@@ -65,7 +65,7 @@ def results(path: Path) -> Any:
 def test_a_sweep_in_processes_is_the_sweep(capsys: Any, tmp_path: Path, tiny: str) -> None:
     tsad.planners.uniform(tsad.load(tiny, **LOAD), 1).save(tmp_path / "one.npz")
     rows = [
-        {"name": "noise", "noise": 1, "n_action_steps": 2},
+        {"name": "warm", "noise": 1, "n_action_steps": 2, "warm_start": 1},
         {"name": "file", "plan": "one.npz"},
         {"name": "half", "sparsity": 0.5, "precision": "int16"},
     ]
