@@ -157,15 +157,19 @@ def rollout_cycle(
 
 
 def starts(
-    policy: Any, effects: planners.Effects, sparsity: float, error: ChunkError
+    policy: Any,
+    effects: planners.Effects,
+    by_direction: dict[str, list[Any]],
+    sparsity: float,
+    error: ChunkError,
 ) -> dict[str, list[Plan]]:
     """The plans that each search begins with: of what the tables foresee, the least error."""
     turns = 2 * math.ceil(1 / (1 - sparsity) - 1e-9)
-    both = (True, False)
-    types = policy.block_types
     candidates = {
-        "type": [[TypePlanner(effects, types, coherent=c)(policy, sparsity)] for c in both],
-        "step": [[planners.EffectPlanner(effects, coherent=c)(policy, sparsity)] for c in both],
+        **{
+            name: [[planner(policy, sparsity)] for planner in choice]
+            for name, choice in by_direction.items()
+        },
         "rollout": [rollout_cycle(policy, effects, sparsity, turns)],
     }
     found = {name: min(plans, key=error) for name, plans in candidates.items()}
@@ -316,9 +320,14 @@ def make_searches(
     args: argparse.Namespace, policy: Any, effects: planners.Effects, error: ChunkError
 ) -> dict[str, Search]:
     """By "direction sparsity"."""
+    both, types = (True, False), policy.block_types
+    by_direction: dict[str, list[Any]] = {
+        "type": [TypePlanner(effects, types, coherent=each) for each in both],
+        "step": [planners.EffectPlanner(effects, coherent=each) for each in both],
+    }
     searches = {}
     for sparsity in args.sparsity:
-        begin = starts(policy, effects, sparsity, error)
+        begin = starts(policy, effects, by_direction, sparsity, error)
         for name, allowed in DIRECTIONS.items():
             searches[f"{name} {sparsity:g}"] = Search(
                 policy, begin[name], error, sparsity=sparsity, seed=args.seed, allowed=allowed

@@ -184,7 +184,8 @@ def test_search_of_a_cycle(allowed: tuple[int, ...]) -> None:
     assert len(found.plans) == 2 and found.plans[0] != found.plans[1] and found.taken > 0
     assert found.error == pytest.approx(error(found.plans)) and found.error < 0.95 * found.begun
     again = Search(policy, start, error, sparsity=0.5, seed=3, allowed=allowed)
-    assert again.run(60, tries=150).plans == found.plans
+    assert again.run(60, tries=90).tried == 90
+    assert again.run(60, tries=60).plans == found.plans  # goes on where it was
 
 
 @pytest.mark.parametrize("kind", [REUSE_TYPE, REUSE_STEP, REUSE_ROLLOUT])

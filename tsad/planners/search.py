@@ -167,6 +167,7 @@ class Search:
         cycle = [start] if isinstance(start, Plan) else list(start)
         self._sources = np.stack([plan.sources for plan in cycle])
         self._policy, self._error, self._allowed = policy, error, tuple(allowed)
+        self._now: list[float] = []  # of each group, once measured
         self._check_sources()
         self._costs = np.asarray(policy.block_costs, np.int64)
         self._budget = budget(policy, sparsity)
@@ -324,11 +325,16 @@ class Search:
         tries: int | None = None,
         on_try: Callable[[Found], None] | None = None,
     ) -> Found:
-        """Search for a time, or for a number of tries; `on_try` may raise to end it."""
+        """Search for a time, or for a number of tries; `on_try` may raise to end it.
+
+        Called again it goes on.
+        """
         begin = time.monotonic()
         groups = range(self._error.groups)
         plans = self._plans(self._sources)
-        now = [float(self._error.chunks(plans, group).mean()) for group in groups]
+        if not self._now:
+            self._now = [float(self._error.chunks(plans, group).mean()) for group in groups]
+        now = self._now
         found = Found(plans, float(np.mean(now)), float(np.mean(now)), 0, 0, 0.0)
         while found.seconds < seconds and (tries is None or found.tried < tries):
             cycle, trial = self._move()
@@ -338,7 +344,8 @@ class Search:
                 if sum(errors) >= sum(now[: group + 1]):
                     break
             else:
-                self._sources, now, found.plans = cycle, errors, trial
+                self._sources, self._now, found.plans = cycle, errors, trial
+                now = errors
                 found.error = float(np.mean(now))
                 found.taken += 1
             found.tried += 1
