@@ -52,7 +52,6 @@ from tsad.commands.plan import pick  # noqa: E402
 from tsad.plan import SOURCE_NAMES  # noqa: E402
 from tsad.planners.base import budget, full, make_plan  # noqa: E402
 from tsad.planners.search import ChunkError, Found, Search  # noqa: E402
-from tsad.planners.segments import Segments  # noqa: E402
 from tsad.sim.recording import Recorded, read_collection  # noqa: E402
 
 DIRECTIONS = {
@@ -72,14 +71,15 @@ class TypePlanner:
     """The best static plan in which reused cells take the last computed value of their type.
 
     In execution order the cells of a type are a line, and what is computed cuts it into segments:
-    the programme of `planners.EffectPlanner`, over lines in place of blocks. ``coherent``: the
-    tables don't know how a segment's errors add up; all of one sign, or each for itself.
+    the programme of `planners.EffectPlanner`, over lines in place of blocks, for one price per
+    cost. ``coherent``: the tables don't know how a segment's errors add up; all of one sign, or
+    each for itself.
     """
 
     def __init__(self, effects: planners.Effects, types: Sequence[str], *, coherent: bool) -> None:
         self._effects, self._types, self._coherent = effects, list(types), coherent
         self._names = list(dict.fromkeys(types))
-        self._segments = Segments(np.stack([self._losses(name) for name in self._names]))
+        self._loss = [self._losses(name) for name in self._names]
 
     def _members(self, name: str) -> np.ndarray:
         return np.array([b for b, kind in enumerate(self._types) if kind == name])
@@ -100,14 +100,45 @@ class TypePlanner:
             loss[i, 1:] = np.cumsum(np.sqrt(each)) ** 2 if self._coherent else np.cumsum(each)
         return loss
 
+    def _computed(self, policy: Any, price: float) -> np.ndarray:
+        """The cells (K, B) of least loss, a cost of 1 counting as ``price``."""
+        computed = np.zeros((len(self._effects.skip), len(self._types)), bool)
+        for name, loss in zip(self._names, self._loss, strict=True):
+            members = self._members(name)
+            fee = price * int(policy.block_costs[members[0]])
+            steps, order = np.divmod(least_segments(loss, fee), len(members))
+            computed[steps, members[order]] = True
+        return computed
+
     def __call__(self, policy: Any, sparsity: float) -> Plan:
-        sources = full(policy, REUSE_TYPE)
-        members = [self._members(name) for name in self._names]
-        costs = [int(policy.block_costs[blocks[0]]) for blocks in members]
-        computed = self._segments.mask(self._segments.allot(costs, budget(policy, sparsity)))
-        for blocks, line in zip(members, computed.T, strict=True):
-            sources[:, blocks] = np.where(line.reshape(len(sources), -1), COMPUTE, REUSE_TYPE)
+        most = budget(policy, sparsity)
+
+        def fits(price: float) -> bool:
+            return bool(self._computed(policy, price).sum(axis=0) @ policy.block_costs <= most)
+
+        low, high = 0.0, 1e-12
+        while not fits(high):
+            low, high = high, high * 8
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        computed = self._computed(policy, high)
+        sources = np.where(computed, np.uint8(COMPUTE), np.uint8(REUSE_TYPE))
         return make_plan(policy, sources, sources, planner="type", sparsity=sparsity)
+
+
+def least_segments(loss: np.ndarray, fee: float) -> list[int]:
+    """Where the segments begin that lose least, each with a fee; ``loss`` (N, N + 1)."""
+    best, begin = np.zeros(len(loss) + 1), np.zeros(len(loss) + 1, int)
+    for end in range(1, len(loss) + 1):
+        candidates = best[:end] + loss[:end, end]
+        begin[end] = candidates.argmin()
+        best[end] = candidates[begin[end]] + fee
+    begins, end = [], len(loss)
+    while end:
+        end = int(begin[end])
+        begins.append(end)
+    return begins[::-1]
 
 
 def rollouts_in_turn(policy: Any, sparsity: float) -> list[Plan]:
@@ -182,36 +213,79 @@ def starts(
 # ---- searches, in rounds
 
 
+class State:
+    """What all searches reached after the last whole round, kept in a file if there is a path.
+
+    Raises ``ValueError`` if the file is of other settings, or lacks one of the searches.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any], keys: Sequence[str]) -> None:
+        self.path, self.settings, self.tried = path, settings, 0
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path is None or not path.exists():
+            return
+        kept = json.loads(path.read_text())
+        lacking = sorted(set(keys) - set(kept["searches"]))
+        if kept["settings"] != settings or lacking:
+            raise ValueError(
+                f"--state: {path} is of other settings or lacks {lacking}: expected {settings}, "
+                f"got {kept['settings']}; name another file"
+            )
+        self.tried = kept["tried"]
+        self.rows = {key: kept["searches"][key] for key in keys}
+
+    def plans(self, policy: Any, key: str) -> list[Plan]:
+        """The plans of a search, from the digits of their sources."""
+        shape = (policy.num_inference_steps, len(policy.blocks))
+        cycle = [
+            np.array(list(digits), np.uint8).reshape(shape) for digits in self.rows[key]["plans"]
+        ]
+        dense_first = len(cycle) > 1 or (cycle[0] == REUSE_ROLLOUT).any()
+        return [make_plan(policy, each, None if dense_first else each) for each in cycle]
+
+    def update(self, tried: int, found: dict[str, Found]) -> None:
+        """After a whole round of all searches."""
+        for key, each in found.items():
+            row = self.rows.setdefault(key, {"begun_rms": each.begun**0.5, "taken": 0})
+            row["searched_rms"] = each.error**0.5
+            row["taken"] += each.taken
+            row["plans"] = ["".join(map(str, plan.sources.ravel())) for plan in each.plans]
+        self.tried += tried
+        if self.path is not None:
+            kept = {"settings": self.settings, "tried": self.tried, "searches": self.rows}
+            write_atomically(self.path, json.dumps(kept).encode())
+        errors = ", ".join(f"{key} {row['searched_rms']:.4f}" for key, row in self.rows.items())
+        print(f"{self.tried} moves: {errors}", file=sys.stderr, flush=True)
+
+
 def equal_rounds(
-    searches: dict[str, Search], tries: int, size: int, minutes: float
-) -> dict[str, Found]:
+    searches: dict[str, Search], state: State, tries: int, size: int, minutes: float
+) -> None:
     """Let all of them try ``size`` moves in turn, until each tried ``tries`` or the time is up.
 
     Ctrl-C ends it, too; what all did in whole rounds counts.
     """
     end = time.monotonic() + 60 * minutes
-    found = {name: search.run(math.inf, tries=0) for name, search in searches.items()}
-    begun = {name: each.error for name, each in found.items()}
-    done = 0
-    while done < tries and time.monotonic() < end:
-        number = min(size, tries - done)
-        try:
-            latest = {name: search.run(math.inf, tries=number) for name, search in searches.items()}
-        except KeyboardInterrupt:
-            print("ended by Ctrl-C; the last whole round counts", file=sys.stderr)
-            break
-        done += number
-        for name, each in latest.items():
-            each.begun = begun[name]
-            each.tried, each.taken = done, each.taken + found[name].taken
-            each.seconds += found[name].seconds
-        found = latest
-        errors = ", ".join(f"{name} {each.error**0.5:.4f}" for name, each in found.items())
-        print(f"{done} of {tries} moves: {errors}", file=sys.stderr, flush=True)
-    return found
+    try:
+        if not state.rows:
+            state.update(0, {key: each.run(math.inf, tries=0) for key, each in searches.items()})
+        while state.tried < tries and time.monotonic() < end:
+            number = min(size, tries - state.tried)
+            found = {key: each.run(math.inf, tries=number) for key, each in searches.items()}
+            state.update(number, found)
+    except KeyboardInterrupt:
+        if not state.rows:
+            raise
+        print("ended by Ctrl-C; the last whole round counts", file=sys.stderr)
 
 
 # ---- the report
+
+
+def executed(policy: Any, episode: Recorded, part: slice) -> np.ndarray:
+    """The recorded actions that the dense policy executed, (C, n_action_steps, action_dim)."""
+    begin = policy.n_obs_steps - 1
+    return episode.actions[part, begin : begin + policy.n_action_steps]
 
 
 class Episodes:
@@ -220,7 +294,12 @@ class Episodes:
     def __init__(self, policy: Any, episodes: Sequence[Recorded]) -> None:
         long = [episode for episode in episodes if len(episode.obs) > 1]
         self._errors = [
-            ChunkError(policy, [(episode.obs, episode.noise())], counts_first=False)
+            ChunkError(
+                policy,
+                [(episode.obs, episode.noise())],
+                dense=[executed(policy, episode, slice(None))],
+                counts_first=False,
+            )
             for episode in long
         ]
         self.lengths = [len(episode.obs) for episode in long]
@@ -306,9 +385,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=12, metavar="N", help="to search with")
     parser.add_argument("--length", type=int, default=8, metavar="C", help="chunks of a window")
     parser.add_argument("--lanes", type=int, default=2, help="windows run at once")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "int16"),
+        default="float32",
+        help="of the search; the report is float32's",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of windows and moves")
-    parser.add_argument("--plans", type=Path, metavar="DIR", help="keep the plans found there")
+    parser.add_argument(
+        "--state", type=Path, metavar="FILE", help="keep the searches there, and go on with them"
+    )
+    parser.add_argument("--episodes", type=int, metavar="N", help="of the report (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     if min(args.windows, args.lanes, args.threads, args.round) < 1 or args.length < 2:
@@ -317,20 +405,34 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_searches(
-    args: argparse.Namespace, policy: Any, effects: planners.Effects, error: ChunkError
+    args: argparse.Namespace,
+    policy: Any,
+    effects: planners.Effects,
+    error: ChunkError,
+    state: State,
 ) -> dict[str, Search]:
-    """By "direction sparsity"."""
+    """By "direction sparsity", from where they were."""
     both, types = (True, False), policy.block_types
-    by_direction: dict[str, list[Any]] = {
-        "type": [TypePlanner(effects, types, coherent=each) for each in both],
-        "step": [planners.EffectPlanner(effects, coherent=each) for each in both],
-    }
+    by_direction: dict[str, list[Any]] = {}
+    if not state.rows:
+        by_direction = {
+            "type": [TypePlanner(effects, types, coherent=each) for each in both],
+            "step": [planners.EffectPlanner(effects, coherent=each) for each in both],
+        }
     searches = {}
     for sparsity in args.sparsity:
-        begin = starts(policy, effects, by_direction, sparsity, error)
+        if state.rows:
+            begin = {name: state.plans(policy, f"{name} {sparsity:g}") for name in DIRECTIONS}
+        else:
+            begin = starts(policy, effects, by_direction, sparsity, error)
         for name, allowed in DIRECTIONS.items():
             searches[f"{name} {sparsity:g}"] = Search(
-                policy, begin[name], error, sparsity=sparsity, seed=args.seed, allowed=allowed
+                policy,
+                begin[name],
+                error,
+                sparsity=sparsity,
+                seed=args.seed + state.tried,  # other moves than before
+                allowed=allowed,
             )
     return searches
 
@@ -338,33 +440,37 @@ def make_searches(
 def search_and_report(
     args: argparse.Namespace,
     effects: planners.Effects,
-    windows: list[Any],
+    chosen: Sequence[tuple[Recorded, slice]],
     others: Sequence[Recorded],
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """By sparsity and name: the rows."""
     facts = effects.metadata
-    policy = load_policy(args, facts, args.lanes)
-    error = ChunkError(policy, windows, counts_first=False)
-    searches = make_searches(args, policy, effects, error)
-    found = equal_rounds(searches, args.tries, args.round, args.minutes)
-    if args.plans is not None:
-        args.plans.mkdir(parents=True, exist_ok=True)
-        for key, each in found.items():
-            for turn, plan in enumerate(each.plans):
-                plan.save(args.plans / f"{key.replace(', ', '-').replace(' ', '-')}-{turn}.npz")
+    policy = load_policy(args, facts, args.lanes, args.precision)
+    error = ChunkError(
+        policy,
+        [(episode.obs[part], episode.noise()[part]) for episode, part in chosen],
+        dense=[executed(policy, episode, part) for episode, part in chosen],
+        counts_first=False,
+    )
+    keys = [f"{name} {sparsity:g}" for sparsity in args.sparsity for name in DIRECTIONS]
+    state = State(args.state, settings, keys)
+    if state.tried < args.tries or not state.rows:
+        searches = make_searches(args, policy, effects, error, state)
+        equal_rounds(searches, state, args.tries, args.round, args.minutes)
     episodes = Episodes(load_policy(args, facts, 1), others)
     rows: dict[str, Any] = {}
     for sparsity in args.sparsity:
         by_name = rows.setdefault(f"{sparsity:g}", {})
         for name in DIRECTIONS:
-            each = found[f"{name} {sparsity:g}"]
+            key = f"{name} {sparsity:g}"
+            facts_of_search = {k: v for k, v in state.rows[key].items() if k != "plans"}
             by_name[name] = {
-                **row(each.plans, episodes),
-                "searched_rms": each.error**0.5,
-                "begun_rms": each.begun**0.5,
-                "tried": each.tried,
-                "taken": each.taken,
+                **row(state.plans(policy, key), episodes),
+                **facts_of_search,
+                "tried": state.tried,
             }
+            print(f"{key}: {by_name[name]['error']}", file=sys.stderr, flush=True)
         by_name["rollout, in turn"] = row(rollouts_in_turn(policy, sparsity), episodes)
     return rows
 
@@ -376,6 +482,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = effects.metadata
     settings, episodes = read_collection(args.data)
     other_settings, others = read_collection(args.others)
+    others = others[: args.episodes]
     chosen = pick(episodes, args.windows * args.length, args.length, args.seed)
     chosen = [(each, part) for each, part in chosen if len(each.obs[part]) == args.length]
     chosen = chosen[: len(chosen) // args.lanes * args.lanes]
@@ -383,7 +490,13 @@ def main(argv: list[str] | None = None) -> int:
     tested = [episode.seed for episode in others]
     check_apart({args.effects: facts["seeds"], str(args.data): seeds}, tested)
     hashes = same_weights(args, facts, settings, other_settings)
-    windows = [(episode.obs[part], episode.noise()[part]) for episode, part in chosen]
+    search_settings = {
+        "windows": len(chosen),
+        "chunks_of_a_window": args.length,
+        "seeds": seeds,
+        "seed": args.seed,
+        "precision": args.precision,
+    }
     document: dict[str, Any] = {
         "format": "tsad-directions",
         "date": time.strftime("%Y-%m-%d"),
@@ -392,18 +505,13 @@ def main(argv: list[str] | None = None) -> int:
         "sampler": facts["sampler"],
         "num_inference_steps": facts["num_inference_steps"],
         "effects": dict(facts),
-        "search": {
-            "windows": len(windows),
-            "chunks_of_a_window": args.length,
-            "seeds": seeds,
-            "seed": args.seed,
-        },
+        "search": search_settings,
         "report": {
             "seeds": tested,
             "chunks": sum(len(episode.obs) - 1 for episode in others),
         },
         "machine": measure.machine(),
-        "directions": search_and_report(args, effects, windows, others),
+        "directions": search_and_report(args, effects, chosen, others, search_settings),
     }
     print(report(document))
     if args.out is not None:

@@ -189,12 +189,15 @@ def same_weights(args: argparse.Namespace, *made: dict[str, Any]) -> dict[str, s
     return hashes
 
 
-def load_policy(args: argparse.Namespace, facts: dict[str, Any], lanes: int) -> Any:
+def load_policy(
+    args: argparse.Namespace, facts: dict[str, Any], lanes: int, precision: str = "float32"
+) -> Any:
     """The policy with the sampler that the effects are of."""
     return tsad.load(
         args.policy,
         lanes=lanes,
         threads=args.threads,
+        precision=precision,
         sampler=facts["sampler"],
         num_inference_steps=facts["num_inference_steps"],
     )

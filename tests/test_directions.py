@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from policies import make_policy
 
-from tsad import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, Plan, planners
+from tsad import COMPUTE, REUSE_TYPE, Plan, planners
 from tsad.commands.common import files_sha256
 from tsad.planners.base import budget
 from tsad.sim.recording import Recorded, open_collection, save_episode
@@ -65,9 +65,13 @@ def test_the_type_planner_finds_the_least_foreseen_loss() -> None:
             float(effects.segment[b, k, k + 1]) for k, b in np.argwhere(sources == COMPUTE)
         )
         assert total == pytest.approx(alone, rel=1e-5, abs=1e-6)
+        for fee in (0.0, 0.1, 0.7):
+            best = directions.least_segments(loss, fee)
+            lost = sum(loss[i, j] for i, j in zip(best, [*best[1:], len(cells)], strict=True))
+            assert lost + fee * len(best) <= total + fee * len(computed) + 1e-9
     for coherent in (False, True):
         plan = directions.TypePlanner(effects, types, coherent=coherent)(policy, 0.5)
-        assert 0.5 <= plan.sparsity < 0.7 and set(np.unique(plan.sources)) == {COMPUTE, REUSE_TYPE}
+        assert 0.5 <= plan.sparsity < 0.75 and set(np.unique(plan.sources)) == {COMPUTE, REUSE_TYPE}
 
 
 def test_cycles_of_rollouts_keep_their_budget_and_their_age() -> None:
@@ -114,8 +118,8 @@ def test_the_table(tmp_path: Path, capsys: Any) -> None:
     record(Path(others), 5000, facts)
     tables = made_up(STEPS, 24)
     replace(tables, metadata={**facts, "seeds": [0, 1]}).save(effects)
-    out, kept = tmp_path / "directions.json", tmp_path / "plans"
-    argv = [effects, seen, others, "--out", str(out), "--plans", str(kept), "--sparsity", "0.5"]
+    out, state = tmp_path / "directions.json", tmp_path / "state.json"
+    argv = [effects, seen, others, "--out", str(out), "--state", str(state), "--sparsity", "0.5"]
     argv += ["--tries", "5", "--round", "3", "--windows", "2", "--length", "3", "--lanes", "1"]
     assert directions.main(argv) == 0
     document = json.loads(out.read_text())
@@ -134,9 +138,18 @@ def test_the_table(tmp_path: Path, capsys: Any) -> None:
             assert row["tried"] == 5 and row["searched_rms"] <= row["begun_rms"]
     assert rows["rollout"]["age"]["oldest"] == 3 and rows["step"]["age"]["oldest"] == 0
     assert rows["rollout, in turn"]["age"] == {"oldest": 1, "mean": 1.0}
-    plan = Plan.load(kept / "step-0.5-0.npz")
-    assert plan.sparsity == pytest.approx(rows["step"]["sparsity"])
-    assert not (plan.sources == REUSE_ROLLOUT).any() and (plan.sources == REUSE_STEP).any()
+    kept = state.read_bytes()
+    assert directions.main([*argv, "--episodes", "1"]) == 0  # has nothing to search for any more
+    assert state.read_bytes() == kept and json.loads(out.read_text())["report"]["chunks"] == 3
+    with pytest.raises(ValueError, match="--state: .* is of other settings"):
+        directions.main([*argv, "--seed", "1"])
+    argv[argv.index("--tries") + 1] = "6"
+    assert directions.main(argv) == 0
+    again = json.loads(out.read_text())["directions"]["0.5"]
+    for name in directions.DIRECTIONS:
+        assert again[name]["tried"] == 6
+        assert again[name]["begun_rms"] == rows[name]["begun_rms"]
+        assert again[name]["searched_rms"] <= rows[name]["searched_rms"]
     assert "rollout, unbounded" in capsys.readouterr().out
     with pytest.raises(ValueError, match="that are to test it"):
         directions.main([effects, seen, seen])
