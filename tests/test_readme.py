@@ -21,6 +21,21 @@ def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "plan.npz").exists()
 
 
+def test_the_frontier_is_the_committed_one() -> None:
+    import json
+    import sys
+
+    sys.path.insert(0, str(ROOT / "bench"))
+    import frontier
+
+    (file,) = re.findall(r"`(bench/results/[^`]*-frontier\.json)`", README.read_text())
+    document = json.loads((ROOT / file).read_text())
+    section = README.read_text().partition("## Which setting")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert set(rows) <= set(frontier.page(document).splitlines())
+
+
 def test_the_files_it_lists_exist() -> None:
     for name in re.findall(r"`((?:tsad|csrc|bench)/[\w./]+)`", README.read_text()):
         assert (ROOT / name).exists(), name
@@ -31,7 +46,7 @@ def test_the_commands_it_names_exist() -> None:
 
     commands = set(
         re.findall(
-            r"`?tsad (demo|eval|collect|plan|bench|show|info|convert|generate|train-policy)\b",
+            r"`?tsad (demo|eval|collect|plan|tune|bench|show|info|convert|generate|train-policy)\b",
             README.read_text(),
         )
     )

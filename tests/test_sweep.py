@@ -178,6 +178,8 @@ def test_a_sweep(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
     command[3] = "5"
     code, out, _ = run(capsys, *command)
     assert code == 0 and played == [100004] * len(rows)
+    looks = json.loads((tmp_path / "sweep" / "half.json").read_text())["looks"]
+    assert [look["last_seed"] for look in looks] == [100002, 100002, 100003, 100004]
     assert "95 % together" in out and out.count("\n") >= len(rows) + 4
     played.clear()
     rows[3]["sparsity"] = 0.25

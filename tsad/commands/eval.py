@@ -309,6 +309,8 @@ def _document(
     from tsad.sim import results
 
     asked = [journal.episodes[seed] for seed in seeds]
+    finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    look = {"finished": finished, "first_seed": seeds[0], "last_seed": seeds[-1]}
     return {
         "format": results.FORMAT,
         "format_version": results.FORMAT_VERSION,
@@ -321,8 +323,10 @@ def _document(
             "threads": policy.threads,
             **({} if workers is None else workers._asdict()),
             "cpu": cpu_name(),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "finished": finished,
         },
+        # Every time that somebody was told: test seeds are to be looked at once.
+        "looks": [*journal.looks, look],
         "summary": {"first_seed": seeds[0], "last_seed": seeds[-1], **results.summarise(asked)},
         "episodes": [asdict(journal.episodes[seed]) for seed in sorted(journal.episodes)],
     }

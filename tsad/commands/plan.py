@@ -102,8 +102,8 @@ def add_parser(subparsers: Any) -> None:
         "--against",
         type=positive_int,
         metavar="K",
-        help="count as right what K dense steps of the same sampler make, not its own --steps: for "
-        "few steps of ddim or dpmsolver++; --data may then be of any sampler",
+        help="count as right what K dense steps of DDIM make, not its own: for few steps of ddim or "
+        "dpmsolver++, which solve the same equation; --data may be of any sampler",
     )
     search.add_argument(
         "--lanes",
@@ -375,7 +375,7 @@ def _search(args: argparse.Namespace) -> int:
     policy, reference = load_policy(args.source, args, name="POLICY", lanes=lanes), None
     power = 1.0
     if args.against is not None:
-        more = argparse.Namespace(**{**vars(args), "steps": args.against})
+        more = argparse.Namespace(**{**vars(args), "sampler": "ddim", "steps": args.against})
         power = 0.5
         with argument("--against"):
             reference = load_policy(args.source, more, name="--against", lanes=lanes)

@@ -33,8 +33,8 @@ class ChunkError:
             action_dim) of each window, if they were recorded; default: the policy runs for them.
         counts_first: False leaves the first chunk of every window out, whatever plan it is of.
         reference: another policy of L lanes, whose dense chunks count as right instead of the
-            policy's own: of the same weights and more steps of a sampler without noise (DDIM,
-            DPM-Solver++), say. It begins with the same samples.
+            policy's own: of the same weights and more steps of DDIM, say. It begins with the same
+            samples.
         power: of the mean squared errors, before their mean over chunks. In few steps a handful of
             chunks goes another way than the reference and outweighs all others; 0.5 counts them
             by their root.

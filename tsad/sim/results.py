@@ -290,6 +290,7 @@ class Journal:
     ) -> None:
         self.out, self.settings = out, dict(settings)
         self.episodes: dict[int, Episode] = {}
+        self.looks: list[Any] = []  # of the finished file that this run goes on with
         self._file: Any = None
         self._lock: Lock | None = None
         if out is None:
@@ -316,6 +317,8 @@ class Journal:
                     "fix: use its settings, another --out, or --overwrite"
                 )
             self.episodes = {episode.seed: episode for episode in episodes}
+            if out.exists():
+                self.looks = json.loads(out.read_text()).get("looks", [])
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": self.settings}
         rows = [header, *(asdict(episode) for episode in self.episodes.values())]
         partial = partial_path(out)
