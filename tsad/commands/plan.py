@@ -102,8 +102,8 @@ def add_parser(subparsers: Any) -> None:
         "--against",
         type=positive_int,
         metavar="K",
-        help="count as right what K dense steps of DDIM make, not its own: for few steps of ddim or "
-        "dpmsolver++, which solve the same equation; --data may be of any sampler",
+        help="count as right what K dense steps of DDIM make, not its own: for few steps of ddim "
+        "or dpmsolver++, which solve the same equation; --data may be of any sampler",
     )
     search.add_argument(
         "--lanes",
