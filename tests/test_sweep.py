@@ -122,6 +122,7 @@ def test_a_sweep(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
         {"name": "again", **short, "sparsity": 0},
         {"name": "half", **short, "sparsity": 0.5},
         {"name": "file", **short, "plan": "two.npz"},
+        {"name": "mask", **short, "plan": "1010"},
         {"name": "short", **short, "n_action_steps": 4},
         {"name": "trailing", **short, "spacing": "trailing"},
         {"name": "int16", **short, "precision": "int16"},
@@ -137,7 +138,8 @@ def test_a_sweep(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
     found, compared = summary["rows"], summary["compared"]["rows"]
     assert list(found) == [row["name"] for row in rows] and "dense" not in compared
     assert compared["again"]["simultaneous"] == [0, 0]
-    assert found["file"]["score"] == found["half"]["score"]  # the same plan
+    for name in ("file", "mask"):  # the same plan
+        assert found[name]["score"] == found["half"]["score"]
     assert found["file"]["passes"] == found["half"]["passes"] == 2
     assert found["dense"]["action_rms"] == found["again"]["action_rms"] == 0
     assert 1e-3 < found["half"]["action_rms"] < 2

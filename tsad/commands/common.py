@@ -242,6 +242,21 @@ def load_plan(path: str, name: str) -> Plan:
         return tsad.Plan.load(path)
 
 
+def is_mask(text: str) -> bool:
+    """Whether a plan is given as a step mask, such as 10000010, instead of a file."""
+    return set(text) <= {"0", "1"} and not Path(text).exists()
+
+
+def plan_of(text: str, name: str, policy: SparsePolicy) -> Plan:
+    """A plan file, or the plan of a step mask: 1 computes a step, 0 repeats the one before."""
+    from tsad.planners import from_steps
+
+    if not is_mask(text):
+        return load_plan(text, name)
+    with argument(name):
+        return from_steps(policy, text)
+
+
 def set_sparsity(policy: SparsePolicy, value: float) -> None:
     """Turn the dial; UsageError beyond what the planner reaches."""
     with argument("--sparsity"):

@@ -26,9 +26,9 @@ from tsad.commands.common import (
     check_simulator,
     cpu_name,
     files_sha256,
-    load_plan,
     load_policy,
     natural,
+    plan_of,
     plan_sha256,
     planner_name,
     positive_int,
@@ -108,7 +108,11 @@ def add_parser(subparsers: Any) -> None:
         help="share of the cost not computed, 0 to 1 (with --planner pruner: its own choice)",
     )
     choice.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
-    choice.add_argument("--plan", metavar="FILE", help="a fixed plan (npz) instead of a planner")
+    choice.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="a fixed plan instead of a planner: npz, or a step mask such as 10000010",
+    )
     add_preset(choice)
     choice.add_argument("--settings", metavar="FILE", help="many settings, JSON; see above")
     parser.add_argument(
@@ -195,7 +199,7 @@ def _read_baseline(path: str | None, seeds: list[int]) -> list[Any] | None:
 def configure(policy: SparsePolicy, args: argparse.Namespace) -> dict[str, Any]:
     """Set planner, sparsity or plan; returns the settings that say so."""
     if args.plan is not None:
-        plan = load_plan(args.plan, "--plan")
+        plan = plan_of(args.plan, "--plan", policy)
         with argument("--plan"):
             policy.plan = plan
         return {"planner": "file", "sparsity": plan.sparsity, "plan_sha256": plan_sha256(plan)}

@@ -7,7 +7,7 @@ import os
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tsad.commands.common import UsageError, load_options, load_plan, positive_int
+from tsad.commands.common import UsageError, load_options, plan_of, positive_int
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
@@ -76,7 +76,7 @@ def play(
     lanes = min(policy.lanes, -(-len(todo) // workers.jobs))
     attributes: dict[str, Any] = {}
     if args.plan is not None:
-        attributes["plan"] = load_plan(args.plan, "--plan")
+        attributes["plan"] = plan_of(args.plan, "--plan", policy)
     else:
         attributes |= {"planner": policy.planner, "sparsity": policy.sparsity}
     work = parallel.Work(

@@ -14,6 +14,7 @@ from tsad.commands.common import (
     UsageError,
     argument,
     check_simulator,
+    is_mask,
     load_policy,
     seed_range,
     table,
@@ -95,7 +96,7 @@ def read_settings(path: str) -> list[dict[str, Any]]:
 def _arguments(args: argparse.Namespace, row: Mapping[str, Any], folder: Path) -> Any:
     """The arguments of one row: those of the command, but for what the row says."""
     row = {key: value for key, value in row.items() if key != "name"}
-    if "plan" in row:  # relative to the settings file
+    if "plan" in row and not is_mask(row["plan"]):  # relative to the settings file
         row["plan"] = str(folder / row["plan"])
     own = argparse.Namespace(**{**vars(args), **row, "resume": not args.overwrite})
     use_preset(own, policy_source(args), row.get("preset"))

@@ -18,9 +18,9 @@ from tsad.commands.common import (
     check_simulator,
     cpu_name,
     files_sha256,
-    load_plan,
     load_policy,
     natural,
+    plan_of,
     positive_int,
     sampler_name,
     seed_range,
@@ -43,6 +43,8 @@ ERRORS = ("action_rms", "distance")
 FEW_STEPS, FEWEST = (16, 10, 8, 6, 5, 4, 3, 2), 2
 DPM_STEPS = (10, 8, 5, 4)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+# Steps computed: what few steps extrapolate from is a matter of where they are (bench/frontier).
+MASKS = (("dpmsolver++", "10000010"), ("dpmsolver++", "10010010"), ("ddim", "10000100"))
 SPARSE_FEW = ((16, 0.75), (16, 0.875), (8, 0.5), (8, 0.75), (4, 0.5))
 
 DESCRIPTION = """\
@@ -53,7 +55,7 @@ fast      the fastest setting whose mean loss is at most --within
 lossless  the fastest whose 95 % interval, of all settings together, lies above -(--within)
 
 are kept in the policy's folder with --save, for tsad.load(..., preset="fast"). Without --settings
-the grid is: DDIM and DPM-Solver++ with few steps, and plans that compute evenly spaced steps; then
+the grid is: DDIM and DPM-Solver++ with few steps, and plans that compute some of the steps; then
 what is best again in 16 bits. The format of --settings is that of tsad eval.
 
 Without a simulator, --observations alone compare the actions of --draws samples per observation
@@ -156,7 +158,7 @@ def _loss(text: str) -> float:
 
 
 def default_grid(policy: SparsePolicy) -> list[dict[str, Any]]:
-    """Settings for a policy: its own, fewer steps of other samplers, evenly spaced plans."""
+    """Settings for a policy: its own, fewer steps of other samplers, some of the steps."""
     own = policy.num_inference_steps
     rows: list[dict[str, Any]] = [{"name": "dense"}]
     rows += [
@@ -174,6 +176,10 @@ def default_grid(policy: SparsePolicy) -> list[dict[str, Any]]:
     for steps, s in SPARSE_FEW:
         row = {"name": f"ddim-{steps}-uniform-{100 * s:g}", "sampler": "ddim", "steps": steps}
         rows.append({**row, "planner": "uniform", "sparsity": s})
+    for sampler, mask in MASKS:
+        computed = "-".join(str(step) for step, bit in enumerate(mask) if bit == "1")
+        name = f"{sampler.removesuffix('solver++')}-{len(mask)}-rows-{computed}"
+        rows.append({"name": name, "sampler": sampler, "steps": len(mask), "plan": mask})
     return [row for row in rows if row.get("steps", 0) < own]
 
 
@@ -341,7 +347,7 @@ def _save(
             sparsity=own.sparsity,
             measured={"setting": name, "cpu": cpu_name(), **measured},
         )
-        plan = None if own.plan is None else load_plan(own.plan, "--settings")
+        plan = None if own.plan is None else plan_of(own.plan, "--settings", policy)
         presets.append((made, plan))
     with argument("--save"):
         save_presets(folder, presets)
