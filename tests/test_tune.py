@@ -92,6 +92,7 @@ def short(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(PushT, "max_steps", 24)
     monkeypatch.setattr(tune, "CHUNKS_PER_ROUND", 2)
+    monkeypatch.setattr(tune, "LEAST_SEEDS", 3)
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -121,6 +122,10 @@ def test_tune_in_a_simulator(capsys: Any, folder: Path) -> None:
     policy = tsad.load(folder / "policy", preset="fast")
     assert policy.num_inference_steps == found["settings"][fastest]["steps"]
     assert policy.precision == found["settings"][fastest].get("precision", "float32")
+
+    # too few seeds prove nothing
+    code, out, err = run(capsys, *command(folder, "pusht", "--seeds", "2", "--json"))
+    assert code == 0 and set(json.loads(out)["presets"]) == {"fast"}, err
 
     # again: nothing is played, times are taken anew; text and picture
     code, out, err = run(capsys, *command(folder, "pusht", "--seeds", "3", "--lanes", "3"))

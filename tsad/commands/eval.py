@@ -286,7 +286,8 @@ def _play(
         played = jobs.play(workers, policy, policy_source(args), args, todo, options)
     done = args.seeds - len(todo)
     dense = policy.sparsity == 0
-    label = f"{args.simulator}, {'dense' if dense else 'sparsity ' + _percent(policy.sparsity)}"
+    plan = "dense" if dense else f"sparsity {_percent(policy.sparsity)}"
+    label = getattr(args, "label", None) or f"{args.simulator}, {plan}"  # of a sweep's row
     try:
         with (
             contextlib.closing(played),

@@ -227,10 +227,11 @@ class Sweep:
         from tsad.sim.results import read_results
 
         self._out.mkdir(parents=True, exist_ok=True)
-        for name, own in self._arguments.items():
+        for number, (name, own) in enumerate(self._arguments.items(), 1):
             if name in self.rows:
                 continue
             path = self._out / f"{name}.json"
+            own.label = f"{number} of {len(self._arguments)}, {name}"
             try:
                 document, policy = evaluate(own, path)
             except (InterruptedRunError, WorkerError) as stop:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 FORMAT, FORMAT_VERSION = "tsad-tune", 1
 RESULT, PICTURE = "tune.json", "tune.png"
 CHUNKS_PER_ROUND = 30
+LEAST_SEEDS = 30  # with fewer an interval of resampled episodes says little
 ERRORS = ("action_rms", "distance")
 FEW_STEPS, FEWEST = (16, 10, 8, 6, 5, 4, 3, 2), 2
 DPM_STEPS = (10, 8, 5, 4)
@@ -52,7 +53,8 @@ Plays a policy with many settings over the same seeds, times each afterwards, an
 frontier: the least loss at every latency. The first setting, dense, is what all are compared with.
 
 fast      the fastest setting whose mean loss is at most --within
-lossless  the fastest whose 95 % interval, of all settings together, lies above -(--within)
+lossless  the fastest whose 95 % interval, of all settings together, lies above -(--within), of 30
+          seeds or more
 
 are kept in the policy's folder with --save, for tsad.load(..., preset="fast"). Without --settings
 the grid is: DDIM and DPM-Solver++ with few steps, and plans that compute some of the steps; then
@@ -316,7 +318,7 @@ def _choose(
     losses = {name: value for name, value in _losses(rows, args).items() if name in times}
     kept = [name for name in names if losses[name] <= args.within]
     chosen = {"fast": fastest(times, kept)}
-    if args.simulator is not None:
+    if args.simulator is not None and args.seeds >= LEAST_SEEDS:
         first = next(iter(rows))
         proven = [n for n in names if n == first or rows[n]["simultaneous"][0] > -args.within]
         chosen["lossless"] = fastest(times, proven)
