@@ -203,7 +203,8 @@ def call(*words: str) -> int:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sim, "make", lambda name: Copyable())
-    monkeypatch.setattr(FakePolicy, "config", {"scheduler": {"type": "ddim"}}, raising=False)
+    scheduler = {"type": "ddim", "num_inference_steps": 4}
+    monkeypatch.setattr(FakePolicy, "config", {"scheduler": scheduler}, raising=False)
     for name, value in (("num_inference_steps", 4), ("precision", "float32")):
         monkeypatch.setattr(FakePolicy, name, value, raising=False)
     monkeypatch.setattr(tsad, "load", lambda source, *, lanes, **_: FakePolicy(lanes))
