@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ERRORS_FILE = "errors.json"
 LANES = 8
 # Recorded observations that actions are compared on: with more draws of each, fewer.
-MOST_WINDOWS, LEAST_WINDOWS, MOST_CHUNKS = 250, 24, 1536
+MOST_WINDOWS, LEAST_WINDOWS, MOST_CHUNKS = 250, 12, 768
 
 
 def most_windows(draws: int) -> int:

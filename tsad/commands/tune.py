@@ -322,7 +322,9 @@ def _choose(
         first = next(iter(rows))
         proven = [n for n in names if n == first or rows[n]["simultaneous"][0] > -args.within]
         chosen["lossless"] = fastest(times, proven)
-    return frontier(times, losses), chosen
+    first = next(iter(rows))
+    better = {preset: None if name == first else name for preset, name in chosen.items()}
+    return frontier(times, losses), better
 
 
 def _save(
@@ -395,7 +397,7 @@ def _words(document: dict[str, Any]) -> list[str]:
     rows, within = document["rows"], document["within"]
     for preset, name in document["presets"].items():
         if name is None:
-            lines.append(f"{preset}: none loses at most {within:g}")
+            lines.append(f"{preset}: nothing faster is shown to lose at most {within:g}")
             continue
         times = [rows[n]["milliseconds"] for n in (next(iter(rows)), name)]
         lines.append(f"{preset}: {name}, {times[1]:.2f} ms, {times[0] / times[1]:.1f} times faster")
