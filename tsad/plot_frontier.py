@@ -71,8 +71,10 @@ def plot_frontier(document: Mapping[str, Any], ax: Any) -> Any:
         ax.annotate(
             name,
             (rows[name]["milliseconds"], loss(name)),
-            xytext=(5, 5),
+            xytext=(3, 6),
             textcoords="offset points",
+            rotation=40,  # neighbours would lie on each other
+            rotation_mode="anchor",
             fontsize=7,
             color=INK,
         )
