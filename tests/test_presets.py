@@ -92,7 +92,9 @@ def test_an_argument_that_says_otherwise_is_refused(folder: Path) -> None:
 
 
 def test_what_cannot_be_applied_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="preset: got 'fast', but .* has no presets; tsad.presets"):
+    with pytest.raises(
+        ValueError, match="preset: got 'fast', but .* has no presets; tsad tune --save"
+    ):
         tsad.load(folder, preset="fast")
     policy = tsad.load(folder, **DDIM)
     rows = [(a_preset(folder, "fast"), tsad.planners.uniform(policy, 2))]

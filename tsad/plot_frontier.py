@@ -61,6 +61,8 @@ def plot_frontier(document: Mapping[str, Any], ax: Any) -> Any:
             label=None if kind in seen or small else label,
         )
         seen |= set() if small else {kind}
+    if any(setting.get("precision") == "int16" for setting in document["settings"].values()):
+        ax.plot([], [], "o", color=INK, markerfacecolor="white", label="hollow: 16 bits")
     best = document["frontier"]
     x = [rows[name]["milliseconds"] for name in best]
     ax.step(x, [loss(name) for name in best], where="post", color=INK, linewidth=1, zorder=0)

@@ -1,7 +1,7 @@
 """Presets: settings of a policy that were measured, by name, in the policy's folder.
 
-``presets.json`` holds them; the plans that they use lie beside it. `save_presets` writes them and
-``tsad.load(source, preset="fast")`` applies one. A preset belongs to weights, by their SHA-256:
+``presets.json`` holds them; the plans that they use lie beside it. ``tsad tune --save`` makes them
+and ``tsad.load(source, preset="fast")`` applies one. A preset belongs to weights, by their SHA-256:
 what was measured of others says nothing of these.
 
 ::
@@ -214,8 +214,7 @@ def find_preset(folder: Path | None, name: str, source: str) -> Preset:
     if name not in presets:
         there = f"the presets {', '.join(map(repr, presets))}" if presets else "no presets"
         raise ValueError(
-            f"preset: got {name!r}, but {source!r} has {there}; "
-            "tsad.presets.save_presets makes some"
+            f"preset: got {name!r}, but {source!r} has {there}; tsad tune --save makes some"
         )
     preset, found = presets[name], model_sha256(folder)
     if preset.model_sha256 != found:
@@ -278,5 +277,5 @@ def stale_note(folder: Path) -> list[str]:
         return []
     return [
         f"{PRESETS_FILE} stays, but its {', '.join(names)} were made for other weights and are "
-        "refused; tsad.presets.save_presets makes new ones"
+        "refused; tsad tune --save makes new ones"
     ]

@@ -243,7 +243,8 @@ def _in_16_bits(sweep: Sweep, rows: dict[str, Any], args: argparse.Namespace) ->
     known = {n: row["passes"] for n, row in rows.items() if row["passes"] is not None}
     losses = _losses(rows, args)
     best = [n for n in frontier(known, {n: losses[n] for n in known}) if _plain(sweep, n)]
-    sweep.add([{**sweep.setting(n), "name": f"{n}-int16", "precision": "int16"} for n in best])
+    small = [{**sweep.setting(n), "name": f"{n}-int16", "precision": "int16"} for n in best]
+    sweep.add([row for row in small if row["name"] not in rows])  # a file may have them
 
 
 def _plain(sweep: Sweep, name: str) -> bool:
@@ -317,12 +318,10 @@ def _choose(
     times = {name: rows[name]["milliseconds"] for name in names}
     losses = {name: value for name, value in _losses(rows, args).items() if name in times}
     kept = [name for name in names if losses[name] <= args.within]
-    chosen = {"fast": fastest(times, kept)}
+    first, chosen = next(iter(rows)), {"fast": fastest(times, kept)}
     if args.simulator is not None and args.seeds >= LEAST_SEEDS:
-        first = next(iter(rows))
         proven = [n for n in names if n == first or rows[n]["simultaneous"][0] > -args.within]
         chosen["lossless"] = fastest(times, proven)
-    first = next(iter(rows))
     better = {preset: None if name == first else name for preset, name in chosen.items()}
     return frontier(times, losses), better
 
