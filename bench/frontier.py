@@ -1,8 +1,10 @@
-"""What `tsad tune` found, as a table for a page.
+"""What `tsad tune` found, or a sweep of `tsad eval`, as a table for a page.
 
     tsad tune pusht --settings bench/frontier/settings.json --out frontier \
         --seeds 500 --first-seed 100000 --observations others --draws 64
     python bench/frontier.py frontier/tune.json
+    tsad eval pusht --settings bench/frontier/headline.json --out headline --seeds 1500
+    python bench/frontier.py headline/summary.json
 
 `bench/frontier/README.md` says how the plans among the settings were made. `--only` names rows.
 """
@@ -49,15 +51,39 @@ def page(document: dict[str, Any], only: list[str] | None = None) -> str:
     return "\n".join(["| " + " | ".join(head) + " |", rule, *(line(document, n) for n in names)])
 
 
+def sweep(document: dict[str, Any]) -> str:
+    """The table of a sweep: differences to its first row, each alone (normal) and all together."""
+    head = ["setting", "passes", "score", "success", "difference", "95 %", "95 %, all together"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name, row in document["rows"].items():
+        cells = [name, f"{row['passes']:.0f}", f"{row['score']['mean']:.3f}"]
+        cells += [f"{row['success']['mean']:.3f}"]
+        other = document["compared"]["rows"].get(name)
+        if other is None:
+            cells += ["", "", ""]
+        else:
+            mean, away = other["mean_difference"], 1.959964 * other["standard_error"]
+            low, high = other["simultaneous"]
+            cells += [f"{mean:+.3f}", f"{mean - away:+.3f} to {mean + away:+.3f}"]
+            cells += [f"{low:+.3f} to {high:+.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="tune.json")
+    parser.add_argument("file", type=Path, help="tune.json or summary.json")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
     args = parser.parse_args(argv)
     document = json.loads(args.file.read_text())
+    if document["format"] == "tsad-sweep":
+        if args.only:
+            parser.error("--only: of a tune.json alone; a sweep's table is short")
+        print(sweep(document))
+        return 0
     unknown = set(args.only or ()) - set(document["rows"])
     if unknown:
         parser.error(f"--only: no such rows: {', '.join(sorted(unknown))}")

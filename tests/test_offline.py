@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from policies import make_policy
+from policies import make_policy, observations
 
 from tsad import REUSE_ROLLOUT, Plan, planners
+from tsad.planners.search import Search
 from tsad.sim import offline
 
 
@@ -82,3 +83,37 @@ def test_spread_is_relative() -> None:
     assert offline.spread(b / 2 + 5, b) == pytest.approx(0.5)  # where they are doesn't matter
     assert offline.spread(np.zeros_like(b), b) == 0
     assert np.isnan(offline.spread(b, np.zeros_like(b)))
+
+
+def test_the_distance_of_a_plan_is_that_of_its_draws() -> None:
+    policy, reference = make_policy(lanes=3), make_policy(lanes=2)
+    given = observations(policy, 3, 4)
+    seen: list[int] = []
+    distance = offline.Distance(policy, reference, given, draws=5, group=2, progress=seen.append)
+    assert distance.groups == 2 and sum(seen) == 4 * 5
+    assert distance(planners.dense(policy)) == 0  # the same noise, the same actions
+    plan = planners.uniform(policy, 3)
+    pairs = np.stack([given, given], axis=1)
+    right = [offline.actions(reference, pairs[i : i + 2], 5) for i in (0, 2)]
+    policy.plan = plan
+    found = [offline.actions(policy, pairs[i : i + 2], 5) for i in (0, 2)]
+    wanted = offline.energy(np.concatenate(found), np.concatenate(right))
+    assert distance([plan]) == pytest.approx(wanted) and wanted > 0
+    assert distance.chunks(plan, 1).shape == (2,)
+    assert distance.chunks(plan, 0).mean() != distance.chunks(plan, 1).mean()
+    found_plan = Search(policy, plan, distance, sparsity=0.6, seed=2).run(60, tries=40)
+    assert found_plan.error < found_plan.begun == pytest.approx(wanted)
+    for wrong in (planners.c3ache(policy, 2, 6), [plan, plan]):
+        with pytest.raises(ValueError, match="plan: expected one plan whose chunks depend on no"):
+            distance(wrong)
+
+
+def test_a_distance_refuses_what_it_cannot_compare() -> None:
+    policy = make_policy(lanes=2)
+    given = observations(policy, 3, 4)
+    for options, message in (
+        ({"group": 3}, "windows: expected a multiple of 3, got 4"),
+        ({"draws": 1, "group": 2}, "draws: expected at least 2, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            offline.Distance(policy, policy, given, **options)

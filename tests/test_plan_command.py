@@ -88,6 +88,12 @@ def test_search_improves_and_survives_ctrl_c(
     assert summary["rms"] < summary["rms_begun"] and summary["tried"] == 40
     assert tsad.Plan.load(out).sparsity >= tsad.Plan.load(start).sparsity - 1e-9
 
+    code, text, err = run(capsys, *command, "--draws", "3", "--against", "6", "--json")
+    assert code == 0, err
+    summary = json.loads(text)
+    assert summary["distance"] < summary["distance_begun"] and summary["tried"] == 40
+    assert tsad.Plan.load(out).metadata["draws"] == 3
+
     def interrupted(self: Search, seconds: float, *, on_try: Any) -> Any:
         plain(self, seconds, tries=2, on_try=on_try)
         raise KeyboardInterrupt
@@ -129,6 +135,10 @@ def test_what_does_not_belong_together_is_refused(
         ([*measure, *SAMPLER, *lost], "--data: .*made by 'tsad collect'"),
         ([*search, "--start", plan, *other], "--start: expected 5 steps"),
         ([*search, "--start", plan, *SAMPLER, "--sparsity", "0.7"], "--start: expected a sparsity"),
+        (
+            [*search, "--start", plan, *SAMPLER, "--draws", "1"],
+            "--draws: got 1, expected 2",
+        ),
         (["plan", "make", "uniform", "pusht", "--sparsity", "0.5", "--out", "no/plan"], "--out"),
         (["plan", "import", "lost.txt", "pusht", *out], "FILE: got 'lost.txt'"),
     ):

@@ -36,6 +36,36 @@ def test_the_frontier_is_the_committed_one() -> None:
     assert set(rows) <= set(frontier.page(document).splitlines())
 
 
+def test_the_sweeps_are_the_committed_ones() -> None:
+    import json
+    import sys
+
+    sys.path.insert(0, str(ROOT / "bench"))
+    import frontier
+
+    section = README.read_text().partition("## More seeds")[2].partition("\n## ")[0]
+    lines: set[str] = set()
+    for kind in ("headline", "actions"):
+        (file,) = re.findall(rf"`(bench/results/[^`]*-{kind}\.json)`", section)
+        document = json.loads((ROOT / file).read_text())
+        lines |= set(frontier.sweep(document).splitlines())
+        settings = json.loads((ROOT / "bench" / "frontier" / f"{kind}.json").read_text())
+        assert [row["name"] for row in settings] == list(document["rows"])
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 15 and set(rows) <= lines
+
+
+@pytest.mark.parametrize("name", ["settings", "choose", "headline", "actions"])
+def test_the_settings_of_the_frontier_can_be_played(name: str) -> None:
+    import tsad
+    from tsad.commands.sweep import read_settings
+
+    folder = ROOT / "bench" / "frontier"
+    for row in read_settings(str(folder / f"{name}.json")):
+        plan = row.get("plan", "1")
+        assert set(plan) <= {"0", "1"} or tsad.Plan.load(folder / plan).sparsity > 0
+
+
 def test_the_files_it_lists_exist() -> None:
     for name in re.findall(r"`((?:tsad|csrc|bench)/[\w./]+)`", README.read_text()):
         assert (ROOT / name).exists(), name

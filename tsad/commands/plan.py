@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,14 @@ def add_parser(subparsers: Any) -> None:
         metavar="K",
         help="count as right what K dense steps of DDIM make, not its own: for few steps of ddim "
         "or dpmsolver++, which solve the same equation; --data may be of any sampler",
+    )
+    search.add_argument(
+        "--draws",
+        type=positive_int,
+        metavar="M",
+        help="lower the distance of M draws of each chunk's actions to as many of the policy's own "
+        "sampler, dense (or of --against K), not the error at the same noise; --data may be of "
+        "any sampler",
     )
     search.add_argument(
         "--lanes",
@@ -353,7 +361,7 @@ def _floats(array: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _search(args: argparse.Namespace) -> int:
-    from tsad.planners.search import ChunkError, Search
+    from tsad.planners.search import Search
 
     out = _out(args)
     starts = [load_plan(path, "--start") for path in args.start]
@@ -363,30 +371,23 @@ def _search(args: argparse.Namespace) -> int:
         for plan in starts:
             probe.plan = plan
         starts = [plan for plan in starts if plan.sparsity >= asked - 1e-9] or starts[:1]
-    if args.against is not None and probe.config["scheduler"]["type"] == "ddpm":
+    if args.against is not None and args.draws is None and _noisy(probe):
         raise UsageError(
             "argument --against: ddpm draws noise at every step, so other steps make other "
-            "actions; use --sampler ddim or dpmsolver++"
+            "actions; use --sampler ddim or dpmsolver++, or --draws"
         )
-    episodes = _recorded(args, probe, any_sampler=args.against is not None)
+    if args.draws is not None and args.draws < 2:
+        raise UsageError("argument --draws: got 1, expected 2 or more: scatter is compared")
+    any_sampler = args.against is not None or args.draws is not None
+    episodes = _recorded(args, probe, any_sampler=any_sampler)
     chosen = pick(episodes, args.chunks, 1, args.seed)
-    windows = [(episode.obs[part], episode.noise()[part]) for episode, part in chosen]
-    lanes = min(args.lanes, len(windows))
-    policy, reference = load_policy(args.source, args, name="POLICY", lanes=lanes), None
-    power = 1.0
-    if args.against is not None:
-        more = argparse.Namespace(**{**vars(args), "sampler": "ddim", "steps": args.against})
-        power = 0.5
-        with argument("--against"):
-            reference = load_policy(args.source, more, name="--against", lanes=lanes)
-    error = ChunkError(
-        policy, windows[: len(windows) // lanes * lanes], reference=reference, power=power
-    )
+    error, shown = _objective(args, chosen)
     with argument("--start"):
         start = starts[0] if len(starts) == 1 else min(starts, key=error)
         note = {**_facts(probe, args.source), "seeds": sorted({e.seed for e, _ in chosen})}
         note |= {} if args.against is None else {"against": args.against}
-        search = Search(policy, start, error, sparsity=asked, seed=args.seed, note=note)
+        note |= {} if args.draws is None else {"draws": args.draws}
+        search = Search(error.policy, start, error, sparsity=asked, seed=args.seed, note=note)
     seconds = args.minutes * 60
     state: list[Found] = []
     with Progress(max(round(seconds), 1), "search", unit="s") as progress:
@@ -395,7 +396,7 @@ def _search(args: argparse.Namespace) -> int:
             state[:] = [found]
             passed = min(int(found.seconds), progress.total) - progress.done
             if passed > 0:
-                now = found.error ** (0.5 / power)
+                now = shown(found.error)
                 progress.update(f"error {now:.4f}, {found.taken} of {found.tried} taken", passed)
 
         try:
@@ -408,9 +409,53 @@ def _search(args: argparse.Namespace) -> int:
                 f"the best so far is in {args.out}; --start {args.out} goes on from it"
             ) from None
     # against other steps it is the mean of the chunks' root mean squares, not that of all
-    name = "rms" if args.against is None else "mean_rms"
-    extra = {f"{name}_begun": found.begun ** (0.5 / power), name: found.error ** (0.5 / power)}
+    name = "distance" if args.draws else "rms" if args.against is None else "mean_rms"
+    extra = {f"{name}_begun": shown(found.begun), name: shown(found.error)}
     return _save_plan(args, found.plan, {**extra, "tried": found.tried, "taken": found.taken})
+
+
+def _noisy(policy: SparsePolicy) -> bool:
+    return bool(policy.config["scheduler"]["type"] == "ddpm")
+
+
+def _objective(
+    args: argparse.Namespace, chosen: list[tuple[Recorded, slice]]
+) -> tuple[Any, Callable[[float], float]]:
+    """What the search lowers, and how a value of it is shown."""
+    import numpy as np
+
+    from tsad.planners.search import ChunkError
+    from tsad.sim.offline import Distance
+
+    lanes = min(args.lanes, len(chosen) * (args.draws or 1))
+    policy = load_policy(args.source, args, name="POLICY", lanes=lanes)
+    reference: Any = None
+    if args.draws is not None or args.against is not None:
+        own = {"sampler": None, "steps": None, "spacing": None}
+        other = own if args.against is None else {"sampler": "ddim", "steps": args.against}
+        more = argparse.Namespace(**{**vars(args), **other, "precision": "float32"})
+        with argument("--against"):
+            reference = load_policy(args.source, more, name="--against", lanes=lanes)
+    if args.draws is None:
+        power = 1.0 if args.against is None else 0.5
+        windows = [(episode.obs[part], episode.noise()[part]) for episode, part in chosen]
+        whole = windows[: len(windows) // lanes * lanes]
+        error = ChunkError(policy, whole, reference=reference, power=power)
+        return error, lambda value: value ** (0.5 / power)
+    group = min(8, len(chosen))
+    obs = np.concatenate([episode.obs[part] for episode, part in chosen])
+    obs = obs[: len(obs) // group * group]
+    with argument("--draws"), Progress(len(obs) * args.draws, "reference", unit="chunks") as bar:
+        reference.sparsity = 0.0
+        distance = Distance(
+            policy,
+            reference,
+            obs,
+            draws=args.draws,
+            group=group,
+            progress=lambda n: bar.update(n=n),
+        )
+    return distance, lambda value: value
 
 
 def _import(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ class ChunkError:
                 f"windows: expected a multiple of {policy.lanes} (the policy's lanes), equally "
                 f"long, got {len(windows)} of lengths {sorted(lengths)}"
             )
-        self._policy, self._counts_first, self.power = policy, counts_first, power
+        self.policy, self._counts_first, self.power = policy, counts_first, power
         self._scale = np.array(policy.config["normalizer"]["action"]["scale"], np.float64)
         self._groups = []
         for begin in range(0, len(windows), policy.lanes):
@@ -107,9 +107,9 @@ class ChunkError:
         cycle = [plan] if isinstance(plan, Plan) else list(plan)
         # one that reads rollouts begins, if there is one, so that they are kept from the start
         begin = max(cycle, key=lambda each: bool((each.sources == REUSE_ROLLOUT).any()))
-        self._policy.reset()  # a plan that reads rollouts can't be set on another plan's
-        self._policy.plan = begin
-        found = self._run(group, self._policy, cycle)
+        self.policy.reset()  # a plan that reads rollouts can't be set on another plan's
+        self.policy.plan = begin
+        found = self._run(group, self.policy, cycle)
         error = ((found - self._dense[group]) ** 2).mean(axis=(2, 3)) ** self.power
         repeats = begin.first is not None and np.array_equal(begin.first.sources, begin.sources)
         dense = not begin.sources.any()
@@ -119,6 +119,17 @@ class ChunkError:
     def __call__(self, plan: Plan | Sequence[Plan]) -> float:
         """The mean over all chunks that count, of their errors to the power."""
         return float(np.mean([self.chunks(plan, group) for group in range(self.groups)]))
+
+
+class Error(Protocol):
+    """What a search makes smaller: `ChunkError`, or `tsad.sim.offline.Distance`."""
+
+    @property
+    def groups(self) -> int:
+        """In how many parts it is measured."""
+
+    def chunks(self, plan: Plan | Sequence[Plan], group: int, /) -> Floats:
+        """Of one part, any shape; the parts' means count equally."""
 
 
 @dataclass
@@ -150,7 +161,7 @@ class Search:
         policy: whose plan it is; its costs decide.
         start: a plan. What it computes at step 0 stays. Several plans are a cycle, see
             `ChunkError`: each costs at most what is asked; cells also change places in all of them.
-        error: `ChunkError` of that policy.
+        error: `ChunkError` of that policy, or another `Error`.
         sparsity: of the cost; the plan found is at least as sparse.
         seed: of the moves.
         note: kept in the plan's metadata, e.g. which episodes the error is of.
@@ -164,7 +175,7 @@ class Search:
         self,
         policy: Any,
         start: Plan | Sequence[Plan],
-        error: ChunkError,
+        error: Error,
         *,
         sparsity: float,
         seed: int = 0,

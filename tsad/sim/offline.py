@@ -8,12 +8,13 @@ distributions (`energy`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.plan import Plan
 from tsad.warm import WarmPolicy
 
 Floats = NDArray[np.float64]
@@ -25,11 +26,14 @@ def needs_past(policy: Any) -> bool:
     return (
         isinstance(policy, WarmPolicy)
         or policy.planner == "pruner"
-        or any(
-            plan.sources.any()
-            and (plan.first is None or not np.array_equal(plan.first.sources, plan.sources))
-            for plan in plans
-        )
+        or any(_begins_otherwise(plan) for plan in plans)
+    )
+
+
+def _begins_otherwise(plan: Plan) -> bool:
+    """Whether an episode's first chunk is not of the plan itself."""
+    return bool(plan.sources.any()) and (
+        plan.first is None or not np.array_equal(plan.first.sources, plan.sources)
     )
 
 
@@ -49,6 +53,8 @@ def actions(
     windows: NDArray[np.float32],
     draws: int = 1,
     progress: Callable[[int], None] = lambda chunks: None,
+    *,
+    past: bool | None = None,
 ) -> Floats:
     """(W, draws, n_action_steps * action_dim): executed actions, normalised units.
 
@@ -58,8 +64,10 @@ def actions(
             one's actions are returned; the first runs before it where it matters (`needs_past`).
         draws: of noise, for each window.
         progress: called with the number of results just added.
+        past: whether the first runs; None: looks at the policy, which then must not have run since
+            it was set.
     """
-    begin = 0 if needs_past(policy) else 1
+    begin = 0 if (needs_past(policy) if past is None else past) else 1
     config = policy.config
     scale = np.array(config["normalizer"]["action"]["scale"], np.float64)
     jobs = [(w, m) for w in range(len(windows)) for m in range(draws)]
@@ -93,8 +101,7 @@ def energy(a: Floats, b: Floats) -> float:
     if a.shape[1] < 2:
         raise ValueError(f"a: expected at least 2 draws, got {a.shape[1]}; run more")
     spread = float(_apart(b, b).mean())
-    distance = (2 * _apart(a, b) - _apart(a, a) - _apart(b, b)).mean()
-    return float(distance) / spread if spread > 0 else float("nan")
+    return float(_energies(a, b).mean()) / spread if spread > 0 else float("nan")
 
 
 def spread(a: Floats, b: Floats) -> float:
@@ -106,9 +113,80 @@ def spread(a: Floats, b: Floats) -> float:
     return own / other if other > 0 else float("nan")
 
 
+def _energies(a: Floats, b: Floats) -> Floats:
+    """(W,) energy distances, not divided by anything."""
+    return np.asarray(2 * _apart(a, b) - _apart(a, a) - _apart(b, b))
+
+
 def _apart(a: Floats, b: Floats) -> Floats:
     """(W,) mean |A_i - B_j| over i != j."""
     lengths = np.stack([np.linalg.norm(x[:, None] - y, axis=-1) for x, y in zip(a, b, strict=True)])
     draws = a.shape[1]
     diagonal = np.trace(lengths, axis1=1, axis2=2)
     return np.asarray((lengths.sum(axis=(1, 2)) - diagonal) / (draws * (draws - 1)))
+
+
+class Distance:
+    """`energy` of a plan's draws to a reference's, for `tsad.planners.search.Search` to lower.
+
+    In few steps a plan may turn the same noise into other actions than many steps do and still draw
+    alike; the error at the same noise counts that as wrong, and misses a small bias of all draws.
+
+    Args:
+        policy: a `tsad.SparsePolicy`, whose plan is changed and lanes reset.
+        reference: a policy whose draws count as right, as it is set: dense, of more steps.
+        windows: (W, n_obs_steps, obs_dim) observations, raw units; W a multiple of `group`.
+        draws: of noise for each, at least 2.
+        group: so many observations are looked at before a plan may be given up.
+        progress: called with the number of the reference's chunks just added.
+
+    Raises:
+        ValueError: of `windows`, `draws` or a plan whose chunks depend on those before.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        reference: Any,
+        windows: NDArray[np.float32],
+        *,
+        draws: int = 16,
+        group: int = 8,
+        progress: Callable[[int], None] = lambda chunks: None,
+    ) -> None:
+        if not len(windows) or len(windows) % group:
+            raise ValueError(f"windows: expected a multiple of {group}, got {len(windows)}")
+        if draws < 2:
+            raise ValueError(f"draws: expected at least 2, got {draws}")
+        self.policy, self._draws = policy, draws
+        # `actions` takes pairs, of which the first is only run by plans that are refused here
+        pairs = np.stack([windows, windows], axis=1).astype(np.float32)
+        self._groups = [pairs[i : i + group] for i in range(0, len(pairs), group)]
+        self._right = [
+            actions(reference, part, draws, progress, past=False) for part in self._groups
+        ]
+        self._spread = float(np.mean([_apart(right, right).mean() for right in self._right]))
+        if not self._spread > 0:
+            raise ValueError("reference: its draws are all alike, nothing tells a plan's from them")
+
+    @property
+    def groups(self) -> int:
+        """How many groups of observations there are."""
+        return len(self._groups)
+
+    def chunks(self, plan: Plan | Sequence[Plan], group: int) -> Floats:
+        """(group,): the distance of each observation of a group, relative to the mean spread."""
+        plans = [plan] if isinstance(plan, Plan) else list(plan)
+        self.policy.reset()
+        self.policy.plan = plans[0]
+        if len(plans) > 1 or _begins_otherwise(plans[0]):
+            raise ValueError(
+                "plan: expected one plan whose chunks depend on no chunk before; measure others "
+                "with ChunkError"
+            )
+        found = actions(self.policy, self._groups[group], self._draws, past=False)
+        return _energies(found, self._right[group]) / self._spread
+
+    def __call__(self, plan: Plan | Sequence[Plan]) -> float:
+        """The mean over all observations."""
+        return float(np.mean([self.chunks(plan, group) for group in range(self.groups)]))
