@@ -23,6 +23,7 @@ from tsad.presets import (
     save_presets,
     stale,
 )
+from tsad.warm import WarmPolicy
 
 DDIM = {"sampler": "ddim", "num_inference_steps": 5}
 
@@ -60,6 +61,37 @@ def test_a_preset_is_the_setting_it_names(folder: Path) -> None:
     assert found.words() == (
         "ddim, 5 steps trailing, plan preset-fast.npz, 2 actions of a chunk, float32"
     )
+
+
+def test_a_preset_may_start_warm(folder: Path) -> None:
+    plan = tsad.planners.uniform(tsad.load(folder, **DDIM, warm_start=3), 1)
+    rows: list[tuple[Preset, Any]] = [
+        (a_preset(folder, "warm", warm_start=3, n_action_steps=2), None),
+        (a_preset(folder, "lean", warm_start=3), plan),  # a plan of the three steps
+    ]
+    save_presets(folder, rows)
+    words = read_presets(folder)["warm"].words()
+    assert words == (
+        "ddim, 5 steps trailing, warm start of 3, dense, 2 actions of a chunk, float32"
+    )
+    options: dict[str, Any] = {**DDIM, "timestep_spacing": "trailing", "warm_start": 3}
+    for name in ("warm", "lean"):
+        policy, wanted = tsad.load(folder, preset=name), tsad.load(folder, **options)
+        assert isinstance(policy, WarmPolicy) and policy.num_inference_steps == 3
+        if name == "lean":
+            wanted.plan = plan
+            assert policy.plan == plan and not policy.cold.plan.sources.any()
+        obs = np.zeros((policy.n_obs_steps, policy.obs_dim), np.float32)
+        for either in (policy, wanted):
+            either.reset(seed=3)
+        for _ in range(3):
+            got, full = policy(obs), wanted(obs, executed=policy.n_action_steps)
+            np.testing.assert_array_equal(got, full[: policy.n_action_steps])
+    with pytest.raises(ValueError, match="warm_start: got 2, but the preset 'warm' has 3"):
+        tsad.load(folder, preset="warm", warm_start=2)
+    with pytest.raises(ValueError, match="warm_start: expected an integer from 1 to 5 "):
+        save_presets(folder, [(a_preset(folder, "long", warm_start=9), None)])
+        tsad.load(folder, preset="long")
 
 
 def test_planners_and_precision(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from command_line import run
 
 import tsad
 from tsad.commands import tune
+from tsad.presets import read_presets
 from tsad.sim import frontier
 
 # ---- what settings are worth
@@ -73,6 +74,7 @@ ROWS = [
     {"name": "one", "sampler": "ddim", "steps": 1},
     {"name": "half", "sampler": "ddim", "steps": 4, "planner": "uniform", "sparsity": 0.5},
     {"name": "other", "sampler": "ddim", "steps": 1, "noise": 1},
+    {"name": "warm", "sampler": "ddim", "steps": 4, "warm_start": 1, "n_action_steps": 4},
 ]
 
 
@@ -108,17 +110,21 @@ def test_tune_in_a_simulator(capsys: Any, folder: Path) -> None:
     found = json.loads(out)
     assert json.loads((folder / "tuned" / "tune.json").read_text()) == found
     rows = found["rows"]
-    assert list(rows)[:5] == [row["name"] for row in ROWS]
+    assert list(rows)[: len(ROWS)] == [row["name"] for row in ROWS]
     small = [name for name in rows if name.endswith("-int16")]
     assert small and "other-int16" not in rows
     assert rows["half"]["passes"] == 2 and rows["half"]["cell_sparsity"] == 0.5
     assert "mean_difference" not in rows["eight"] and rows["half"]["seeds_needed"] >= 2
     assert all(row["milliseconds"] == min(row["round_medians"]) > 0 for row in rows.values())
+    assert rows["warm"]["n_action_steps"] == 4 and rows["eight"]["n_action_steps"] == 8
     # with so much allowed the fastest row of all is both, but never one with other noise
-    times = {name: row["milliseconds"] for name, row in rows.items() if name != "other"}
+    times = {name: frontier.busy(rows, name) for name in rows if name != "other"}
+    assert times["warm"] == 2 * rows["warm"]["milliseconds"]  # two chunks for as many actions
     fastest = min(times, key=lambda name: times[name])
     assert found["presets"] == {"fast": fastest, "lossless": fastest}
     assert found["frontier"][0] == fastest and "other" not in found["frontier"]
+    measured = read_presets(folder / "policy")["fast"].measured
+    assert measured["setting"] == fastest and measured["seeds"] == [10_000, 10_002]
     policy = tsad.load(folder / "policy", preset="fast")
     assert policy.num_inference_steps == found["settings"][fastest]["steps"]
     assert policy.precision == found["settings"][fastest].get("precision", "float32")
@@ -132,6 +138,23 @@ def test_tune_in_a_simulator(capsys: Any, folder: Path) -> None:
     assert code == 0 and "episodes" not in err, err
     assert "95 % together" in out and "fast: " in out and "lossless: " in out
     assert (folder / "tuned" / "tune.png").stat().st_size > 10_000
+
+
+def test_a_preset_with_fewer_actions_and_a_warm_start(capsys: Any, folder: Path) -> None:
+    grid, out = folder / "warm.json", str(folder / "warm")
+    names = ("one", "warm")
+    grid.write_text(json.dumps([row for row in ROWS if row["name"] in names]))
+    command = ["tune", "pusht", "--policy", str(folder / "policy"), "--settings", str(grid)]
+    command += ["--out", out, "--seeds", "3", "--within", "9", "--save", "--rounds", "2"]
+    code, text, err = run(capsys, *command, "--fewer-actions", "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    assert list(found["rows"]) == ["one", "warm", "one-4-actions"]
+    rows = found["rows"]
+    rows["warm"]["milliseconds"] = rows["one"]["milliseconds"] / 3
+    assert frontier.busy(rows, "warm") == pytest.approx(frontier.busy(rows, "one") * 2 / 3)
+    code, text, err = run(capsys, "info", str(folder / "policy"))
+    assert code == 0 and "to dense" in text, err
 
 
 def test_nothing_is_chosen_that_loses_more(capsys: Any, folder: Path) -> None:

@@ -55,8 +55,9 @@ def load(
     ``"trailing"``, ``"linspace"``) override the checkpoint's.
 
     ``preset`` is the name of a measured setting in the policy's folder (``tsad.presets``): it says
-    sampler, steps, spacing, precision and plan. An argument that says otherwise is refused, as
-    nobody measured the mixture; afterwards the policy's plan and dial are yours.
+    sampler, steps, spacing, precision, plan, and maybe warm start and how many actions a chunk
+    returns. An argument that says otherwise is refused, as nobody measured the mixture; afterwards
+    the policy's plan and dial are yours.
 
     ``warm_start=N`` denoises a chunk from the one before it, in the last N steps alone; the first
     one after a reset runs all. The policy is then a `tsad.warm.WarmPolicy`: say how many actions
@@ -89,6 +90,7 @@ def load(
         check_clash(chosen, given)
         sampler, num_inference_steps = chosen.sampler, chosen.num_inference_steps
         timestep_spacing, precision = chosen.timestep_spacing, chosen.precision
+        warm_start = chosen.warm_start
     if chosen is not None and chosen.n_action_steps is not None:
         config = _fewer_actions(config, chosen.n_action_steps)
     if timestep_spacing is not None:
@@ -117,13 +119,14 @@ def load(
         device="cpu",
         precision=precision,
     )
+    if last is not None:
+        from tsad.warm import WarmPolicy
+
+        model = make_model(config, tensors, None, last, precision=precision)
+        policy = WarmPolicy(policy, model, last)
     if chosen is not None:
         _apply(policy, chosen)
-    if last is None:
-        return policy
-    from tsad.warm import WarmPolicy
-
-    return WarmPolicy(policy, make_model(config, tensors, None, last, precision=precision), last)
+    return policy
 
 
 def _fewer_actions(config: PolicyConfig, n: int) -> PolicyConfig:

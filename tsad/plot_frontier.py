@@ -10,6 +10,7 @@ from typing import Any
 from tsad._extras import require
 from tsad.checkpoint import write_atomically
 from tsad.plot import COLORS, INK
+from tsad.sim.frontier import busy
 
 # What makes a setting cheap, in the order of the legend: its mark and colour.
 FAMILIES = {
@@ -32,7 +33,8 @@ def family(setting: Mapping[str, Any]) -> str:
 def plot_frontier(document: Mapping[str, Any], ax: Any) -> Any:
     """Draw what `tsad tune` wrote (``tune.json``) into matplotlib axes; returns them.
 
-    Hollow marks are 16 bits. The line is the frontier; grey is what may be lost.
+    Times are those of as many actions as the baseline executes of a chunk. Hollow marks are 16
+    bits. The line is the frontier; grey is what may be lost.
     """
     rows, played = document["rows"], document["simulator"] is not None
     baseline = document["baseline"]
@@ -50,9 +52,9 @@ def plot_frontier(document: Mapping[str, Any], ax: Any) -> Any:
         small = setting.get("precision") == "int16"
         if played and name != baseline:
             low, high = (-value for value in row["simultaneous"])
-            ax.plot([row["milliseconds"]] * 2, [low, high], color=color, linewidth=0.7, alpha=0.4)
+            ax.plot([busy(rows, name)] * 2, [low, high], color=color, linewidth=0.7, alpha=0.4)
         ax.plot(
-            row["milliseconds"],
+            busy(rows, name),
             loss(name),
             mark,
             color=color,
@@ -64,7 +66,7 @@ def plot_frontier(document: Mapping[str, Any], ax: Any) -> Any:
     if any(setting.get("precision") == "int16" for setting in document["settings"].values()):
         ax.plot([], [], "o", color=INK, markerfacecolor="white", label="hollow: 16 bits")
     best = document["frontier"]
-    x = [rows[name]["milliseconds"] for name in best]
+    x = [busy(rows, name) for name in best]
     ax.step(x, [loss(name) for name in best], where="post", color=INK, linewidth=1, zorder=0)
     bottom = ax.get_ylim()[0]
     ax.axhspan(bottom, document["within"], color="#DDDDDD", alpha=0.5, zorder=-1, linewidth=0)
@@ -72,7 +74,7 @@ def plot_frontier(document: Mapping[str, Any], ax: Any) -> Any:
     for name in best:
         ax.annotate(
             name,
-            (rows[name]["milliseconds"], loss(name)),
+            (busy(rows, name), loss(name)),
             xytext=(3, 6),
             textcoords="offset points",
             rotation=40,  # neighbours would lie on each other
@@ -92,7 +94,10 @@ def _axes(ax: Any, document: Mapping[str, Any], played: bool) -> None:
     ax.xaxis.set_minor_locator(ticker.NullLocator())
     left, right = ax.get_xlim()
     ax.set_xlim(left, right * 1.25)  # room for the slowest one's name
-    ax.set_xlabel("milliseconds per chunk", color=INK)
+    rows = document["rows"]
+    alike = all(busy(rows, name) == row["milliseconds"] for name, row in rows.items())
+    more = "" if alike else ", two where half of its actions are executed"
+    ax.set_xlabel(f"milliseconds per chunk{more}", color=INK)
     what = "loss of score" if played else "distance of actions"
     ax.set_ylabel(f"{what} to {document['baseline']}", color=INK)
     ax.grid(color="#EEEEEE", zorder=-2)

@@ -21,8 +21,9 @@ what was measured of others says nothing of these.
 
 Instead of ``planner`` and ``sparsity`` there may be ``plan``, the name of a file, with
 ``plan_sha256``, of its bytes. Without any of them it is dense. ``n_action_steps`` is what a chunk
-returns, if not all. ``measured`` is free: loss and interval, offline error, milliseconds, passes,
-the machine.
+returns, if not all, and ``warm_start`` how many of the steps a chunk runs that starts from the one
+before it; a plan, or planner and sparsity, are then of these steps. ``measured`` is free: loss and
+interval, offline error, milliseconds, passes, the machine.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Preset:
     timestep_spacing: str
     precision: str = "float32"
     n_action_steps: int | None = None
+    warm_start: int | None = None
     planner: str | None = None
     sparsity: float | None = None
     plan: Path | None = None
@@ -104,6 +106,8 @@ class Preset:
     def words(self) -> str:
         """The setting in one line, e.g. "ddim, 8 steps leading, uniform 75 %, int16"."""
         parts = [self.sampler, f"{self.num_inference_steps} steps {self.timestep_spacing}"]
+        if self.warm_start is not None:
+            parts.append(f"warm start of {self.warm_start}")
         if self.plan is not None:
             parts.append(f"plan {self.plan.name}")
         elif self.planner == "pruner" and self.sparsity is None:
@@ -173,6 +177,7 @@ def _read(section: Section, folder: Path) -> Preset:
         n_action_steps=section.integer("n_action_steps", 1, MAX_HORIZON)
         if has("n_action_steps")
         else None,
+        warm_start=section.integer("warm_start", 1, MAX_TIMESTEPS) if has("warm_start") else None,
         planner=section.choice("planner", PLANNERS) if has("planner") else None,
         # a number above -1, then: 0 is dense
         sparsity=section.number("sparsity", -1.0, 1.0) if has("sparsity") else None,

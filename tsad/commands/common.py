@@ -182,7 +182,7 @@ def use_preset(args: argparse.Namespace, source: str, name: str | None) -> None:
     own = preset.timestep_spacing == scheduler.timestep_spacing
     args.spacing = None if own else preset.timestep_spacing
     args.precision = preset.precision
-    args.n_action_steps = preset.n_action_steps
+    args.n_action_steps, args.warm_start = preset.n_action_steps, preset.warm_start
     args.planner, args.sparsity = preset.planner, preset.sparsity
     args.plan = None if preset.plan is None else str(preset.plan)
 

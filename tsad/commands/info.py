@@ -133,9 +133,9 @@ def _preset_rows(presets: list[dict[str, Any]]) -> dict[str, str]:
         if not preset["usable"]:
             text += f"; refused: made for other weights, {preset['model_sha256'][:8]}"
         else:
-            loss, milliseconds = measured.get("loss"), measured.get("milliseconds")
-            text += "" if milliseconds is None else f"; {milliseconds:.2f} ms"
-            text += "" if loss is None else f", loss {loss:.3f}"
+            milliseconds, other = measured.get("milliseconds"), measured.get("mean_difference")
+            text += "" if milliseconds is None else f"; {milliseconds:.2f} ms a chunk"
+            text += "" if other is None else f", score {other:+.3f} to dense"
         rows[preset["name"]] = text
     return rows
 

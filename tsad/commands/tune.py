@@ -46,19 +46,24 @@ DPM_STEPS = (10, 8, 5, 4)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 # Steps computed: what few steps extrapolate from is a matter of where they are (bench/frontier).
 MASKS = (("dpmsolver++", "10000010"), ("dpmsolver++", "10010010"), ("ddim", "10000100"))
+INT16 = 0.6  # of the time of float32: a guess, before anything is timed
+WARM_STEPS, WARM_STARTS = 8, (4, 2)
 SPARSE_FEW = ((16, 0.75), (16, 0.875), (8, 0.5), (8, 0.75), (4, 0.5))
 
 DESCRIPTION = """\
 Plays a policy with many settings over the same seeds, times each afterwards, and shows the
-frontier: the least loss at every latency. The first setting, dense, is what all are compared with.
+frontier: the least loss at every time. The first setting, dense, is what all are compared with.
+Time is that of as many actions as the first executes of a chunk: a setting that executes half of
+its actions needs two chunks for them.
 
 fast      the fastest setting whose mean loss is at most --within
 lossless  the fastest whose 95 % interval, of all settings together, lies above -(--within), of 30
           seeds or more
 
 are kept in the policy's folder with --save, for tsad.load(..., preset="fast"). Without --settings
-the grid is: DDIM and DPM-Solver++ with few steps, and plans that compute some of the steps; then
-what is best again in 16 bits. The format of --settings is that of tsad eval.
+the grid is: DDIM and DPM-Solver++ with few steps, plans that compute some of the steps, and a start
+from the chunk before; then what is best again in 16 bits, and with half of the actions executed.
+The format of --settings is that of tsad eval.
 
 Without a simulator, --observations alone compare the actions of --draws samples per observation
 with those of the dense policy, as distributions (energy distance, relative to the dense policy's
@@ -130,6 +135,11 @@ def add_parser(subparsers: Any) -> None:
         help="the best again in 16 bits (default: without --settings)",
     )
     parser.add_argument(
+        "--fewer-actions",
+        action=argparse.BooleanOptionalAction,
+        help="the best again with half of a chunk's actions executed (default: without --settings)",
+    )
+    parser.add_argument(
         "--rounds",
         type=positive_int,
         default=5,
@@ -145,7 +155,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(
         run=run, sampler=None, steps=None, spacing=None, precision="float32", plan=None,
         planner=None, sparsity=None, preset=None, n_action_steps=None, noise=0, overwrite=False,
-        resume=True, realtime=None, latency=None,
+        resume=True, realtime=None, latency=None, warm_start=None,
     )  # fmt: skip
 
 
@@ -182,6 +192,9 @@ def default_grid(policy: SparsePolicy) -> list[dict[str, Any]]:
         computed = "-".join(str(step) for step, bit in enumerate(mask) if bit == "1")
         name = f"{sampler.removesuffix('solver++')}-{len(mask)}-rows-{computed}"
         rows.append({"name": name, "sampler": sampler, "steps": len(mask), "plan": mask})
+    for last in WARM_STARTS:
+        row = {"name": f"ddim-{WARM_STEPS}-warm-{last}", "sampler": "ddim", "steps": WARM_STEPS}
+        rows.append({**row, "warm_start": last})
     return [row for row in rows if row.get("steps", 0) < own]
 
 
@@ -236,28 +249,41 @@ def _losses(rows: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
     return {name: first["score"]["mean"] - row["score"]["mean"] for name, row in rows.items()}
 
 
-def _in_16_bits(sweep: Sweep, rows: dict[str, Any], args: argparse.Namespace) -> None:
-    """Add the settings that are best at their number of passes again, with small weights."""
+def _again(
+    sweep: Sweep,
+    rows: dict[str, Any],
+    args: argparse.Namespace,
+    ending: str,
+    change: dict[str, Any],
+) -> None:
+    """Add the settings that are best at their number of passes again, changed."""
     from tsad.sim.frontier import frontier
 
-    known = {n: row["passes"] for n, row in rows.items() if row["passes"] is not None}
+    known = {
+        name: row["passes"] * (INT16 if sweep.arguments()[name].precision == "int16" else 1.0)
+        for name, row in rows.items()
+        if row["passes"] is not None and _choosable(sweep, name)
+    }
     losses = _losses(rows, args)
-    best = [n for n in frontier(known, {n: losses[n] for n in known}) if _plain(sweep, n)]
-    small = [{**sweep.setting(n), "name": f"{n}-int16", "precision": "int16"} for n in best]
-    sweep.add([row for row in small if row["name"] not in rows])  # a file may have them
-
-
-def _plain(sweep: Sweep, name: str) -> bool:
-    """Whether a row is a setting to choose, in 32 bits, and not another experiment."""
-    return _choosable(sweep, name) and sweep.arguments()[name].precision in ("auto", "float32")
+    best = frontier(known, {name: losses[name] for name in known})
+    more = [
+        {**sweep.setting(name), "name": f"{name}-{ending}", **change}
+        for name in best
+        if not sweep.setting(name).keys() & change.keys()
+    ]
+    sweep.add([row for row in more if row["name"] not in rows])  # a file may have them
 
 
 def _choosable(sweep: Sweep, name: str) -> bool:
-    return not sweep.setting(name).keys() & {"noise", "realtime", "latency", "warm_start"}
+    """Whether a row is a setting to choose, and not another experiment."""
+    return not sweep.setting(name).keys() & {"noise", "realtime", "latency"}
 
 
 def _shown_offline(sweep: Sweep, name: str) -> bool:
-    return _choosable(sweep, name) and "n_action_steps" not in sweep.setting(name)
+    return _choosable(sweep, name) and not sweep.setting(name).keys() & {
+        "n_action_steps",
+        "warm_start",
+    }
 
 
 def _time(
@@ -280,9 +306,14 @@ def _time(
             for clock in clocks:
                 clock.round(obs)
                 progress.update(clock.name)
+    actions = {
+        name: own.n_action_steps or clock.policy.n_action_steps
+        for clock, (name, own) in zip(clocks, sweep.arguments().items(), strict=True)
+    }
     return {
         clock.name: {
             "milliseconds": min(clock.medians),
+            "n_action_steps": actions[clock.name],
             "round_medians": clock.medians,
             "cell_sparsity": float(clock.plan.cell_sparsity),
             "passes": float(clock.plan.cost) * clock.policy.num_inference_steps,
@@ -312,10 +343,10 @@ def _choose(
     sweep: Sweep, rows: dict[str, Any], args: argparse.Namespace
 ) -> tuple[list[str], dict[str, str | None]]:
     """The frontier, and the settings that become presets."""
-    from tsad.sim.frontier import fastest, frontier
+    from tsad.sim.frontier import busy, fastest, frontier
 
     names = [name for name in rows if _choosable(sweep, name)]
-    times = {name: rows[name]["milliseconds"] for name in names}
+    times = {name: busy(rows, name) for name in names}
     losses = {name: value for name, value in _losses(rows, args).items() if name in times}
     kept = [name for name in names if losses[name] <= args.within]
     first, chosen = next(iter(rows)), {"fast": fastest(times, kept)}
@@ -334,6 +365,9 @@ def _save(
 
     folder = policy_folder(policy_source(args))
     assert folder is not None  # _check
+    facts: dict[str, Any] = {"cpu": cpu_name()}
+    if args.simulator is not None:
+        facts["seeds"] = [seeds_of(args)[0], seeds_of(args)[-1]]
     presets = []
     for preset, name in chosen.items():
         if name is None:
@@ -350,9 +384,10 @@ def _save(
             scheduler["timestep_spacing"],
             precision=policy.precision,
             n_action_steps=own.n_action_steps,
+            warm_start=own.warm_start,
             planner=own.planner,
             sparsity=own.sparsity,
-            measured={"setting": name, "cpu": cpu_name(), **measured},
+            measured={"setting": name, **facts, **measured},
         )
         plan = None if own.plan is None else plan_of(own.plan, "--settings", policy)
         presets.append((made, plan))
@@ -369,15 +404,18 @@ MEASURED = (
 
 
 def _table(document: dict[str, Any]) -> str:
+    from tsad.sim.frontier import busy
+
     rows = document["rows"]
     played = document["simulator"] is not None
-    lines = [["setting", "", "ms", "passes"]]
+    lines = [["setting", "", "ms", "actions", "passes"]]
     lines[0] += ["score", "success"] * played + ["distance", "spread"] * document["drawn"]
     lines[0] += ["difference", "95 % together"] * played
-    for name in sorted(rows, key=lambda name: -rows[name]["milliseconds"]):
+    for name in sorted(rows, key=lambda name: -busy(rows, name)):
         row = rows[name]
         line = [name, "*" if name in document["frontier"] else ""]
-        line += [number(row["milliseconds"], 2), number(row["passes"], 2)]
+        line += [number(row["milliseconds"], 2), str(row["n_action_steps"])]
+        line += [number(row["passes"], 2)]
         if played:
             line += [number(row["score"]["mean"], 3), number(row["success"]["mean"], 3)]
         if document["drawn"]:
@@ -392,14 +430,19 @@ def _table(document: dict[str, Any]) -> str:
 
 def _words(document: dict[str, Any]) -> list[str]:
     """The choice, and what stands in its way."""
+    from tsad.sim.frontier import busy
+
     lines = ["* nothing is both faster and better"]
     rows, within = document["rows"], document["within"]
     for preset, name in document["presets"].items():
         if name is None:
             lines.append(f"{preset}: nothing faster is shown to lose at most {within:g}")
             continue
-        times = [rows[n]["milliseconds"] for n in (next(iter(rows)), name)]
-        lines.append(f"{preset}: {name}, {times[1]:.2f} ms, {times[0] / times[1]:.1f} times faster")
+        times = [busy(rows, n) for n in (next(iter(rows)), name)]
+        what = f"{times[1]:.2f} ms"
+        if times[1] != rows[name]["milliseconds"]:
+            what = f"{rows[name]['milliseconds']:.2f} ms a chunk, {what} for as many actions"
+        lines.append(f"{preset}: {name}, {what}, {times[0] / times[1]:.1f} times faster")
     chosen = document["presets"]
     if "lossless" in chosen and chosen["fast"] not in (None, chosen["lossless"]):
         more = rows[chosen["fast"]].get("seeds_needed")
@@ -469,8 +512,14 @@ def run(args: argparse.Namespace) -> int:
     sweep = Sweep(args, settings, folder, out)
     sweep.measure(windows, args.draws)
     rows = _score(sweep, args)
-    if args.int16 or (args.int16 is None and args.settings is None):
-        _in_16_bits(sweep, rows, args)
+    own_grid = args.settings is None
+    if own_grid if args.int16 is None else args.int16:
+        _again(sweep, rows, args, "int16", {"precision": "int16"})
+        rows = _score(sweep, args)
+    half = sweep.load(next(iter(sweep.arguments().values())), "--settings").n_action_steps // 2
+    fewer = own_grid and args.simulator is not None
+    if half and (fewer if args.fewer_actions is None else args.fewer_actions):
+        _again(sweep, rows, args, f"{half}-actions", {"n_action_steps": half})
         rows = _score(sweep, args)
     document = _document(sweep, rows, _time(sweep, args, windows), args)
     out.mkdir(parents=True, exist_ok=True)

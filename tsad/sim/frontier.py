@@ -25,6 +25,16 @@ def frontier(milliseconds: Numbers, loss: Numbers) -> list[str]:
     return kept
 
 
+def busy(rows: Mapping[str, Any], name: str) -> float:
+    """Milliseconds for as many actions as the first row executes of a chunk.
+
+    Of rows of ``tune.json``; those from before they had ``n_action_steps`` execute alike.
+    """
+    first, row = next(iter(rows.values())), rows[name]
+    chunks = first.get("n_action_steps", 1) / row.get("n_action_steps", 1)
+    return float(row["milliseconds"] * chunks)
+
+
 def fastest(milliseconds: Numbers, names: Iterable[str]) -> str | None:
     """Of some settings; None of none."""
     return min(names, key=lambda name: milliseconds[name], default=None)
