@@ -14,7 +14,7 @@ from command_line import run
 
 import tsad
 from tsad.commands import tune
-from tsad.presets import read_presets
+from tsad.presets import Preset, model_sha256, read_presets, save_presets
 from tsad.sim import frontier
 
 # ---- what settings are worth
@@ -163,6 +163,15 @@ def test_nothing_is_chosen_that_loses_more(capsys: Any, folder: Path) -> None:
     assert code == 0, err
     found = json.loads(out)
     rows = found["rows"]
+    # a preset of an earlier run stays, and that is said
+    policy = folder / "policy"
+    for name in ("fast", "lossless"):
+        save_presets(policy, [(Preset(name, model_sha256(policy), "ddim", 4, "leading"), None)])
+    code, text, err = run(capsys, *command(folder, *options[:-1], "--save"))
+    assert code == 0, err
+    for name, chosen in json.loads((folder / "tuned" / "tune.json").read_text())["presets"].items():
+        assert (f"the preset {name} in" in text) == (chosen is None)
+        assert (f'preset="{name}"' in text) == (chosen is not None)
     base = rows["eight"]["score"]["mean"]
     for name in (found["presets"]["fast"], found["presets"]["lossless"]):
         assert name is None or rows[name]["score"]["mean"] >= base - 1e-9

@@ -18,11 +18,14 @@ FAMILIES = {
     "steps": ("o", COLORS[2], "fewer steps"),
     "plan": ("s", COLORS[1], "sparse plan"),
     "both": ("^", "#009E73", "fewer steps and sparse plan"),
+    "warm": ("v", "#CC79A7", "warm start"),
 }
 
 
 def family(setting: Mapping[str, Any]) -> str:
     """What makes a setting of a settings file cheap; a key of `FAMILIES`."""
+    if setting.get("warm_start") is not None:
+        return "warm"
     fewer = setting.get("steps") is not None
     sparse = bool(setting.get("plan") or setting.get("planner") or setting.get("sparsity"))
     return {(False, False): "dense", (True, False): "steps", (False, True): "plan"}.get(

@@ -531,6 +531,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _saved(chosen: dict[str, str | None], args: argparse.Namespace) -> list[str]:
+    """What lies in the policy's folder now, from this run or from before."""
+    from tsad.load import policy_folder
+    from tsad.presets import read_presets
+
+    folder = policy_folder(policy_source(args))
+    assert folder is not None  # _check
+    lines = []
+    for preset, name in chosen.items():
+        if name is not None:
+            lines.append(f'kept with the policy: tsad.load(..., preset="{preset}")')
+        elif preset in read_presets(folder):
+            lines.append(f"the preset {preset} in {folder} is from before: this run found none")
+    return lines
+
+
 def _report(document: dict[str, Any], out: Path, args: argparse.Namespace) -> str:
     from tsad._extras import MissingExtraError
     from tsad.plot_frontier import save_frontier
@@ -551,5 +567,5 @@ def _report(document: dict[str, Any], out: Path, args: argparse.Namespace) -> st
         lines.append(f"no picture: {missing}")
     lines.append(f"written to {written}")
     if args.save:
-        lines.append('kept with the policy: tsad.load(..., preset="fast")')
+        lines += _saved(document["presets"], args)
     return "\n".join(lines)
