@@ -18,7 +18,10 @@ def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(code_lines) <= 15  # as promised
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert (tmp_path / "plan.npz").exists()
+    import tsad
+
+    kept = tsad.Plan.load(tmp_path / "plan.npz")  # the one it set last, not the one it ran
+    assert abs(kept.sparsity - 0.9) < 0.01
 
 
 def test_the_frontier_is_the_committed_one() -> None:

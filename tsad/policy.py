@@ -121,7 +121,7 @@ class SparsePolicy(_core.Policy):
     def plan(self) -> Plan | list[Plan]:
         """The last executed plan, a copy (a list for several lanes).
 
-        A lane that has not run yet shows the plan that it will run. Set a `Plan`, or one per lane,
+        A lane that has not run since its reset shows the plan that it will run. Set a `Plan`, or one per lane,
         to fix it, and None to give the choice back to the planner. In the middle of an episode a
         plan is refused if it reuses a rollout that is not there.
         """
@@ -240,7 +240,7 @@ class SparsePolicy(_core.Policy):
 
     def _executed(self, lane: int) -> Plan:
         chosen = None if self._plans is None else self._plans[lane]
-        if not sum(self._stats(lane)["cells"]):  # has never run
+        if not self._stats(lane)["chunks"]:  # has not run in this episode
             return planners.dense(self) if chosen is None else chosen  # a pruner begins densely
         sources = self._get_plan(lane)
         if chosen is not None and np.array_equal(sources, chosen.sources):
