@@ -140,6 +140,12 @@ def test_tune_in_a_simulator(capsys: Any, folder: Path) -> None:
     assert (folder / "tuned" / "tune.png").stat().st_size > 10_000
 
 
+def _parsed(command: list[str]) -> Any:
+    from tsad.cli import build_parser
+
+    return build_parser().parse_args(command)
+
+
 def test_a_preset_with_fewer_actions_and_a_warm_start(capsys: Any, folder: Path) -> None:
     grid, out = folder / "warm.json", str(folder / "warm")
     names = ("one", "warm")
@@ -150,6 +156,13 @@ def test_a_preset_with_fewer_actions_and_a_warm_start(capsys: Any, folder: Path)
     assert code == 0, err
     found = json.loads(text)
     assert list(found["rows"]) == ["one", "warm", "one-4-actions"]
+    # by hand: what would be kept if the warm start were chosen is the setting it was
+    sweep = tune.Sweep(_parsed(command), [ROWS[-1]], folder, Path(out))
+    rows = {"warm": found["rows"]["warm"]}
+    tune._save(sweep, rows, {"fast": "warm"}, _parsed(command))
+    policy = tsad.load(folder / "policy", preset="fast")
+    assert policy.num_inference_steps == 1 and policy.n_action_steps == 4
+    assert policy.config["scheduler"]["num_inference_steps"] == 4
     rows = found["rows"]
     rows["warm"]["milliseconds"] = rows["one"]["milliseconds"] / 3
     assert frontier.busy(rows, "warm") == pytest.approx(frontier.busy(rows, "one") * 2 / 3)

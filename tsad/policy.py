@@ -121,9 +121,9 @@ class SparsePolicy(_core.Policy):
     def plan(self) -> Plan | list[Plan]:
         """The last executed plan, a copy (a list for several lanes).
 
-        A lane that has not run since its reset shows the plan that it will run. Set a `Plan`, or one per lane,
-        to fix it, and None to give the choice back to the planner. In the middle of an episode a
-        plan is refused if it reuses a rollout that is not there.
+        A lane that has not run since its reset shows the plan that it will run. Set a `Plan`, or
+        one per lane, to fix it, and None to give the choice back to the planner. In the middle of
+        an episode a plan is refused if it reuses a rollout that is not there.
         """
         plans = [self._executed(lane) for lane in range(self.lanes)]
         return plans[0] if self.lanes == 1 else plans

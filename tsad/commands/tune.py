@@ -380,7 +380,7 @@ def _save(
             preset,
             model_sha256(folder),
             scheduler["type"],
-            policy.num_inference_steps,
+            scheduler["num_inference_steps"],  # all of them, where a chunk starts warm
             scheduler["timestep_spacing"],
             precision=policy.precision,
             n_action_steps=own.n_action_steps,
