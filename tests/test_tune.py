@@ -61,6 +61,7 @@ def test_the_default_grid_fits_the_policy() -> None:
     names = [row["name"] for row in tune.default_grid(tsad.load("pusht"))]
     assert names[0] == "dense" and len(set(names)) == len(names)
     assert {"uniform-95", "ddim-2-trailing", "dpm-5", "ddim-16-uniform-87.5"} <= set(names)
+    assert names[-2:] == ["ddim-8-warm-4-4-actions", "ddim-8-trailing-warm-4-rows-0-2-4-actions"]
     few = tune.default_grid(tsad.load("pusht", sampler="ddim", num_inference_steps=5))
     assert all(row.get("steps", 0) < 5 for row in few)
     assert not any(row["name"] == "uniform-95" for row in few)  # less than two steps

@@ -47,7 +47,7 @@ SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 # Steps computed: what few steps extrapolate from is a matter of where they are (bench/frontier).
 MASKS = (("dpmsolver++", "10000010"), ("dpmsolver++", "10010010"), ("ddim", "10000100"))
 INT16 = 0.6  # of the time of float32: a guess, before anything is timed
-WARM_STEPS, WARM_STARTS = 8, (4, 2)
+WARM_STEPS, WARM_STARTS = 8, (("leading", 4, None), ("trailing", 4, "1010"))
 SPARSE_FEW = ((16, 0.75), (16, 0.875), (8, 0.5), (8, 0.75), (4, 0.5))
 
 DESCRIPTION = """\
@@ -171,6 +171,10 @@ def _loss(text: str) -> float:
 
 def default_grid(policy: SparsePolicy) -> list[dict[str, Any]]:
     """Settings for a policy: its own, fewer steps of other samplers, some of the steps."""
+
+    def computed(mask: str) -> str:
+        return "-".join(str(step) for step, bit in enumerate(mask) if bit == "1")
+
     own = policy.num_inference_steps
     rows: list[dict[str, Any]] = [{"name": "dense"}]
     rows += [
@@ -189,12 +193,16 @@ def default_grid(policy: SparsePolicy) -> list[dict[str, Any]]:
         row = {"name": f"ddim-{steps}-uniform-{100 * s:g}", "sampler": "ddim", "steps": steps}
         rows.append({**row, "planner": "uniform", "sparsity": s})
     for sampler, mask in MASKS:
-        computed = "-".join(str(step) for step, bit in enumerate(mask) if bit == "1")
-        name = f"{sampler.removesuffix('solver++')}-{len(mask)}-rows-{computed}"
+        name = f"{sampler.removesuffix('solver++')}-{len(mask)}-rows-{computed(mask)}"
         rows.append({"name": name, "sampler": sampler, "steps": len(mask), "plan": mask})
-    for last in WARM_STARTS:
-        row = {"name": f"ddim-{WARM_STEPS}-warm-{last}", "sampler": "ddim", "steps": WARM_STEPS}
-        rows.append({**row, "warm_start": last})
+    # A warm start knows more of a chunk the fewer actions of the last one were executed.
+    half = max(1, policy.n_action_steps // 2)
+    for spacing, last, some in WARM_STARTS:
+        row = {"sampler": "ddim", "steps": WARM_STEPS, "spacing": spacing, "warm_start": last}
+        name = f"ddim-{WARM_STEPS}" + ("-trailing" if spacing == "trailing" else "")
+        name += f"-warm-{last}" + ("" if some is None else f"-rows-{computed(some)}")
+        row |= {"n_action_steps": half} | ({} if some is None else {"plan": some})
+        rows.append({"name": f"{name}-{half}-actions", **row})
     return [row for row in rows if row.get("steps", 0) < own]
 
 
@@ -256,14 +264,16 @@ def _again(
     ending: str,
     change: dict[str, Any],
 ) -> None:
-    """Add the settings that are best at their number of passes again, changed."""
+    """Add the settings that are best at their number of passes an action again, changed."""
     from tsad.sim.frontier import frontier
 
-    known = {
-        name: row["passes"] * (INT16 if sweep.arguments()[name].precision == "int16" else 1.0)
-        for name, row in rows.items()
-        if row["passes"] is not None and _choosable(sweep, name)
-    }
+    n_action_steps = sweep.load(next(iter(sweep.arguments().values())), "--settings").n_action_steps
+    known = {}
+    for name, row in rows.items():
+        own = sweep.arguments()[name]
+        if row["passes"] is not None and _choosable(sweep, name):
+            cost = row["passes"] * (INT16 if own.precision == "int16" else 1.0)
+            known[name] = cost / (own.n_action_steps or n_action_steps)
     losses = _losses(rows, args)
     best = frontier(known, {name: losses[name] for name in known})
     more = [
