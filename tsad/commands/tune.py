@@ -261,13 +261,13 @@ def _again(
     sweep: Sweep,
     rows: dict[str, Any],
     args: argparse.Namespace,
+    n_action_steps: int,
     ending: str,
     change: dict[str, Any],
 ) -> None:
     """Add the settings that are best at their number of passes an action again, changed."""
     from tsad.sim.frontier import frontier
 
-    n_action_steps = sweep.load(next(iter(sweep.arguments().values())), "--settings").n_action_steps
     known = {}
     for name, row in rows.items():
         own = sweep.arguments()[name]
@@ -316,14 +316,11 @@ def _time(
             for clock in clocks:
                 clock.round(obs)
                 progress.update(clock.name)
-    actions = {
-        name: own.n_action_steps or clock.policy.n_action_steps
-        for clock, (name, own) in zip(clocks, sweep.arguments().items(), strict=True)
-    }
+    executed = {name: own.n_action_steps for name, own in sweep.arguments().items()}
     return {
         clock.name: {
             "milliseconds": min(clock.medians),
-            "n_action_steps": actions[clock.name],
+            "n_action_steps": executed[clock.name] or clock.policy.n_action_steps,
             "round_medians": clock.medians,
             "cell_sparsity": float(clock.plan.cell_sparsity),
             "passes": float(clock.plan.cost) * clock.policy.num_inference_steps,
@@ -523,13 +520,13 @@ def run(args: argparse.Namespace) -> int:
     sweep.measure(windows, args.draws)
     rows = _score(sweep, args)
     own_grid = args.settings is None
+    n = sweep.load(next(iter(sweep.arguments().values())), "--settings").n_action_steps
     if own_grid if args.int16 is None else args.int16:
-        _again(sweep, rows, args, "int16", {"precision": "int16"})
+        _again(sweep, rows, args, n, "int16", {"precision": "int16"})
         rows = _score(sweep, args)
-    half = sweep.load(next(iter(sweep.arguments().values())), "--settings").n_action_steps // 2
     fewer = own_grid and args.simulator is not None
-    if half and (fewer if args.fewer_actions is None else args.fewer_actions):
-        _again(sweep, rows, args, f"{half}-actions", {"n_action_steps": half})
+    if n > 1 and (fewer if args.fewer_actions is None else args.fewer_actions):
+        _again(sweep, rows, args, n, f"{n // 2}-actions", {"n_action_steps": n // 2})
         rows = _score(sweep, args)
     document = _document(sweep, rows, _time(sweep, args, windows), args)
     out.mkdir(parents=True, exist_ok=True)

@@ -26,14 +26,11 @@ def needs_past(policy: Any) -> bool:
     return (
         isinstance(policy, WarmPolicy)
         or policy.planner == "pruner"
-        or any(_begins_otherwise(plan) for plan in plans)
-    )
-
-
-def _begins_otherwise(plan: Plan) -> bool:
-    """Whether an episode's first chunk is not of the plan itself."""
-    return bool(plan.sources.any()) and (
-        plan.first is None or not np.array_equal(plan.first.sources, plan.sources)
+        or any(
+            plan.sources.any()
+            and (plan.first is None or not np.array_equal(plan.first.sources, plan.sources))
+            for plan in plans
+        )
     )
 
 
@@ -53,21 +50,18 @@ def actions(
     windows: NDArray[np.float32],
     draws: int = 1,
     progress: Callable[[int], None] = lambda chunks: None,
-    *,
-    past: bool | None = None,
 ) -> Floats:
     """(W, draws, n_action_steps * action_dim): executed actions, normalised units.
 
     Args:
-        policy: as it is set, and not run since; its lanes are reset.
+        policy: as it is set; its lanes are reset.
         windows: (W, 2, n_obs_steps, obs_dim): two consecutive observations, raw units. The second
             one's actions are returned; the first runs before it where it matters (`needs_past`).
         draws: of noise, for each window.
         progress: called with the number of results just added.
-        past: whether the first runs; None: looks at the policy, which then must not have run since
-            it was set.
     """
-    begin = 0 if (needs_past(policy) if past is None else past) else 1
+    policy.reset()  # then `plan` is what will run
+    begin = 0 if needs_past(policy) else 1
     config = policy.config
     scale = np.array(config["normalizer"]["action"]["scale"], np.float64)
     jobs = [(w, m) for w in range(len(windows)) for m in range(draws)]
@@ -162,9 +156,7 @@ class Distance:
         # `actions` takes pairs, of which the first is only run by plans that are refused here
         pairs = np.stack([windows, windows], axis=1).astype(np.float32)
         self._groups = [pairs[i : i + group] for i in range(0, len(pairs), group)]
-        self._right = [
-            actions(reference, part, draws, progress, past=False) for part in self._groups
-        ]
+        self._right = [actions(reference, part, draws, progress) for part in self._groups]
         self._spread = float(np.mean([_apart(right, right).mean() for right in self._right]))
         if not self._spread > 0:
             raise ValueError("reference: its draws are all alike, nothing tells a plan's from them")
@@ -179,12 +171,12 @@ class Distance:
         plans = [plan] if isinstance(plan, Plan) else list(plan)
         self.policy.reset()
         self.policy.plan = plans[0]
-        if len(plans) > 1 or _begins_otherwise(plans[0]):
+        if len(plans) > 1 or needs_past(self.policy):
             raise ValueError(
                 "plan: expected one plan whose chunks depend on no chunk before; measure others "
                 "with ChunkError"
             )
-        found = actions(self.policy, self._groups[group], self._draws, past=False)
+        found = actions(self.policy, self._groups[group], self._draws)
         return _energies(found, self._right[group]) / self._spread
 
     def __call__(self, plan: Plan | Sequence[Plan]) -> float:
