@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -422,6 +425,69 @@ def test_start_is_gym_pushts(table) -> None:
         np.testing.assert_array_equal(table.reset(seed), observation(state))
     assert reference.spec.max_episode_steps == table.max_steps
     reference.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_inside_a_contact_is_not_lost(table) -> None:
+    """pymunk calls back from C at a contact; what is raised there would be printed and dropped."""
+    contacts = []
+
+    def contact(arbiter, space, data) -> None:
+        contacts.append(len(arbiter.contact_point_set.points))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)  # gives Python the occasion to notice it here
+
+    def push() -> list:
+        """Through the block's centre, to and fro: the states after every step."""
+        table.reset(3)
+        target, states = table.state()[2:4], []
+        for action in (target, 512 - target, target):
+            for _ in range(20):
+                try:
+                    table.step(action)
+                except KeyboardInterrupt:
+                    interrupts.append(len(states))
+                states.append(table.state())
+        return states
+
+    interrupts: list[int] = []
+    undisturbed = push()
+    assert not interrupts
+    before = signal.getsignal(signal.SIGINT)
+    table._simulator._handle_collision = contact
+    try:
+        disturbed = push()
+    finally:
+        del table._simulator._handle_collision
+    assert len(contacts) > len(interrupts) > 3  # several contacts in a step are one interruption
+    assert signal.getsignal(signal.SIGINT) is before
+    np.testing.assert_array_equal(disturbed, undisturbed)  # no step was cut
+
+
+def test_ctrl_c_of_a_caller_with_a_handler_of_its_own(table) -> None:
+    """It is called once, after the step; steps in other threads leave signals alone."""
+    heard = []
+    table.reset(1)
+    step = table._simulator.step
+
+    def interrupted(action):
+        signal.raise_signal(signal.SIGINT)
+        heard.append("stepped")
+        return step(action)
+
+    table._simulator.step = interrupted
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        table.step(table.rest_action())
+        assert heard == ["stepped", signal.SIGINT]
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        table.step(table.rest_action())
+        assert heard == ["stepped", signal.SIGINT, "stepped"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        del table._simulator.step
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(table.step, table.rest_action()).result().score >= 0
 
 
 def test_render(table) -> None:

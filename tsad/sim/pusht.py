@@ -10,6 +10,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
@@ -80,6 +84,27 @@ def _make_simulator() -> Any:
     return module.PushTEnv(obs_type="state", render_mode="rgb_array")
 
 
+@contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block.
+
+    At every contact pymunk calls gym-pusht back from C, and an exception raised there, as Ctrl-C's
+    is, would be printed and dropped: the run would go on.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # ignored, the system's default, or another thread's to hear
+        return
+    received: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *details: received.append(details))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(*received[0])
+
+
 class PushT:
     """One table with a T; see `tsad.sim.Environment`.
 
@@ -98,11 +123,13 @@ class PushT:
     def reset(self, seed: int) -> NDArray[np.float32]:
         # The cross that marks the last action would outlive the episode in pictures.
         self._simulator._last_action = None
-        state, _ = self._simulator.reset(seed=seed)
+        with _interrupt_waits():
+            state, _ = self._simulator.reset(seed=seed)
         return observation(state)
 
     def step(self, action: FloatArray) -> Step:
-        state, _, _, _, info = self._simulator.step(np.asarray(action, np.float64))
+        with _interrupt_waits():
+            state, _, _, _, info = self._simulator.step(np.asarray(action, np.float64))
         # gym-pusht adds the areas of a set of shapes, in the order of their addresses in memory:
         # the last bits would differ from run to run.
         coverage = round(float(info["coverage"]), 12)
