@@ -39,7 +39,9 @@ DESCRIPTION = """\
 Time chunks and their stages (encode, prune, plan, denoise) on this machine, dense and sparse.
 
 The settings take turns in rounds, so that a machine that slows down slows all of them. The first
-chunks of a round are not counted; the first after a reset, which may be dense, is timed apart."""
+chunks of a round are not counted; the first after a reset, which may be dense, is timed apart.
+A preset runs as it was measured: sampler, precision, warm start and planner that you ask for are
+those of the settings beside it."""
 
 EPILOG = """\
 examples:
