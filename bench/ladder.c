@@ -63,14 +63,50 @@ static void prune_steps(int first, int n)
     now.prune += tsad_now() - t;
 }
 
-static void prune_hoisted(tsad_worker *w, tsad_lane *lane, bool alone)
+static void prune_alone(tsad_worker *w, tsad_lane *lane)
 {
     int64_t t = tsad_now();
     int size = w->size;
-    w->size = alone ? 1 : size;
+    w->size = 1;
     tsad_prune(w, lane);
     w->size = size;
-    if (w->rank == 0) {
+    now.prune += tsad_now() - t;
+}
+
+static atomic_int next_row; /* of the pruner, 0: what all rows need is not there yet */
+
+static void take_rows(tsad_worker *w, const tsad_run *rows)
+{
+    while (!atomic_load(&next_row)) {
+        tsad_spin(0);
+    }
+    for (int row; (row = atomic_fetch_add(&next_row, 1)) < w->policy->prune.n_rows;) {
+        RUN(rows, row, row + 1);
+    }
+}
+
+static tsad_run pruner_rows(const tsad_worker *w, tsad_lane *lane)
+{
+    return (tsad_run){.net = &w->policy->model->pruner_net,
+                      .program = &w->policy->prune,
+                      .registers = w->pruner_registers,
+                      .lane = lane};
+}
+
+/* all threads of the lane */
+static void prune_shared(tsad_worker *w, tsad_lane *lane)
+{
+    int64_t t = tsad_now();
+    int rank = w->rank, size = w->size;
+    tsad_run rows = pruner_rows(w, lane);
+    w->rank = 0, w->size = 1; /* rows are each thread's own: no meeting inside */
+    if (rank == 0) {
+        RUN(&rows, 0, 1);
+        atomic_store(&next_row, 1);
+    }
+    take_rows(w, &rows);
+    w->rank = rank, w->size = size;
+    if (rank == 0) {
         now.prune += tsad_now() - t;
     }
 }
@@ -90,52 +126,35 @@ static void before_row(tsad_worker *w, const tsad_run *run, int k)
     } else if (k == 0 && now.rung == ALL_AT_ONCE) {
         prune_steps(0, K);
     } else if (k == 0 && now.rung != SHARED) { /* beside step 0 only where there are two threads */
-        prune_hoisted(w, run->lane, true);
+        prune_alone(w, run->lane);
     }
-}
-
-static void meet(tsad_worker *w)
-{
-    tsad_worker_meet(w);
-    w->epoch++;
 }
 
 /* Rank 0 prunes while rank 1 runs step 0 alone; then both prune what is left, and rank 0 takes over
- * what step 0 left. As tsad_prune, but for the meeting before the rows are shared. */
+ * what step 0 left. */
 static void overlap(RUN_PARAMETERS)
 {
     (void)end;
-    tsad_policy *p = w->policy;
     int rank = w->rank, size = w->size;
-    tsad_run rows = {.net = &p->model->pruner_net,
-                     .program = &p->prune,
-                     .registers = w->pruner_registers,
-                     .lane = run->lane};
-    if (rank == 0) {
-        atomic_store(&p->next_row, 0);
-    }
-    meet(w);
+    tsad_run rows = pruner_rows(w, run->lane);
     int64_t t = tsad_now();
     w->rank = 0, w->size = 1;
     if (rank == 0) {
         RUN(&rows, 0, 1);
-        atomic_store(&p->next_row, 1);
+        atomic_store(&next_row, 1);
     } else {
+        w->shares = false; /* no turn is taken */
         RUN_ROWS(begin, begin + 1);
+        w->shares = true;
         now.rank1 = run->registers;
-        while (!atomic_load(&p->next_row)) { /* what all rows need is not there yet */
-            tsad_spin(0);
-        }
     }
-    for (int row; (row = atomic_fetch_add(&p->next_row, 1)) < p->prune.n_rows;) {
-        RUN(&rows, row, row + 1);
-    }
+    take_rows(w, &rows);
     w->rank = rank, w->size = size;
     if (rank == 0) {
         now.prune += tsad_now() - t;
     }
     bool stalled = w->stalled;
-    meet(w);
+    tsad_worker_meet(w);
     w->stalled = stalled; /* who prunes quickly waits for step 0, not for a core that is taken */
     if (w->rank == 0) {
         for (int i = 0; i < run->net->n_registers; i++) {
@@ -143,16 +162,28 @@ static void overlap(RUN_PARAMETERS)
                    sizeof(float) * tsad_register_floats(&run->net->registers[i]));
         }
     }
-    meet(w);
+    tsad_worker_meet(w);
 }
 
 static void run_rows(RUN_PARAMETERS)
 {
+    tsad_meeting *meeting = w->policy->meeting;
+    if (w->shares && w->rank == 0 && !run->update) { /* the rungs count on all from the first row */
+        for (int spins = 0; atomic_load(&meeting->arrived) < w->policy->n_threads - 1; spins++) {
+            tsad_spin(spins);
+        }
+    }
     if (!run->update || now.rung == N_RUNGS) { /* the encoder, the pruner, or nothing beside */
         RUN_ROWS(begin, end);
         return;
     }
     bool beside = now.rung == OVERLAPPED && w->size == 2;
+    if (w->rank == 0) {
+        atomic_store(&next_row, 0);
+    }
+    if (beside || now.rung == SHARED) {
+        tsad_worker_meet(w);
+    }
     if (beside) {
         overlap(w, run, n, begin, end);
         begin++;
@@ -163,11 +194,11 @@ static void run_rows(RUN_PARAMETERS)
             if (w->rank == 0) {
                 before_row(w, run, k);
             }
-            meet(w);
+            tsad_worker_meet(w);
         }
         if (now.rung == SHARED && k == 0) {
-            prune_hoisted(w, run->lane, false);
-            meet(w);
+            prune_shared(w, run->lane);
+            tsad_worker_meet(w);
         }
         RUN_ROWS(k, every ? k + 1 : end);
     }

@@ -3,7 +3,8 @@
  * The unit is a whole block, never a matrix product: at ten action tokens the cost is in the
  * hand-over between operations. A backend packs a model's plain matrices into its own execution
  * order once, and runs programs. Contract of run: no allocation, no failure, no Python; all
- * `w->size` threads that share a lane call it together with the same arguments.
+ * `w->size` threads that share a lane call it together with the same arguments, but for the first
+ * row of one that joins (join.c): a backend that wants threads to join takes turns.
  */
 #pragma once
 
@@ -13,7 +14,7 @@
 extern "C" {
 #endif
 
-#define TSAD_BACKEND_ABI 2u
+#define TSAD_BACKEND_ABI 3u
 
 /* Which of a policy's programs runs, and on whose data. */
 typedef struct tsad_run {

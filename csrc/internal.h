@@ -264,14 +264,16 @@ typedef struct tsad_member {
 /* One thread's private memory. A gang of more than one lane is the thread's own (size 1). */
 typedef struct tsad_worker {
     struct tsad_policy *policy;
-    int rank, size;       /* threads that share this lane's chunk */
+    int rank, size;       /* threads that share this lane's chunk; size 0: not, or no longer, one */
+    bool shares;          /* others may help, and join: see join.c */
     tsad_member *members; /* (gang) */
     float **pruner_registers;
     float *scratch;                     /* backend's */
     uint32_t *read_epoch, *write_epoch; /* (B) see cpu/run.c */
     uint32_t epoch;
     unsigned parity;
-    unsigned tickets;       /* taken in this chunk: see stay_together in cpu/run.c */
+    tsad_lane *prepared;    /* whose rows of the pruner these are */
+    unsigned turns;         /* taken in this chunk: see join.c */
     bool stalled;           /* rank 0: another thread's core seems taken */
     int64_t met_at;         /* rank 0: when the threads last met, 0: not in this chunk */
     int32_t *last_of_block; /* (B) the planner's */
@@ -298,8 +300,7 @@ struct tsad_policy {
     uint8_t *filled;        /* (K, B) scratch of tsad_policy_set_plan */
     int64_t ns[TSAD_N_TIMERS];
     struct tsad_barrier *barrier;
-    struct tsad_ticket *ticket;
-    atomic_int next_row;     /* of the pruner, for whichever thread is free */
+    struct tsad_meeting *meeting;
     bool stalled_before;     /* the last chunk that threads shared */
     int alone_for, patience; /* chunks to run without the team after a stall, and how many next */
 };
@@ -373,8 +374,9 @@ void tsad_plan(tsad_worker *w, tsad_lane *lane);
 void tsad_sums_place(tsad_lane *lane);
 /* After tsad_plan: whether this chunk makes them, has them, or goes without. */
 void tsad_sums_choose(tsad_lane *lane);
-/* Runs the programs of the first n members' lanes from noise to actions. */
-void tsad_denoise(tsad_worker *w, int n, const tsad_call *call);
+/* Runs the programs of the first n members' lanes from noise to actions; a thread that joined later
+ * from the row where the others are. */
+void tsad_denoise(tsad_worker *w, int n, const tsad_call *call, int row);
 
 void tsad_program_carve(tsad_program *program, tsad_arena *arena, int n_rows, int max_ops,
                         int max_sources);
@@ -384,6 +386,9 @@ void tsad_program_compile(tsad_program *program, const tsad_model *model, const 
                           bool keep, int32_t *last_of_block);
 /* A program that runs every node of a net once per row. */
 void tsad_program_straight(tsad_program *program, const tsad_net *net, int n_rows);
+/* The encoder's, where it runs once: its first row makes the memory, each other folds a layer. */
+int tsad_program_encoder_rows(const tsad_net *net);
+void tsad_program_encoder(tsad_program *program, const tsad_net *net);
 
 /* ---- team.c ----------------------------------------------------------------------------- */
 
@@ -392,21 +397,46 @@ typedef struct tsad_barrier {
     _Alignas(64) atomic_uint generation;
 } tsad_barrier;
 
-/* A number that rank 0 publishes and the others wait for: row number << 1 | go alone. */
-typedef struct tsad_ticket {
-    _Alignas(64) atomic_uint value;
-} tsad_ticket;
-
 void tsad_spin(int spins); /* one turn of a waiting loop */
 void tsad_barrier_wait(tsad_barrier *barrier, int size);
 /* A barrier of the threads that share a lane; rank 0 notes whether it was kept waiting (stall.c).
  */
 void tsad_worker_meet(tsad_worker *w);
-/* Runs fn(context, rank, size) on `size` threads of the process's team, the caller being rank 0;
- * alone (size 1) when the team is taken or can't be had. Returns the size used. */
+/* Runs fn(context, rank, size) on up to `size` threads of the process's team, the caller being rank
+ * 0: on those that wake before it is done. Alone (size 1) when the team is taken or can't be had.
+ * Returns the size asked for. */
 int tsad_team_run(void (*fn)(void *context, int rank, int size), void *context, int size);
 tsad_status tsad_team_reserve(int size); /* start threads ahead of the first chunk */
 
+/* ---- join.c ------------------------------------------------------------------------------ */
+
+/* Where the threads of a chunk find each other. */
+typedef struct tsad_meeting {
+    /* rank 0's word at its latest turn: number << 8 | threads << 1 | go alone */
+    _Alignas(64) atomic_uint ticket;
+    _Alignas(64) atomic_int arrived;  /* threads that came, without rank 0 */
+    _Alignas(64) atomic_int admitted; /* how many of these take part; -1: nobody any more */
+    int call_row, row;                /* where rank 0 was when it admitted the latest */
+    /* rows that anybody may take: number of the offer << 16 | rows left, the last one is next */
+    _Alignas(64) atomic_uint rows;
+    void (*run)(tsad_worker *w, int row);
+    atomic_int done;
+} tsad_meeting;
+
+void tsad_meeting_begin(tsad_meeting *m); /* before a chunk */
+void tsad_meeting_end(tsad_meeting *m);   /* rank 0: those who did not join may go */
+/* Rank 0: rows n..1 of `run`, with the help of whoever is there; returns when all are done. */
+void tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *w, int row), int n);
+enum { TSAD_BEFORE_ROWS = -1 }; /* a turn: all is prepared, no row has begun */
+/* All threads of a lane at the same points of its chunk. Rank 0 says whether they stay together,
+ * and lets others join. False: this thread is released. */
+bool tsad_turn(tsad_worker *w, int row);
+int tsad_arrive(tsad_policy *p); /* the rank of a thread that comes to a chunk */
+/* Helps until rank 0 lets it join; then the worker is where rank 0 is, before the turn of that
+ * row. False: the chunk went without it. */
+bool tsad_join(tsad_worker *w, int *call_row, int *row);
+
+void tsad_note_wait(tsad_worker *w, int64_t ns); /* stall.c: for rows that another thread took */
 /* stall.c: threads to ask for, and what the chunk just run says of them */
 int tsad_stall_size(tsad_policy *p, int n_lanes);
 void tsad_stall_note(tsad_policy *p);

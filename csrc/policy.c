@@ -1,4 +1,4 @@
-/* policy.c: a policy's memory, its plans, and the step: encode, prune, plan, denoise.
+/* policy.c: a policy's memory and its plans. What it does with them is in chunk.c.
  *
  * Memory is two arenas. The first holds everything of fixed size; the second the branch outputs
  * (slots): one row a lane, or K rows once a plan reuses earlier rollouts. Nothing allocates
@@ -97,7 +97,7 @@ static void layout(tsad_policy *p, tsad_arena *arena)
         layout_worker(p, workers ? &workers[i] : &unplaced, arena);
     }
     p->barrier = TSAD_CARVE(arena, tsad_barrier, 1);
-    p->ticket = TSAD_CARVE(arena, tsad_ticket, 1);
+    p->meeting = TSAD_CARVE(arena, tsad_meeting, 1);
     p->exchange = TSAD_CARVE(arena, float, 2 * TSAD_PARTS * p->branch_floats);
     p->noise = TSAD_CARVE(
         arena, float,
@@ -106,9 +106,10 @@ static void layout(tsad_policy *p, tsad_arena *arena)
     p->dense_plan = TSAD_CARVE(arena, uint8_t, cells);
     p->filled = TSAD_CARVE(arena, uint8_t, cells);
     int ops = m->n_steps * (m->net.n_nodes + 1);
-    int encode_rows = m->encode_rows ? m->n_steps : 1;
+    int encode_rows = m->encode_rows ? m->n_steps : tsad_program_encoder_rows(&m->encoder);
+    int encode_ops = (m->encode_rows ? m->n_steps : 1) * m->encoder.n_nodes;
     tsad_program_carve(&p->dense, arena, m->n_steps, ops, (int)cells);
-    tsad_program_carve(&p->encode, arena, encode_rows, encode_rows * m->encoder.n_nodes, 1);
+    tsad_program_carve(&p->encode, arena, encode_rows, encode_ops, 1);
     int prune_rows = m->pruner.at_once ? 1 : m->n_steps;
     tsad_program_carve(&p->prune, arena, prune_rows, prune_rows * m->pruner_net.n_nodes, 1);
 }
@@ -136,7 +137,11 @@ static void compile_fixed(tsad_policy *p)
 {
     const tsad_model *m = p->model;
     tsad_program_compile(&p->dense, m, p->dense_plan, false, p->last_of_block);
-    tsad_program_straight(&p->encode, &m->encoder, p->encode.n_rows);
+    if (m->encode_rows) {
+        tsad_program_straight(&p->encode, &m->encoder, p->encode.n_rows);
+    } else {
+        tsad_program_encoder(&p->encode, &m->encoder);
+    }
     tsad_program_straight(&p->prune, &m->pruner_net, p->prune.n_rows);
     for (int i = 0; i <= p->n_lanes; i++) {
         tsad_program_compile(&p->lanes[i].first, m, p->dense_plan, false, p->last_of_block);
@@ -314,232 +319,6 @@ tsad_status tsad_policy_set_pruner(tsad_policy *p, double sparsity)
         p->lanes[i].planner = TSAD_PRUNER_PLAN;
     }
     p->sparsity = sparsity;
-    return TSAD_OK;
-}
-
-/* ---- the step ---------------------------------------------------------------------------- */
-
-typedef struct job {
-    tsad_policy *policy;
-    const tsad_call *call;
-    atomic_int next; /* call row to take, where lanes are spread over threads */
-} job;
-
-static int64_t lap(tsad_worker *w, int timer, int64_t since)
-{
-    int64_t now = tsad_now();
-    w->ns[timer] += now - since;
-    return now;
-}
-
-/* Everything before the loop. The encoder's layers and the pruner's steps are shared out where they
- * do not depend on each other; the plan is rank 0's. */
-static void prepare(tsad_worker *w, int n)
-{
-    int rank = w->rank, size = w->size;
-    bool shared = !w->policy->model->encode_rows;
-    int64_t t = tsad_now();
-    if (shared) {
-        tsad_encode(w, n);
-    } else if (rank == 0) {
-        w->size = 1;
-        tsad_encode(w, n);
-        w->size = size;
-    }
-    tsad_worker_meet(w);
-    t = lap(w, TSAD_ENCODE, t);
-    for (int i = 0; i < n; i++) {
-        tsad_lane *lane = w->members[i].lane;
-        if (lane->planner == TSAD_PRUNER_PLAN && lane->chunk > 0) {
-            tsad_prune(w, lane);
-            tsad_worker_meet(w);
-        }
-    }
-    t = lap(w, TSAD_PRUNE, t);
-    for (int i = 0; i < n && rank == 0; i++) {
-        tsad_plan(w, w->members[i].lane);
-        tsad_sums_choose(w->members[i].lane);
-    }
-    lap(w, TSAD_PLAN_STAGE, t);
-    tsad_worker_meet(w);
-}
-
-/* n lanes of the call from `row` on */
-static void run_lanes(tsad_worker *w, const tsad_call *call, int row, int n)
-{
-    tsad_policy *p = w->policy;
-    const tsad_model *m = p->model;
-    size_t per_obs = (size_t)m->n_obs_steps * (size_t)m->obs_dim;
-    for (int i = 0; i < n; i++) {
-        tsad_member *member = &w->members[i];
-        member->row = row + i;
-        member->lane = &p->lanes[call->lanes[row + i]];
-        member->obs = call->obs + (size_t)(row + i) * per_obs;
-    }
-    prepare(w, n);
-    int64_t t = tsad_now();
-    for (int i = 0; i < n; i++) {
-        if (w->members[i].lane->sums_use == TSAD_MAKE_SUMS) {
-            m->backend->keep(w, w->members[i].lane);
-            tsad_worker_meet(w);
-        }
-    }
-    tsad_denoise(w, n, call);
-    lap(w, TSAD_DENOISE, t);
-}
-
-static void begin_worker(tsad_worker *w, int rank, int size)
-{
-    w->rank = rank;
-    w->size = size;
-    w->epoch = 1;
-    w->parity = 0;
-    w->tickets = 0;
-    w->stalled = false;
-    w->met_at = 0;
-    memset(w->ns, 0, sizeof w->ns);
-    memset(w->read_epoch, 0, sizeof(uint32_t) * (size_t)w->policy->model->n_blocks);
-    memset(w->write_epoch, 0, sizeof(uint32_t) * (size_t)w->policy->model->n_blocks);
-}
-
-/* Lanes to take at once when `left` are left: few at the end of a long call, so that no thread
- * waits long for the last. */
-static int gang_size(int left, int size, int most)
-{
-    int n = left > size * most ? most : (left + 2 * size - 1) / (2 * size);
-    n = n > 2 ? n : 2;
-    n = n < most ? n : most;
-    return n < left ? n : left;
-}
-
-static void work(void *context, int rank, int size)
-{
-    job *j = context;
-    const tsad_call *call = j->call;
-    tsad_worker *w = &j->policy->workers[rank];
-    bool spread = size > 1 && call->n_lanes >= size;
-    begin_worker(w, spread ? 0 : rank, spread ? 1 : size);
-    if (spread || size == 1) { /* gangs, as equal as can be, to whoever is free */
-        int fair = (call->n_lanes + size - 1) / size, gangs = (fair + TSAD_GANG - 1) / TSAD_GANG;
-        int most = (fair + gangs - 1) / gangs;
-        for (int row = atomic_load(&j->next), n; row < call->n_lanes;) {
-            n = gang_size(call->n_lanes - row, size, most);
-            if (atomic_compare_exchange_strong(&j->next, &row, row + n)) {
-                run_lanes(w, call, row, n);
-                row = atomic_load(&j->next);
-            }
-        }
-    } else {
-        for (int row = 0; row < call->n_lanes && w->size > 0; row++) {
-            run_lanes(w, call, row, 1);
-        }
-    }
-}
-
-static tsad_status check_finite(const char *name, const float *x, size_t n)
-{
-    for (size_t i = 0; i < n; i++) {
-        if (!isfinite(x[i])) {
-            return tsad_fail(TSAD_ARGUMENT, "%s: expected finite numbers, got %g at flat index %zu",
-                             name, (double)x[i], i);
-        }
-    }
-    return TSAD_OK;
-}
-
-static tsad_status check_call(const tsad_policy *p, const tsad_call *call)
-{
-    const tsad_model *m = p->model;
-    if (call->n_lanes < 1 || call->n_lanes > p->n_lanes) {
-        return tsad_fail(TSAD_ARGUMENT, "lanes: expected 1 to %d distinct lanes, got %d",
-                         p->n_lanes, call->n_lanes);
-    }
-    for (int i = 0; i < call->n_lanes; i++) {
-        if (call->lanes[i] < 0 || call->lanes[i] >= p->n_lanes) {
-            return tsad_fail(TSAD_ARGUMENT, "lanes[%d]: expected 0 to %d, got %d", i,
-                             p->n_lanes - 1, call->lanes[i]);
-        }
-    }
-    if (!call->noise && (m->adds_noise || !call->initial)) {
-        return tsad_fail(TSAD_ARGUMENT, "noise: this sampler needs it");
-    }
-    size_t n = (size_t)call->n_lanes * (size_t)m->n_obs_steps * (size_t)m->obs_dim;
-    return check_finite("obs", call->obs, n);
-}
-
-tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
-{
-    TSAD_TRY(check_call(p, call));
-    int64_t start = tsad_now();
-    job j = {.policy = p, .call = call};
-    atomic_store(&p->ticket->value, 0);
-    int size = tsad_team_run(work, &j, tsad_stall_size(p, call->n_lanes));
-    bool spread = size > 1 && call->n_lanes >= size;
-    if (size > 1 && !spread) {
-        tsad_stall_note(p);
-    }
-    for (int timer = 0; timer < TSAD_TOTAL; timer++) {
-        int64_t sum = 0;
-        for (int i = 0; i < (spread ? size : 1); i++) {
-            sum += p->workers[i].ns[timer];
-        }
-        p->ns[timer] = sum / (spread ? size : 1);
-    }
-    p->ns[TSAD_TOTAL] = tsad_now() - start;
-    return TSAD_OK;
-}
-
-tsad_status tsad_policy_predict_noise(tsad_policy *p, int n, const float *sample, int step,
-                                      const float *obs, float *out)
-{
-    const tsad_model *m = p->model;
-    if (step < 0 || step >= m->n_steps) {
-        return tsad_fail(TSAD_ARGUMENT, "step: expected 0 to %d, got %d", m->n_steps - 1, step);
-    }
-    size_t T = (size_t)m->horizon, A = (size_t)m->action_dim, ld = (size_t)tsad_pad(m->action_dim);
-    size_t per_obs = (size_t)m->n_obs_steps * (size_t)m->obs_dim;
-    TSAD_TRY(check_finite("obs", obs, (size_t)n * per_obs));
-    tsad_worker *w = &p->workers[0];
-    float **registers = w->members->registers;
-    begin_worker(w, 0, 1);
-    w->members->lane = &p->lanes[p->n_lanes];
-    tsad_run run = {
-        .net = &m->net, .program = &p->dense, .registers = registers, .lane = w->members->lane};
-    for (int i = 0; i < n; i++) {
-        w->members->obs = obs + (size_t)i * per_obs;
-        tsad_encode(w, 1);
-        const float *x = sample + (size_t)i * T * A;
-        for (size_t t = 0; t < T; t++) {
-            memcpy(registers[m->net.input] + t * ld, x + t * A, sizeof(float) * A);
-        }
-        m->backend->run(w, &run, 1, step, step + 1);
-        for (size_t t = 0; t < T; t++) {
-            memcpy(out + ((size_t)i * T + t) * A, registers[m->net.output] + t * ld,
-                   sizeof(float) * A);
-        }
-    }
-    return TSAD_OK;
-}
-
-tsad_status tsad_policy_pruner_scores(tsad_policy *p, const float *obs, float *out)
-{
-    const tsad_model *m = p->model;
-    if (!m->has_pruner) {
-        return tsad_fail(TSAD_ARGUMENT, "this policy has no pruner");
-    }
-    TSAD_TRY(check_finite("obs", obs, (size_t)m->n_obs_steps * (size_t)m->obs_dim));
-    tsad_worker *w = &p->workers[0];
-    tsad_lane *lane = &p->lanes[p->n_lanes];
-    begin_worker(w, 0, 1);
-    w->members->lane = lane;
-    w->members->obs = obs;
-    tsad_encode(w, 1);
-    tsad_prune(w, lane);
-    size_t row = (size_t)m->n_blocks * 4;
-    for (int k = 0; k < m->n_steps; k++) {
-        memcpy(out + (size_t)k * row, lane->scores + (size_t)(m->n_steps - 1 - k) * row,
-               sizeof(float) * row);
-    }
     return TSAD_OK;
 }
 

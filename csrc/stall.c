@@ -1,16 +1,16 @@
 /* stall.c: a core that another process has taken. The threads of a lane notice at a meeting that
- * one keeps the others waiting; they part for the rest of the chunk (stay_together in cpu/run.c).
+ * one keeps the others waiting; they part for the rest of the chunk at the next turn (join.c).
  * When the next chunk stalls too, the chunks after it run on one thread, for longer each time.
  */
 #include "internal.h"
 
 /* Waiting longer than this, and longer than one's own work took, means a core is taken: a process
- * that shares one keeps it for milliseconds, a virtual machine's hiccups are shorter. The first
- * meeting of a chunk may have to wait for a sleeping core to wake. */
-enum { STALL_NS = 1000000, WAKE_NS = 3000000, MAX_PATIENCE = 64 };
+ * that shares one keeps it for milliseconds, a virtual machine's hiccups are shorter. */
+enum { STALL_NS = 1000000, MAX_PATIENCE = 64 };
 
 void tsad_worker_meet(tsad_worker *w)
 {
+    w->epoch++;
     if (w->size == 1 || w->rank > 0) {
         tsad_barrier_wait(w->policy->barrier, w->size);
         return;
@@ -18,10 +18,12 @@ void tsad_worker_meet(tsad_worker *w)
     int64_t arrived = tsad_now();
     tsad_barrier_wait(w->policy->barrier, w->size);
     int64_t left = tsad_now();
-    int64_t limit = w->met_at ? STALL_NS : WAKE_NS, own = w->met_at ? arrived - w->met_at : 0;
-    w->stalled |= left - arrived > limit && left - arrived > own;
+    int64_t own = w->met_at ? arrived - w->met_at : 0;
+    w->stalled |= left - arrived > STALL_NS && left - arrived > own;
     w->met_at = left;
 }
+
+void tsad_note_wait(tsad_worker *w, int64_t ns) { w->stalled |= ns > STALL_NS; }
 
 /* How many threads to ask for: alone for a while after stalls in a row. */
 int tsad_stall_size(tsad_policy *p, int n_lanes)

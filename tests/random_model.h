@@ -184,7 +184,7 @@ static inline random_spec *random_spec_make(const shape *s, const char *backend)
     r->sampler = fill(s->steps * TSAD_SAMPLER_COLUMNS, 0);
     for (int k = 0; k < s->steps; k++) {
         float *t = r->sampler + k * TSAD_SAMPLER_COLUMNS;
-        t[0] = 1.1f, t[1] = -0.4f, t[2] = 1, t[3] = 0.3f, t[4] = 0.6f;
+        t[0] = 1.1f, t[1] = -0.4f, t[2] = 1, t[3] = 0.3f, t[4] = 0.6f, t[6] = -0.1f;
         t[7] = k + 1 < s->steps ? 0.1f : 0;
     }
     r->cost = malloc(sizeof(int64_t) * (size_t)B);

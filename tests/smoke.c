@@ -2,12 +2,13 @@
  * target without an interpreter's noise. (Instructions are counted by bench/instructions.c.)
  *
  *   cc -std=gnu11 -O2 -Icsrc tests/smoke.c csrc/{,net/,stage/,cpu/}*.c -lm -lpthread \
- *       -Wl,--wrap=tsad_now -o smoke
+ *       -Wl,--wrap=tsad_now,--wrap=tsad_arrive,--wrap=tsad_turn,--wrap=tsad_share_rows,\
+ *       --wrap=tsad_meeting_end -o smoke
  *   ./smoke            everything; prints one line per check
  *   ./smoke chunks N   N dense and N planned chunks of the tiny model, for leak checkers
  *
- * --wrap lets the test stop the clock: a thread that waited long has another's core taken, and
- * the chunk goes on without it.
+ * --wrap lets the test move the clock (a thread that waited long has another's core taken, and the
+ * chunk goes on without it) and hold threads back until a given point of a chunk.
  */
 #include "internal.h"
 #include "random_model.h"
@@ -52,6 +53,86 @@ int64_t __wrap_tsad_now(void)
     return __real_tsad_now() + jumped;
 }
 
+/* ---- threads that come when the test wants ------------------------------------------------- */
+
+int __real_tsad_arrive(tsad_policy *p) __attribute__((weak)); /* with the other -Wl,--wrap */
+int __wrap_tsad_arrive(tsad_policy *p);
+bool __real_tsad_turn(tsad_worker *w, int row) __attribute__((weak));
+bool __wrap_tsad_turn(tsad_worker *w, int row);
+void __real_tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *, int), int n)
+    __attribute__((weak));
+void __wrap_tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *, int), int n);
+void __real_tsad_meeting_end(tsad_meeting *m) __attribute__((weak));
+void __wrap_tsad_meeting_end(tsad_meeting *m);
+
+enum { ANYTIME = -2, ROWS = -1 }; /* not held back; at the first rows offered; else at a turn */
+
+static int first_comes, others_come = ANYTIME; /* when in the chunk */
+static int turns_taken, joined, joined_at_a_row;
+static atomic_int may_come, came;
+
+/* the threads that wait may come to the chunk; rank 0 goes on when they are there */
+static void let_come(const tsad_policy *p, int n)
+{
+    if (n > atomic_load(&may_come)) {
+        atomic_store(&may_come, n);
+        for (int spins = 0; atomic_load(&p->meeting->arrived) < n; spins++) {
+            tsad_spin(spins);
+        }
+    }
+}
+
+static bool held_back(void) { return others_come != ANYTIME; }
+
+int __wrap_tsad_arrive(tsad_policy *p)
+{
+    int place = atomic_fetch_add(&came, 1);
+    for (int spins = 0; held_back() && atomic_load(&may_come) <= place; spins++) {
+        tsad_spin(spins);
+    }
+    return __real_tsad_arrive(p);
+}
+
+void __wrap_tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *, int), int n)
+{
+    if (held_back() && w->shares && first_comes == ROWS) {
+        let_come(w->policy, others_come == ROWS ? w->policy->n_threads - 1 : 1);
+    }
+    __real_tsad_share_rows(w, run, n);
+}
+
+bool __wrap_tsad_turn(tsad_worker *w, int row)
+{
+    if (!held_back() || w->rank > 0 || !w->shares) {
+        return __real_tsad_turn(w, row);
+    }
+    int turn = turns_taken++, before = w->size;
+    if (turn == others_come) {
+        let_come(w->policy, w->policy->n_threads - 1);
+    } else if (turn == first_comes) {
+        let_come(w->policy, 1);
+    }
+    bool stays = __real_tsad_turn(w, row);
+    joined += w->size > before;
+    joined_at_a_row += w->size > before && row >= 0;
+    return stays;
+}
+
+void __wrap_tsad_meeting_end(tsad_meeting *m)
+{
+    atomic_store(&may_come, 1000); /* they must not be held for ever */
+    __real_tsad_meeting_end(m);
+}
+
+static void hold(int first, int others)
+{
+    first_comes = first;
+    others_come = __real_tsad_arrive ? others : ANYTIME;
+    turns_taken = 0;
+    atomic_store(&may_come, 0);
+    atomic_store(&came, 0);
+}
+
 /* a misshapen tensor is refused by name */
 static void test_misshapen(void)
 {
@@ -93,8 +174,23 @@ static void chunk_of(tsad_policy *p, int from, int n, float *actions)
 
 static void chunk(tsad_policy *p, int n, float *actions) { chunk_of(p, 0, n, actions); }
 
+/* rows that add the same slots again, most of them computing a block or two: sums are remembered */
+static void repeating_plan(uint8_t *first, uint8_t *steady)
+{
+    int computed = (int)((uniform() + 1) * 2.999f), other = (int)((uniform() + 1) * 2.999f);
+    for (int i = 0; i < K * B; i++) {
+        bool own = (i % B == computed || i % B == other) && i / B % 3 != 1;
+        first[i] = TSAD_COMPUTE;
+        steady[i] = i < B || own ? TSAD_COMPUTE : TSAD_REUSE_STEP;
+    }
+}
+
 static void random_plan(uint8_t *first, uint8_t *steady)
 {
+    if (uniform() < 0) {
+        repeating_plan(first, steady);
+        return;
+    }
     for (int i = 0; i < K * B; i++) {
         first[i] = steady[i] = TSAD_COMPUTE;
         if (i >= B) {
@@ -157,6 +253,41 @@ static void test_threads(tsad_model *model)
     }
 }
 
+/* Threads that come when the chunk is anywhere, one and then the others: the bits stay, in the
+ * chunks after it too. */
+static void test_late(tsad_model *model)
+{
+    static float expected[LANES * T * A], actions[LANES * T * A];
+    if (!__real_tsad_arrive) {
+        printf("skip threads that come late: link with the other -Wl,--wrap\n");
+        return;
+    }
+    bool same = true;
+    joined = joined_at_a_row = 0;
+    for (int threads = 2; threads <= 4; threads += 2) {
+        for (int n = 1; n < threads; n += 2) { /* more lanes are spread, and never meet */
+            plan_lanes(model, n, expected);
+            for (int first = ROWS; first < n * (K + 1); first++) {
+                for (int others = first; others <= first + (threads > 2 ? 4 : 0); others += 2) {
+                    tsad_policy *p = planned(model, n, threads);
+                    for (int rollout = 0; rollout < ROLLOUTS; rollout++) {
+                        hold(first, rollout > 0 ? others : ANYTIME);
+                        p->alone_for = 0; /* whatever the machine did to the chunk before */
+                        chunk(p, n, actions);
+                    }
+                    same &= memcmp(actions, expected, sizeof(float) * (size_t)(n * T * A)) == 0;
+                    tsad_policy_destroy(p);
+                }
+            }
+        }
+    }
+    hold(0, ANYTIME);
+    char text[80];
+    snprintf(text, sizeof text, "identical bits with threads that come late (%d, %d at a row)",
+             joined, joined_at_a_row);
+    check(same && joined > 100 && joined_at_a_row > 80, text);
+}
+
 /* A core taken at any meeting of a chunk: the clock jumps between two readings, rank 0 takes that
  * for a stall, and goes on alone. The bits stay, in the chunks after it too. */
 static void test_stalls(tsad_model *model)
@@ -174,8 +305,10 @@ static void test_stalls(tsad_model *model)
             for (int at = 0; at < 90; at++) {
                 tsad_policy *p = planned(model, n, threads);
                 for (int rollout = 0; rollout < ROLLOUTS; rollout++) {
+                    hold(at % 3 - 1,
+                         at % 2 ? at % 3 : at % 3 - 1); /* early: there is a lot to meet */
                     readings_to_jump = rollout == 1 ? at : -1;
-                    p->alone_for = 0; /* whatever the machine did to the chunk before */
+                    p->alone_for = 0;
                     chunk(p, n, actions);
                     stalls += rollout == 1 && p->workers[0].stalled;
                     whole += rollout == 1 && !p->workers[0].stalled;
@@ -186,6 +319,7 @@ static void test_stalls(tsad_model *model)
         }
     }
     readings_to_jump = -1;
+    hold(0, ANYTIME);
     char text[80];
     snprintf(text, sizeof text, "identical bits with a core taken in mid-chunk (%d of %d)", stalls,
              stalls + whole);
@@ -209,6 +343,7 @@ static void test_pruners(void)
                 must(tsad_policy_create(model, 1, threads, &p));
                 must(tsad_policy_set_pruner(p, 0.5));
                 for (int rollout = 0; rollout < ROLLOUTS; rollout++) {
+                    hold(ROWS, trial % 2 ? trial % 5 : ROWS);
                     readings_to_jump = __real_tsad_now && rollout == 1 ? trial : -1;
                     p->alone_for = 0;
                     chunk(p, 1, threads == 1 ? expected : actions);
@@ -222,6 +357,7 @@ static void test_pruners(void)
         tsad_model_destroy(model);
     }
     readings_to_jump = -1;
+    hold(0, ANYTIME);
     check(same, "identical bits on 1, 2 and 4 threads with a pruner, a transformer and an MLP");
 }
 
@@ -343,6 +479,7 @@ int main(int argc, char **argv)
     } else {
         test_misshapen();
         test_threads(model);
+        test_late(model);
         test_stalls(model);
         test_pruners();
         test_plans(model);

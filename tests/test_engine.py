@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import select
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -324,6 +326,45 @@ def test_an_idle_policy_uses_no_cpu() -> None:
     before = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before < 0.02
+
+
+CORES = """
+import os, sys
+from cases import config, random_inputs
+from engine import make
+
+def threads():
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+engine = make("odd", threads=2, steps=3)
+inputs = random_inputs(config("odd"), 0, steps=3)
+engine(inputs[0], noise=inputs[1])
+before = threads()
+second = make("odd", threads=3, steps=3)
+(worker,) = threads() - before
+a, b, *_ = sorted(os.sched_getaffinity(0))
+everywhere = os.sched_getaffinity(worker)
+for core in (a, b, a):
+    os.sched_setaffinity(0, {core})
+    second(inputs[0], noise=inputs[1])
+    assert os.sched_getaffinity(worker) == everywhere - {core}, core
+assert os.sched_getaffinity(0) == {a}
+os.sched_setaffinity(worker, {a})  # whoever owns the process may move it
+for core in (b, a, b):
+    os.sched_setaffinity(0, {core})
+    second(inputs[0], noise=inputs[1])
+    assert os.sched_getaffinity(worker) == {a}, core
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="Linux, two cores",
+)
+def test_workers_keep_off_the_callers_core() -> None:
+    """Else one that wakes there takes it from the caller until the scheduler's next tick."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", CORES], check=True, timeout=60, env=environment)
 
 
 def test_policies_in_several_threads_share_a_model() -> None:

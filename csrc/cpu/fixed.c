@@ -80,18 +80,19 @@ static void move_node(const context *c, const tsad_node *node)
 
 static void keep_memory(const context *c, const tsad_node *node)
 {
-    if (c->run->lane->memory && c->w->rank == 0) {
+    if (c->run->lane->memory) {
         size_t floats = tsad_register_floats(&c->net->registers[node->in]);
         memcpy(c->run->lane->memory + (size_t)c->row * floats, reg(c, node->in),
                sizeof(float) * floats);
     }
 }
 
-/* where a lane keeps the folded tokens of this row and layer */
+/* where a lane keeps the folded tokens of this step and layer */
 static float *folded(const context *c, const tsad_node *node)
 {
     size_t tokens = (size_t)c->net->registers[node->in].tokens;
-    size_t at = (size_t)c->row * (size_t)c->m->n_layers + (size_t)node->layer;
+    size_t step = c->m->encode_rows ? (size_t)c->row : 0;
+    size_t at = step * (size_t)c->m->n_layers + (size_t)node->layer;
     return c->run->lane->fold + at * tokens * c->m->fold.floats;
 }
 
@@ -122,9 +123,6 @@ void tsad_cpu_fold(const context *members, int n, const tsad_node *node)
     const tsad_packed *list = ((const tsad_cpu_node *)node->packed)->list;
     int tokens = c->net->registers[node->in].tokens, d = fold->width, heads = fold->n_heads;
     int ld = tsad_pad(2 * d), dh = d / heads, ldx = tsad_pad(d);
-    if (node->layer % c->w->size != c->w->rank) {
-        return; /* another thread's layer */
-    }
     float *kv = c->w->scratch, *x = kv + (size_t)(n * tokens) * (size_t)ld;
     float *room = x + (size_t)(n * tokens) * (size_t)ldx;
     for (int i = 0; i < n; i++) {

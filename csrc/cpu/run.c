@@ -12,8 +12,8 @@
  * another thread may still read it. Both cost one extra meeting; all threads see the same ops,
  * so they agree on when.
  *
- * A core can be taken by another process in mid-chunk. Then the others are released at the next
- * row and rank 0 goes on alone (stay_together).
+ * Threads that come late join at the start of a row, and are released there when a core is taken by
+ * another process (join.c).
  */
 #include "cpu.h"
 
@@ -46,12 +46,6 @@ static unsigned flush_denormals(void) { return 0; }
 static void restore_denormals(unsigned before) { (void)before; }
 #endif
 
-static void meet(tsad_worker *w)
-{
-    tsad_worker_meet(w);
-    w->epoch++;
-}
-
 /* Whether a row has work to share. All threads see the same program, so they agree. */
 static bool shares_work(const tsad_program *program, int row)
 {
@@ -61,30 +55,6 @@ static bool shares_work(const tsad_program *program, int row)
         }
     }
     return false;
-}
-
-/* At the start of a row with work to share, rank 0 says whether the threads stay together. They
- * part when one has kept it waiting: its core is taken. The bits do not change. False: this
- * thread is released. */
-static bool stay_together(tsad_worker *w)
-{
-    atomic_uint *ticket = &w->policy->ticket->value;
-    unsigned number = ++w->tickets, said;
-    if (w->rank == 0) {
-        said = number << 1 | (unsigned)w->stalled;
-        atomic_store_explicit(ticket, said, memory_order_release);
-    } else {
-        for (int spins = 0;
-             (said = atomic_load_explicit(ticket, memory_order_acquire)) >> 1 < number; spins++) {
-            tsad_spin(spins);
-        }
-    }
-    if ((said & 1) == 0 || said >> 1 != number) {
-        return true;
-    }
-    meet(w); /* everyone's shares of the slots are written */
-    w->size = w->rank == 0 ? 1 : 0;
-    return w->rank == 0;
 }
 
 /* a thread's share of `floats`, on cache-line pairs */
@@ -302,7 +272,7 @@ static void compute(const context *members, int n, const tsad_op *const *op)
         }
         if (keeps && w->size > 1 &&
             (w->read_epoch[node->block] == w->epoch || w->write_epoch[node->block] == w->epoch)) {
-            meet(w);
+            tsad_worker_meet(w);
         }
     } else {
         groups = useful_threads(w->size, parts);
@@ -320,7 +290,7 @@ static void compute(const context *members, int n, const tsad_op *const *op)
             own = 1;
         }
         if (w->size > 1) {
-            meet(w);
+            tsad_worker_meet(w);
             w->parity ^= 1;
         }
     }
@@ -347,7 +317,7 @@ static void settle_reads(const context *c, const int32_t *source, int n)
     }
     for (int i = 0; i < n; i++) {
         if (w->write_epoch[source[i] % c->net->n_blocks] == w->epoch) {
-            meet(w);
+            tsad_worker_meet(w);
             break;
         }
     }
@@ -586,7 +556,7 @@ void tsad_cpu_run(tsad_worker *w, const tsad_run *runs, int n, int row_begin, in
             run_row_of_gang(members, n);
             continue;
         }
-        if (w->size > 1 && runs->update && shares_work(program, row) && !stay_together(w)) {
+        if (w->shares && runs->update && shares_work(program, row) && !tsad_turn(w, row)) {
             break;
         }
         if (run_closed(members)) {

@@ -33,18 +33,24 @@ static void note_writes(const tsad_model *m, tsad_lane *lane)
     lane->stats.chunks = lane->chunk;
 }
 
-static tsad_run begin(const tsad_model *m, const tsad_member *member, const tsad_call *call)
+/* the sample of pure noise */
+static void begin(const tsad_model *m, const tsad_member *member, const tsad_call *call)
 {
     int T = m->horizon, A = m->action_dim, ld = tsad_pad(A);
     size_t row = (size_t)member->row;
-    const float *noise = call->noise ? call->noise + row * call->noise_lane : NULL;
-    const float *start = call->initial ? call->initial + row * (size_t)T * (size_t)A : noise;
+    const float *start = call->initial ? call->initial + row * (size_t)T * (size_t)A
+                                       : call->noise + row * call->noise_lane;
     float *x = member->registers[m->net.input]; /* (T, A padded) */
     for (int t = 0; t < T; t++) {
         memcpy(x + (size_t)t * (size_t)ld, start + (size_t)t * (size_t)A,
                sizeof(float) * (size_t)A);
     }
     memset(member->previous_x0, 0, sizeof(float) * (size_t)T * (size_t)ld);
+}
+
+static tsad_run run_of(const tsad_model *m, const tsad_member *member, const tsad_call *call)
+{
+    const float *noise = call->noise ? call->noise + (size_t)member->row * call->noise_lane : NULL;
     return (tsad_run){.net = &m->net,
                       .program = member->lane->program,
                       .registers = member->registers,
@@ -55,14 +61,17 @@ static tsad_run begin(const tsad_model *m, const tsad_member *member, const tsad
                       .update = true};
 }
 
-void tsad_denoise(tsad_worker *w, int n, const tsad_call *call)
+void tsad_denoise(tsad_worker *w, int n, const tsad_call *call, int row)
 {
     const tsad_model *m = w->policy->model;
     tsad_run runs[TSAD_GANG] = {0};
     for (int i = 0; i < n; i++) {
-        runs[i] = begin(m, &w->members[i], call);
+        runs[i] = run_of(m, &w->members[i], call);
+        if (row == 0) {
+            begin(m, &w->members[i], call);
+        }
     }
-    m->backend->run(w, runs, n, 0, m->n_steps);
+    m->backend->run(w, runs, n, row, m->n_steps);
     for (int i = 0; i < n && w->rank == 0; i++) {
         const tsad_member *member = &w->members[i];
         emit_actions(m, member->registers[m->net.input], call, member->row);

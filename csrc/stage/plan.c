@@ -253,6 +253,29 @@ void tsad_program_straight(tsad_program *program, const tsad_net *net, int n_row
     program->row_start[n_rows] = program->n_ops;
 }
 
+int tsad_program_encoder_rows(const tsad_net *net)
+{
+    int n = 1;
+    for (int i = 0; i < net->n_nodes; i++) {
+        n += net->nodes[i].kind == TSAD_FOLD;
+    }
+    return n;
+}
+
+void tsad_program_encoder(tsad_program *program, const tsad_net *net)
+{
+    int row = 0;
+    program->n_ops = program->n_sources = 0;
+    program->row_start[row] = 0;
+    for (int i = 0; i < net->n_nodes; i++) {
+        if (net->nodes[i].kind == TSAD_FOLD) {
+            program->row_start[++row] = program->n_ops;
+        }
+        emit(program, TSAD_OP_NODE, i);
+    }
+    program->row_start[row + 1] = program->n_ops;
+}
+
 /* ---- the planner of a pruner ------------------------------------------------------------- */
 
 static int32_t float_bits(float x)

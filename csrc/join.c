@@ -1,0 +1,210 @@
+/* join.c: how threads come to share a lane's chunk.
+ *
+ * A sleeping core may need longer to wake than a chunk takes: tens of microseconds, on a virtual
+ * machine that is called at a robot's pace milliseconds. So rank 0 begins alone and waits for
+ * nobody. A thread that arrives takes rows of the encoder and the pruner, while there are any, and
+ * joins at rank 0's next turn: after the preparations, or at the start of a row with work to share.
+ * It copies what the chunk has come to and is one of the threads from then on. Which threads work
+ * when decides nothing about the bits.
+ *
+ * A core can also be taken in mid-chunk. Rank 0 notices at a meeting (stall.c), releases the others
+ * at its next turn, and lets nobody join again before the chunk's end.
+ */
+#include "internal.h"
+
+#include <string.h>
+
+void tsad_meeting_begin(tsad_meeting *m)
+{
+    atomic_store_explicit(&m->ticket, 0, memory_order_relaxed);
+    atomic_store_explicit(&m->arrived, 0, memory_order_relaxed);
+    atomic_store_explicit(&m->admitted, 0, memory_order_relaxed);
+    atomic_store_explicit(&m->rows, 0, memory_order_relaxed);
+}
+
+void tsad_meeting_end(tsad_meeting *m)
+{
+    atomic_store_explicit(&m->admitted, -1, memory_order_release);
+}
+
+/* ---- rows that anybody may take ----------------------------------------------------------- */
+
+enum { ROWS_LEFT = 0xffff };
+
+/* takes and runs a row; false: none is left */
+static bool run_row(tsad_worker *w)
+{
+    tsad_meeting *m = w->policy->meeting;
+    unsigned rows = atomic_load_explicit(&m->rows, memory_order_acquire);
+    do {
+        if ((rows & ROWS_LEFT) == 0) {
+            return false;
+        }
+    } while (!atomic_compare_exchange_weak_explicit(&m->rows, &rows, rows - 1, memory_order_acq_rel,
+                                                    memory_order_acquire));
+    int rank = w->rank, size = w->size;
+    if (rank > 0) {
+        w->prepared = w->policy->workers[0].prepared;
+    }
+    w->rank = 0, w->size = 1; /* a row is the thread's own: no meeting inside */
+    m->run(w, (int)(rows & ROWS_LEFT));
+    w->rank = rank, w->size = size;
+    atomic_fetch_add_explicit(&m->done, 1, memory_order_release);
+    return true;
+}
+
+void tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *w, int row), int n)
+{
+    if (!w->shares) {
+        for (int row = n; row > 0; row--) {
+            run(w, row);
+        }
+        return;
+    }
+    tsad_meeting *m = w->policy->meeting;
+    unsigned before = atomic_load_explicit(&m->rows, memory_order_relaxed);
+    m->run = run;
+    atomic_store_explicit(&m->done, 0, memory_order_relaxed);
+    atomic_store_explicit(&m->rows, ((before >> 16) + 1) << 16 | (unsigned)n, memory_order_release);
+    while (run_row(w)) {
+    }
+    int64_t since = tsad_now();
+    for (int spins = 0; atomic_load_explicit(&m->done, memory_order_acquire) < n; spins++) {
+        tsad_spin(spins);
+    }
+    tsad_note_wait(w, tsad_now() - since);
+}
+
+/* ---- turns --------------------------------------------------------------------------------- */
+
+static void say(tsad_worker *w, int size, bool alone)
+{
+    unsigned said = w->turns << 8 | (unsigned)size << 1 | alone;
+    atomic_store_explicit(&w->policy->meeting->ticket, said, memory_order_release);
+}
+
+/* from here to the end of the chunk rank 0 is alone */
+static void part(tsad_worker *w)
+{
+    if (w->size > 1) {
+        say(w, w->size, true);
+        tsad_worker_meet(w); /* everyone's shares of the slots are written */
+    }
+    w->size = 1;
+    w->shares = false;
+    tsad_meeting_end(w->policy->meeting);
+}
+
+static void lead(tsad_worker *w, int row)
+{
+    tsad_meeting *m = w->policy->meeting;
+    if (w->stalled) {
+        part(w);
+        return;
+    }
+    int size = 1 + atomic_load_explicit(&m->arrived, memory_order_acquire), before = w->size;
+    if (size == 1) {
+        return;
+    }
+    w->size = size;
+    if (size > before) {
+        m->call_row = w->members->row;
+        m->row = row;
+    }
+    say(w, size, false);
+    if (size > before) {
+        atomic_store_explicit(&m->admitted, size - 1, memory_order_release);
+        tsad_worker_meet(w); /* the others have copied what they need */
+    }
+}
+
+/* false: released */
+static bool follow(tsad_worker *w)
+{
+    tsad_meeting *m = w->policy->meeting;
+    unsigned number = w->turns, said;
+    for (int spins = 0;
+         (said = atomic_load_explicit(&m->ticket, memory_order_acquire)) >> 8 < number;) {
+        if (!run_row(w)) {
+            tsad_spin(spins++);
+        }
+    }
+    if (said >> 8 != number) {
+        return true; /* nothing was changed at that turn: rank 0 would still wait for us there */
+    }
+    int size = (int)(said >> 1 & 127);
+    if (said & 1) {
+        tsad_worker_meet(w);
+        w->size = 0;
+        return false;
+    }
+    if (size > w->size) {
+        w->size = size;
+        tsad_worker_meet(w);
+    }
+    return true;
+}
+
+bool tsad_turn(tsad_worker *w, int row)
+{
+    if (!w->shares) {
+        return true;
+    }
+    w->turns++;
+    if (w->rank > 0) {
+        return follow(w);
+    }
+    lead(w, row);
+    return true;
+}
+
+/* ---- joining ------------------------------------------------------------------------------- */
+
+int tsad_arrive(tsad_policy *p)
+{
+    return 1 + atomic_fetch_add_explicit(&p->meeting->arrived, 1, memory_order_relaxed);
+}
+
+/* what rank 0 has made of the chunk before this row, which it doesn't touch before they meet */
+static void copy_member(tsad_worker *w)
+{
+    const tsad_policy *p = w->policy;
+    const tsad_model *m = p->model;
+    const tsad_member *from = p->workers[0].members;
+    tsad_member *to = w->members;
+    int x = m->net.input;
+    memcpy(to->registers[x], from->registers[x],
+           sizeof(float) * tsad_register_floats(&m->net.registers[x]));
+    memcpy(to->previous_x0, from->previous_x0,
+           sizeof(float) * (size_t)m->horizon * (size_t)tsad_pad(m->action_dim));
+    for (int i = 0; i < TSAD_REMEMBERED; i++) {
+        memcpy(to->sums[i], from->sums[i], sizeof(float) * p->branch_floats);
+        to->table_ready[i] = false; /* made again when needed */
+    }
+}
+
+bool tsad_join(tsad_worker *w, int *call_row, int *row)
+{
+    const tsad_policy *p = w->policy;
+    const tsad_worker *first = &p->workers[0];
+    int admitted, spins = 0;
+    while ((admitted = atomic_load_explicit(&p->meeting->admitted, memory_order_acquire)) <
+           w->rank) {
+        if (admitted < 0) {
+            return false;
+        }
+        if (!run_row(w)) {
+            tsad_spin(spins++);
+        }
+    }
+    *call_row = p->meeting->call_row;
+    *row = p->meeting->row;
+    w->size = admitted + 1;
+    w->turns = first->turns - 1;
+    w->parity = first->parity;
+    if (*row >= 0) {
+        copy_member(w);
+    }
+    tsad_worker_meet(w); /* an epoch begins: no slot was read or written in it yet */
+    return true;
+}
