@@ -397,6 +397,19 @@ def test_bench(capsys, fake) -> None:
     assert code == 0 and "denoise" in out and "2 lanes" in out
 
 
+def test_bench_at_a_rate(capsys, fake) -> None:
+    options = ["bench", "--chunks", "10", "--sparsity", "0.5"]
+    begin = time.monotonic()
+    code, out, _ = run(capsys, *options, "--paced", "50")
+    # dense and sparse, five rounds of two chunks each, and the first waits as well
+    assert code == 0 and "called at 50 Hz" in out and time.monotonic() - begin > 20 * 0.02
+    code, out, _ = run(capsys, *options, "--json", "--paced", "1000")
+    assert code == 0 and json.loads(out)["paced_hz"] == 1000
+    for wrong in ("0", "-1", "fast", "nan", "inf"):
+        code, _, err = run(capsys, *options, "--paced", wrong)
+        assert code == 2 and f"--paced: got '{wrong}', expected calls a second" in err
+
+
 def test_bench_observations_are_in_range() -> None:
     from tsad.commands.bench import observations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ examples:
   tsad bench pusht --sparsity 0.5 0.9 0.95 --chunks 500
   tsad bench pusht --sampler ddim --steps 16 --threads 1
   tsad bench pusht --preset fast                    dense, and a preset of its folder
+  tsad bench pusht --preset fast --paced 10         as a robot calls it, idle in between
   tsad bench runs/mine --lanes 8 --json"""
 
 
@@ -81,10 +83,29 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--chunks", type=positive_int, default=100, metavar="N", help="of each (default: 100)"
     )
+    parser.add_argument(
+        "--paced",
+        type=rate,
+        metavar="HZ",
+        help="call at this rate, as a robot does: cores rest in between (default: back to back)",
+    )
     add_warm_start(parser)
     add_policy_options(parser)
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.set_defaults(run=run)
+
+
+def rate(text: str) -> float:
+    """An argument in Hz."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1e4:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected calls a second, above 0 and up to 10000; e.g. 10"
+        )
+    return value
 
 
 def observations(policy: SparsePolicy, n: int) -> NDArray[np.float32]:
@@ -113,15 +134,22 @@ class Clock:
         self.stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
         self.plan: Any = None
 
-    def round(self, obs: NDArray[np.float32]) -> None:
-        """One chunk per row of `obs`, after a reset and two chunks that do not count."""
+    def round(self, obs: NDArray[np.float32], period: float = 0.0) -> None:
+        """One chunk per row of `obs`, after a reset and two chunks that do not count.
+
+        ``period``: seconds from one call to the next; whoever takes longer is called at once.
+        """
         policy = self.policy
         policy.reset(seed=0)  # a plan that reads rollouts can't be set on another plan's
         self._setup()
         self.first.append(_call(policy, obs[0]))
         _call(policy, obs[0])
         begin = len(self.wall)
+        tick = time.perf_counter() + period
         for row in obs:
+            if period:
+                time.sleep(max(tick - time.perf_counter(), 0.0))
+                tick = max(tick, time.perf_counter()) + period
             self.wall.append(_call(policy, row))
             timings = policy.timings
             for stage in STAGES:
@@ -182,11 +210,12 @@ def _report(document: dict[str, Any]) -> str:
     rows.append(["dense passes", *(f"{r['passes']:.2f}" for r in results)])
     dense = results[0]["call_ms"]["p50"]
     rows.append(["times faster, p50", *(f"{dense / r['call_ms']['p50']:.2f}" for r in results)])
-    lanes = document["lanes"]
+    lanes, paced = document["lanes"], document["paced_hz"]
     return (
         f"policy {document['policy']} ({document['sampler']}), planner {document['planner']}, "
         f"{lanes} lane{'s' if lanes > 1 else ''}\n"
-        f"{document['cpu']}, {document['backend']}, threads {document['threads']}\n\n{table(rows)}"
+        f"{document['cpu']}, {document['backend']}, threads {document['threads']}"
+        f"{'' if paced is None else f', called at {paced:g} Hz'}\n\n{table(rows)}"
     )
 
 
@@ -226,10 +255,11 @@ def run(args: argparse.Namespace) -> int:
             policy.planner = args.planner
     clocks = _clocks(policy, args)
     obs = observations(policy, -(-args.chunks // ROUNDS))
+    period = 0.0 if args.paced is None else 1 / args.paced
     with Progress(ROUNDS * len(clocks), "bench", unit="rounds") as progress:
         for _ in range(ROUNDS):
             for clock in clocks:
-                clock.round(obs)
+                clock.round(obs, period)
                 progress.update(f"{np.median(clock.wall):.2f} ms")
     document = {
         "tsad": tsad.__version__,
@@ -240,6 +270,7 @@ def run(args: argparse.Namespace) -> int:
         "backend": policy.backend,
         "threads": policy.threads,
         "lanes": policy.lanes,
+        "paced_hz": args.paced,
         "results": [clock.facts() for clock in clocks],
     }
     print(json.dumps(document, indent=1) if args.json else _report(document))
