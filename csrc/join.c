@@ -55,7 +55,7 @@ static bool run_row(tsad_worker *w)
 
 void tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *w, int row), int n)
 {
-    if (!w->shares) {
+    if (!w->shares || n > ROWS_LEFT) {
         for (int row = n; row > 0; row--) {
             run(w, row);
         }
