@@ -301,6 +301,7 @@ struct tsad_policy {
     int64_t ns[TSAD_N_TIMERS];
     struct tsad_barrier *barrier;
     struct tsad_meeting *meeting;
+    int64_t stalled_at;      /* when rank 0 last waited for a core that seemed taken */
     bool stalled_before;     /* the last chunk that threads shared */
     int alone_for, patience; /* chunks to run without the team after a stall, and how many next */
 };
@@ -436,7 +437,7 @@ int tsad_arrive(tsad_policy *p); /* the rank of a thread that comes to a chunk *
  * row. False: the chunk went without it. */
 bool tsad_join(tsad_worker *w, int *call_row, int *row);
 
-void tsad_note_wait(tsad_worker *w, int64_t ns); /* stall.c: for rows that another thread took */
+void tsad_note_wait(tsad_worker *w, int64_t since); /* stall.c: for rows that another thread took */
 /* stall.c: threads to ask for, and what the chunk just run says of them */
 int tsad_stall_size(tsad_policy *p, int n_lanes);
 void tsad_stall_note(tsad_policy *p);

@@ -72,7 +72,7 @@ void tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *w, int row), int n
     for (int spins = 0; atomic_load_explicit(&m->done, memory_order_acquire) < n; spins++) {
         tsad_spin(spins);
     }
-    tsad_note_wait(w, tsad_now() - since);
+    tsad_note_wait(w, since);
 }
 
 /* ---- turns --------------------------------------------------------------------------------- */

@@ -5,8 +5,16 @@
 #include "internal.h"
 
 /* Waiting longer than this, and longer than one's own work took, means a core is taken: a process
- * that shares one keeps it for milliseconds, a virtual machine's hiccups are shorter. */
-enum { STALL_NS = 1000000, MAX_PATIENCE = 64 };
+ * that shares one keeps it for milliseconds, a virtual machine's hiccups are shorter. And a longer
+ * hiccup stays alone: a process that shares a core takes it again and again. */
+enum { STALL_NS = 1000000, AGAIN_NS = 150000000, MAX_PATIENCE = 64 };
+
+/* rank 0, after it waited for another thread */
+static void note_stall(tsad_worker *w, int64_t now)
+{
+    w->stalled |= now - w->policy->stalled_at < AGAIN_NS;
+    w->policy->stalled_at = now;
+}
 
 void tsad_worker_meet(tsad_worker *w)
 {
@@ -19,11 +27,19 @@ void tsad_worker_meet(tsad_worker *w)
     tsad_barrier_wait(w->policy->barrier, w->size);
     int64_t left = tsad_now();
     int64_t own = w->met_at ? arrived - w->met_at : 0;
-    w->stalled |= left - arrived > STALL_NS && left - arrived > own;
+    if (left - arrived > STALL_NS && left - arrived > own) {
+        note_stall(w, left);
+    }
     w->met_at = left;
 }
 
-void tsad_note_wait(tsad_worker *w, int64_t ns) { w->stalled |= ns > STALL_NS; }
+void tsad_note_wait(tsad_worker *w, int64_t since)
+{
+    int64_t now = tsad_now();
+    if (now - since > STALL_NS) {
+        note_stall(w, now);
+    }
+}
 
 /* How many threads to ask for: alone for a while after stalls in a row. */
 int tsad_stall_size(tsad_policy *p, int n_lanes)

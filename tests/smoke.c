@@ -309,6 +309,7 @@ static void test_stalls(tsad_model *model)
                          at % 2 ? at % 3 : at % 3 - 1); /* early: there is a lot to meet */
                     readings_to_jump = rollout == 1 ? at : -1;
                     p->alone_for = 0;
+                    p->stalled_at = INT64_MAX / 2; /* a stall is not the first */
                     chunk(p, n, actions);
                     stalls += rollout == 1 && p->workers[0].stalled;
                     whole += rollout == 1 && !p->workers[0].stalled;
@@ -346,6 +347,7 @@ static void test_pruners(void)
                     hold(ROWS, trial % 2 ? trial % 5 : ROWS);
                     readings_to_jump = __real_tsad_now && rollout == 1 ? trial : -1;
                     p->alone_for = 0;
+                    p->stalled_at = INT64_MAX / 2;
                     chunk(p, 1, threads == 1 ? expected : actions);
                 }
                 same &= threads == 1 || memcmp(actions, expected, sizeof actions) == 0;
