@@ -39,6 +39,28 @@ def test_the_frontier_is_the_committed_one() -> None:
     assert set(rows) <= set(frontier.page(document).splitlines())
 
 
+def test_the_paced_latencies_are_the_committed_ones() -> None:
+    import json
+
+    text = README.read_text()
+    (stem,) = re.findall(r"`(bench/results/[^`]*)\.json`\.\n\n\| \| DDPM-100", text)
+    table = text.partition("| at 10 Hz |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    cases = json.loads((ROOT / f"{stem}-paced.json").read_text())["cases"]
+    (paced,) = (case for case in cases if case["name"] == "paced10")
+    times = {entry["name"]: entry["times"] for entry in paced["contenders"]}
+    measured = [times[name] for name in ("tsad dense", "tsad sparse95", "tsad-int16 sparse95")]
+    for preset in ("fast", "lossless"):
+        document = json.loads((ROOT / f"{stem}-paced-{preset}.json").read_text())
+        assert document["paced_hz"] == 10 and document["results"][1]["name"] == preset
+        measured.append(document["results"][1]["call_ms"])
+    assert len(rows) == len(measured)
+    for row, found in zip(rows, measured, strict=True):
+        for got, key in zip(row[1:], ("p50", "p90", "p99"), strict=True):
+            digits = len(got.partition(".")[2])
+            assert got == f"{found[key]:.{digits}f}", (row, key)
+
+
 def test_the_sweeps_are_the_committed_ones() -> None:
     import json
     import sys
