@@ -35,7 +35,7 @@ from roofline import Roofline, floor, work, work16  # noqa: E402
 from worker import ENGINE, ENGINES, ONE_BY_ONE, Worker, WorkerError  # noqa: E402
 
 import tsad  # noqa: E402
-from tsad.checkpoint import write_atomically  # noqa: E402
+from tsad.files import write_atomically  # noqa: E402
 
 # Spelled out, so that importing torch is left to the workers; the tests compare it with peers.py.
 PEERS = (

@@ -28,7 +28,7 @@ import tasks  # noqa: E402
 
 import tsad  # noqa: E402
 from tsad import sim  # noqa: E402
-from tsad.checkpoint import write_atomically  # noqa: E402
+from tsad.files import write_atomically  # noqa: E402
 from tsad.sim.results import compare, summarise  # noqa: E402
 
 

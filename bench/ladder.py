@@ -47,7 +47,7 @@ import tasks  # noqa: E402, F401  (finds the tree's own tsad)
 from plans import sparse95  # noqa: E402
 
 import tsad  # noqa: E402
-from tsad.checkpoint import write_atomically  # noqa: E402
+from tsad.files import write_atomically  # noqa: E402
 
 STAGES = ("encode", "prune", "plan", "denoise", "total")
 

@@ -36,7 +36,7 @@ import measure  # noqa: E402
 import tasks  # noqa: E402
 
 import tsad  # noqa: E402
-from tsad.checkpoint import write_atomically  # noqa: E402
+from tsad.files import write_atomically  # noqa: E402
 from tsad.policy import ERROR_BOUNDS  # noqa: E402
 from tsad.reference import ReferencePolicy  # noqa: E402
 from tsad.training.data import load_demonstrations  # noqa: E402

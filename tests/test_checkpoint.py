@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from tsad.checkpoint import (
     read_folder,
     read_safetensors,
     safetensors_bytes,
-    write_atomically,
     write_folder,
     write_pruner,
     write_safetensors,
@@ -389,31 +386,7 @@ def test_missing_folder_and_files(tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
-# --- atomic writing
-
-
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x"
-    write_atomically(path, b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
-
-
-def test_permissions_are_the_usual_ones(tmp_path: Path) -> None:
-    umask = os.umask(0o022)
-    try:
-        write_atomically(tmp_path / "x", b"")
-    finally:
-        os.umask(umask)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
+# --- JSON
 
 
 def test_format_json_is_json() -> None:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad.config import PolicyConfig, Shapes, network_shapes, pruner_shapes
+from tsad.files import make_folder, write_atomically, write_together
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -80,7 +80,7 @@ def write_folder(
     """Writes a tsad folder that ``read_folder`` accepts, replacing one that is there.
 
     ``dtype`` of the numbers on disk is ``"float16"`` or ``"float32"``. Nothing is written unless
-    configuration and tensors fit. Each file appears whole or not at all; ``config.json`` is last.
+    configuration and tensors fit and there is room; ``config.json`` is replaced last.
     Returns the configuration as written, whose ``provenance["sha256"]`` maps file to hash.
     """
     folder = Path(path)
@@ -99,11 +99,9 @@ def write_folder(
         contents[name] = safetensors_bytes(values, dtype, file=name)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     config = replace(config, provenance=config.provenance | {"sha256": hashes})
-    text = format_json(config.to_dict()).encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        write_atomically(folder / name, content)
-    write_atomically(folder / CONFIG_FILE, text)
+    contents[CONFIG_FILE] = format_json(config.to_dict()).encode()
+    make_folder(folder)
+    write_together({folder / name: content for name, content in contents.items()})
     if pruner is None:
         (folder / PRUNER_FILE).unlink(missing_ok=True)  # it belonged to the replaced model
     return config
@@ -129,8 +127,7 @@ def write_pruner(
     hashes[PRUNER_FILE] = hashlib.sha256(content).hexdigest()
     config = replace(config, provenance=config.provenance | {"sha256": hashes})
     text = format_json(config.to_dict()).encode()
-    write_atomically(Path(path) / PRUNER_FILE, content)
-    write_atomically(Path(path) / CONFIG_FILE, text)
+    write_together({Path(path) / PRUNER_FILE: content, Path(path) / CONFIG_FILE: text})
     return config
 
 
@@ -330,22 +327,6 @@ def write_safetensors(
 ) -> None:
     """Writes a safetensors file, whole or not at all; see ``safetensors_bytes``."""
     write_atomically(path, safetensors_bytes(tensors, dtype, file=str(path)))
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file through a temporary one beside it: readers see the old or the new, whole."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

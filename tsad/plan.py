@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tsad import _core
+from tsad.files import write_atomically
 
 COMPUTE, REUSE_TYPE, REUSE_STEP, REUSE_ROLLOUT, SKIP = range(5)
 SOURCE_NAMES = ("compute", "reuse_type", "reuse_step", "reuse_rollout", "skip")
@@ -232,20 +232,13 @@ class Plan:
 
     # ---- files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an npz file, whole or not at all. Nothing in it is pickled."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                self.write(file)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's are private
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+        """Write an npz file, whole or not at all. Nothing in it is pickled.
+
+        A file that is there is replaced, as `numpy.savez` does, or with ``overwrite=False``
+        refused (``FileExistsError``); a link is followed; any other ``OSError`` names the file.
+        """
+        write_atomically(path, self.write, overwrite=overwrite)
 
     def write(self, file: IO[bytes]) -> None:
         """Write the bytes of `save` to a binary stream."""

@@ -6,6 +6,7 @@ are also the darkest, so that the picture survives a black-and-white printer.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsad._extras import require
+from tsad.files import write_atomically
 
 if TYPE_CHECKING:
     from tsad import Plan
@@ -144,16 +146,18 @@ def _size(n_steps: int, n_blocks: int) -> tuple[float, float]:
     return width, height
 
 
-def save_plan(plan: Plan, path: str | Path) -> None:
-    """Draw a plan into an image file, whole or not at all; the format is that of the suffix."""
-    import io
+def save_figure(figure: Any, path: str | Path, *, overwrite: bool = True) -> None:
+    """Write a figure as an image file, whole or not at all; the format is that of the suffix."""
+    kind = Path(path).suffix.lstrip(".") or "png"
+    image = io.BytesIO()  # some formats write by other ways than a stream's
+    figure.savefig(image, format=kind, dpi=150)
+    write_atomically(path, image.getvalue(), overwrite=overwrite)
 
-    from tsad.checkpoint import write_atomically
 
+def save_plan(plan: Plan, path: str | Path, *, overwrite: bool = True) -> None:
+    """Draw a plan into an image file, as `save_figure` does."""
     figures = require("matplotlib.figure", extra="sim", purpose="a picture of a plan")
     # A figure of its own, not pyplot's: no window system, nothing left behind.
     figure = figures.Figure(figsize=_size(*plan.sources.shape), layout="constrained")
     plot_plan(plan, figure.subplots())
-    image = io.BytesIO()
-    figure.savefig(image, format=Path(path).suffix.lstrip(".") or "png", dpi=150)
-    write_atomically(Path(path), image.getvalue())
+    save_figure(figure, path, overwrite=overwrite)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tsad._extras import require
-from tsad.checkpoint import write_atomically
-from tsad.plot import COLORS, INK
+from tsad.plot import COLORS, INK, save_figure
 from tsad.sim.frontier import busy
 
 # What makes a setting cheap, in the order of the legend: its mark and colour.
@@ -109,11 +107,9 @@ def _axes(ax: Any, document: Mapping[str, Any], played: bool) -> None:
         ax.spines[side].set_visible(False)
 
 
-def save_frontier(document: Mapping[str, Any], path: str | Path) -> None:
+def save_frontier(document: Mapping[str, Any], path: str | Path, *, overwrite: bool = True) -> None:
     """Draw it into an image file, whole or not at all; the format is that of the suffix."""
     figures = require("matplotlib.figure", extra="sim", purpose="a picture of the frontier")
     figure = figures.Figure(figsize=(8.5, 5), layout="constrained")
     plot_frontier(document, figure.subplots())
-    image = io.BytesIO()
-    figure.savefig(image, format=Path(path).suffix.lstrip(".") or "png", dpi=150)
-    write_atomically(Path(path), image.getvalue())
+    save_figure(figure, path, overwrite=overwrite)

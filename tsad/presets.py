@@ -36,7 +36,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad.checkpoint import MODEL_FILE, CheckpointError, format_json, read_json, write_atomically
+from tsad.checkpoint import MODEL_FILE, CheckpointError, format_json, read_json
 from tsad.config import (
     MAX_HORIZON,
     MAX_TIMESTEPS,
@@ -44,6 +44,7 @@ from tsad.config import (
     TIMESTEP_SPACINGS,
     Section,
 )
+from tsad.files import write_together
 from tsad.planners import NAMES as PLANNERS
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ def check_clash(preset: Preset, given: Mapping[str, Any]) -> None:
 def save_presets(folder: Path, presets: Iterable[tuple[Preset, Plan | None]]) -> None:
     """Put presets into a folder; others that are there stay, those of equal name are replaced.
 
-    A plan becomes the file ``preset-NAME.npz``. Plans are written first: whoever is interrupted
+    A plan becomes the file ``preset-NAME.npz``; plans are replaced first, so whoever is interrupted
     leaves presets that are refused, never ones that run another plan.
     """
     kept = read_presets(folder)
@@ -258,14 +259,12 @@ def save_presets(folder: Path, presets: Iterable[tuple[Preset, Plan | None]]) ->
             digest = hashlib.sha256(files[path]).hexdigest()
             values |= {"plan": path, "plan_sha256": digest}
         kept[preset.name] = Preset(**values)
-    for path, content in files.items():
-        write_atomically(path, content)
     rows = ",\n".join("    " + format_json(p.to_dict(), "    ") for p in kept.values())
     text = (
         f'{{\n  "format": "{FORMAT}",\n  "format_version": {FORMAT_VERSION},\n'
         f'  "presets": [\n{rows}\n  ]\n}}\n'
     )
-    write_atomically(folder / PRESETS_FILE, text.encode())
+    write_together({**files, folder / PRESETS_FILE: text.encode()})
 
 
 def stale(folder: Path) -> list[str]:

@@ -299,7 +299,7 @@ def _report(document: dict[str, Any], out: Path, seconds: float) -> str:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from tsad import plot, sim
-    from tsad.checkpoint import write_atomically
+    from tsad.files import write_atomically
     from tsad.sim import film
 
     begin = time.monotonic()

@@ -80,7 +80,7 @@ class Errors:
 
     def of(self, args: argparse.Namespace, name: str) -> dict[str, float]:
         """The errors of one setting; ``name`` is shown while they are measured."""
-        from tsad.checkpoint import write_atomically
+        from tsad.files import write_atomically
         from tsad.warm import WarmPolicy
 
         policy = self._load(args, f"--settings: {name}")

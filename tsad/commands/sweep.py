@@ -244,7 +244,7 @@ class Sweep:
 
 def run(args: argparse.Namespace) -> int:
     """Play every setting's missing seeds; print and write the comparison."""
-    from tsad.checkpoint import write_atomically
+    from tsad.files import write_atomically
     from tsad.sim.results import compare_all
 
     out = _check(args)

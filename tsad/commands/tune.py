@@ -502,7 +502,7 @@ def _document(
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from tsad.checkpoint import write_atomically
+    from tsad.files import write_atomically
 
     out = _check(args)
     folder = Path()

@@ -12,14 +12,12 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from io import BytesIO
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.checkpoint import write_atomically
+from tsad.files import write_atomically
 from tsad.plan import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, SKIP, Plan
 from tsad.planners.base import PolicyFacts, budget, check_sparsity, make_plan
 from tsad.planners.segments import Segments
@@ -63,13 +61,15 @@ class Effects:
     outputs: NDArray[np.float32]
     metadata: Mapping[str, Any]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an npz file, whole or not at all."""
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+        """Write an npz file, as `tsad.Plan.save` does."""
+        write_atomically(path, self.write, overwrite=overwrite)
+
+    def write(self, file: IO[bytes]) -> None:
+        """Write the bytes of `save` to a binary stream."""
         header = {"format": FORMAT, "version": FORMAT_VERSION, "metadata": dict(self.metadata)}
         arrays = {name: getattr(self, name) for name in _TABLES}
-        buffer = BytesIO()
-        np.savez_compressed(buffer, header=np.array(json.dumps(header)), **arrays)
-        write_atomically(Path(path), buffer.getvalue())
+        np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Effects:

@@ -7,7 +7,6 @@ goes on; ``settings`` (), JSON of all that decides what comes of a seed.
 
 from __future__ import annotations
 
-import io
 import json
 import time
 import zipfile
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tsad.checkpoint import write_atomically
+from tsad.files import write_atomically
 from tsad.sim.results import ResultsError, differences
 from tsad.sim.search import Demonstration
 
@@ -90,17 +89,15 @@ class Record:
         """Write the file, whole or not at all; nothing before the first demonstration."""
         if not self.demonstrations:
             return
-        stream = io.BytesIO()
-        np.savez_compressed(
-            stream,
-            state=np.concatenate([d.states for d in self.demonstrations]),
-            action=np.concatenate([d.actions for d in self.demonstrations]),
-            episode_ends=np.cumsum([len(d.actions) for d in self.demonstrations]),
-            seed=np.array([d.seed for d in self.demonstrations]),
-            next_seed=np.array(self.next_seed),
-            settings=np.array(json.dumps(self.settings)),
-        )
-        write_atomically(self.out, stream.getvalue())
+        arrays: dict[str, Any] = {
+            "state": np.concatenate([d.states for d in self.demonstrations]),
+            "action": np.concatenate([d.actions for d in self.demonstrations]),
+            "episode_ends": np.cumsum([len(d.actions) for d in self.demonstrations]),
+            "seed": np.array([d.seed for d in self.demonstrations]),
+            "next_seed": np.array(self.next_seed),
+            "settings": np.array(json.dumps(self.settings)),
+        }
+        write_atomically(self.out, lambda stream: np.savez_compressed(stream, **arrays))
         self._saved = time.monotonic()
 
     def text(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad._extras import require
-from tsad.checkpoint import write_atomically
+from tsad.files import write_atomically
 
 SIZE = 288  # pixels of one scene
 CAPTION = 64  # pixels above it
@@ -68,14 +67,16 @@ def save_gif(reels: Sequence[Reel], path: Path) -> None:
     few = [np.asarray(pictures[index * (length - 1) // 4]) for index in range(5)]
     palette = modules[0].fromarray(np.concatenate(few)).quantize(256)
     pictures = [picture.quantize(palette=palette, dither=0) for picture in pictures]
-    data = io.BytesIO()
-    pictures[0].save(
-        data,
-        format="GIF",
-        save_all=True,
-        append_images=pictures[1:],
-        loop=0,
-        optimize=False,
-        duration=[DELAY_MS] * (length - 1) + [HOLD_MS],
+    duration = [DELAY_MS] * (length - 1) + [HOLD_MS]
+    write_atomically(
+        path,
+        lambda stream: pictures[0].save(
+            stream,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            loop=0,
+            optimize=False,
+            duration=duration,
+        ),
     )
-    write_atomically(path, data.getvalue())

@@ -12,14 +12,13 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.checkpoint import write_atomically
+from tsad.files import make_folder, write_atomically, write_json
 from tsad.samplers import Sampler, make_sampler
 from tsad.sim.results import ResultsError, differences
 from tsad.sim.rollout import Episode, noise_seed
@@ -172,25 +171,23 @@ def open_collection(folder: Path, settings: Mapping[str, Any]) -> list[int]:
         return sorted(int(path.stem.partition("-")[2]) for path in folder.glob("episode-*.npz"))
     if folder.exists() and any(folder.iterdir()):
         raise ResultsError(f"{folder} is not empty and holds no collection; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": dict(settings)}
-    write_atomically(facts, (json.dumps(header, indent=1) + "\n").encode())
+    write_json(facts, header)
     return []
 
 
 def save_episode(folder: Path, episode: Recorded) -> None:
     """Write one episode, whole or not at all."""
-    buffer = BytesIO()
-    np.savez(
-        buffer,
-        score=np.float64(episode.score),
-        success=np.bool_(episode.success),
-        adds_noise=np.bool_(episode.adds_noise),
-        obs=episode.obs,
-        actions=episode.actions,
-        inputs=episode.inputs,
-    )
-    write_atomically(_path(folder, episode.seed), buffer.getvalue())
+    arrays: dict[str, Any] = {
+        "score": np.float64(episode.score),
+        "success": np.bool_(episode.success),
+        "adds_noise": np.bool_(episode.adds_noise),
+        "obs": episode.obs,
+        "actions": episode.actions,
+        "inputs": episode.inputs,
+    }
+    write_atomically(_path(folder, episode.seed), lambda stream: np.savez(stream, **arrays))
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.checkpoint import write_atomically
+from tsad.files import write_atomically, write_json
 from tsad.sim.rollout import Episode
 
 FORMAT = "tsad-eval"
@@ -336,7 +336,7 @@ class Journal:
     def finish(self, document: Mapping[str, Any]) -> None:
         """Write `out` and drop the partial file."""
         if self.out is not None:
-            write_atomically(self.out, (json.dumps(document, indent=1) + "\n").encode())
+            write_json(self.out, document)
             partial_path(self.out).unlink()
         self.close()
 

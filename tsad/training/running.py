@@ -14,21 +14,15 @@ from typing import Any
 
 import torch
 
+from tsad.files import write_atomically
+
 STATE_FILE = "training.pt"
 STATE_VERSION = 1
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state through a temporary file: an interrupted write leaves the old one valid."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            torch.save(dict(state), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a state, whole or not at all: an interrupted write leaves the old one valid."""
+    write_atomically(path, lambda stream: torch.save(dict(state), stream))
 
 
 def load_state(folder: str | os.PathLike[str]) -> dict[str, Any]:

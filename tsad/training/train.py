@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tsad.checkpoint import read_folder, write_atomically, write_folder
+from tsad.checkpoint import read_folder, write_folder
 from tsad.config import NetworkConfig, NormalizerConfig, PolicyConfig, SchedulerConfig, block_costs
+from tsad.files import make_folder, write_atomically
 from tsad.training.card import model_card
 from tsad.training.data import (
     DataError,
@@ -459,7 +460,7 @@ class Trainer:
         ``out``, so that a simulator can tell which are best. After SIGINT or SIGTERM the state is
         saved and ``InterruptedTrainingError`` raised.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         with caught_signals() as received:
             clock = Clock()
             while self.fraction < 1:
