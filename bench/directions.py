@@ -52,7 +52,7 @@ from tsad.files import write_atomically  # noqa: E402
 from tsad.plan import SOURCE_NAMES  # noqa: E402
 from tsad.planners.base import budget, full, make_plan  # noqa: E402
 from tsad.planners.search import ChunkError, Found, Search  # noqa: E402
-from tsad.sim.recording import Recorded, read_collection  # noqa: E402
+from tsad.sim.recording import Recorded, names_of, read_collection  # noqa: E402
 
 DIRECTIONS = {
     "type": (REUSE_TYPE,),
@@ -282,12 +282,6 @@ def equal_rounds(
 # ---- the report
 
 
-def executed(policy: Any, episode: Recorded, part: slice) -> np.ndarray:
-    """The recorded actions that the dense policy executed, (C, n_action_steps, action_dim)."""
-    begin = policy.n_obs_steps - 1
-    return episode.actions[part, begin : begin + policy.n_action_steps]
-
-
 class Episodes:
     """Whole recorded episodes: the error of every chunk after the first, along a cycle of plans."""
 
@@ -296,8 +290,7 @@ class Episodes:
         self._errors = [
             ChunkError(
                 policy,
-                [(episode.obs, episode.noise())],
-                dense=[executed(policy, episode, slice(None))],
+                [(episode.obs, episode.noise(policy))],
                 counts_first=False,
             )
             for episode in long
@@ -449,8 +442,8 @@ def search_and_report(
     policy = load_policy(args, facts, args.lanes, args.precision)
     error = ChunkError(
         policy,
-        [(episode.obs[part], episode.noise()[part]) for episode, part in chosen],
-        dense=[executed(policy, episode, part) for episode, part in chosen],
+        [(episode.obs[part], episode.noise(policy)[part]) for episode, part in chosen],
+        reference=load_policy(args, facts, args.lanes),
         counts_first=False,
     )
     keys = [f"{name} {sparsity:g}" for sparsity in args.sparsity for name in DIRECTIONS]
@@ -486,8 +479,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = pick(episodes, args.windows * args.length, args.length, args.seed)
     chosen = [(each, part) for each, part in chosen if len(each.obs[part]) == args.length]
     chosen = chosen[: len(chosen) // args.lanes * args.lanes]
-    seeds = sorted({episode.seed for episode, _ in chosen})
-    tested = [episode.seed for episode in others]
+    seeds, tested = names_of([episode for episode, _ in chosen]), names_of(others)
     check_apart({args.effects: facts["seeds"], str(args.data): seeds}, tested)
     hashes = same_weights(args, facts, settings, other_settings)
     search_settings = {

@@ -38,7 +38,9 @@ from tsad.commands.plan import pick  # noqa: E402
 from tsad.files import write_atomically  # noqa: E402
 from tsad.planners.search import ChunkError  # noqa: E402
 from tsad.sim.frontier import rank_correlation  # noqa: E402
-from tsad.sim.recording import read_collection  # noqa: E402
+from tsad.sim.recording import names_of, read_collection  # noqa: E402
+
+Name = int | str  # of an episode
 
 RANDOM_PLANS = 3
 DIAL = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
@@ -170,10 +172,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_apart(seen: dict[str, list[int]], tested: list[int]) -> None:
+def check_apart(seen: dict[str, list[Name]], tested: list[Name]) -> None:
     """ValueError if an observation was used to make what is tested."""
     for name, seeds in seen.items():
-        both = sorted(set(seeds) & set(tested))
+        both = [name for name in tested if name in set(seeds)]
         if both:
             raise ValueError(
                 f"{name} was made with the episodes {both[:5]} that are to test it; collect others "
@@ -212,11 +214,11 @@ def main(argv: list[str] | None = None) -> int:
     settings, episodes = read_collection(args.data)
     seen = {args.effects: facts["seeds"]}
     seen |= {name: plan.metadata.get("seeds", []) for name, plan in given.items()}
-    check_apart(seen, [episode.seed for episode in episodes])
+    check_apart(seen, names_of(episodes))
     hashes = same_weights(args, facts, settings)
     policy = load_policy(args, facts, args.lanes)
     chosen = pick(episodes, args.observations, 1, 0)
-    windows = [(episode.obs[part], episode.noise()[part]) for episode, part in chosen]
+    windows = [(episode.obs[part], episode.noise(policy)[part]) for episode, part in chosen]
     windows = windows[: len(windows) // args.lanes * args.lanes]
     error = ChunkError(policy, windows)
     document: dict[str, Any] = {
@@ -228,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         "num_inference_steps": facts["num_inference_steps"],
         "effects": dict(facts),
         "observations": len(windows),
-        "seeds": sorted({episode.seed for episode, _ in chosen}),
+        "seeds": names_of([episode for episode, _ in chosen]),
         "machine": measure.machine(),
         "asked": args.sparsity,
         "plans": {},

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cases import config, random_tensors
 from command_line import run
 from policies import make_policy
 
-from tsad import sim
-from tsad.samplers import make_sampler
+from tsad import reference, sim
 from tsad.sim import recording
 from tsad.sim.results import ResultsError
 
@@ -38,91 +37,128 @@ class World:
         return sim.Step(self.state, score, False, self.seed == 3 and self.steps == 4)
 
 
-def record(policy: Any, seeds: list[int], lanes: int = 2) -> dict[int, recording.Recorded]:
-    recorder = recording.Recorder(policy)
-    lane_of: dict[int, int] = {}
-    worlds = [World(policy) for _ in range(lanes)]
-    return {
-        episode.seed: recorder.take(lane_of[episode.seed], episode)
-        for episode in sim.rollouts(recorder, worlds, seeds, on_start=lane_of.__setitem__)
-    }
+def play(policy: Any, seeds: list[int], lanes: int = 2) -> dict[int, list[Any]]:
+    """By seed the chunks: observation and actions."""
+    found: dict[int, list[Any]] = {}
+
+    def keep(chunk: sim.Chunk) -> None:
+        for row, seed in enumerate(chunk.seeds):
+            found.setdefault(seed, []).append((chunk.obs[row], chunk.actions[row]))
+
+    list(sim.rollouts(policy, [World(policy) for _ in range(lanes)], seeds, on_chunk=keep))
+    return found
 
 
 @pytest.mark.parametrize(
     ("sampler", "steps"), [(None, 8), ("ddim", 5), ("dpmsolver++", 4), ("ddpm", 3)]
 )
-def test_records_are_what_the_engine_does(sampler: str | None, steps: int) -> None:
+def test_the_denoising_comes_back_from_the_seed(sampler: str | None, steps: int) -> None:
     policy = make_policy(lanes=2, sampler=sampler, steps=steps)
-    table = make_sampler(policy.config["scheduler"])
-    engine: dict[int, list[Any]] = {}
-
-    def keep(chunk: sim.Chunk) -> None:
-        for row, seed in enumerate(chunk.seeds):
-            engine.setdefault(seed, []).append((chunk.obs[row], chunk.actions[row]))
-
-    list(sim.rollouts(policy, [World(policy), World(policy)], range(5), on_chunk=keep))
-    for seed, episode in record(policy, list(range(5))).items():
-        chunks = len(episode.obs)
-        assert episode.inputs.shape == (chunks, steps, policy.horizon, policy.action_dim)
-        start = policy.n_obs_steps - 1
-        executed = episode.actions[:, start : start + policy.n_action_steps]
-        np.testing.assert_allclose(executed, [a for _, a in engine[seed]], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(episode.obs, [o for o, _ in engine[seed]], rtol=1e-4, atol=1e-4)
-        # the noise comes back from the seed, and the engine makes the same chunk of it
-        noise = episode.noise()
-        np.testing.assert_array_equal(noise[:, 0], episode.inputs[:, 0])
-        assert table.adds_noise == bool(noise[:, 1:].any())
-        for row in range(0, chunks, 2):
-            two = slice(row, row + 2)
-            lanes = list(range(len(episode.obs[two])))
+    sizes = (policy.horizon, policy.action_dim)
+    for seed, chunks in play(policy, [0, 1, 2, 3, 4]).items():
+        obs, actions = (np.stack(part) for part in zip(*chunks, strict=True))
+        noise = recording.Recorded(seed, obs).noise(policy)
+        assert noise.shape == (len(obs), steps, *sizes)
+        # as the lane drew it: NumPy's own, from the seed that the rollouts give it
+        stream = np.random.Generator(np.random.PCG64(sim.noise_seed(seed)))
+        adds = sampler in (None, "ddpm")
+        for z in noise:
+            drawn = stream.standard_normal((steps if adds else 1, *sizes), np.float32)
+            np.testing.assert_array_equal(z[: len(drawn)], drawn)
+            assert not z[len(drawn) :].any()
+        # and the engine makes the chunks that it made of it
+        for row in range(len(obs)):
             policy.reset(seed=0)
-            again = policy(
-                episode.obs[two],
-                noise=np.ascontiguousarray(noise[two].swapaxes(0, 1)),
-                lanes=lanes,
-                return_horizon=True,
-            )
-            np.testing.assert_allclose(again, episode.actions[two], rtol=1e-4, atol=1e-4)
+            again = policy(obs[row][None], noise=noise[row][:, None], lanes=[0])
+            np.testing.assert_array_equal(again[0], actions[row])
+        inputs = recording.denoising_inputs(policy, obs, noise)
+        wanted = reference_inputs(sampler, steps, obs, noise)
+        np.testing.assert_allclose(inputs, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_lanes_do_not_change_records() -> None:
-    policy = make_policy(lanes=3)
-    one, three = record(policy, [0, 1, 3, 5], 1), record(policy, [0, 1, 3, 5], 3)
-    assert [len(one[seed].obs) for seed in (0, 1, 3)] == [7, 7, 2]
-    for seed, episode in one.items():
-        np.testing.assert_allclose(three[seed].inputs, episode.inputs, rtol=1e-4, atol=1e-4)
+def reference_inputs(sampler: str | None, steps: int, obs: Any, noise: Any) -> Any:
+    """(C, K, horizon, action_dim): what the specification's network is given at each step."""
+    case = config("tiny", prediction_type="sample", clip_sample=False)
+    policy = reference.ReferencePolicy(
+        case, random_tensors(case["network"], 0), sampler=sampler, num_inference_steps=steps
+    )
+    entered, embed = [], reference.embed
+
+    def watched(w: Any, sample: Any) -> Any:
+        entered.append(sample)
+        return embed(w, sample)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "embed", watched)
+        for each, z in zip(obs, noise, strict=True):
+            policy.reset()
+            policy(each[None], z[:, None])
+    return np.reshape(entered, noise.shape)
+
+
+def test_episodes_have_names() -> None:
+    obs = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    seen = [recording.Recorded(7, obs), recording.Recorded(8, obs), recording.Recorded(7, obs + 1)]
+    assert seen[0].name == seen[1].name != seen[2].name
+    simulated = [recording.Recorded(seed, obs, simulated=True) for seed in (9, 8, 9)]
+    assert recording.names_of([*seen, *simulated]) == [8, 9, *sorted({e.name for e in seen})]
 
 
 def test_a_folder_grows_and_keeps_to_its_settings(tmp_path: Path) -> None:
-    episodes = record(make_policy(lanes=2), [3, 0])
+    episodes = {
+        seed: [np.stack(part) for part in zip(*chunks, strict=True)]
+        for seed, chunks in play(make_policy(lanes=2), [3, 0]).items()
+    }
     folder = tmp_path / "recorded"
-    assert recording.open_collection(folder, {"policy": "a"}) == []
+    settings = {"policy": "a", "simulator": "world"}
+    assert recording.open_collection(folder, settings) == []
     with pytest.raises(ResultsError, match="no episodes in it"):
         recording.read_collection(folder)
-    recording.save_episode(folder, episodes[3])
-    assert recording.open_collection(folder, {"policy": "a"}) == [3]
-    recording.save_episode(folder, episodes[0])
-    settings, found = recording.read_collection(folder)
-    assert settings == {"policy": "a"} and [episode.seed for episode in found] == [0, 3]
-    for name, value in asdict(episodes[0]).items():
-        np.testing.assert_array_equal(getattr(found[0], name), value)
-    assert recording.read_collection(folder, [3])[1][0].seed == 3
+    recording.save_episode(folder, 3, *episodes[3])
+    assert recording.open_collection(folder, settings) == [3]
+    recording.save_episode(folder, 0, *episodes[0], score=0.5)
+    read, found = recording.read_collection(folder)
+    assert read == settings and [episode.number for episode in found] == [0, 3]
+    assert all(episode.simulated for episode in found)
+    for episode in found:
+        np.testing.assert_array_equal(episode.obs, episodes[episode.number][0])
+        kept = recording.read_episode(folder, episode.number, "actions")
+        np.testing.assert_array_equal(kept, episodes[episode.number][1])
+    assert recording.read_episode(folder, 0, "score") == 0.5
     with pytest.raises(ResultsError, match="policy: the file has 'a', this run 'b'"):
-        recording.open_collection(folder, {"policy": "b"})
-    with pytest.raises(ResultsError, match="no seed 4 in it"):
-        recording.read_collection(folder, [3, 4])
+        recording.open_collection(folder, settings | {"policy": "b"})
     (folder / "episode-00003.npz").write_bytes(b"PK nonsense")
     with pytest.raises(ResultsError, match="episode-00003.npz: broken"):
         recording.read_collection(folder)
     (folder / recording.FACTS_FILE).write_text("{}")
     with pytest.raises(ResultsError, match="not a collection of this version"):
         recording.read_collection(folder)
-    with pytest.raises(ResultsError, match="made by 'tsad collect'"):
+    with pytest.raises(ResultsError, match="made by 'tsad collect' or tsad.Recorder"):
         recording.read_collection(tmp_path / "nothing")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ResultsError, match="is not empty"):
         recording.open_collection(tmp_path / "full", {})
+
+
+def test_folders_of_version_1_are_read(tmp_path: Path) -> None:
+    """They kept the inputs of the denoising, which now come from the noise."""
+    settings = {"simulator": "world", "sampler": "ddpm", "num_inference_steps": 8}
+    header = {"format": "tsad-collection", "format_version": 1, "settings": settings}
+    (tmp_path / "collection.json").write_text(json.dumps(header))
+    obs = np.random.default_rng(0).normal(size=(3, 2, 6)).astype(np.float32)
+    arrays = {"obs": obs, "actions": obs[:, :, :2], "inputs": np.zeros((3, 8, 5, 2), np.float32)}
+    np.savez(
+        tmp_path / "episode-00007.npz",
+        score=np.float64(0.5),
+        success=np.bool_(False),
+        adds_noise=np.bool_(True),
+        **arrays,
+    )
+    assert recording.open_collection(tmp_path, settings) == [7]
+    read, (episode,) = recording.read_collection(tmp_path)
+    assert read == settings and (episode.number, episode.name) == (7, 7)
+    np.testing.assert_array_equal(episode.obs, obs)
 
 
 def test_collect(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -140,10 +176,10 @@ def test_collect(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
     # three more, one of them lost to Ctrl-C; the same command goes on
     save = recording.save_episode
 
-    def interrupted(out: Path, episode: recording.Recorded) -> None:
-        if episode.seed == 4:
+    def interrupted(out: Path, seed: int, *arrays: Any, **facts: Any) -> None:
+        if seed == 4:
             raise KeyboardInterrupt
-        save(out, episode)
+        save(out, seed, *arrays, **facts)
 
     monkeypatch.setattr(recording, "save_episode", interrupted)
     code, _, err = run(capsys, *command, "--episodes", "5", "--lanes", "1")

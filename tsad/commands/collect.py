@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from tsad import SparsePolicy
 
 DESCRIPTION = """\
-Play seeded episodes with the dense policy and record, for every chunk, the observation, the actions
-and the input of every denoising step. Planners are calibrated and plans searched on such a folder
-(tsad plan), without a simulator. The noise is not stored: it follows from the seed.
+Play seeded episodes with the dense policy and record the observation and the actions of every
+chunk. Planners are calibrated and plans searched on such a folder (tsad plan), without a simulator
+and for any sampler: the denoising is not stored, the noise of an episode follows from its seed.
 
 The folder grows: episodes that it has are not played again, so the same command goes on after
 Ctrl-C, and more --episodes add to it. Seeds 0 to 9999 are for this; those from 10000 choose, those
@@ -38,7 +38,7 @@ from 100000 report (tsad eval)."""
 
 EPILOG = """\
 examples:
-  tsad collect pusht --out recorded                          8 episodes, about 300 chunks, 2.5 MB
+  tsad collect pusht --out recorded                          8 episodes, about 300 chunks, 0.1 MB
   tsad collect pusht --out recorded --episodes 40 --lanes 8  32 more
   tsad collect pusht --out mine --policy runs/mine --sampler ddim --steps 16"""
 
@@ -79,18 +79,25 @@ def add_parser(subparsers: Any) -> None:
 def _record(
     policy: SparsePolicy, simulator: str, lanes: int, todo: list[int], out: Path, total: int
 ) -> None:
+    import numpy as np
+
     from tsad import sim
-    from tsad.sim.recording import Recorder, save_episode
+    from tsad.sim.recording import save_episode
 
     environments = [sim.make(simulator) for _ in range(min(lanes, len(todo)))]
-    recorder = Recorder(policy)
-    lane_of: dict[int, int] = {}  # by seed
+    chunks: dict[int, list[Any]] = {seed: [] for seed in todo}  # of the episodes under way
+
+    def keep(chunk: sim.Chunk) -> None:
+        for seed, obs, actions in zip(chunk.seeds, chunk.obs, chunk.actions, strict=True):
+            chunks[seed].append((obs, actions))
+
     kept = total - len(todo)
     try:
         with Progress(total, f"{simulator}, recording", unit="episodes", done=kept) as progress:
-            for episode in sim.rollouts(recorder, environments, todo, on_start=lane_of.__setitem__):
-                recorded = recorder.take(lane_of[episode.seed], episode)
-                save_episode(out, recorded)
+            for episode in sim.rollouts(policy, environments, todo, on_chunk=keep):
+                obs, actions = map(np.stack, zip(*chunks.pop(episode.seed), strict=True))
+                facts = {"score": episode.score, "success": episode.success}
+                save_episode(out, episode.seed, obs, actions, **facts)
                 kept += 1
                 progress.update(f"{episode.chunks} chunks, score {episode.score:.2f}")
     except KeyboardInterrupt:
@@ -131,12 +138,13 @@ def run(args: argparse.Namespace) -> int:
     if todo:
         _record(policy, args.simulator, args.lanes, todo, out, len(seeds))
     _, episodes = recording.read_collection(out)
+    scores = [float(recording.read_episode(out, e.number, "score")) for e in episodes]
     summary: dict[str, Any] = {
         "out": str(out),
         "episodes": len(episodes),
         "recorded_now": len(todo),
         "chunks": sum(len(episode.obs) for episode in episodes),
-        "score": sum(episode.score for episode in episodes) / len(episodes),
+        "score": sum(scores) / len(scores),
         "bytes": sum(path.stat().st_size for path in out.iterdir()),
     }
     if args.json:

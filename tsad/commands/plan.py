@@ -103,15 +103,14 @@ def add_parser(subparsers: Any) -> None:
         type=positive_int,
         metavar="K",
         help="count as right what K dense steps of DDIM make, not its own: for few steps of ddim "
-        "or dpmsolver++, which solve the same equation; --data may be of any sampler",
+        "or dpmsolver++, which solve the same equation",
     )
     search.add_argument(
         "--draws",
         type=positive_int,
         metavar="M",
         help="lower the distance of M draws of each chunk's actions to as many of the policy's own "
-        "sampler, dense (or of --against K), not the error at the same noise; --data may be of "
-        "any sampler",
+        "sampler, dense (or of --against K), not the error at the same noise",
     )
     search.add_argument(
         "--lanes",
@@ -178,7 +177,7 @@ def _out(args: argparse.Namespace) -> Path:
 
 
 def _facts(policy: SparsePolicy, source: str) -> dict[str, Any]:
-    """What recorded chunks, effects and plans must share with a policy."""
+    """What effects and plans must share with a policy."""
     return {
         "files_sha256": files_sha256(source),
         "sampler": policy.config["scheduler"]["type"],
@@ -197,17 +196,12 @@ def _check_facts(name: str, path: str, found: Any, wanted: dict[str, Any]) -> No
         )
 
 
-def _recorded(
-    args: argparse.Namespace, policy: SparsePolicy, *, any_sampler: bool = False
-) -> list[Recorded]:
+def _recorded(args: argparse.Namespace) -> list[Recorded]:
     from tsad.sim.recording import read_collection
 
     with argument("--data"):
         settings, episodes = read_collection(Path(args.data))
-    facts = _facts(policy, args.source)
-    if any_sampler:
-        facts = {"files_sha256": facts["files_sha256"]}
-    _check_facts("--data", args.data, settings, facts)
+    _check_facts("--data", args.data, settings, {"files_sha256": files_sha256(args.source)})
     return episodes
 
 
@@ -281,22 +275,24 @@ def _measure(args: argparse.Namespace) -> int:
 
     from tsad.load import read_policy
     from tsad.samplers import make_sampler
+    from tsad.sim.recording import denoising_inputs, names_of
     from tsad.training import sensitivity
 
     out = _out(args)
     policy = load_policy(args.source, args, name="POLICY", lanes=1)
-    episodes = _recorded(args, policy)
+    episodes = _recorded(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     length = 8
     chosen = pick(episodes, args.chunks, length, args.seed)
-    windows = [
-        sensitivity.Window(episode.obs[part], episode.inputs[part]) for episode, part in chosen
-    ]
+    windows = (
+        sensitivity.Window(obs, denoising_inputs(policy, obs, noise))
+        for obs, noise in ((e.obs[part], e.noise(policy)[part]) for e, part in chosen)
+    )
     config, tensors, _ = read_policy(args.source)
     twin = sensitivity.Twin(config, tensors, make_sampler(policy.config["scheduler"]))
-    total = sum(len(window.obs) for window in windows)
-    facts = {**_facts(policy, args.source), "seeds": sorted({e.seed for e, _ in chosen})}
+    total = sum(len(episode.obs[part]) for episode, part in chosen)
+    facts = {**_facts(policy, args.source), "seeds": names_of([e for e, _ in chosen])}
     with Progress(total, "effects", unit="chunks") as progress:
         effects = sensitivity.measure(
             twin,
@@ -362,6 +358,7 @@ def _floats(array: NDArray[Any]) -> NDArray[np.float64]:
 
 def _search(args: argparse.Namespace) -> int:
     from tsad.planners.search import Search
+    from tsad.sim.recording import names_of
 
     out = _out(args)
     starts = [load_plan(path, "--start") for path in args.start]
@@ -378,13 +375,12 @@ def _search(args: argparse.Namespace) -> int:
         )
     if args.draws is not None and args.draws < 2:
         raise UsageError("argument --draws: got 1, expected 2 or more: scatter is compared")
-    any_sampler = args.against is not None or args.draws is not None
-    episodes = _recorded(args, probe, any_sampler=any_sampler)
+    episodes = _recorded(args)
     chosen = pick(episodes, args.chunks, 1, args.seed)
     error, shown = _objective(args, chosen)
     with argument("--start"):
         start = starts[0] if len(starts) == 1 else min(starts, key=error)
-        note = {**_facts(probe, args.source), "seeds": sorted({e.seed for e, _ in chosen})}
+        note = {**_facts(probe, args.source), "seeds": names_of([e for e, _ in chosen])}
         note |= {} if args.against is None else {"against": args.against}
         note |= {} if args.draws is None else {"draws": args.draws}
         search = Search(error.policy, start, error, sparsity=asked, seed=args.seed, note=note)
@@ -438,7 +434,7 @@ def _objective(
             reference = load_policy(args.source, more, name="--against", lanes=lanes)
     if args.draws is None:
         power = 1.0 if args.against is None else 0.5
-        windows = [(episode.obs[part], episode.noise()[part]) for episode, part in chosen]
+        windows = [(episode.obs[part], episode.noise(policy)[part]) for episode, part in chosen]
         whole = windows[: len(windows) // lanes * lanes]
         error = ChunkError(policy, whole, reference=reference, power=power)
         return error, lambda value: value ** (0.5 / power)

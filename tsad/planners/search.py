@@ -29,8 +29,6 @@ class ChunkError:
         windows: pairs of raw observations (C, n_obs_steps, obs_dim) and noise (C, K, horizon,
             action_dim): C consecutive chunks of an episode, the same C for all; their number is a
             multiple of L. C is 1 unless plans read rollouts.
-        dense: the executed actions of the dense policy in raw units, (C, n_action_steps,
-            action_dim) of each window, if they were recorded; default: the policy runs for them.
         counts_first: False leaves the first chunk of every window out, whatever plan it is of.
         reference: another policy of L lanes, whose dense chunks count as right instead of the
             policy's own: of the same weights and more steps of DDIM, say. It begins with the same
@@ -50,7 +48,6 @@ class ChunkError:
         policy: Any,
         windows: Sequence[tuple[NDArray[Any], NDArray[Any]]],
         *,
-        dense: Sequence[NDArray[Any]] | None = None,
         counts_first: bool = True,
         reference: Any = None,
         power: float = 1.0,
@@ -69,10 +66,6 @@ class ChunkError:
             obs = np.stack([obs for obs, _ in rows], axis=1).astype(np.float32)
             noise = np.stack([noise for _, noise in rows], axis=2).astype(np.float32)
             self._groups.append((np.ascontiguousarray(obs), np.ascontiguousarray(noise)))
-        if dense is not None:
-            lanes = [slice(i, i + policy.lanes) for i in range(0, len(dense), policy.lanes)]
-            self._dense = [np.stack(dense[part], axis=1) * self._scale for part in lanes]
-            return
         policy.reset()
         right = policy if reference is None else reference
         if right.lanes != policy.lanes:

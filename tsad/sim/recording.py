@@ -1,13 +1,15 @@
-"""Rollouts of the dense policy on disk, for everything that is fitted or searched offline.
+"""Episodes that a policy went through, on disk, for everything that is fitted or searched offline.
 
-A collection is a folder: `collection.json` says what was played, `episode-<seed>.npz` holds one
-episode each. A recorded chunk is what the policy saw, what it did, and the input of every denoising
-step; the noise is not stored but drawn again from the episode's seed (`Recorded.noise`). A chunk of
-100 steps x 10 actions x 2 numbers takes 8 kB.
+A collection is a folder: `collection.json` says of which policy, `episode-<number>.npz` holds one
+episode each. `tsad collect` fills one in a simulator, `tsad.Recorder` around a loop of your own. An
+episode is what was seen at each chunk (``obs``) and what was said (``actions``); nothing of the
+denoising is kept. Its noise is drawn anew from the episode's number (`Recorded.noise`), for
+whichever sampler asks, and `denoising_inputs` runs it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -19,14 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad.files import make_folder, write_atomically, write_json
-from tsad.samplers import Sampler, make_sampler
+from tsad.samplers import make_sampler
 from tsad.sim.results import ResultsError, differences
-from tsad.sim.rollout import Episode, noise_seed
+from tsad.sim.rollout import noise_seed
 
 Floats = NDArray[np.float32]
 
 FORMAT = "tsad-collection"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # version 1 kept the denoising as well
 FACTS_FILE = "collection.json"
 # The house's split: these seeds to collect and to search, 10,000 to 19,999 to choose, 100,000 and
 # up for reports.
@@ -35,127 +38,74 @@ SEEDS = range(10_000)
 
 @dataclass(frozen=True)
 class Recorded:
-    """One episode of C chunks.
+    """One episode of C successive chunks: float32 ``obs`` (C, n_obs_steps, obs_dim), raw units.
 
-    Arrays, float32: ``obs`` (C, n_obs_steps, obs_dim) and ``actions`` (C, horizon, action_dim) in
-    raw units, ``inputs`` (C, K, horizon, action_dim): the normalised sample that enters each step.
-    ``adds_noise``: whether the sampler does, between steps.
+    ``number`` fixes the noise that its chunks are run with; ``simulated`` says that it is the seed
+    of a simulator's episode.
     """
 
-    seed: int
-    score: float
-    success: bool
-    adds_noise: bool
+    number: int
     obs: Floats
-    actions: Floats
-    inputs: Floats
+    simulated: bool = False
 
-    def noise(self) -> Floats:
-        """(C, K, horizon, action_dim), float32: the noise of each chunk, as the policy drew it.
+    @property
+    def name(self) -> int | str:
+        """What tells it from other episodes: its seed, or a hash of what was seen."""
+        if self.simulated:
+            return self.number
+        return hashlib.sha256(np.ascontiguousarray(self.obs).tobytes()).hexdigest()[:16]
 
-        Zeros after the initial sample if the sampler adds none.
+    def noise(self, policy: Any) -> Floats:
+        """(C, K, horizon, action_dim), float32: of each chunk, as a lane draws it for the policy.
+
+        `tsad.sim.rollouts` gives a lane the same in the episode of this seed. Zeros after the
+        initial sample if the policy's sampler adds none.
         """
-        noise = np.zeros_like(self.inputs)
-        drawn = noise if self.adds_noise else noise[:, :1]
-        generator = np.random.Generator(np.random.PCG64(noise_seed(self.seed)))
+        sampler = make_sampler(policy.config["scheduler"])
+        shape = (len(self.obs), len(sampler.timesteps), policy.horizon, policy.action_dim)
+        noise = np.zeros(shape, np.float32)
+        drawn = noise if sampler.adds_noise else noise[:, :1]
+        generator = np.random.Generator(np.random.PCG64(noise_seed(self.number)))
         drawn[:] = generator.standard_normal(drawn.shape, np.float32)
         return noise
 
 
-class Recorder:
-    """A dense policy that keeps every step's input: the policy of `tsad.sim.rollouts`.
+def names_of(episodes: Sequence[Recorded]) -> list[int | str]:
+    """The names of the episodes, each once: what else was made of them can be looked up."""
+    return sorted({episode.name for episode in episodes}, key=lambda name: (str(type(name)), name))
 
-    It asks ``policy.predict_noise`` step by step and runs the sampler's table in float32, so its
-    actions equal the policy's own to rounding (about 1e-6, normalised), at a third more time.
 
-    ``policy`` is a `tsad.SparsePolicy`; its lanes, plan and streams stay as they are.
+def denoising_inputs(policy: Any, obs: Floats, noise: Floats) -> Floats:
+    """(C, K, horizon, action_dim): the normalised sample that enters each step of dense chunks.
+
+    ``obs`` (C, n_obs_steps, obs_dim), ``noise`` (C, K, horizon, action_dim). It asks
+    ``policy.predict_noise`` step by step and runs the sampler's table in float32; the policy's
+    lanes, plan and streams stay as they are.
     """
-
-    def __init__(self, policy: Any) -> None:
-        self._policy = policy
-        self._sampler: Sampler = make_sampler(policy.config["scheduler"])
-        action = policy.config["normalizer"]["action"]
-        self._scale = np.array(action["scale"], np.float32)
-        self._offset = np.array(action["offset"], np.float32)
-        self._streams: list[np.random.Generator | None] = [None] * policy.lanes
-        self._kept: list[list[tuple[Floats, Floats, Floats]]] = [[] for _ in range(policy.lanes)]
-
-    @property
-    def lanes(self) -> int:
-        return int(self._policy.lanes)
-
-    @property
-    def n_obs_steps(self) -> int:
-        return int(self._policy.n_obs_steps)
-
-    @property
-    def n_action_steps(self) -> int:
-        return int(self._policy.n_action_steps)
-
-    @property
-    def obs_dim(self) -> int:
-        return int(self._policy.obs_dim)
-
-    @property
-    def action_dim(self) -> int:
-        return int(self._policy.action_dim)
-
-    def reset(self, lanes: Sequence[int], seed: Sequence[int]) -> None:
-        for lane, number in zip(lanes, seed, strict=True):
-            self._streams[lane] = np.random.Generator(np.random.PCG64(number))
-            self._kept[lane] = []
-
-    def __call__(self, obs: Floats, *, lanes: Sequence[int]) -> Floats:
-        steps = len(self._sampler.timesteps)
-        shape = (steps, self._policy.horizon, self.action_dim)
-        rows = []
-        for lane in lanes:
-            stream = self._streams[lane]
-            if stream is None:
-                raise RuntimeError(f"lane {lane} has no noise yet; call reset first")
-            drawn = shape if self._sampler.adds_noise else (1, *shape[1:])
-            noise = stream.standard_normal(drawn, np.float32)
-            rows.append(np.broadcast_to(noise, shape))  # only the first is read if none is added
-        inputs, x = self._denoise(np.stack(rows, axis=1), obs)
-        actions = (x - self._offset) / self._scale
-        for row, lane in enumerate(lanes):
-            self._kept[lane].append((obs[row].copy(), actions[row].copy(), inputs[:, row].copy()))
-        start = self.n_obs_steps - 1
-        return np.asarray(actions[:, start : start + self.n_action_steps], np.float32)
-
-    def _denoise(self, noise: Floats, obs: Floats) -> tuple[Floats, Floats]:
-        """Inputs (K, N, horizon, action_dim) of all steps, and the final sample."""
-        table = self._sampler.table.astype(np.float32)
-        inputs, x = np.empty_like(noise), noise[0]
-        previous = np.zeros_like(x)
-        for k, (a, b, r, c, d, f, g, h) in enumerate(table):
-            inputs[k] = x
-            e = self._policy.predict_noise(np.ascontiguousarray(x), k, obs)
-            x0 = np.clip(a * x + b * e, -r, r)
-            x = c * x0 + d * x + f * e + g * previous
-            if k + 1 < len(table):
-                x = x + h * noise[k + 1]
-            previous = x0
-        return inputs, x
-
-    def take(self, lane: int, episode: Episode) -> Recorded:
-        """What a lane did since its reset, as the recording of the episode that just ended."""
-        obs, actions, inputs = (np.stack(part) for part in zip(*self._kept[lane], strict=True))
-        adds_noise = self._sampler.adds_noise
-        return Recorded(
-            episode.seed, episode.score, episode.success, adds_noise, obs, actions, inputs
-        )
+    table = make_sampler(policy.config["scheduler"]).table.astype(np.float32)
+    inputs, x = np.empty_like(noise), noise[:, 0]
+    previous = np.zeros_like(x)
+    for k, (a, b, r, c, d, f, g, h) in enumerate(table):
+        inputs[:, k] = x
+        e = policy.predict_noise(np.ascontiguousarray(x), k, obs)
+        x0 = np.clip(a * x + b * e, -r, r)
+        x = c * x0 + d * x + f * e + g * previous
+        if k + 1 < len(table):
+            x = x + h * noise[:, k + 1]
+        previous = x0
+    return inputs
 
 
 # ---- the folder
 
 
-def _path(folder: Path, seed: int) -> Path:
-    return folder / f"episode-{seed:05d}.npz"
+def episode_path(folder: Path, number: int) -> Path:
+    """The file of a finished episode."""
+    return folder / f"episode-{number:05d}.npz"
 
 
 def open_collection(folder: Path, settings: Mapping[str, Any]) -> list[int]:
-    """Make the folder, or go on with it if it was made with these settings; the seeds it has.
+    """Make the folder, or go on with it if it was made with these settings; the numbers it has.
 
     Raises:
         ResultsError: it holds something else, or other settings; the message names each.
@@ -168,7 +118,7 @@ def open_collection(folder: Path, settings: Mapping[str, Any]) -> list[int]:
                 f"{folder} was made with other settings; {'; '.join(changed)}; fix: use its "
                 "settings, or another folder"
             )
-        return sorted(int(path.stem.partition("-")[2]) for path in folder.glob("episode-*.npz"))
+        return _numbers(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ResultsError(f"{folder} is not empty and holds no collection; name another folder")
     make_folder(folder)
@@ -177,65 +127,54 @@ def open_collection(folder: Path, settings: Mapping[str, Any]) -> list[int]:
     return []
 
 
-def save_episode(folder: Path, episode: Recorded) -> None:
-    """Write one episode, whole or not at all."""
-    arrays: dict[str, Any] = {
-        "score": np.float64(episode.score),
-        "success": np.bool_(episode.success),
-        "adds_noise": np.bool_(episode.adds_noise),
-        "obs": episode.obs,
-        "actions": episode.actions,
-        "inputs": episode.inputs,
-    }
-    write_atomically(_path(folder, episode.seed), lambda stream: np.savez(stream, **arrays))
+def save_episode(folder: Path, number: int, obs: Floats, actions: Floats, **facts: Any) -> None:
+    """Write one episode, whole or not at all; `facts` are kept beside the arrays."""
+    arrays = {"obs": obs, "actions": actions, **facts}
+    write_atomically(episode_path(folder, number), lambda stream: np.savez(stream, **arrays))
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(path.stem.partition("-")[2]) for path in folder.glob("episode-*.npz"))
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS_FILE
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        if content["format"] != FORMAT or content["format_version"] != FORMAT_VERSION:
+        if content["format"] != FORMAT or content["format_version"] not in READABLE:
             raise ValueError(f"format {content['format']!r} {content['format_version']!r}")
     except FileNotFoundError:
         raise ResultsError(
-            f"{folder}: no {FACTS_FILE} in it; expected a folder made by 'tsad collect'"
+            f"{folder}: no {FACTS_FILE} in it; expected a folder made by 'tsad collect' or "
+            "tsad.Recorder"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ResultsError(f"{path}: not a collection of this version ({error})") from error
     return content
 
 
-def read_collection(
-    folder: Path, seeds: Sequence[int] | None = None
-) -> tuple[dict[str, Any], list[Recorded]]:
-    """Settings, and the episodes (all, or those of ``seeds``) in the order of their seeds.
+def read_collection(folder: Path) -> tuple[dict[str, Any], list[Recorded]]:
+    """Settings, and the episodes in the order of their numbers.
 
     Raises:
-        ResultsError: it is not a collection, is empty, or lacks a seed.
+        ResultsError: it is not a collection, or is empty or broken.
     """
     settings = _read_facts(folder)["settings"]
-    found = open_collection(folder, settings)
-    wanted = found if seeds is None else list(seeds)
-    missing = sorted(set(wanted) - set(found))
-    if missing or not wanted:
-        what = f"no seed {missing[0]}" if missing else "no episodes"
-        raise ResultsError(f"{folder}: {what} in it; tsad collect adds some")
-    episodes = []
-    for seed in wanted:
-        path = _path(folder, seed)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            episode = Recorded(
-                seed=seed,
-                score=float(arrays["score"]),
-                success=bool(arrays["success"]),
-                adds_noise=bool(arrays["adds_noise"]),
-                obs=arrays["obs"],
-                actions=arrays["actions"],
-                inputs=arrays["inputs"],
-            )
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise ResultsError(f"{path}: broken ({error}); delete it, collect again") from error
-        episodes.append(episode)
+    episodes = [
+        Recorded(number, read_episode(folder, number, "obs"), "simulator" in settings)
+        for number in _numbers(folder)
+    ]
+    if not episodes:
+        raise ResultsError(f"{folder}: no episodes in it; tsad collect adds some")
     return settings, episodes
+
+
+def read_episode(folder: Path, number: int, name: str) -> NDArray[Any]:
+    """One array of an episode; ResultsError if there is none."""
+    path = episode_path(folder, number)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array: NDArray[Any] = file[name]
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ResultsError(f"{path}: broken ({error}); delete it, collect again") from error
+    return array
