@@ -6,7 +6,11 @@
     tsad eval pusht --settings bench/frontier/headline.json --out headline --seeds 1500
     python bench/frontier.py headline/summary.json
 
+    python bench/frontier.py bench/results/2026-11-25-amd-epyc-25-17-frontier.json \
+        --plot bench/results/2026-11-25-amd-epyc-25-17-frontier.png
+
 `bench/frontier/README.md` says how the plans among the settings were made. `--only` names rows.
+`--plot` draws the picture of `tsad tune` anew, with the presets that the policy has today.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tsad.plot_frontier import FAMILIES, family
+from tsad.load import policy_folder
+from tsad.plot_frontier import FAMILIES, family, save_frontier
+from tsad.presets import read_presets
 from tsad.sim.frontier import busy
 
 
@@ -72,6 +78,13 @@ def sweep(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def with_presets(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the presets in the policy's folder, by the settings they were made of."""
+    folder = policy_folder(document["policy"])
+    presets = {} if folder is None else read_presets(folder)
+    return document | {"presets": {name: p.measured["setting"] for name, p in presets.items()}}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(
@@ -79,12 +92,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("file", type=Path, help="tune.json or summary.json")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture instead")
     args = parser.parse_args(argv)
     document = json.loads(args.file.read_text())
     if document["format"] == "tsad-sweep":
         if args.only:
             parser.error("--only: of a tune.json alone; a sweep's table is short")
         print(sweep(document))
+        return 0
+    if args.plot is not None:
+        save_frontier(with_presets(document), args.plot)
         return 0
     unknown = set(args.only or ()) - set(document["rows"])
     if unknown:

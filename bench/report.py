@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tsad.plot_frontier import apart
 
 FORMAT = "tsad-bench"
 FORMAT_VERSION = 1
@@ -261,6 +265,12 @@ def header(document: Mapping[str, Any]) -> str:
 
 # ---- plot
 
+PEERS = {
+    "eager": "PyTorch eager", "compile": "torch.compile", "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}  # fmt: skip
+PEER_GAP = 0.036  # of the axes' height, between the names of neighbours
+
 
 def has_curve(case: Mapping[str, Any]) -> bool:
     """Whether there is a curve to plot: dense, and more than one sparsity beside it."""
@@ -300,15 +310,55 @@ def plot(case: Mapping[str, Any], machine: Mapping[str, Any], path: Path) -> Non
     ax.plot(grid, [dense * (1 - s / 100) for s in grid], "--", color="#555555", label="ideal")
     floors = [c["floor"]["ms"] for c in lines]
     ax.plot([100 * c["sparsity"] for c in lines], floors, ":", color="#009E73", label="floor")
-    peers = [c for c in timed if not c["peer"].startswith("tsad")]
-    for i, contender in enumerate(sorted(peers, key=lambda c: float(c["times"]["best_p50"]))):
-        best = contender["times"]["best_p50"]  # neighbours' names stand beside each other
-        ax.axhline(best, color="#BBBBBB", linewidth=0.8)
-        ax.text(18 * (i % 4), best, contender["name"], fontsize=7, va="bottom", color="#555555")
     ax.set(
         yscale="log", xlabel="sparsity, % of the cost", ylabel="ms per chunk, p50 of the best round"
     )
     ax.set_title(f"{title(case)}, {machine['cpu']}, {case['roofline']['backend']}", fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc="lower left")
+    _peers(ax, [c for c in timed if not c["peer"].startswith("tsad")])
     figure.savefig(path, dpi=150)
+
+
+def _peers(ax: Any, peers: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each, named at the right: neighbours' names are moved apart."""
+    peers = sorted(peers, key=lambda c: float(c["times"]["best_p50"]))
+    times = [c["times"]["best_p50"] for c in peers]
+    for time in times:
+        ax.axhline(time, color="#BBBBBB", linewidth=0.8)
+    ax.get_ylim()  # settles the axes that the next line measures in
+    to_axes = ax.transData + ax.transAxes.inverted()
+    places = apart([to_axes.transform((1, time))[1] for time in times], PEER_GAP)
+    for contender, time, place in zip(peers, times, places, strict=True):
+        library, _, hoisted = contender["name"].partition("-")
+        ax.annotate(
+            f"{PEERS.get(library, library)}{', hoisted' if hoisted else ''}, {time:.0f} ms",
+            (1, time),
+            (1.03, place),
+            ("axes fraction", "data"),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            color="#555555",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "#BBBBBB",
+                "linewidth": 0.8,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the pictures of a results file again, beside it."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("file", type=Path, help="what bench.py wrote")
+    path = parser.parse_args(argv).file
+    document = read(path)
+    for case in filter(has_curve, document["cases"]):
+        plot(case, document["machine"], path.with_name(f"{path.stem}-{case['name']}.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,16 +1,22 @@
-"""tsad/plot.py: the picture says what the plan says."""
+"""tsad/plot.py and tsad/plot_frontier.py: pictures say what the data say, and can be read."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import tsad
-from tsad import plot
+from tsad import plot, plot_frontier
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.legend import Legend  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
 
 TYPES = ["self_attn", "cross_attn", "feed_forward"] * 2
 BLOCKS = [f"layers.{b // 3}.{name}" for b, name in enumerate(TYPES)]
@@ -119,3 +125,52 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
     with pytest.raises(ImportError, match=r"pip install 'tsad-policy\[sim\]'"):
         plot.plot_plan(make_plan())
+
+
+# ---- the frontier
+
+
+def frontier_document() -> dict[str, Any]:
+    path = Path(__file__).resolve().parents[1] / "bench" / "results"
+    (found,) = path.glob("*-frontier.json")
+    return json.loads(found.read_text())
+
+
+def test_places_are_moved_apart_and_no_further() -> None:
+    assert plot_frontier.apart([0.1, 0.2, 0.9], 0.05) == [0.1, 0.2, 0.9]
+    np.testing.assert_allclose(plot_frontier.apart([0.5, 0.5, 0.52], 0.1), [0.5, 0.6, 0.7])
+    np.testing.assert_allclose(plot_frontier.apart([0.2, 0.97, 0.99], 0.1), [0.2, 0.9, 1.0])
+    assert plot_frontier.apart([], 0.1) == []
+
+
+@pytest.mark.parametrize(("closer", "height"), [(1, 6), (1e-3, 6), (1, 4)])
+def test_labels_of_the_frontier_lie_apart_and_inside(closer: float, height: float) -> None:
+    document = frontier_document()
+    for name in document["frontier"]:  # as near to each other as times can be
+        row = document["rows"][name]
+        row["milliseconds"] = 2 + closer * (row["milliseconds"] - 2)
+    figure = Figure(figsize=(8.5, height), layout="constrained")
+    ax = plot_frontier.plot_frontier(document, figure.subplots())
+    figure.draw_without_rendering()
+    legends = [child for child in ax.get_children() if isinstance(child, Legend)]
+    labels = [*ax.texts, ax.xaxis.label, ax.yaxis.label]
+    labels += [text for legend in legends for text in legend.get_texts()]
+    boxes = [Text.get_window_extent(text) for text in labels]  # an annotation's has its line in it
+    assert len(boxes) == 2 * len(document["frontier"]) + len(plot_frontier.FAMILIES) + 1 + 2
+    for i, box in enumerate(boxes):
+        assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1)
+        assert figure.bbox.containsy(box.y0) and figure.bbox.containsy(box.y1)
+        assert not any(box.overlaps(other) for other in boxes[:i]), labels[i]
+
+
+def test_names_of_the_frontier_can_be_read() -> None:
+    document = frontier_document() | {"presets": {"fast": "dpm-8-rows-0-6-int16"}}
+    names = {name: plot_frontier.words(document, name) for name in document["rows"]}
+    assert names["dpm-8-rows-0-6-int16"] == (
+        'preset "fast": DPM-Solver++, 8 steps, 2 passes, 16 bits'
+    )
+    assert names["ddpm-100"] == "DDPM, 100 steps"
+    assert names["ddim-16-trailing-warm-8-row-0"] == (
+        "DDIM, the last 8 of 16 steps, 1 pass, trailing spacing"
+    )
+    assert names["ddim-8-warm-4-4-actions"] == "DDIM, the last 4 of 8 steps, 4 of 8 actions"
