@@ -6,12 +6,14 @@ drive nearly all actions to the ends of their range, where different runs look a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from cases import config, random_pruner, random_tensors
 
 from tsad import SparsePolicy
+from tsad.checkpoint import write_folder
 from tsad.config import PolicyConfig
 from tsad.load import make_model
 from tsad.samplers import make_sampler
@@ -34,6 +36,13 @@ def make_policy(
     pruner_weights = random_pruner(case["pruner"], case["network"], seed) if pruner else None
     model = make_model(parsed, weights, pruner_weights, table)
     return SparsePolicy(model, config=parsed, sampler=table, lanes=lanes, threads=threads)
+
+
+def save_policy(folder: Path, *, seed: int = 0) -> str:
+    """Such a policy of the case "tiny" as a tsad folder; its name."""
+    case = config("tiny", prediction_type="sample", clip_sample=False)
+    write_folder(folder, PolicyConfig.from_dict(case), random_tensors(case["network"], seed))
+    return str(folder)
 
 
 def observations(policy: Any, seed: int, rows: int | None = None) -> Any:

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import config, random_tensors
 from command_line import run
+from policies import save_policy
 
 import tsad
 from tsad import sim
-from tsad.checkpoint import write_folder
-from tsad.config import PolicyConfig
 from tsad.sim.parallel import Player, Work, WorkerError, identity, play
 from tsad.sim.results import read_results
 
@@ -42,10 +40,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
     """A policy's folder; other episodes in other processes would be seen: nothing is clipped."""
-    case = config("tiny", prediction_type="sample", clip_sample=False)
-    weights = random_tensors(case["network"], 0)
-    write_folder(tmp_path / "tiny", PolicyConfig.from_dict(case), weights)
-    return str(tmp_path / "tiny")
+    return save_policy(tmp_path / "tiny")
 
 
 def command(tiny: str, simulator: str, out: Path, *more: str, seeds: int = 8) -> list[str]:

@@ -9,7 +9,10 @@
 Importing and running need NumPy only; everything else is imported where it is used.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tsad.recorder import Recorder
 
 try:
     from tsad import _core  # noqa: F401
@@ -31,6 +34,7 @@ __all__ = [
     "REUSE_TYPE",
     "SKIP",
     "Plan",
+    "Recorder",
     "SparsePolicy",
     "__version__",
     "load",
@@ -41,6 +45,10 @@ __version__: str
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Recorder":  # not everybody's
+        from tsad.recorder import Recorder
+
+        return Recorder
     if name != "__version__":
         raise AttributeError(f"module 'tsad' has no attribute {name!r}")
     from importlib.metadata import PackageNotFoundError, version  # slow to import

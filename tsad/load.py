@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tsad.checkpoint import CONFIG_FILE, Tensors, read_folder
+from tsad.checkpoint import CONFIG_FILE, MODEL_FILE, PRUNER_FILE, Tensors, read_folder
 from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
 from tsad.convert import folder_kind, lerobot_error, read_checkpoint
 from tsad.presets import Preset, check_clash, find_preset
@@ -126,6 +127,7 @@ def load(
         policy = WarmPolicy(policy, model, last)
     if chosen is not None:
         _apply(policy, chosen)
+    policy._source = str(source) if source in bundled() else os.path.abspath(source)
     return policy
 
 
@@ -234,6 +236,20 @@ def policy_folder(source: str | os.PathLike[str]) -> Path | None:
     """The folder that a bundled name or a path stands for; None if it is not one."""
     path = _ASSETS / source if isinstance(source, str) and source in bundled() else Path(source)
     return path if path.is_dir() else None
+
+
+def files_sha256(source: str | os.PathLike[str]) -> dict[str, str]:
+    """SHA-256 of each file that a policy is read from: those of a folder, or a checkpoint."""
+    folder = policy_folder(source)
+    if folder is None:
+        return {"checkpoint": _sha256(Path(source))}
+    names = (CONFIG_FILE, MODEL_FILE, PRUNER_FILE)
+    return {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_policy(source: str | os.PathLike[str]) -> tuple[PolicyConfig, Tensors, Tensors | None]:

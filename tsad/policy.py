@@ -40,6 +40,8 @@ class SparsePolicy(_core.Policy):
     included. The GIL is free meanwhile.
     """
 
+    _source: str | None = None  # what `tsad.load` read it from: a bundled name, or a whole path
+
     def __init__(
         self,
         model: _core.Model,

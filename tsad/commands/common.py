@@ -270,19 +270,10 @@ def set_sparsity(policy: SparsePolicy, value: float) -> None:
 
 
 def files_sha256(source: str) -> dict[str, str]:
-    """SHA-256 of each file that a policy is read from: those of a folder, or a checkpoint."""
-    from tsad.load import policy_folder
+    """That of `tsad.load`."""
+    from tsad.load import files_sha256 as hashes
 
-    folder = policy_folder(source)
-    if folder is None:
-        return {"checkpoint": _sha256(Path(source))}
-    names = ("config.json", "model.safetensors", "pruner.safetensors")
-    return {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes(source)
 
 
 def plan_sha256(plan: Plan) -> str:

@@ -14,6 +14,7 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,11 @@ def episode_path(folder: Path, number: int) -> Path:
     return folder / f"episode-{number:05d}.npz"
 
 
+def part_path(folder: Path, number: int) -> Path:
+    """The file of an episode that is being recorded, or was when its program died."""
+    return folder / f"episode-{number:05d}.part"
+
+
 def open_collection(folder: Path, settings: Mapping[str, Any]) -> list[int]:
     """Make the folder, or go on with it if it was made with these settings; the numbers it has.
 
@@ -118,7 +124,7 @@ def open_collection(folder: Path, settings: Mapping[str, Any]) -> list[int]:
                 f"{folder} was made with other settings; {'; '.join(changed)}; fix: use its "
                 "settings, or another folder"
             )
-        return _numbers(folder)
+        return sorted(numbers(folder, "npz"))
     if folder.exists() and any(folder.iterdir()):
         raise ResultsError(f"{folder} is not empty and holds no collection; name another folder")
     make_folder(folder)
@@ -133,8 +139,9 @@ def save_episode(folder: Path, number: int, obs: Floats, actions: Floats, **fact
     write_atomically(episode_path(folder, number), lambda stream: np.savez(stream, **arrays))
 
 
-def _numbers(folder: Path) -> list[int]:
-    return sorted(int(path.stem.partition("-")[2]) for path in folder.glob("episode-*.npz"))
+def numbers(folder: Path, kind: str) -> set[int]:
+    """The episodes that have a file of the kind: "npz" finished, "part" not."""
+    return {int(path.stem.partition("-")[2]) for path in folder.glob(f"episode-*.{kind}")}
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
@@ -160,17 +167,19 @@ def read_collection(folder: Path) -> tuple[dict[str, Any], list[Recorded]]:
         ResultsError: it is not a collection, or is empty or broken.
     """
     settings = _read_facts(folder)["settings"]
-    episodes = [
-        Recorded(number, read_episode(folder, number, "obs"), "simulator" in settings)
-        for number in _numbers(folder)
-    ]
-    if not episodes:
-        raise ResultsError(f"{folder}: no episodes in it; tsad collect adds some")
-    return settings, episodes
+    finished = numbers(folder, "npz")
+    seen = {number: read_episode(folder, number, "obs") for number in finished}
+    for number in numbers(folder, "part") - finished:
+        rows = read_part(part_path(folder, number))
+        if rows is not None:
+            seen[number] = np.ascontiguousarray(rows["obs"])
+    if not seen:
+        raise ResultsError(f"{folder}: no episodes in it; record some")
+    return settings, [Recorded(n, seen[n], "simulator" in settings) for n in sorted(seen)]
 
 
 def read_episode(folder: Path, number: int, name: str) -> NDArray[Any]:
-    """One array of an episode; ResultsError if there is none."""
+    """One array of a finished episode; ResultsError if there is none."""
     path = episode_path(folder, number)
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -178,3 +187,25 @@ def read_episode(folder: Path, number: int, name: str) -> NDArray[Any]:
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ResultsError(f"{path}: broken ({error}); delete it, collect again") from error
     return array
+
+
+# ---- an episode that is being recorded: a .npy header that says what a chunk is, then the chunks
+
+
+def part_header(chunk: np.dtype[Any]) -> bytes:
+    """The beginning of a part; ``chunk`` has the fields ``obs`` and ``actions``."""
+    stream = BytesIO()
+    np.save(stream, np.empty(0, chunk))
+    return stream.getvalue()
+
+
+def read_part(path: Path) -> NDArray[Any] | None:
+    """The chunks (C,) that are there as a whole, fields ``obs`` and ``actions``; None of none."""
+    try:
+        with path.open("rb") as stream:
+            chunk = np.lib.format.read_array(stream, allow_pickle=False).dtype
+            content = stream.read()
+    except (ValueError, EOFError, FileNotFoundError):  # not even begun, or just finished
+        return None
+    whole = len(content) // chunk.itemsize
+    return np.frombuffer(content, chunk, whole) if whole else None

@@ -203,9 +203,10 @@ def rollouts(
     while running:
         obs = np.stack([lanes[index].window for index in running])
         options: dict[str, Any] = {}
-        if isinstance(policy, WarmPolicy):
+        inner = getattr(policy, "policy", policy)  # of a tsad.Recorder
+        if isinstance(inner, WarmPolicy):
             since = [lanes[index].steps - lanes[index].asked for index in running]
-            options["executed"] = np.minimum(since, policy.horizon)
+            options["executed"] = np.minimum(since, inner.horizon)
         begin = time.perf_counter()
         actions = np.asarray(policy(obs, lanes=running, **options))
         milliseconds = (time.perf_counter() - begin) * 1e3

@@ -1,0 +1,260 @@
+"""`tsad.Recorder`: what a policy sees and says in a loop of your own, kept for `tsad plan` and
+`tsad tune`.
+
+The loop hands each chunk to a thread and goes on. The thread appends it to a file of the episode
+(`tsad.sim.recording.part_path`), which becomes the episode's npz when the episode ends: whoever is
+interrupted keeps every chunk but the last, which the thread may just have been given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsad.load import files_sha256
+from tsad.policy import SparsePolicy
+from tsad.sim import recording
+from tsad.sim.results import Lock
+
+# Lanes, and their chunks; or lanes whose episodes end; or None, the end of all.
+Item = tuple[list[int], NDArray[Any] | None] | None
+
+
+class Recorder:
+    """A policy that records its episodes, around a loop of your own: a robot, a simulator.
+
+    >>> with tsad.Recorder(tsad.load("policy"), "recorded") as policy:
+    ...     policy.reset(seed=0)  # an episode begins, and the one before is over
+    ...     actions = policy(obs)
+
+    It is called like the policy, and has its attributes, also to set. What is kept of every chunk
+    is the observation and the actions returned, float32, raw units; not the noise nor the plan: any
+    plan, preset or sampler may run, and what is made of the folder is for any other. Give it to
+    `tsad plan measure --data`, `tsad plan search --data` and `tsad tune --observations`. A folder
+    is gone on with by a later Recorder of the same policy.
+
+    A thread writes: a chunk takes the loop some microseconds more, whatever the disk does. Ctrl-C,
+    errors and the program's end leave all chunks on disk; if the program is killed, all but the
+    last. What cannot be written is an ``OSError`` of the next `reset`, or of the end, and never of
+    a chunk. Threads may call it as they may call the policy: one at a time.
+
+    Args:
+        policy: a `tsad.SparsePolicy` that `tsad.load` made.
+        folder: made if need be.
+
+    Raises:
+        TypeError: `policy` is not one.
+        ValueError: the folder is not a recording of this policy, by the hash of its files, or
+            another program is recording into it.
+        OSError: the folder cannot be made.
+    """
+
+    __slots__ = ("__weakref__", "_alone", "_chunk", "_finish", "_policy", "_writer")
+    _alone: threading.Lock
+    _chunk: np.dtype[Any]
+    _finish: weakref.finalize[..., Recorder]
+    _policy: SparsePolicy
+    _writer: _Writer
+
+    def __init__(self, policy: SparsePolicy, folder: str | os.PathLike[str]) -> None:
+        source = policy._source if isinstance(policy, SparsePolicy) else None
+        if source is None:
+            raise TypeError(
+                f"policy: expected one that tsad.load made, got {type(policy).__name__}; save the "
+                "observations of others as arrays: np.savez(file, obs=..., episode_ends=...)"
+            )
+        path = Path(folder)
+        recording.open_collection(path, {"by": "Recorder", "files_sha256": files_sha256(source)})
+        lock = Lock(path / recording.FACTS_FILE)
+        chunk = np.dtype(
+            [
+                ("obs", np.float32, (policy.n_obs_steps, policy.obs_dim)),
+                ("actions", np.float32, (policy.n_action_steps, policy.action_dim)),
+            ]
+        )
+        try:
+            writer = _Writer(path, recording.part_header(chunk))
+        except BaseException:
+            lock.release()
+            raise
+        values = {
+            "_policy": policy,
+            "_chunk": chunk,
+            "_alone": threading.Lock(),
+            "_writer": writer,
+            # when the program ends or forgets about it, too
+            "_finish": weakref.finalize(self, _finish, writer, lock),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        writer.start()
+
+    def __call__(
+        self, obs: Any, *, lanes: Any = None, return_horizon: bool = False, **options: Any
+    ) -> Any:
+        """As the policy's."""
+        policy = self._policy
+        with self._one_caller():
+            actions = policy(obs, lanes=lanes, return_horizon=return_horizon, **options)
+            rows = self._rows(lanes)
+            chunks = np.empty(len(rows), self._chunk)
+            chunks["obs"] = _numbers(obs)
+            said = _numbers(actions)
+            if return_horizon:
+                begin = policy.n_obs_steps - 1
+                said = said[..., begin : begin + policy.n_action_steps, :]
+            chunks["actions"] = said
+            self._writer.items.put((rows, chunks))
+        return actions
+
+    def reset(self, lanes: Any = None, seed: Any = None) -> None:
+        """As the policy's; the lanes' episodes are over."""
+        with self._one_caller():
+            self._writer.complain()
+            self._policy.reset(lanes, seed)
+            self._writer.items.put((self._rows(lanes), None))
+
+    def close(self) -> None:
+        """All episodes are over and on disk; the policy goes on without it. Again does nothing."""
+        self._finish()
+        self._writer.complain()
+
+    @property
+    def policy(self) -> SparsePolicy:
+        """The policy itself."""
+        return self._policy
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__slots__:  # of one that is not made yet
+            raise AttributeError(name)
+        return getattr(self._policy, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._policy, name, value)
+
+    def __repr__(self) -> str:
+        return f"Recorder({self._policy!r}, {str(self._writer.folder)!r})"
+
+    def _rows(self, lanes: Any) -> list[int]:
+        """The lanes that the policy took this for."""
+        if lanes is None:
+            return list(range(self._policy.lanes))
+        listed = np.atleast_1d(_numbers(lanes))
+        rows: list[int] = (np.flatnonzero(listed) if listed.dtype == bool else listed).tolist()
+        return rows
+
+    @contextlib.contextmanager
+    def _one_caller(self) -> Iterator[None]:
+        if not self._alone.acquire(blocking=False):
+            raise RuntimeError(
+                "policy is busy: it is running in another thread; a policy is used by one thread "
+                "at a time"
+            )
+        try:
+            if not self._finish.alive:
+                raise RuntimeError(
+                    f"recorder of {self._writer.folder}: closed; make another, or call the policy "
+                    "itself"
+                )
+            yield
+        finally:
+            self._alone.release()
+
+
+def _numbers(array: Any) -> NDArray[Any]:
+    """Anybody's array or list as NumPy's, in host memory."""
+    if hasattr(array, "resolve_neg"):  # of torch: what a view only promises is not in memory
+        array = array.resolve_conj().resolve_neg()
+    if hasattr(array, "__dlpack__") and not hasattr(array, "__array__"):
+        array = np.from_dlpack(array)
+    return np.asarray(array)
+
+
+def _finish(writer: _Writer, lock: Lock) -> None:
+    writer.items.put(None)
+    writer.join()
+    lock.release()
+
+
+class _Writer(threading.Thread):
+    """Writes what it is given, in its order; the first error ends that, see `complain`.
+
+    What a program that died left is completed first. ``header`` begins a part.
+    """
+
+    def __init__(self, folder: Path, header: bytes) -> None:
+        super().__init__(name=f"tsad recorder of {folder}", daemon=True)
+        self.folder, self.items = folder, SimpleQueue[Item]()
+        self._header, self._error = header, ""
+        self._parts: dict[int, tuple[int, IO[bytes]]] = {}  # by lane: number and file
+        for number in recording.numbers(folder, "part"):
+            self._complete(number)
+        self._next = 1 + max(recording.numbers(folder, "npz"), default=-1)
+
+    def complain(self) -> None:
+        """OSError if something could not be written."""
+        if self._error:
+            raise OSError(
+                f"{self.folder}: recording has ended, {self._error}; mend that and make another "
+                "Recorder, or go on with the policy itself (recorder.policy)"
+            )
+
+    def run(self) -> None:
+        while (item := self.items.get()) is not None:
+            self._try(self._take, *item)
+        self._try(self._take, list(self._parts), None)
+
+    def _try(self, action: Any, *args: Any) -> None:
+        if self._error:
+            return
+        try:
+            action(*args)
+        except Exception as error:
+            self._error = str(error) or repr(error)
+
+    def _take(self, lanes: list[int], chunks: NDArray[Any] | None) -> None:
+        for row, lane in enumerate(lanes):
+            if chunks is not None:
+                self._append(lane, chunks[row].tobytes())
+            elif lane in self._parts:
+                number, file = self._parts.pop(lane)
+                file.close()
+                self._complete(number)
+
+    def _append(self, lane: int, content: bytes) -> None:
+        if lane not in self._parts:
+            file = recording.part_path(self.folder, self._next).open("xb", buffering=0)
+            self._parts[lane] = (self._next, file)
+            self._next += 1
+            content = self._header + content
+        if self._parts[lane][1].write(content) < len(content):
+            raise OSError("no space left on the device")
+
+    def _complete(self, number: int) -> None:
+        """A part becomes an episode."""
+        part = recording.part_path(self.folder, number)
+        chunks = recording.read_part(part)
+        if chunks is not None and not recording.episode_path(self.folder, number).exists():
+            recording.save_episode(self.folder, number, chunks["obs"], chunks["actions"])
+        part.unlink()
