@@ -1,6 +1,6 @@
 """The C engine against the specification and against itself.
 
-Every instruction set that this machine has equals ``tsad/reference.py``; plans equal the
+Every instruction set that this machine has equals ``tsad/reference/``; plans equal the
 reference's three dictionaries; bits do not depend on threads or lanes.
 """
 

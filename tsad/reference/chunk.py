@@ -1,0 +1,82 @@
+"""One chunk: K steps of a sampler, each cell computed or taken from where its source says.
+
+Plans and caches are written here once, for every family: a family asks for the value of each of
+its blocks, and gets the branch computed or a cached one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsad.reference.families import family_of
+from tsad.reference.layers import Array, Compute, Network, Tensors
+from tsad.samplers import Sampler
+
+COMPUTE, REUSE_TYPE, REUSE_STEP, REUSE_ROLLOUT, SKIP = range(5)
+
+Sources = NDArray[np.uint8]
+Rollout = dict[tuple[int, int], Array]
+
+
+def denoise(
+    w: Tensors,
+    network: Network,
+    sampler: Sampler,
+    memory: Array,
+    noise: Array,
+    sources: Sources,
+    rollout: Rollout,
+) -> Array:
+    """One chunk: the final sample (T, action_dim), normalised.
+
+    ``memory`` (K, ...) is what the family's ``encode`` gives for each step, ``noise`` (K, T,
+    action_dim), ``sources`` (K, B). ``rollout[k, b]`` holds the value that cell had when it was
+    last computed in this episode; it is read and written here. Only computing writes, and it
+    writes all three caches.
+    """
+    family = family_of(network)
+    types = family.block_types(network)
+    last_of_type: dict[str, Array] = {}
+    last_of_block: dict[int, Array] = {}
+
+    def value(b: int, compute: Compute) -> Array | float:
+        source = sources[k, b]
+        if source == COMPUTE:
+            computed = compute()
+            last_of_type[types[b]] = last_of_block[b] = rollout[k, b] = computed
+            return computed
+        if source == REUSE_TYPE and types[b] in last_of_type:
+            return last_of_type[types[b]]
+        if source == REUSE_STEP and b in last_of_block:
+            return last_of_block[b]
+        if source == REUSE_ROLLOUT and (k, b) in rollout:
+            return rollout[k, b]
+        if source == SKIP:
+            return 0.0
+        name = family.block_names(network)[b]
+        raise ValueError(_unreadable(k, b, name, types[b], int(source)))
+
+    x: Array = noise[0]
+    x0_previous = np.zeros_like(x)
+    for k in range(len(sources)):
+        e = family.predict(w, network, x, memory[k], value)
+        a, b_, r, c, d, f, g, s = sampler.table[k].tolist()
+        x0 = np.clip(a * x + b_ * e, -r, r)
+        x = c * x0 + d * x + f * e + g * x0_previous
+        if k + 1 < len(sources):
+            x = x + s * noise[k + 1]
+        x0_previous = x0
+    return x
+
+
+def _unreadable(step: int, block: int, name: str, kind: str, source: int) -> str:
+    reason = {
+        REUSE_TYPE: f"reuse_type, but no {kind} block is computed before it",
+        REUSE_STEP: "reuse_step, but the block is not computed at an earlier step",
+        REUSE_ROLLOUT: "reuse_rollout, but no earlier rollout of this episode computed this cell",
+    }.get(source, f"{source}, which is not one of 0 (compute) to 4 (skip)")
+    return (
+        f"plan: step {step}, block {block} ({name}): got {reason}; "
+        "expected a source that exists: set this cell to compute (0)"
+    )

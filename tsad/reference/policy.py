@@ -1,0 +1,143 @@
+"""The four stages behind the interface of ``tsad.load(...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from tsad.reference.chunk import Rollout, Sources, denoise
+from tsad.reference.families import family_of
+from tsad.reference.layers import Array, Network
+from tsad.reference.pruner import plan, prune
+from tsad.samplers import make_sampler
+
+
+class ReferencePolicy:
+    """The four stages behind the interface of ``tsad.load(...)``, lane by lane.
+
+    ``config`` is a ``config.json``, ``tensors`` and ``pruner`` hold the weights by name. Noise is
+    always given. All arithmetic is in ``dtype``.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, NDArray[Any]],
+        pruner: Mapping[str, NDArray[Any]] | None = None,
+        *,
+        lanes: int = 1,
+        sampler: str | None = None,
+        num_inference_steps: int | None = None,
+        dtype: DTypeLike = np.float64,
+    ) -> None:
+        self.dtype = np.dtype(dtype)
+        self.network: Network = family_of(config["network"]).check(config["network"])
+        self.sampler = make_sampler(
+            config["scheduler"], sampler=sampler, num_inference_steps=num_inference_steps
+        )
+        self.timesteps = self.sampler.timesteps
+        self.num_inference_steps = len(self.timesteps)
+        self.family = family_of(self.network)
+        self.blocks = self.family.block_names(self.network)
+        self.lanes = lanes
+        self._w = {name: np.asarray(tensor, self.dtype) for name, tensor in tensors.items()}
+        self._pruner_config = config.get("pruner")
+        self._pruner = pruner and {k: np.asarray(v, self.dtype) for k, v in pruner.items()}
+        self._affine = {
+            key: [np.asarray(config["normalizer"][key][part], self.dtype) for part in parts]
+            for key, parts in (("obs", ("scale", "offset")), ("action", ("scale", "offset")))
+        }
+        self._rollouts: list[Rollout] = [{} for _ in range(lanes)]
+        self._first = [True] * lanes
+
+    def reset(self, lanes: Sequence[int] | None = None) -> None:
+        """Start of an episode for all lanes or the listed ones: earlier rollouts are forgotten."""
+        for lane in range(self.lanes) if lanes is None else lanes:
+            self._rollouts[lane] = {}
+            self._first[lane] = True
+
+    def encode(self, obs: ArrayLike) -> Array:
+        """What conditions every step, (K, ...), of one raw observation (n_obs_steps, obs_dim)."""
+        repeated = np.repeat(self._normalise(obs)[None], self.num_inference_steps, 0)
+        return self.family.encode(self._w, self.network, self.timesteps, repeated)
+
+    def prune(self, obs: ArrayLike) -> Array:
+        """The pruner's logits (K, B, 4) for one raw observation, before the time reversal."""
+        if not self._pruner or self._pruner_config is None:
+            raise ValueError("pruner: this policy has none; pass pruner tensors, or a plan")
+        return prune(self._pruner, self._pruner_config, self.encode(obs), len(self.blocks))
+
+    def predict_noise(self, sample: ArrayLike, step: int, obs: ArrayLike) -> Array:
+        """The dense network's output (N, T, action_dim) at loop index ``step``; no state changes.
+
+        ``sample`` (N, T, action_dim) is normalised, ``obs`` (N, n_obs_steps, obs_dim) is raw.
+        """
+        timestep = np.full(len(np.asarray(sample)), self.timesteps[step])
+        memory = self.family.encode(self._w, self.network, timestep, self._normalise(obs))
+        return self.family.predict(self._w, self.network, np.asarray(sample, self.dtype), memory)
+
+    def __call__(
+        self,
+        obs: ArrayLike,
+        noise: ArrayLike,
+        plan_sources: NDArray[Any] | Sequence[NDArray[Any]] | None = None,
+        lanes: Sequence[int] | None = None,
+        return_horizon: bool = False,
+        *,
+        first: NDArray[Any] | Sequence[NDArray[Any]] | None = None,
+    ) -> Array:
+        """Actions (L, n_action_steps, action_dim) in raw units, or the whole horizon.
+
+        ``obs`` (L, n_obs_steps, obs_dim) raw; ``noise`` (K, L, T, action_dim): ``noise[0]`` is the
+        initial sample, ``noise[k]`` what DDPM adds after step k - 1. ``plan_sources``: (K, B) for
+        all lanes, or one per lane; None asks the pruner. ``first`` is used instead in a lane's
+        first chunk after a reset; None is dense. ``lanes``: which lanes the L rows are; None is
+        all. Raises ``ValueError`` for wrong shapes and for a plan that reads a value that does not
+        exist; then no lane has changed.
+        """
+        rows = list(range(self.lanes)) if lanes is None else list(lanes)
+        obs, noise = np.asarray(obs), np.asarray(noise, self.dtype)
+        self._check("obs", obs, (len(rows), self.network["n_obs_steps"], self.network["obs_dim"]))
+        sample_shape = (self.network["horizon"], self.network["action_dim"])
+        self._check("noise", noise, (self.num_inference_steps, len(rows), *sample_shape))
+        results, rollouts = [], []
+        for i, lane in enumerate(rows):
+            memory = self.encode(obs[i])
+            if self._first[lane]:
+                dense = np.zeros((self.num_inference_steps, len(self.blocks)), np.uint8)
+                sources = dense if first is None else self._sources("first", first, i)
+            elif plan_sources is None:
+                sources = plan(self.prune(obs[i]))
+            else:
+                sources = self._sources("plan_sources", plan_sources, i)
+            rollout = dict(self._rollouts[lane])
+            x = denoise(self._w, self.network, self.sampler, memory, noise[:, i], sources, rollout)
+            results.append(x)
+            rollouts.append(rollout)
+        for lane, rollout in zip(rows, rollouts, strict=True):
+            self._rollouts[lane] = rollout
+            self._first[lane] = False
+        scale, offset = self._affine["action"]
+        actions: Array = (np.stack(results) - offset) / scale
+        start = self.network["n_obs_steps"] - 1
+        executed = slice(start, start + self.network["n_action_steps"])
+        return actions if return_horizon else actions[:, executed]
+
+    def _normalise(self, obs: ArrayLike) -> Array:
+        scale, offset = self._affine["obs"]
+        normalised: Array = np.asarray(obs, self.dtype) * scale + offset
+        return normalised
+
+    def _sources(self, name: str, given: Any, row: int) -> Sources:
+        shared = isinstance(given, np.ndarray) and given.ndim == 2
+        sources = np.asarray(given if shared else given[row])
+        self._check(name, sources, (self.num_inference_steps, len(self.blocks)))
+        return sources
+
+    @staticmethod
+    def _check(name: str, value: NDArray[Any], shape: tuple[int, ...]) -> None:
+        if value.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")

@@ -1,0 +1,74 @@
+"""Chunks that start from the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tsad.reference.layers import Array
+from tsad.reference.policy import ReferencePolicy
+from tsad.samplers import tail
+
+
+class WarmReference:
+    """Warm start: `ReferencePolicy` whose later chunks start from the one before.
+
+    The first chunk after a reset is dense, K steps from noise. The next ones run the last
+    ``warm_start`` steps, N, and begin with the previous chunk moved by the actions executed since,
+    its last action repeated, with the noise of that row.
+    """
+
+    def __init__(self, *args: Any, warm_start: int, **options: Any) -> None:
+        """As `ReferencePolicy`."""
+        self.cold, self.warm = ReferencePolicy(*args, **options), ReferencePolicy(*args, **options)
+        self.warm.sampler = tail(self.cold.sampler, warm_start)
+        self.warm.timesteps = self.warm.sampler.timesteps
+        self.warm.num_inference_steps = warm_start
+        self._previous: list[Array | None] = [None] * self.cold.lanes  # (T, action_dim), normalised
+
+    def reset(self, lanes: Sequence[int] | None = None) -> None:
+        """Start of an episode for all lanes or the listed ones."""
+        for lane in range(self.cold.lanes) if lanes is None else lanes:
+            self._previous[lane] = None
+            self.warm.reset([lane])
+
+    def __call__(
+        self,
+        obs: ArrayLike,
+        noise: ArrayLike,
+        executed: Sequence[int],
+        plan_sources: NDArray[Any] | None = None,
+        lanes: Sequence[int] | None = None,
+        *,
+        first: NDArray[Any] | None = None,
+    ) -> Array:
+        """All actions (L, T, action_dim) in raw units.
+
+        ``obs`` (L, n_obs_steps, obs_dim) raw; ``noise`` (K, L, T, action_dim), of which a warm
+        chunk takes the last N rows; ``executed`` (L,) actions of each lane since its previous
+        chunk. ``plan_sources`` (N, B) is followed by warm chunks, ``first`` by the first warm one;
+        None is dense.
+        """
+        scale, offset = self.cold._affine["action"]
+        N, sampler = self.warm.num_inference_steps, self.warm.sampler
+        signal = sampler.alphas_cumprod[0]
+        dense = np.zeros((N, len(self.warm.blocks)), np.uint8)
+        sources = dense if plan_sources is None else plan_sources
+        results = []
+        for i, lane in enumerate(range(self.cold.lanes) if lanes is None else lanes):
+            z, before = np.array(noise, self.cold.dtype)[:, i : i + 1], self._previous[lane]
+            own = np.asarray(obs)[i : i + 1]
+            if before is None:
+                self.cold.reset([lane])
+                actions = self.cold(own, z, lanes=[lane], return_horizon=True)
+            else:
+                moved = np.concatenate([before, np.repeat(before[-1:], executed[i], 0)])
+                z = z[-N:]
+                z[0] = np.sqrt(signal) * moved[executed[i] :] + np.sqrt(1 - signal) * z[0]
+                actions = self.warm(own, z, sources, [lane], return_horizon=True, first=first)
+            self._previous[lane] = actions[0] * scale + offset
+            results.append(actions[0])
+        return np.stack(results)
