@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")  # no stable ABI without the GIL yet
-FOLDERS = ("", "net/", "stage/", "cpu/", "python/")
+FOLDERS = ("", "net/", "plan/", "stage/", "cpu/", "python/")
 
 
 def switched_on(name):

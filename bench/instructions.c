@@ -7,7 +7,7 @@
  * order of `cases` below. Each case is one chunk, in mid-episode; making models and policies is
  * not counted.
  */
-#include "internal.h"
+#include "policy.h"
 #include "random_model.h"
 
 #if __has_include(<valgrind/callgrind.h>)

@@ -79,7 +79,7 @@ def build(folder: Path, flags: Sequence[str] = (), source: str = "instructions.c
     """A program of this folder with the core, compiled."""
     program = folder / Path(source).stem
     sources = [HERE / source]
-    for part in ("", "net", "stage", "cpu"):
+    for part in ("", "net", "plan", "stage", "cpu"):
         sources += sorted((ROOT / "csrc" / part).glob("*.c"))
     command = [os.environ.get("CC", "cc"), *FLAGS, *flags, f"-I{ROOT / 'csrc'}"]
     command += [f"-I{ROOT / 'tests'}", *map(str, sources), "-lm", "-lpthread", "-o", str(program)]

@@ -6,7 +6,7 @@
  * Under the address sanitizer the padding and a red zone after each array are poisoned, so an
  * overrun inside the arena is caught like one outside.
  */
-#include "internal.h"
+#include "base.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -1,46 +1,77 @@
 /* backend.h: what a backend offers. Stages know no hardware, backends know no diffusion.
  *
- * The unit is a whole block, never a matrix product: at ten action tokens the cost is in the
- * hand-over between operations. A backend packs a model's plain matrices into its own execution
- * order once, and runs programs. Contract of run: no allocation, no failure, no Python; all
- * `w->size` threads that share a lane call it together with the same arguments, but for the first
- * row of one that joins (join.c): a backend that wants threads to join takes turns.
+ * A backend packs a model's plain matrices into its own execution order once. For every policy it
+ * opens an engine, which owns all memory of its device, and runs whole programs on queues: the unit
+ * is a block, never a matrix product, since at ten action tokens the cost is in the hand-over
+ * between operations. What a queue is, a thread, a team of threads, a stream, and how lanes spread
+ * over queues is the backend's own affair.
+ *
+ * From the start to the end of a call of `each` nothing allocates and nothing calls Python.
  */
 #pragma once
 
-#include "internal.h"
+#include "plan/program.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-#define TSAD_BACKEND_ABI 3u
+typedef struct tsad_engine tsad_engine;
+typedef struct tsad_queue tsad_queue;
 
-/* Which of a policy's programs runs, and on whose data. */
+#define TSAD_GANG 4 /* lanes that one queue takes through the steps together, at most */
+
+typedef enum tsad_sums_use { TSAD_NO_SUMS, TSAD_MAKE_SUMS, TSAD_HAVE_SUMS } tsad_sums_use;
+
+/* One lane's program on a queue; the i-th run of a call uses the queue's i-th set of registers. */
 typedef struct tsad_run {
-    const tsad_net *net;
+    int lane; /* whose slots and arrays */
+    tsad_part part;
     const tsad_program *program;
-    float **registers;         /* the calling worker's */
-    const tsad_member *member; /* where the program has sums or a sampler */
-    tsad_lane *lane;
-    const float *noise; /* z of row k at noise + k * noise_step; NULL: none */
+    bool rows_apart;    /* rows need nothing of each other: any order, side by side */
+    bool rollout;       /* slots hold K rows, not one */
+    tsad_sums_use sums; /* of rollout slots: leave, make before the first row, or use */
+    bool update;        /* the sampler's rows count; false: the network alone */
+    const float *noise; /* on the host: z of row k at noise + k * noise_step; NULL: none */
     size_t noise_step;
-    bool update; /* false: stop before the sampler (predict_noise) */
 } tsad_run;
 
+/* Rows of floats in a caller's memory. */
+typedef struct tsad_rows {
+    float *data;                       /* on the host */
+    int first, rows, channels, stride; /* first: of the register's rows */
+    const float *scale, *offset; /* (channels) put: x * scale + offset, get: (x - offset) / scale */
+} tsad_rows;
+
+typedef tsad_status (*tsad_each_fn)(void *context, tsad_queue *queue, int rank, int first, int n);
+
 typedef struct tsad_backend {
-    uint32_t abi;
     const char *name;
-    bool (*usable)(void); /* on this machine */
-    tsad_status (*pack)(
-        tsad_model *model);            /* plain matrices -> packed; plain ones are freed after */
-    void (*unpack)(tsad_model *model); /* frees what pack made; accepts half-packed models */
-    size_t (*scratch_floats)(const tsad_model *model);
-    /* n > 1: lanes of one net that go through the rows together and share every pass over the
-     * weights that they can; the worker is then alone (size 1) */
-    void (*run)(tsad_worker *w, const tsad_run *runs, int n, int row_begin, int row_end);
-    /* fills the lane's sums of rollout slots that its program's ops keep; to be met after */
-    void (*keep)(tsad_worker *w, tsad_lane *lane);
+    bool (*usable)(void);                   /* on this machine */
+    tsad_status (*pack)(tsad_model *model); /* plain matrices -> packed; plain ones are freed */
+    void (*unpack)(tsad_model *model);      /* frees what pack made; accepts half-packed models */
+
+    /* `lanes` and one more, the last, that needs one row of slots alone */
+    tsad_status (*open)(const tsad_model *model, int lanes, int threads, tsad_engine **out);
+    void (*close)(tsad_engine *engine); /* NULL is fine */
+    size_t (*bytes)(const tsad_engine *engine);
+    /* K rows of slots for every lane from now on; what they held is lost. On failure nothing
+     * changes. */
+    tsad_status (*remember_rollouts)(tsad_engine *engine);
+    /* A program that will run often was compiled: uploads, makes room for the sums that it keeps.
+     * False: there is no room for sums, so runs must not ask for them. */
+    bool (*prepare)(tsad_engine *engine, int lane, const tsad_program *program);
+
+    /* Calls fn for all rows first .. first + count of a call, n at a time (a gang at most), on one
+     * queue or several, ranks 0 to threads - 1. `alone`: with this thread only. Returns the first
+     * failure; `queues` is how many were used. */
+    tsad_status (*each)(tsad_engine *engine, int count, bool alone, tsad_each_fn fn, void *context,
+                        int *queues);
+    /* Within fn. All n runs are of one part and one range of rows. */
+    tsad_status (*run)(tsad_queue *queue, const tsad_run *runs, int n, int row_begin, int row_end);
+    tsad_status (*put)(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows from);
+    tsad_status (*get)(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to);
+    tsad_status (*get_array)(tsad_queue *queue, int lane, tsad_array which, float *to);
 } tsad_backend;
 
 /* Best first; NULL-terminated. */

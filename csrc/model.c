@@ -100,17 +100,48 @@ static tsad_status copy_tables(const tsad_model_spec *s, tsad_model *m)
 
 static void free_plain(tsad_model *m)
 {
-    tsad_net *nets[] = {&m->net, &m->encoder, &m->pruner_net};
-    for (int i = 0; i < 3; i++) {
-        for (int n = 0; n < nets[i]->n_nodes; n++) {
+    for (int i = 0; i < TSAD_N_PARTS; i++) {
+        for (int n = 0; n < m->nets[i].n_nodes; n++) {
             for (int j = 0; j < 4; j++) {
-                tsad_matrix_free(&nets[i]->nodes[n].m[j]);
+                tsad_matrix_free(&m->nets[i].nodes[n].m[j]);
             }
         }
     }
     tsad_matrix_free(&m->pruner.keys);
     tsad_matrix_free(&m->pruner.values);
     tsad_matrix_free(&m->pruner.out);
+}
+
+static void size_arrays(tsad_model *m)
+{
+    size_t rows = m->encode_rows ? (size_t)m->n_steps : 1, B = (size_t)m->n_blocks;
+    size_t tokens = rows * (size_t)(m->encode_rows ? m->n_memory : m->n_obs_steps);
+    if (m->nets[TSAD_ENCODER].n_nodes) {
+        m->array_floats[TSAD_ARRAY_MEMORY] = tokens * (size_t)tsad_pad(m->width);
+        m->array_floats[TSAD_ARRAY_FOLDED] = tokens * (size_t)m->n_layers * m->fold.floats;
+    }
+    if (m->has_pruner) {
+        size_t hidden = (size_t)m->pruner.hidden, heads = (size_t)m->pruner.n_heads;
+        m->array_floats[TSAD_ARRAY_PRUNE_SCORE] = tokens * B * heads;
+        m->array_floats[TSAD_ARRAY_PRUNE_VALUE] = tokens * heads * hidden;
+        m->array_floats[TSAD_ARRAY_SCORES] = (size_t)m->n_steps * B * 4;
+    }
+}
+
+/* programs count their ops in 32 bits */
+static tsad_status check_length(const tsad_model *m)
+{
+    int64_t most = 0;
+    for (int i = 0; i < TSAD_N_PARTS; i++) {
+        most = m->nets[i].n_nodes > most ? m->nets[i].n_nodes : most;
+    }
+    if ((most + 1) * m->n_steps > INT32_MAX) {
+        return tsad_fail(TSAD_ARGUMENT,
+                         "n_steps: %d steps of %lld nodes are more than one program can hold "
+                         "(2147483647); use fewer steps",
+                         m->n_steps, (long long)most);
+    }
+    return TSAD_OK;
 }
 
 static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
@@ -135,10 +166,12 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
                          "'nodes', got '%s'",
                          spec->family);
     }
-    if (m->net.n_blocks != spec->n_blocks) {
+    if (tsad_denoiser(m)->n_blocks != spec->n_blocks) {
         return tsad_fail(TSAD_SHAPE, "block_cost: expected %d entries, one per block, got %d",
-                         m->net.n_blocks, spec->n_blocks);
+                         tsad_denoiser(m)->n_blocks, spec->n_blocks);
     }
+    TSAD_TRY(check_length(m));
+    size_arrays(m);
     TSAD_TRY(tsad_net_closed(m));
     TSAD_TRY(m->backend->pack(m));
     free_plain(m);
@@ -173,9 +206,9 @@ void tsad_model_destroy(tsad_model *m)
         m->backend->unpack(m);
     }
     free_plain(m);
-    tsad_net_free(&m->net);
-    tsad_net_free(&m->encoder);
-    tsad_net_free(&m->pruner_net);
+    for (int i = 0; i < TSAD_N_PARTS; i++) {
+        tsad_net_free(&m->nets[i]);
+    }
     float *tables[] = {m->sampler,           m->obs_scale,         m->obs_offset,   m->action_scale,
                        m->action_offset,     m->time_fold,         m->pruner.query, m->pruner.token,
                        m->pruner.time_score, m->pruner.time_value, m->closed.base};
@@ -198,11 +231,11 @@ tsad_model_info tsad_model_get_info(const tsad_model *m)
         .action_dim = m->action_dim,
         .has_pruner = m->has_pruner,
         .adds_noise = m->adds_noise,
-        .block_type = m->net.block_type,
+        .block_type = tsad_denoiser(m)->block_type,
         .block_cost = m->block_cost,
         .backend = m->backend->name,
         .weight_bytes = m->weight_bytes,
-        .ring_bytes = sizeof(float) * m->net.row_floats,
-        .rollout_bytes = sizeof(float) * m->net.row_floats * (size_t)m->n_steps,
+        .ring_bytes = sizeof(float) * tsad_denoiser(m)->row_floats,
+        .rollout_bytes = sizeof(float) * tsad_denoiser(m)->row_floats * (size_t)m->n_steps,
     };
 }

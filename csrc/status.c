@@ -1,5 +1,6 @@
 /* status.c: codes, their texts, and the detail of a thread's last failure. */
-#include "internal.h"
+#include "base.h"
+#include "clock.h"
 
 #include <stdarg.h>
 #include <stdio.h>

@@ -1,5 +1,5 @@
 /* random_model.h: a Diffusion Policy transformer of random weights, the same every time, for C
- * programs that use the core without Python: smoke.c, bench/instructions.c, bench/ladder.c. */
+ * programs that use the core without Python: smoke.c, bench/instructions.c. */
 #pragma once
 
 #include "tsad.h"

@@ -1,7 +1,7 @@
 /* smoke.c: the core without Python. Proves that it needs none, and gives leak and race tools a
  * target without an interpreter's noise. (Instructions are counted by bench/instructions.c.)
  *
- *   cc -std=gnu11 -O2 -Icsrc tests/smoke.c csrc/{,net/,stage/,cpu/}*.c -lm -lpthread \
+ *   cc -std=gnu11 -O2 -Icsrc tests/smoke.c csrc/{,net/,plan/,stage/,cpu/}*.c -lm -lpthread \
  *       -Wl,--wrap=tsad_now,--wrap=tsad_arrive,--wrap=tsad_turn,--wrap=tsad_share_rows,\
  *       --wrap=tsad_meeting_end -o smoke
  *   ./smoke            everything; prints one line per check
@@ -10,7 +10,8 @@
  * --wrap lets the test move the clock (a thread that waited long has another's core taken, and the
  * chunk goes on without it) and hold threads back until a given point of a chunk.
  */
-#include "internal.h"
+#include "cpu/worker.h"
+#include "policy.h"
 #include "random_model.h"
 
 #include <pthread.h>
@@ -55,13 +56,13 @@ int64_t __wrap_tsad_now(void)
 
 /* ---- threads that come when the test wants ------------------------------------------------- */
 
-int __real_tsad_arrive(tsad_policy *p) __attribute__((weak)); /* with the other -Wl,--wrap */
-int __wrap_tsad_arrive(tsad_policy *p);
+int __real_tsad_arrive(tsad_engine *e) __attribute__((weak)); /* with the other -Wl,--wrap */
+int __wrap_tsad_arrive(tsad_engine *e);
 bool __real_tsad_turn(tsad_worker *w, int row) __attribute__((weak));
 bool __wrap_tsad_turn(tsad_worker *w, int row);
-void __real_tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *, int), int n)
+void __real_tsad_share_rows(tsad_worker *w, const tsad_run *run, int begin, int end)
     __attribute__((weak));
-void __wrap_tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *, int), int n);
+void __wrap_tsad_share_rows(tsad_worker *w, const tsad_run *run, int begin, int end);
 void __real_tsad_meeting_end(tsad_meeting *m) __attribute__((weak));
 void __wrap_tsad_meeting_end(tsad_meeting *m);
 
@@ -72,11 +73,11 @@ static int turns_taken, joined, joined_at_a_row;
 static atomic_int may_come, came;
 
 /* the threads that wait may come to the chunk; rank 0 goes on when they are there */
-static void let_come(const tsad_policy *p, int n)
+static void let_come(const tsad_engine *e, int n)
 {
     if (n > atomic_load(&may_come)) {
         atomic_store(&may_come, n);
-        for (int spins = 0; atomic_load(&p->meeting->arrived) < n; spins++) {
+        for (int spins = 0; atomic_load(&e->meeting->arrived) < n; spins++) {
             tsad_spin(spins);
         }
     }
@@ -84,21 +85,21 @@ static void let_come(const tsad_policy *p, int n)
 
 static bool held_back(void) { return others_come != ANYTIME; }
 
-int __wrap_tsad_arrive(tsad_policy *p)
+int __wrap_tsad_arrive(tsad_engine *e)
 {
     int place = atomic_fetch_add(&came, 1);
     for (int spins = 0; held_back() && atomic_load(&may_come) <= place; spins++) {
         tsad_spin(spins);
     }
-    return __real_tsad_arrive(p);
+    return __real_tsad_arrive(e);
 }
 
-void __wrap_tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *, int), int n)
+void __wrap_tsad_share_rows(tsad_worker *w, const tsad_run *run, int begin, int end)
 {
     if (held_back() && w->shares && first_comes == ROWS) {
-        let_come(w->policy, others_come == ROWS ? w->policy->n_threads - 1 : 1);
+        let_come(w->engine, others_come == ROWS ? w->engine->n_threads - 1 : 1);
     }
-    __real_tsad_share_rows(w, run, n);
+    __real_tsad_share_rows(w, run, begin, end);
 }
 
 bool __wrap_tsad_turn(tsad_worker *w, int row)
@@ -108,9 +109,9 @@ bool __wrap_tsad_turn(tsad_worker *w, int row)
     }
     int turn = turns_taken++, before = w->size;
     if (turn == others_come) {
-        let_come(w->policy, w->policy->n_threads - 1);
+        let_come(w->engine, w->engine->n_threads - 1);
     } else if (turn == first_comes) {
-        let_come(w->policy, 1);
+        let_come(w->engine, 1);
     }
     bool stays = __real_tsad_turn(w, row);
     joined += w->size > before;
@@ -272,7 +273,7 @@ static void test_late(tsad_model *model)
                     tsad_policy *p = planned(model, n, threads);
                     for (int rollout = 0; rollout < ROLLOUTS; rollout++) {
                         hold(first, rollout > 0 ? others : ANYTIME);
-                        p->alone_for = 0; /* whatever the machine did to the chunk before */
+                        p->engine->alone_for = 0; /* whatever the machine did to the chunk before */
                         chunk(p, n, actions);
                     }
                     same &= memcmp(actions, expected, sizeof(float) * (size_t)(n * T * A)) == 0;
@@ -308,11 +309,11 @@ static void test_stalls(tsad_model *model)
                     hold(at % 3 - 1,
                          at % 2 ? at % 3 : at % 3 - 1); /* early: there is a lot to meet */
                     readings_to_jump = rollout == 1 ? at : -1;
-                    p->alone_for = 0;
-                    p->stalled_at = INT64_MAX / 2; /* a stall is not the first */
+                    p->engine->alone_for = 0;
+                    p->engine->stalled_at = INT64_MAX / 2; /* a stall is not the first */
                     chunk(p, n, actions);
-                    stalls += rollout == 1 && p->workers[0].stalled;
-                    whole += rollout == 1 && !p->workers[0].stalled;
+                    stalls += rollout == 1 && p->engine->workers[0].stalled;
+                    whole += rollout == 1 && !p->engine->workers[0].stalled;
                 }
                 same &= memcmp(actions, expected, sizeof(float) * (size_t)(n * T * A)) == 0;
                 tsad_policy_destroy(p);
@@ -346,8 +347,8 @@ static void test_pruners(void)
                 for (int rollout = 0; rollout < ROLLOUTS; rollout++) {
                     hold(ROWS, trial % 2 ? trial % 5 : ROWS);
                     readings_to_jump = __real_tsad_now && rollout == 1 ? trial : -1;
-                    p->alone_for = 0;
-                    p->stalled_at = INT64_MAX / 2;
+                    p->engine->alone_for = 0;
+                    p->engine->stalled_at = INT64_MAX / 2;
                     chunk(p, 1, threads == 1 ? expected : actions);
                 }
                 same &= threads == 1 || memcmp(actions, expected, sizeof actions) == 0;

@@ -17,7 +17,6 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 
 import instructions  # noqa: E402
-import ladder  # noqa: E402
 import measure  # noqa: E402
 import parity  # noqa: E402
 import plans  # noqa: E402
@@ -197,34 +196,6 @@ def test_the_committed_counts_have_every_case_and_its_plans_are_valid() -> None:
             tsad.Plan(sources, types=instructions.TYPES)
     shares = [(p == tsad.COMPUTE).mean() for p in instructions.plans()["lanes8"]]
     assert shares == pytest.approx([0.05] * 8, abs=0.01)
-
-
-# ---- the ladder
-
-
-@pytest.mark.slow
-def test_the_ladders_plain_forms_equal_the_engine() -> None:
-    """ladder.c checks memory, scores and actions of every rung before it measures."""
-    lines = ladder.run(threads=2, rounds=1, chunks=1)
-    assert [line["rung"] for line in lines] == 3 * [
-        "in the loop", "encoder once", "all steps at once", "hoisted, one thread",
-        "hoisted, shared", "hoisted, beside step 0",
-    ]  # fmt: skip
-    assert all(line["total"] > 0 for line in lines)
-
-
-def test_a_rung_is_its_best_round() -> None:
-    base = {"pruner": "p", "encode": 1.0, "prune": 2.0, "plan": 0.1}
-    lines = [
-        base | {"rung": "hoisted", "total": 9.0, "denoise": 6.0},
-        base | {"rung": "hoisted", "total": 8.0, "denoise": 5.0},
-        base | {"rung": "hoisted, beside step 0", "total": 7.0, "denoise": 6.5},
-    ]
-    hoisted, beside = ladder.summarise(lines)
-    assert (hoisted["total"], hoisted["outside"], hoisted["spread"]) == (8.0, 3.0, [8.0, 9.0])
-    assert beside["outside"] == 2.0
-    assert "| p | hoisted | 1.00 | 2.00 | 3.00 | 5.00 | 8.00 | 125 |" in ladder.table([hoisted])
-
 
 # ---- parity's observations
 

@@ -15,7 +15,7 @@ import pytest
 
 from tsad import _core
 
-FEED_FORWARD, CONV_BRANCH, LINEAR, CONV, UPSAMPLE, CONCAT = 2, 3, 4, 5, 6, 7  # internal.h
+FEED_FORWARD, CONV_BRANCH, LINEAR, CONV, UPSAMPLE, CONCAT = 2, 3, 4, 5, 6, 7  # net/net.h
 IDENTITY, GELU, RELU, MISH = 0, 1, 2, 3
 COMPUTE, TYPE, STEP, ROLLOUT, SKIP = range(5)
 T, A, K = 8, 2, 7
@@ -235,3 +235,16 @@ def test_a_missing_tensor_is_named() -> None:
     del tensors["nodes.5.1.weight"]
     with pytest.raises(ValueError, match=r"nodes\.5\.1\.weight"):
         make_policy(tensors)
+
+
+def test_a_list_longer_than_an_op_can_name_is_refused() -> None:
+    """An op names its node in 16 bits; 33,000 nodes ran, and gave wrong actions."""
+    many = 33_000
+    nodes = np.tile(np.array([[8, 0, -1, 0, -1, 0, 0, IDENTITY, 1, 1]], np.int32), (many, 1))
+    with pytest.raises(ValueError, match="nodes: expected at most 32767, got 33000"):
+        make_policy(
+            {},
+            nodes=nodes,
+            registers=np.array([[T, A], [T, A]], np.int32),
+            block_cost=np.ones(1, np.int64),
+        )

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from tsad.policy import SparsePolicy
 
 PRECISIONS = ("auto", "float32", "int16")
-MAX_THREADS = 64  # the team's size in csrc/team.c
-THREADS_PER_LANE = 4  # a lane is shared by at most so many: TSAD_PARTS in csrc/internal.h
+MAX_THREADS = 64  # the team's size in csrc/cpu/team.c
+THREADS_PER_LANE = 4  # a lane is shared by at most so many: TSAD_PARTS in csrc/cpu/worker.h
 
 _ASSETS = Path(__file__).parent / "assets"
 

@@ -3,7 +3,7 @@
 Sources (paper: arXiv 2605.13316) are small integers: ``COMPUTE`` runs the branch, ``REUSE_TYPE``
 takes the last computed branch of the same type in any layer, ``REUSE_STEP`` the same block's of an
 earlier step, ``REUSE_ROLLOUT`` the same cell's of an earlier chunk of the episode, ``SKIP`` adds
-nothing. The rules are those of the core (csrc/plan_core.h), which checks every plan.
+nothing. The rules are those of the core (csrc/plan/plan_core.h), which checks every plan.
 """
 
 from __future__ import annotations

@@ -46,10 +46,10 @@ static void refresh(const tsad_closed *f, const float *sum, float *table, float 
 void tsad_cpu_closed(const context *c, int remembered)
 {
     const tsad_closed *f = &c->m->closed;
-    const tsad_member *member = c->run->member;
+    const tsad_member *member = c->member;
     int A = f->actions, ld = tsad_pad(A);
-    const float *x = c->run->registers[c->net->input];
-    float *out = c->run->registers[c->net->output], *table = member->tables[remembered];
+    const float *x = c->registers[c->net->input];
+    float *out = c->registers[c->net->output], *table = member->tables[remembered];
     if (!member->table_ready[remembered]) {
         refresh(f, member->sums[remembered], table, c->w->scratch);
         member->table_ready[remembered] = true;

@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#include "../backend.h"
+#include "worker.h"
 
 #include <float.h>
 #include <math.h>
@@ -100,6 +100,9 @@ typedef struct context {
     const tsad_kernels *k;
     const tsad_model *m;
     const tsad_net *net;
+    const tsad_member *member;
+    const tsad_cpu_lane *lane;
+    float **registers;
     int row;
 } context;
 
@@ -127,7 +130,30 @@ tsad_rounded tsad_cpu_round(const tsad_kernels *k, const float *x, int ldx, int 
 void tsad_cpu_linear(const tsad_kernels *k, const tsad_packed *w, const float *x, int ldx, int rows,
                      tsad_activation act, float *y, int ldy, float *room);
 
-static inline float *reg(const context *c, int i) { return c->run->registers[i]; }
+static inline float *reg(const context *c, int i) { return c->registers[i]; }
+
+static inline float *tsad_cpu_slot(const context *c, int32_t slot)
+{
+    return tsad_slot(c->net, c->lane, c->run->rollout, slot);
+}
+
+/* a thread's share of `floats`, on cache-line pairs */
+static inline void tsad_cpu_share(const tsad_worker *w, size_t floats, size_t *from, size_t *to)
+{
+    size_t units = floats / TSAD_LANE;
+    *from = units * (size_t)w->rank / (size_t)w->size * TSAD_LANE;
+    *to = units * (size_t)(w->rank + 1) / (size_t)w->size * TSAD_LANE;
+}
+
+/* block.c: the same branch of n lanes, each with its own slot to keep it in; n > 1 on one thread
+ * only */
+void tsad_cpu_compute(const context *members, int n, const tsad_op *const *op);
+
+/* reuse.c: an addition of slots; of one slot times its gate; the lane's sums of rollout slots that
+ * its program keeps (to be met after) */
+void tsad_cpu_add(const context *c, const tsad_op *op);
+void tsad_cpu_add_gated(const context *c, const tsad_op *op);
+void tsad_cpu_keep_sums(const context *c);
 
 /* x (tokens, channels) as rows of `kernel` taps around each output token, zero-padded */
 const float *tsad_cpu_taps(const tsad_node *node, const float *x, int tokens, int channels,
@@ -142,18 +168,26 @@ void tsad_cpu_closed(const context *c, int remembered);
 tsad_status tsad_cpu_pack(tsad_model *model);
 void tsad_cpu_unpack(tsad_model *model);
 size_t tsad_cpu_scratch(const tsad_model *model);
-void tsad_cpu_run(tsad_worker *w, const tsad_run *runs, int n, int row_begin, int row_end);
-void tsad_cpu_keep(tsad_worker *w, tsad_lane *lane);
+tsad_status tsad_cpu_run(tsad_queue *queue, const tsad_run *runs, int n, int row_begin,
+                         int row_end);
+/* Rows of a program by one of the threads that take part; false: it was released. */
+bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row_end);
 
 #define TSAD_CPU_BACKEND(symbol, label, usable_function, kernel_table)                             \
-    const tsad_cpu_backend symbol = {.base = {.abi = TSAD_BACKEND_ABI,                             \
-                                              .name = label,                                       \
+    const tsad_cpu_backend symbol = {.base = {.name = label,                                       \
                                               .usable = usable_function,                           \
                                               .pack = tsad_cpu_pack,                               \
                                               .unpack = tsad_cpu_unpack,                           \
-                                              .scratch_floats = tsad_cpu_scratch,                  \
+                                              .open = tsad_cpu_open,                               \
+                                              .close = tsad_cpu_close,                             \
+                                              .bytes = tsad_cpu_bytes,                             \
+                                              .remember_rollouts = tsad_cpu_remember_rollouts,     \
+                                              .prepare = tsad_cpu_prepare,                         \
+                                              .each = tsad_cpu_each,                               \
                                               .run = tsad_cpu_run,                                 \
-                                              .keep = tsad_cpu_keep},                              \
+                                              .put = tsad_cpu_put,                                 \
+                                              .get = tsad_cpu_get,                                 \
+                                              .get_array = tsad_cpu_get_array},                    \
                                      .kernels = kernel_table}
 
 extern const tsad_cpu_backend tsad_cpu_ref;

@@ -78,13 +78,18 @@ static void move_node(const context *c, const tsad_node *node)
     }
 }
 
+/* the memory of this step */
+static float *memory(const context *c, size_t tokens)
+{
+    size_t floats = tokens * (size_t)tsad_pad(c->m->width);
+    return c->lane->array[TSAD_ARRAY_MEMORY] + (c->m->encode_rows ? (size_t)c->row * floats : 0);
+}
+
 static void keep_memory(const context *c, const tsad_node *node)
 {
-    if (c->run->lane->memory) {
-        size_t floats = tsad_register_floats(&c->net->registers[node->in]);
-        memcpy(c->run->lane->memory + (size_t)c->row * floats, reg(c, node->in),
-               sizeof(float) * floats);
-    }
+    const tsad_register *in = &c->net->registers[node->in];
+    memcpy(memory(c, (size_t)in->tokens), reg(c, node->in),
+           sizeof(float) * tsad_register_floats(in));
 }
 
 /* where a lane keeps the folded tokens of this step and layer */
@@ -93,7 +98,7 @@ static float *folded(const context *c, const tsad_node *node)
     size_t tokens = (size_t)c->net->registers[node->in].tokens;
     size_t step = c->m->encode_rows ? (size_t)c->row : 0;
     size_t at = step * (size_t)c->m->n_layers + (size_t)node->layer;
-    return c->run->lane->fold + at * tokens * c->m->fold.floats;
+    return c->lane->array[TSAD_ARRAY_FOLDED] + at * tokens * c->m->fold.floats;
 }
 
 /* constants of the scores */
@@ -126,7 +131,7 @@ void tsad_cpu_fold(const context *members, int n, const tsad_node *node)
     float *kv = c->w->scratch, *x = kv + (size_t)(n * tokens) * (size_t)ld;
     float *room = x + (size_t)(n * tokens) * (size_t)ldx;
     for (int i = 0; i < n; i++) {
-        memcpy(x + (size_t)(i * tokens) * (size_t)ldx, reg(&members[i], node->in),
+        memcpy(x + (size_t)(i * tokens) * (size_t)ldx, memory(&members[i], (size_t)tokens),
                sizeof(float) * (size_t)tokens * (size_t)ldx);
     }
     tsad_cpu_linear(c->k, &list[0], x, ldx, n * tokens, TSAD_LINEAR_ONLY, kv, ld, room);
@@ -155,16 +160,16 @@ static void prune_keys(const context *c)
         return; /* observation tokens are the same at every step */
     }
     int n = p->hidden, heads = p->n_heads, dh = n / heads, S = p->query_tokens, ld = tsad_pad(n);
-    const float *memory =
-        c->run->lane->memory + (size_t)c->row * (size_t)S * (size_t)tsad_pad(c->m->width);
+    const float *tokens = memory(c, (size_t)S);
     float *key = c->w->scratch, *value = key + (size_t)S * (size_t)ld;
     float *vector = value + (size_t)S * (size_t)ld; /* whole panels; the next row is not ours */
-    c->k->linear(&packed->keys, memory, tsad_pad(c->m->width), S, TSAD_LINEAR_ONLY, key, ld);
-    c->k->linear(&packed->values, memory, tsad_pad(c->m->width), S, TSAD_LINEAR_ONLY, value, ld);
+    c->k->linear(&packed->keys, tokens, tsad_pad(c->m->width), S, TSAD_LINEAR_ONLY, key, ld);
+    c->k->linear(&packed->values, tokens, tsad_pad(c->m->width), S, TSAD_LINEAR_ONLY, value, ld);
     for (int s = 0; s < S; s++) {
         size_t at = (size_t)c->row * (size_t)S + (size_t)s;
-        float *score = c->run->lane->prune_score + at * (size_t)p->n_blocks * (size_t)heads;
-        float *out = c->run->lane->prune_value + at * (size_t)heads * (size_t)n;
+        float *score =
+            c->lane->array[TSAD_ARRAY_PRUNE_SCORE] + at * (size_t)p->n_blocks * (size_t)heads;
+        float *out = c->lane->array[TSAD_ARRAY_PRUNE_VALUE] + at * (size_t)heads * (size_t)n;
         for (int b = 0; b < p->n_blocks; b++) {
             for (int h = 0; h < heads; h++) {
                 const float *q = p->query + (size_t)b * (size_t)n + h * dh;
@@ -196,8 +201,8 @@ static void prune_token(const context *c, int s, const float **score, const floa
     }
     size_t at =
         p->time_score ? (size_t)(s - 1) : (size_t)c->row * (size_t)p->query_tokens + (size_t)s;
-    *score = c->run->lane->prune_score + at * scores;
-    *value = c->run->lane->prune_value + at * values;
+    *score = c->lane->array[TSAD_ARRAY_PRUNE_SCORE] + at * scores;
+    *value = c->lane->array[TSAD_ARRAY_PRUNE_VALUE] + at * values;
 }
 
 static void prune_query(const context *c, const tsad_node *node)
@@ -236,9 +241,9 @@ static void prune_tokens(const context *c, const tsad_node *node)
 {
     size_t S = (size_t)c->m->pruner.query_tokens, d = (size_t)c->m->width;
     size_t ld = (size_t)tsad_pad(c->m->width);
-    const float *memory = c->run->lane->memory + (size_t)c->row * S * ld;
+    const float *tokens = memory(c, S);
     for (size_t s = 0; s < S; s++) {
-        memcpy(reg(c, node->out) + s * d, memory + s * ld, sizeof(float) * d);
+        memcpy(reg(c, node->out) + s * d, tokens + s * ld, sizeof(float) * d);
     }
 }
 
@@ -261,7 +266,7 @@ static void prune_store(const context *c, const tsad_node *node)
 {
     const tsad_register *in = &c->net->registers[node->in];
     size_t n = (size_t)in->channels, ld = (size_t)tsad_pad(in->channels);
-    float *out = c->run->lane->scores + (size_t)c->row * (size_t)c->m->n_blocks * 4;
+    float *out = c->lane->array[TSAD_ARRAY_SCORES] + (size_t)c->row * (size_t)c->m->n_blocks * 4;
     for (size_t t = 0; t < (size_t)in->tokens; t++) {
         memcpy(out + t * n, reg(c, node->in) + t * ld, sizeof(float) * n);
     }

@@ -198,10 +198,9 @@ static void pack_pruner(const packer *p, tsad_pruner *pruner)
 
 static void layout(tsad_model *m, const packer *p)
 {
-    tsad_net *nets[] = {&m->encoder, &m->pruner_net, &m->net};
-    for (int i = 0; i < 3; i++) {
-        for (int n = 0; n < nets[i]->n_nodes; n++) {
-            pack_node(p, &nets[i]->nodes[n]);
+    for (int i = 0; i < TSAD_N_PARTS; i++) {
+        for (int n = 0; n < m->nets[i].n_nodes; n++) {
+            pack_node(p, &m->nets[i].nodes[n]);
         }
     }
     if (m->pruner.n_heads) {
@@ -226,13 +225,13 @@ void tsad_cpu_unpack(tsad_model *m) { tsad_arena_free(&m->packed); }
  * the parts of its sum, and the stretch that delivery keeps for itself */
 size_t tsad_cpu_scratch(const tsad_model *m)
 {
-    const tsad_net *nets[] = {&m->encoder, &m->pruner_net, &m->net};
     size_t most = 0;
-    for (int i = 0; i < 3; i++) {
-        for (int n = 0; n < nets[i]->n_nodes; n++) {
-            const tsad_node *node = &nets[i]->nodes[n];
-            const tsad_register *in = &nets[i]->registers[node->in];
-            const tsad_register *out = &nets[i]->registers[node->out];
+    for (int i = 0; i < TSAD_N_PARTS; i++) {
+        const tsad_net *net = &m->nets[i];
+        for (int n = 0; n < net->n_nodes; n++) {
+            const tsad_node *node = &net->nodes[n];
+            const tsad_register *in = &net->registers[node->in];
+            const tsad_register *out = &net->registers[node->out];
             int rows = in->tokens > out->tokens ? in->tokens : out->tokens;
             int columns = tsad_pad(in->channels) + tsad_pad(in->channels * node->kernel);
             for (int j = 0; j < 4; j++) {

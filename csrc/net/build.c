@@ -1,8 +1,8 @@
 /* build.c: putting a node list together. The families (dpt.c, nodes.c) describe, this file checks
  * and places: numbers the prunable blocks, gives every one its slot, and refuses lists that do
  * not fit together, naming the node. */
-#include "../internal.h"
-#include "../plan_core.h"
+#include "net.h"
+#include "../plan/plan_core.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -15,6 +15,10 @@ bool tsad_node_is_prunable(tsad_node_kind kind)
 
 tsad_status tsad_net_begin(tsad_net *net, int max_nodes, int max_registers)
 {
+    if (max_nodes > TSAD_MAX_NODES) {
+        return tsad_fail(TSAD_ARGUMENT, "nodes: expected at most %d, got %d", TSAD_MAX_NODES,
+                         max_nodes);
+    }
     *net = (tsad_net){.max_nodes = max_nodes, .max_registers = max_registers};
     net->nodes = tsad_allocate(sizeof(tsad_node) * (size_t)max_nodes);
     net->registers = tsad_allocate(sizeof(tsad_register) * (size_t)max_registers);

@@ -8,7 +8,7 @@
  *   var = c'.c' / D + 2 s . (E' c' / D) + s (E' E'^T / D) s,   (x - mean) H = s (E' H) + c' H
  * What depends on S is a few numbers per token, made when a sum is first added again.
  */
-#include "../internal.h"
+#include "../model.h"
 
 static bool is_plain_linear(const tsad_node *node)
 {
@@ -76,7 +76,7 @@ static void fill(const tsad_net *net, tsad_closed *f)
 
 tsad_status tsad_net_closed(tsad_model *model)
 {
-    const tsad_net *net = &model->net;
+    const tsad_net *net = &model->nets[TSAD_DENOISER];
     tsad_closed *f = &model->closed;
     if (!has_closed_form(net)) {
         return TSAD_OK;

@@ -7,7 +7,7 @@
  * cross-attention over the few memory tokens becomes score and value vectors (tsad_fold), and
  * all that depends on the step alone becomes a table. Tensor names are Diffusion Policy's.
  */
-#include "../internal.h"
+#include "../model.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -140,7 +140,7 @@ static tsad_status add_fold(tsad_net *net, const source *s, int reg, int layer)
 
 static tsad_status build_denoiser(const tsad_model_spec *spec, tsad_model *model)
 {
-    tsad_net *net = &model->net;
+    tsad_net *net = &model->nets[TSAD_DENOISER];
     int T = spec->horizon, d = spec->n_emb;
     TSAD_TRY(tsad_net_begin(net, 2 + 3 * spec->n_layers, 3));
     int sample = tsad_net_register(net, T, spec->action_dim);
@@ -176,7 +176,7 @@ static tsad_status build_denoiser(const tsad_model_spec *spec, tsad_model *model
 
 static tsad_status build_encoder(const tsad_model_spec *spec, tsad_model *model)
 {
-    tsad_net *net = &model->encoder;
+    tsad_net *net = &model->nets[TSAD_ENCODER];
     int d = spec->n_emb, n_obs = spec->n_obs_steps, S = 1 + n_obs;
     source top = {spec, ""};
     const float *pos;
@@ -279,7 +279,7 @@ static tsad_status tabulate_time(const tsad_model_spec *spec, tsad_model *model,
     }
     double *x = work, *hidden = work + d, *memory = work + 5 * d, *kv = work + 6 * d;
     double *vector = work + 8 * d;
-    const tsad_node *nodes = model->encoder.nodes;
+    const tsad_node *nodes = model->nets[TSAD_ENCODER].nodes;
     for (int k = 0; k < K; k++) {
         for (int i = 0; i < d; i++) {
             x[i] = (double)spec->time_emb[(size_t)k * (size_t)d + (size_t)i] + pos[i];
@@ -292,7 +292,7 @@ static tsad_status tabulate_time(const tsad_model_spec *spec, tsad_model *model,
         for (int i = 0; i < d; i++) {
             table[(size_t)k * (size_t)d + (size_t)i] = (float)memory[i];
         }
-        for (int n = 0; n < model->encoder.n_nodes; n++) {
+        for (int n = 0; n < model->nets[TSAD_ENCODER].n_nodes; n++) {
             if (nodes[n].kind == TSAD_FOLD) {
                 size_t at = (size_t)k * (size_t)spec->n_layers + (size_t)nodes[n].layer;
                 fold_token(model, &nodes[n], memory, kv, vector,

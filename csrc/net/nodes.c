@@ -1,14 +1,14 @@
 /* nodes.c: a network given as an explicit list, for shapes that no family here describes yet.
  *
  * nodes (n, 10) int32: kind, in, in2, out, residual, type, cache_point, activation, stride, kernel
- * (kind and the enums as in internal.h; -1 where there is nothing). registers (m, 2): tokens,
+ * (kind and the enums as in net.h; -1 where there is nothing). registers (m, 2): tokens,
  * channels. The first register is the noisy sample, the last the network's output. Weights are
  * tensors named "nodes.{i}.{0,1}.weight" in torch layout, (n_out, kernel * n_in) for convolutions
  * (tap-major), with ".bias"; "nodes.{i}.norm.weight/.bias" puts a LayerNorm before matrix 0;
  * "nodes.{i}.table" (tokens, channels) is added; "nodes.{i}.gate" (K, channels) is the gate of a
  * branch cached before it. There is no encoder: the observation does not reach such a network.
  */
-#include "../internal.h"
+#include "../model.h"
 
 #include <stdio.h>
 
@@ -123,7 +123,7 @@ static tsad_status add_node(const tsad_model_spec *spec, tsad_net *net, int i)
 
 tsad_status tsad_net_nodes(const tsad_model_spec *spec, tsad_model *model)
 {
-    tsad_net *net = &model->net;
+    tsad_net *net = &model->nets[TSAD_DENOISER];
     if (spec->n_nodes < 1 || spec->n_registers < 2) {
         return tsad_fail(TSAD_ARGUMENT, "nodes: expected at least one node and two registers");
     }

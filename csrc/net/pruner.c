@@ -6,7 +6,7 @@
  *   per chunk   scores and values of the observation tokens (PRUNE_KEYS)
  *   per cell    a softmax over S memory tokens, the feed-forward, the head
  */
-#include "../internal.h"
+#include "../model.h"
 
 #include <math.h>
 #include <string.h>
@@ -277,7 +277,7 @@ tsad_status tsad_net_pruner(const tsad_model_spec *spec, tsad_model *model,
         status = tabulate_time(p, spec->n_steps, time_memory, work);
     }
     if (status == TSAD_OK) {
-        status = build_nodes(spec, &model->pruner_net);
+        status = build_nodes(spec, &model->nets[TSAD_PRUNER_NET]);
     }
     tsad_deallocate(token);
     model->has_pruner = status == TSAD_OK;

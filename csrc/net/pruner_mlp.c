@@ -6,7 +6,7 @@
  * Where the encoder works token by token, W0 splits: the time token's part is a table made here,
  * the observations' part is computed once per chunk, and the K steps are the rows of one product.
  */
-#include "../internal.h"
+#include "../model.h"
 
 /* columns `from` on of a torch weight (n_out, n_all), transposed */
 static tsad_status columns(tsad_matrix *m, const float *weight, const float *bias, int n_all,
@@ -47,7 +47,7 @@ static tsad_status tabulate(tsad_node *node, const float *weight, const float *b
 tsad_status tsad_net_pruner_mlp(const tsad_model_spec *spec, tsad_model *model,
                                 const float *time_memory)
 {
-    tsad_net *net = &model->pruner_net;
+    tsad_net *net = &model->nets[TSAD_PRUNER_NET];
     int d = spec->n_emb, hidden = spec->pruner_hidden, K = spec->n_steps, B = spec->n_blocks;
     int n_all = model->n_memory * d, from = time_memory ? d : 0, rows = time_memory ? K : 1;
     if (hidden < 1) {

@@ -1,22 +1,5 @@
-/* denoise.c: noise -> actions along the lane's program. */
-#include "../backend.h"
-
-#include <string.h>
-
-/* normalised sample (T, A padded) -> executed or all actions in raw units */
-static void emit_actions(const tsad_model *m, const float *x, const tsad_call *call, int row)
-{
-    int from = call->whole_horizon ? 0 : m->n_obs_steps - 1;
-    int n = call->whole_horizon ? m->horizon : m->n_action_steps;
-    int ld = tsad_pad(m->action_dim);
-    float *out = call->actions + (size_t)row * (size_t)n * (size_t)m->action_dim;
-    for (int t = 0; t < n; t++) {
-        for (int a = 0; a < m->action_dim; a++) {
-            out[t * m->action_dim + a] =
-                (x[(from + t) * ld + a] - m->action_offset[a]) / m->action_scale[a];
-        }
-    }
-}
+/* denoise.c: noise -> actions along the lanes' programs. */
+#include "stage.h"
 
 /* remember when each slot was last written */
 static void note_writes(const tsad_model *m, tsad_lane *lane)
@@ -33,48 +16,59 @@ static void note_writes(const tsad_model *m, tsad_lane *lane)
     lane->stats.chunks = lane->chunk;
 }
 
-/* the sample of pure noise */
-static void begin(const tsad_model *m, const tsad_member *member, const tsad_call *call)
+/* the sample of pure noise into the i-th lane's register */
+static tsad_status begin(const tsad_gang *g, int i)
 {
-    int T = m->horizon, A = m->action_dim, ld = tsad_pad(A);
-    size_t row = (size_t)member->row;
-    const float *start = call->initial ? call->initial + row * (size_t)T * (size_t)A
-                                       : call->noise + row * call->noise_lane;
-    float *x = member->registers[m->net.input]; /* (T, A padded) */
-    for (int t = 0; t < T; t++) {
-        memcpy(x + (size_t)t * (size_t)ld, start + (size_t)t * (size_t)A,
-               sizeof(float) * (size_t)A);
-    }
-    memset(member->previous_x0, 0, sizeof(float) * (size_t)T * (size_t)ld);
+    const tsad_model *m = g->policy->model;
+    size_t row = (size_t)(g->row + i), floats = (size_t)m->horizon * (size_t)m->action_dim;
+    const float *start = g->call->initial ? g->call->initial + row * floats
+                                          : g->call->noise + row * g->call->noise_lane;
+    tsad_rows rows = {.data = (float *)start,
+                      .rows = m->horizon,
+                      .channels = m->action_dim,
+                      .stride = m->action_dim};
+    return m->backend->put(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows);
 }
 
-static tsad_run run_of(const tsad_model *m, const tsad_member *member, const tsad_call *call)
+/* the i-th lane's normalised sample -> executed or all actions in raw units */
+static tsad_status emit_actions(const tsad_gang *g, int i)
 {
-    const float *noise = call->noise ? call->noise + (size_t)member->row * call->noise_lane : NULL;
-    return (tsad_run){.net = &m->net,
-                      .program = member->lane->program,
-                      .registers = member->registers,
-                      .member = member,
-                      .lane = member->lane,
-                      .noise = noise,
-                      .noise_step = call->noise_step,
-                      .update = true};
+    const tsad_model *m = g->policy->model;
+    bool whole = g->call->whole_horizon;
+    int n = whole ? m->horizon : m->n_action_steps;
+    size_t floats = (size_t)n * (size_t)m->action_dim;
+    tsad_rows rows = {.data = g->call->actions + (size_t)(g->row + i) * floats,
+                      .first = whole ? 0 : m->n_obs_steps - 1,
+                      .rows = n,
+                      .channels = m->action_dim,
+                      .stride = m->action_dim,
+                      .scale = m->action_scale,
+                      .offset = m->action_offset};
+    return m->backend->get(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows);
 }
 
-void tsad_denoise(tsad_worker *w, int n, const tsad_call *call, int row)
+tsad_status tsad_denoise(const tsad_gang *g)
 {
-    const tsad_model *m = w->policy->model;
+    const tsad_model *m = g->policy->model;
+    const tsad_call *call = g->call;
     tsad_run runs[TSAD_GANG] = {0};
-    for (int i = 0; i < n; i++) {
-        runs[i] = run_of(m, &w->members[i], call);
-        if (row == 0) {
-            begin(m, &w->members[i], call);
-        }
+    for (int i = 0; i < g->n; i++) {
+        const tsad_lane *lane = tsad_gang_lane(g, i);
+        size_t row = (size_t)(g->row + i);
+        runs[i] = (tsad_run){.lane = tsad_gang_index(g, i),
+                             .part = TSAD_DENOISER,
+                             .program = lane->program,
+                             .rollout = lane->rollout_memory,
+                             .sums = lane->sums_use,
+                             .update = true,
+                             .noise = call->noise ? call->noise + row * call->noise_lane : NULL,
+                             .noise_step = call->noise_step};
+        TSAD_TRY(begin(g, i));
     }
-    m->backend->run(w, runs, n, row, m->n_steps);
-    for (int i = 0; i < n && w->rank == 0; i++) {
-        const tsad_member *member = &w->members[i];
-        emit_actions(m, member->registers[m->net.input], call, member->row);
-        note_writes(m, member->lane);
+    TSAD_TRY(m->backend->run(g->queue, runs, g->n, 0, m->n_steps));
+    for (int i = 0; i < g->n; i++) {
+        TSAD_TRY(emit_actions(g, i));
+        note_writes(m, tsad_gang_lane(g, i));
     }
+    return TSAD_OK;
 }

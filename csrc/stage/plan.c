@@ -1,282 +1,8 @@
-/* plan.c: scores -> sources -> slots -> program. Pure functions of integers (plan_core.h), so the
- * same rules can run on a GPU.
- *
- * A program is the plan made flat: fixed nodes, branches to compute, and runs of consecutive
- * reused branches folded into one addition.
- */
-#include "../backend.h"
-#include "../plan_core.h"
+/* plan.c: what a lane runs in this chunk: its fixed plan, or what the pruner's scores ask for. */
+#include "../plan/plan_core.h"
+#include "stage.h"
 
 #include <string.h>
-
-const char *tsad_plan_reason_text(tsad_plan_reason reason)
-{
-    switch (reason) {
-    case TSAD_PLAN_VALID:
-        return "valid";
-    case TSAD_PLAN_UNKNOWN_SOURCE:
-        return "the source is not 0 (compute) to 4 (skip)";
-    case TSAD_PLAN_EMPTY_TYPE:
-        return "reuse_type, but no block of this type has been computed before it in this chunk";
-    case TSAD_PLAN_EMPTY_STEP:
-        return "reuse_step, but this block has not been computed at an earlier step of this chunk";
-    case TSAD_PLAN_FIRST_ROLLOUT:
-        return "reuse_rollout, but there is no earlier chunk right after a reset";
-    case TSAD_PLAN_EMPTY_ROLLOUT:
-        return "reuse_rollout, but this cell has not been computed in an earlier chunk of this "
-               "episode";
-    }
-    return "unknown";
-}
-
-tsad_plan_fault tsad_plan_resolve(const uint8_t *sources, int n_steps, int n_blocks,
-                                  const uint8_t *block_type, const uint8_t *filled, int32_t *slot)
-{
-    int32_t last[TSAD_MAX_BLOCKS];
-    tsad_resolver resolver;
-    tsad_resolver_begin(&resolver, n_blocks, last);
-    for (int k = 0; k < n_steps; k++) {
-        for (int b = 0; b < n_blocks; b++) {
-            size_t i = (size_t)k * (size_t)n_blocks + (size_t)b;
-            tsad_plan_reason reason;
-            int32_t s =
-                tsad_resolver_next(&resolver, sources[i], k, b, block_type[b], filled, &reason);
-            if (reason != TSAD_PLAN_VALID) {
-                return (tsad_plan_fault){reason, k, b};
-            }
-            if (slot) {
-                slot[i] = s;
-            }
-        }
-    }
-    return (tsad_plan_fault){TSAD_PLAN_VALID, -1, -1};
-}
-
-/* ---- programs --------------------------------------------------------------------------- */
-
-void tsad_program_carve(tsad_program *program, tsad_arena *arena, int n_rows, int max_ops,
-                        int max_sources)
-{
-    program->n_rows = n_rows;
-    program->max_ops = max_ops;
-    program->max_sources = max_sources;
-    program->row_start = TSAD_CARVE(arena, int32_t, n_rows + 1);
-    program->closed = TSAD_CARVE(arena, uint8_t, n_rows);
-    program->ops = TSAD_CARVE(arena, tsad_op, max_ops);
-    program->sources = TSAD_CARVE(arena, int32_t, max_sources);
-    program->counts = TSAD_CARVE(arena, float, max_sources);
-}
-
-static tsad_op *emit(tsad_program *program, tsad_op_kind kind, int node)
-{
-    tsad_op *op = &program->ops[program->n_ops++];
-    *op = (tsad_op){.kind = (uint8_t)kind, .node = (int16_t)node, .dst = -1, .src = -1, .kept = -1};
-    return op;
-}
-
-/* What the compiler of a program carries from row to row. */
-typedef struct compiler {
-    tsad_program *program;
-    const tsad_net *net;
-    bool keep;
-    int32_t recent[TSAD_REMEMBERED]; /* additions whose sums a later row may add again, -1: none */
-    int oldest;                      /* of them */
-    int32_t again[TSAD_REMEMBERED];  /* the last row that does nothing but add this sum, -1: none */
-} compiler;
-
-/* One more slot for an addition: rollout slots first, each kind in the order of the blocks, and a
- * slot that several branches reuse once. Such a slot is no rollout's: those are one cell's own. */
-static void add_source(tsad_program *program, tsad_op *op, int32_t slot, bool rollout)
-{
-    int32_t *list = program->sources + op->src;
-    float *count = program->counts + op->src;
-    for (int i = op->n_rollout; i < op->n_src; i++) {
-        if (list[i] == slot) {
-            count[i]++;
-            return;
-        }
-    }
-    int at = op->n_src++;
-    program->n_sources++;
-    if (rollout) {
-        for (; at > op->n_rollout; at--) {
-            list[at] = list[at - 1];
-            count[at] = count[at - 1];
-        }
-        op->n_rollout++;
-    }
-    list[at] = slot;
-    count[at] = 1;
-}
-
-/* An addition is complete: does it repeat a recent one, and what of it is worth keeping? The same
- * slots hold the same values until one of them is computed again, and then their numbers differ. */
-static void close_addition(compiler *c, tsad_op *op)
-{
-    enum { WORTH = 3 };
-    tsad_program *program = c->program;
-    if (!op || op->n_src < WORTH) {
-        return;
-    }
-    size_t floats = tsad_register_floats(&c->net->registers[c->net->nodes[op->node].out]);
-    for (int i = 0; i < TSAD_REMEMBERED; i++) {
-        tsad_op *other = c->recent[i] >= 0 ? &program->ops[c->recent[i]] : NULL;
-        if (other && other->n_src == op->n_src &&
-            c->net->nodes[other->node].out == c->net->nodes[op->node].out &&
-            memcmp(program->sources + other->src, program->sources + op->src,
-                   sizeof(int32_t) * (size_t)op->n_src) == 0 &&
-            memcmp(program->counts + other->src, program->counts + op->src,
-                   sizeof(float) * (size_t)op->n_src) == 0) {
-            other->remember = op->repeat = (uint8_t)(i + 1);
-            return;
-        }
-    }
-    c->recent[c->oldest] = (int32_t)(op - program->ops);
-    c->again[c->oldest] = -1;
-    c->oldest = (c->oldest + 1) % TSAD_REMEMBERED;
-    if (c->keep && op->n_rollout > 1) {
-        op->kept = (int32_t)program->kept_floats;
-        program->kept_floats += floats;
-    }
-}
-
-/* one row of a plan; `slot` is what the resolver said of each block */
-static void compile_row(compiler *c, const int32_t *slot, const uint8_t *sources)
-{
-    tsad_program *program = c->program;
-    const tsad_net *net = c->net;
-    tsad_op *run = NULL; /* the addition that the next reused branch may join */
-    for (int i = 0; i < net->n_nodes; i++) {
-        const tsad_node *node = &net->nodes[i];
-        int source = node->block < 0 ? TSAD_SKIP : sources[node->block];
-        bool fixed = node->block < 0, gated = node->cache_point == TSAD_BEFORE_GATE;
-        if (fixed && node->is_residual) {
-            continue;
-        }
-        bool joins = !fixed && node->residual < 0 &&
-                     (source == TSAD_SKIP || (source != TSAD_COMPUTE && !gated && run &&
-                                              net->nodes[run->node].out == node->out));
-        if (!joins) {
-            close_addition(c, run);
-            run = NULL;
-        }
-        if (fixed) {
-            emit(program, TSAD_OP_NODE, i);
-            continue;
-        }
-        if (node->residual >= 0) {
-            emit(program, TSAD_OP_NODE, node->residual);
-        }
-        if (source == TSAD_COMPUTE) {
-            emit(program, TSAD_OP_COMPUTE, i)->dst = slot[node->block];
-        } else if (source != TSAD_SKIP) {
-            if (!run) {
-                run = emit(program, gated ? TSAD_OP_GATED : TSAD_OP_ADD, i);
-                run->src = program->n_sources;
-            }
-            add_source(program, run, slot[node->block], source == TSAD_REUSE_ROLLOUT);
-            run = gated ? NULL : run;
-        }
-    }
-    close_addition(c, run);
-    emit(program, TSAD_OP_UPDATE, -1);
-}
-
-/* A row that only adds a remembered sum has a closed form, which is worth its tables from the
- * second such row on. */
-static void close_row(compiler *c, int k)
-{
-    tsad_program *program = c->program;
-    const tsad_op *op = &program->ops[program->row_start[k]]; /* embedding, addition, head */
-    int n = program->n_ops - program->row_start[k];
-    program->closed[k] = 0;
-    if (n != 4 || op[1].kind != TSAD_OP_ADD || !op[1].repeat) {
-        return;
-    }
-    int sum = op[1].repeat - 1;
-    if (c->again[sum] >= 0) {
-        program->closed[c->again[sum]] = program->closed[k] = op[1].repeat;
-    }
-    c->again[sum] = k;
-}
-
-void tsad_program_compile(tsad_program *program, const tsad_model *model, const uint8_t *sources,
-                          bool keep, int32_t *last_of_block)
-{
-    const tsad_net *net = &model->net;
-    int B = net->n_blocks;
-    int32_t slot[TSAD_MAX_BLOCKS];
-    compiler c = {.program = program, .net = net, .keep = keep};
-    memset(c.recent, -1, sizeof c.recent);
-    memset(c.again, -1, sizeof c.again);
-    tsad_resolver resolver;
-    tsad_resolver_begin(&resolver, B, last_of_block);
-    program->kept_floats = 0;
-    program->n_ops = program->n_sources = 0;
-    program->cost = 0;
-    program->reads_rollout = false;
-    memset(program->cells, 0, sizeof program->cells);
-    for (int k = 0; k < model->n_steps; k++) {
-        const uint8_t *row = sources + (size_t)k * (size_t)B;
-        for (int b = 0; b < B; b++) {
-            tsad_plan_reason reason;
-            program->cells[row[b]]++;
-            if (row[b] == TSAD_REUSE_ROLLOUT) {
-                slot[b] = k * B + b; /* validated by whoever made the plan */
-                program->reads_rollout = true;
-            } else {
-                slot[b] =
-                    tsad_resolver_next(&resolver, row[b], k, b, net->block_type[b], NULL, &reason);
-            }
-            if (row[b] == TSAD_COMPUTE) {
-                program->cost += model->block_cost[b];
-            }
-        }
-        program->row_start[k] = program->n_ops;
-        compile_row(&c, slot, row);
-        if (model->closed.base) {
-            close_row(&c, k);
-        }
-    }
-    program->row_start[model->n_steps] = program->n_ops;
-}
-
-void tsad_program_straight(tsad_program *program, const tsad_net *net, int n_rows)
-{
-    program->n_ops = program->n_sources = 0;
-    for (int k = 0; k < n_rows; k++) {
-        program->row_start[k] = program->n_ops;
-        for (int i = 0; i < net->n_nodes; i++) {
-            emit(program, net->nodes[i].block < 0 ? TSAD_OP_NODE : TSAD_OP_COMPUTE, i);
-        }
-    }
-    program->row_start[n_rows] = program->n_ops;
-}
-
-int tsad_program_encoder_rows(const tsad_net *net)
-{
-    int n = 1;
-    for (int i = 0; i < net->n_nodes; i++) {
-        n += net->nodes[i].kind == TSAD_FOLD;
-    }
-    return n;
-}
-
-void tsad_program_encoder(tsad_program *program, const tsad_net *net)
-{
-    int row = 0;
-    program->n_ops = program->n_sources = 0;
-    program->row_start[row] = 0;
-    for (int i = 0; i < net->n_nodes; i++) {
-        if (net->nodes[i].kind == TSAD_FOLD) {
-            program->row_start[++row] = program->n_ops;
-        }
-        emit(program, TSAD_OP_NODE, i);
-    }
-    program->row_start[row + 1] = program->n_ops;
-}
-
-/* ---- the planner of a pruner ------------------------------------------------------------- */
 
 static int32_t float_bits(float x)
 {
@@ -300,18 +26,18 @@ static int best_reuse(const float *score)
 /* Scores to sources. Row k reads the scores of row K - 1 - k (the time flip), row 0 computes.
  * Without a budget a cell follows its argmax; with one, the cells whose compute score leads by
  * most are computed, as many as the cost allows. */
-static void choose_sources(tsad_worker *w, tsad_lane *lane, uint8_t *sources)
+static void choose_sources(const tsad_policy *p, const tsad_desk *desk, tsad_lane *lane,
+                           uint8_t *sources)
 {
-    const tsad_policy *p = w->policy;
     const tsad_model *m = p->model;
     int K = m->n_steps, B = m->n_blocks;
     int32_t threshold = 0;
     for (int k = 1; k < K; k++) {
         for (int b = 0; b < B; b++) {
-            const float *score = lane->scores + ((size_t)(K - 1 - k) * (size_t)B + (size_t)b) * 4;
+            const float *score = desk->scores + ((size_t)(K - 1 - k) * (size_t)B + (size_t)b) * 4;
             size_t i = (size_t)k * (size_t)B + (size_t)b;
             sources[i] = (uint8_t)best_reuse(score);
-            w->keys[i] = tsad_ordered_bits(float_bits(score[0] - score[sources[i]]));
+            desk->keys[i] = tsad_ordered_bits(float_bits(score[0] - score[sources[i]]));
         }
     }
     if (p->sparsity >= 0) {
@@ -320,12 +46,12 @@ static void choose_sources(tsad_worker *w, tsad_lane *lane, uint8_t *sources)
             row_cost += m->block_cost[b];
         }
         int64_t budget = (int64_t)((1 - p->sparsity) * (double)m->dense_cost + 0.5) - row_cost;
-        threshold = tsad_budget_threshold(w->keys + B, m->block_cost, B, (int64_t)(K - 1) * B,
+        threshold = tsad_budget_threshold(desk->keys + B, m->block_cost, B, (int64_t)(K - 1) * B,
                                           budget > 0 ? budget : 0);
     }
     memset(sources, TSAD_COMPUTE, (size_t)B);
     for (size_t i = (size_t)B; i < (size_t)K * (size_t)B; i++) {
-        if (w->keys[i] >= threshold) {
+        if (desk->keys[i] >= threshold) {
             sources[i] = TSAD_COMPUTE;
         } else if (sources[i] == TSAD_REUSE_ROLLOUT && !lane->computed_at[i]) {
             sources[i] = TSAD_COMPUTE; /* nothing to reuse: compute, as the method's deployment */
@@ -352,9 +78,9 @@ static void note_statistics(const tsad_model *m, tsad_lane *lane)
     }
 }
 
-void tsad_plan(tsad_worker *w, tsad_lane *lane)
+void tsad_plan(const tsad_policy *p, tsad_desk *desk, tsad_lane *lane)
 {
-    const tsad_model *m = w->policy->model;
+    const tsad_model *m = p->model;
     size_t cells = (size_t)m->n_steps * (size_t)m->n_blocks;
     bool first = lane->chunk == 0;
     lane->stats.forced = 0;
@@ -362,11 +88,11 @@ void tsad_plan(tsad_worker *w, tsad_lane *lane)
         lane->program = first ? &lane->first : &lane->steady;
         memcpy(lane->plan, first ? lane->plan_first : lane->plan_steady, cells);
     } else if (first) {
-        lane->program = &w->policy->dense;
+        lane->program = &p->dense;
         memset(lane->plan, TSAD_COMPUTE, cells);
     } else {
-        choose_sources(w, lane, lane->plan);
-        tsad_program_compile(&lane->dynamic, m, lane->plan, false, w->last_of_block);
+        choose_sources(p, desk, lane, lane->plan);
+        tsad_program_compile(&lane->dynamic, m, lane->plan, false, desk->last_of_block);
         lane->program = &lane->dynamic;
     }
     note_statistics(m, lane);

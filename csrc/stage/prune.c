@@ -1,20 +1,14 @@
 /* prune.c: memory -> scores (K, B, 4), row r from the memory of step r. Reading the rows in
  * reverse (the method's time flip) is plan.c's business. */
-#include "../backend.h"
+#include "stage.h"
 
-static void run_row(tsad_worker *w, int row)
+tsad_status tsad_prune(const tsad_policy *p, tsad_queue *queue, int lane, float *scores)
 {
-    const tsad_policy *p = w->policy;
-    tsad_run run = {.net = &p->model->pruner_net,
-                    .program = &p->prune,
-                    .registers = w->pruner_registers,
-                    .lane = w->prepared};
-    p->model->backend->run(w, &run, 1, row, row + 1);
-}
-
-void tsad_prune(tsad_worker *w, tsad_lane *lane)
-{
-    w->prepared = lane;
-    run_row(w, 0); /* and what all rows need of the observations */
-    tsad_share_rows(w, run_row, w->policy->prune.n_rows - 1);
+    const tsad_backend *backend = p->model->backend;
+    tsad_run run = {.lane = lane, .part = TSAD_PRUNER_NET, .program = &p->prune};
+    /* and what all rows need of the observations */
+    TSAD_TRY(backend->run(queue, &run, 1, 0, 1));
+    run.rows_apart = true;
+    TSAD_TRY(backend->run(queue, &run, 1, 1, p->prune.n_rows));
+    return backend->get_array(queue, lane, TSAD_ARRAY_SCORES, scores);
 }

@@ -12,7 +12,7 @@
 #define _GNU_SOURCE
 #endif
 
-#include "internal.h"
+#include "worker.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -191,10 +191,10 @@ static void start_threads(int size)
     pthread_mutex_unlock(&team.lock);
 }
 
-tsad_status tsad_team_reserve(int size)
+void tsad_team_reserve(int size)
 {
     if (size <= 1) {
-        return TSAD_OK;
+        return;
     }
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, watch_forks);
@@ -202,8 +202,7 @@ tsad_status tsad_team_reserve(int size)
     if (atomic_compare_exchange_strong(&team.leased, &expected, 1)) {
         start_threads(size);
         atomic_store(&team.leased, 0);
-    }
-    return TSAD_OK; /* fewer threads than asked only cost time */
+    } /* fewer threads than asked only cost time */
 }
 
 int tsad_team_run(void (*fn)(void *, int, int), void *context, int size)

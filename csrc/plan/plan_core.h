@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#include "tsad.h"
+#include "../tsad.h"
 
 #ifdef __CUDACC__
 #define TSAD_INLINE static inline __host__ __device__

@@ -10,7 +10,8 @@
  * A core can also be taken in mid-chunk. Rank 0 notices at a meeting (stall.c), releases the others
  * at its next turn, and lets nobody join again before the chunk's end.
  */
-#include "internal.h"
+#include "../clock.h"
+#include "cpu.h"
 
 #include <string.h>
 
@@ -34,7 +35,7 @@ enum { ROWS_LEFT = 0xffff };
 /* takes and runs a row; false: none is left */
 static bool run_row(tsad_worker *w)
 {
-    tsad_meeting *m = w->policy->meeting;
+    tsad_meeting *m = w->engine->meeting;
     unsigned rows = atomic_load_explicit(&m->rows, memory_order_acquire);
     do {
         if ((rows & ROWS_LEFT) == 0) {
@@ -42,28 +43,27 @@ static bool run_row(tsad_worker *w)
         }
     } while (!atomic_compare_exchange_weak_explicit(&m->rows, &rows, rows - 1, memory_order_acq_rel,
                                                     memory_order_acquire));
-    int rank = w->rank, size = w->size;
-    if (rank > 0) {
-        w->prepared = w->policy->workers[0].prepared;
-    }
+    int rank = w->rank, size = w->size, row = m->rows_before + (int)(rows & ROWS_LEFT) - 1;
     w->rank = 0, w->size = 1; /* a row is the thread's own: no meeting inside */
-    m->run(w, (int)(rows & ROWS_LEFT));
+    tsad_cpu_rows(w, m->rows_of, 1, row, row + 1);
     w->rank = rank, w->size = size;
     atomic_fetch_add_explicit(&m->done, 1, memory_order_release);
     return true;
 }
 
-void tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *w, int row), int n)
+void tsad_share_rows(tsad_worker *w, const tsad_run *run, int begin, int end)
 {
+    int n = end - begin;
     if (!w->shares || n > ROWS_LEFT) {
-        for (int row = n; row > 0; row--) {
-            run(w, row);
+        for (int row = end - 1; row >= begin; row--) {
+            tsad_cpu_rows(w, run, 1, row, row + 1);
         }
         return;
     }
-    tsad_meeting *m = w->policy->meeting;
+    tsad_meeting *m = w->engine->meeting;
     unsigned before = atomic_load_explicit(&m->rows, memory_order_relaxed);
-    m->run = run;
+    m->rows_of = run;
+    m->rows_before = begin;
     atomic_store_explicit(&m->done, 0, memory_order_relaxed);
     atomic_store_explicit(&m->rows, ((before >> 16) + 1) << 16 | (unsigned)n, memory_order_release);
     while (run_row(w)) {
@@ -80,7 +80,7 @@ void tsad_share_rows(tsad_worker *w, void (*run)(tsad_worker *w, int row), int n
 static void say(tsad_worker *w, int size, bool alone)
 {
     unsigned said = w->turns << 8 | (unsigned)size << 1 | alone;
-    atomic_store_explicit(&w->policy->meeting->ticket, said, memory_order_release);
+    atomic_store_explicit(&w->engine->meeting->ticket, said, memory_order_release);
 }
 
 /* from here to the end of the chunk rank 0 is alone */
@@ -92,12 +92,12 @@ static void part(tsad_worker *w)
     }
     w->size = 1;
     w->shares = false;
-    tsad_meeting_end(w->policy->meeting);
+    tsad_meeting_end(w->engine->meeting);
 }
 
 static void lead(tsad_worker *w, int row)
 {
-    tsad_meeting *m = w->policy->meeting;
+    tsad_meeting *m = w->engine->meeting;
     if (w->stalled) {
         part(w);
         return;
@@ -107,21 +107,39 @@ static void lead(tsad_worker *w, int row)
         return;
     }
     w->size = size;
-    if (size > before) {
-        m->call_row = w->members->row;
-        m->row = row;
-    }
+    m->row = row;
     say(w, size, false);
     if (size > before) {
         atomic_store_explicit(&m->admitted, size - 1, memory_order_release);
+    }
+    if (size > before || row == TSAD_BEFORE_ROWS) {
         tsad_worker_meet(w); /* the others have copied what they need */
     }
 }
 
-/* false: released */
-static bool follow(tsad_worker *w)
+/* what rank 0 has made of the chunk before this row, which it doesn't touch before they meet */
+static void copy_member(tsad_worker *w)
 {
-    tsad_meeting *m = w->policy->meeting;
+    const tsad_engine *e = w->engine;
+    const tsad_net *net = tsad_denoiser(e->model);
+    const tsad_member *from = e->workers[0].members;
+    tsad_member *to = w->members;
+    int x = net->input;
+    memcpy(to->registers[TSAD_DENOISER][x], from->registers[TSAD_DENOISER][x],
+           sizeof(float) * tsad_register_floats(&net->registers[x]));
+    memcpy(to->previous_x0, from->previous_x0,
+           sizeof(float) * (size_t)e->model->horizon * (size_t)tsad_pad(e->model->action_dim));
+    for (int i = 0; i < TSAD_REMEMBERED; i++) {
+        memcpy(to->sums[i], from->sums[i], sizeof(float) * e->branch_floats);
+        to->table_ready[i] = false; /* made again when needed */
+    }
+}
+
+/* begins: at this turn a program does, which all take from where rank 0 prepared it. False:
+ * released. */
+static bool follow(tsad_worker *w, bool begins)
+{
+    tsad_meeting *m = w->engine->meeting;
     unsigned number = w->turns, said;
     for (int spins = 0;
          (said = atomic_load_explicit(&m->ticket, memory_order_acquire)) >> 8 < number;) {
@@ -138,8 +156,11 @@ static bool follow(tsad_worker *w)
         w->size = 0;
         return false;
     }
-    if (size > w->size) {
+    if (begins || size > w->size) {
         w->size = size;
+        if (begins) {
+            copy_member(w);
+        }
         tsad_worker_meet(w);
     }
     return true;
@@ -152,43 +173,45 @@ bool tsad_turn(tsad_worker *w, int row)
     }
     w->turns++;
     if (w->rank > 0) {
-        return follow(w);
+        return follow(w, false);
     }
     lead(w, row);
     return true;
 }
 
-/* ---- joining ------------------------------------------------------------------------------- */
-
-int tsad_arrive(tsad_policy *p)
+void tsad_publish(tsad_worker *w, const tsad_run *run, int row_end)
 {
-    return 1 + atomic_fetch_add_explicit(&p->meeting->arrived, 1, memory_order_relaxed);
+    w->engine->meeting->run = *run;
+    w->engine->meeting->row_end = row_end;
 }
 
-/* what rank 0 has made of the chunk before this row, which it doesn't touch before they meet */
-static void copy_member(tsad_worker *w)
+bool tsad_next(tsad_worker *w)
 {
-    const tsad_policy *p = w->policy;
-    const tsad_model *m = p->model;
-    const tsad_member *from = p->workers[0].members;
-    tsad_member *to = w->members;
-    int x = m->net.input;
-    memcpy(to->registers[x], from->registers[x],
-           sizeof(float) * tsad_register_floats(&m->net.registers[x]));
-    memcpy(to->previous_x0, from->previous_x0,
-           sizeof(float) * (size_t)m->horizon * (size_t)tsad_pad(m->action_dim));
-    for (int i = 0; i < TSAD_REMEMBERED; i++) {
-        memcpy(to->sums[i], from->sums[i], sizeof(float) * p->branch_floats);
-        to->table_ready[i] = false; /* made again when needed */
+    w->turns++;
+    return follow(w, true);
+}
+
+void tsad_dismiss(tsad_worker *w)
+{
+    if (w->shares) {
+        w->turns++;
+        part(w);
     }
 }
 
-bool tsad_join(tsad_worker *w, int *call_row, int *row)
+/* ---- joining ------------------------------------------------------------------------------- */
+
+int tsad_arrive(tsad_engine *e)
 {
-    const tsad_policy *p = w->policy;
-    const tsad_worker *first = &p->workers[0];
+    return 1 + atomic_fetch_add_explicit(&e->meeting->arrived, 1, memory_order_relaxed);
+}
+
+bool tsad_join(tsad_worker *w, int *row)
+{
+    const tsad_engine *e = w->engine;
+    const tsad_worker *first = &e->workers[0];
     int admitted, spins = 0;
-    while ((admitted = atomic_load_explicit(&p->meeting->admitted, memory_order_acquire)) <
+    while ((admitted = atomic_load_explicit(&e->meeting->admitted, memory_order_acquire)) <
            w->rank) {
         if (admitted < 0) {
             return false;
@@ -197,14 +220,11 @@ bool tsad_join(tsad_worker *w, int *call_row, int *row)
             tsad_spin(spins++);
         }
     }
-    *call_row = p->meeting->call_row;
-    *row = p->meeting->row;
+    *row = e->meeting->row;
     w->size = admitted + 1;
-    w->turns = first->turns - 1;
+    w->turns = *row == TSAD_BEFORE_ROWS ? first->turns : first->turns - 1;
     w->parity = first->parity;
-    if (*row >= 0) {
-        copy_member(w);
-    }
+    copy_member(w);
     tsad_worker_meet(w); /* an epoch begins: no slot was read or written in it yet */
     return true;
 }

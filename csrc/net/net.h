@@ -1,0 +1,102 @@
+/* net.h: a network is a list of nodes over registers, built once at load. What a family describes
+ * (dpt.c, nodes.c, ...), and what a backend packs and runs. No sampler, no plan, no hardware. */
+#pragma once
+
+#include "../base.h"
+
+#define TSAD_MAX_BLOCKS 16384
+#define TSAD_MAX_NODES 32767 /* what an op's 16 bits can name */
+#define TSAD_MAX_MEMORY 256  /* memory tokens of a step */
+
+typedef enum tsad_node_kind {
+    /* prunable branches: out = residual(in) + branch(in), with a slot of their own */
+    TSAD_SELF_ATTENTION,  /* m0 qkv (d, 3d), m1 out (d, d) */
+    TSAD_CROSS_ATTENTION, /* folded: see tsad_fold; only m0.bias (d) is used */
+    TSAD_FEED_FORWARD,    /* m0 (d, h), activation, m1 (h, d_out) */
+    TSAD_CONV_BRANCH,     /* m0 (k * d, h), activation, m1 (k * h, d_out), same length */
+    /* fixed nodes */
+    TSAD_LINEAR,   /* m0 (c_in, c_out), optional LayerNorm before, activation after, table added */
+    TSAD_CONV,     /* m0 (k * c_in, c_out), stride, zero padding k / 2 */
+    TSAD_UPSAMPLE, /* each token repeated `stride` times */
+    TSAD_CONCAT,   /* channels of in, then of in2 */
+    TSAD_COPY,
+    TSAD_TOKENS,       /* out = [row's table token, in]: memory tokens of one step */
+    TSAD_KEEP_MEMORY,  /* in -> the lane's memory of this row, for the pruner */
+    TSAD_FOLD,         /* memory tokens -> folded keys and values of one layer (tsad_fold) */
+    TSAD_PRUNE_KEYS,   /* the lane's memory -> the pruner's scores and values */
+    TSAD_PRUNE_QUERY,  /* softmax over memory of one step, added to the constant block tokens */
+    TSAD_PRUNE_TOKENS, /* the lane's memory of this row, its tokens in a row -> out */
+    TSAD_PRUNE_SPREAD, /* out (K, n) = ReLU of in (1, n) added to every row of the table */
+    TSAD_PRUNE_STORE   /* in -> the lane's scores, from this row on */
+} tsad_node_kind;
+
+typedef enum tsad_activation { TSAD_LINEAR_ONLY, TSAD_GELU, TSAD_RELU, TSAD_MISH } tsad_activation;
+
+/* What a slot holds. After the gate sums of reused branches fold; before it they do not. */
+typedef enum tsad_cache_point { TSAD_AFTER_GATE, TSAD_BEFORE_GATE } tsad_cache_point;
+
+/* A plain matrix, row-major (n_in, n_out), with the exact rewrites already applied. */
+typedef struct tsad_matrix {
+    int n_in, n_out;
+    float *data;
+    float *bias; /* (n_out) */
+} tsad_matrix;
+
+typedef struct tsad_node {
+    tsad_node_kind kind;
+    int in, in2, out; /* registers */
+    int residual;     /* -1: identity; else the fixed node that maps in to out */
+    int block;        /* index among prunable nodes, -1: fixed */
+    char label[40];   /* of a prunable node, for messages: "layers.3.cross_attn" */
+    int type;         /* reuse type of a prunable node */
+    int layer;        /* cross-attention and fold: which layer's keys and values */
+    tsad_cache_point cache_point;
+    tsad_activation activation;
+    bool normalise; /* LayerNorm (its scale and shift folded into m0) before m0 */
+    bool causal;
+    bool is_residual; /* a later branch's residual map: runs with that branch */
+    int n_heads, kernel, stride;
+    tsad_matrix m[4];
+    float *table; /* added after: (tokens, c_out); TOKENS: (K, c); gate rows: (K, c) */
+    void *packed; /* the backend's own form of m */
+} tsad_node;
+
+typedef struct tsad_register {
+    int tokens, channels;
+} tsad_register;
+
+typedef struct tsad_net {
+    int n_nodes, n_registers, n_blocks, max_nodes, max_registers;
+    tsad_node *nodes;
+    tsad_register *registers;
+    int input, output;   /* registers */
+    int *block_node;     /* (B) */
+    uint8_t *block_type; /* (B) */
+    size_t *slot_offset; /* (B) floats from the start of a row of slots */
+    size_t row_floats;   /* floats of a row of slots */
+} tsad_net;
+
+static inline size_t tsad_register_floats(const tsad_register *r)
+{
+    return (size_t)r->tokens * (size_t)tsad_pad(r->channels);
+}
+
+/* ---- build.c ---------------------------------------------------------------------------- */
+
+tsad_status tsad_net_begin(tsad_net *net, int max_nodes, int max_registers);
+int tsad_net_register(tsad_net *net, int tokens, int channels);
+tsad_node *tsad_net_add(tsad_net *net, tsad_node_kind kind, int in, int out);
+tsad_status tsad_net_finish(tsad_net *net); /* numbers blocks, checks shapes, places slots */
+void tsad_net_free(tsad_net *net);
+bool tsad_node_is_prunable(tsad_node_kind kind);
+tsad_status tsad_matrix_make(tsad_matrix *m, int n_in, int n_out); /* zeroed */
+void tsad_matrix_free(tsad_matrix *m);
+const tsad_tensor *tsad_find(const tsad_tensor *tensors, int n, const char *name);
+/* The named tensor, or a failure that names it; a shape of 0 ends the list. */
+tsad_status tsad_take(const tsad_tensor *tensors, int n, const char *name, int64_t rows,
+                      int64_t cols, const float **out);
+/* m = transpose of a torch weight (n_out, n_in), with LayerNorm's scale and shift folded in when
+ * gain is given, all times `scale`. */
+void tsad_matrix_fold(tsad_matrix *m, const float *weight, const float *bias, const float *gain,
+                      const float *shift, float scale);
+tsad_status tsad_copy_floats(float **out, const float *source, size_t n);

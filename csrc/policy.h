@@ -1,0 +1,48 @@
+/* policy.h: a policy's plans, counters and desks; its arrays are its engine's (backend.h). */
+#pragma once
+
+#include "backend.h"
+
+typedef enum tsad_planner_kind { TSAD_FIXED_PLAN, TSAD_PRUNER_PLAN } tsad_planner_kind;
+
+typedef struct tsad_lane {
+    uint32_t *computed_at;             /* (K, B) rollout memory only: chunk number, 0: empty */
+    uint8_t *plan;                     /* (K, B) last executed */
+    uint8_t *plan_first, *plan_steady; /* (K, B) what a fixed plan runs */
+    tsad_program first, steady, dynamic;
+    const tsad_program *program; /* of the running chunk */
+    uint64_t chunk;              /* since the reset; 0: the next one is the first */
+    bool rollout_memory;         /* slots hold K rows, not one */
+    /* A fixed plan reads the same rollout slots in every chunk and never writes them: from its
+     * second chunk on their sums are kept, where the engine has room for them. */
+    bool keeps_sums, plan_is_new, sums_ready;
+    tsad_sums_use sums_use; /* in the running chunk */
+    tsad_planner_kind planner;
+    tsad_lane_stats stats;
+} tsad_lane;
+
+/* What one queue's stages write on, on the host. */
+typedef struct tsad_desk {
+    int32_t *last_of_block; /* (B) the planner's */
+    int32_t *keys;          /* (K, B) the planner's */
+    float *scores;          /* (K, B, 4) of a pruner, memory order */
+    int64_t ns[TSAD_N_TIMERS];
+} tsad_desk;
+
+struct tsad_policy {
+    tsad_model *model;
+    tsad_engine *engine;
+    atomic_int busy;
+    int n_lanes, n_threads;
+    bool rollout_memory; /* the engine's slots hold K rows */
+    double sparsity;     /* of the pruner's budget; < 0: argmax */
+    tsad_arena arena;
+    tsad_lane *lanes; /* n_lanes */
+    tsad_desk *desks; /* n_threads */
+    tsad_program dense, encode, prune;
+    float *noise;           /* (L, K, T, A) */
+    int32_t *last_of_block; /* (B) scratch of the planner outside chunks */
+    uint8_t *dense_plan;    /* (K, B) zeros */
+    uint8_t *filled;        /* (K, B) scratch of tsad_policy_set_plan */
+    int64_t ns[TSAD_N_TIMERS];
+};

@@ -1,0 +1,34 @@
+/* stage.h: the four stages of a chunk, each for lanes on a queue. They say what is to be done; who
+ * does it is a backend's affair. */
+#pragma once
+
+#include "../policy.h"
+
+/* The lanes of a call that go through the stages together. */
+typedef struct tsad_gang {
+    tsad_policy *policy;
+    const tsad_call *call;
+    tsad_queue *queue;
+    tsad_desk *desk;
+    int row, n; /* of the call */
+} tsad_gang;
+
+static inline int tsad_gang_index(const tsad_gang *g, int i) { return g->call->lanes[g->row + i]; }
+static inline tsad_lane *tsad_gang_lane(const tsad_gang *g, int i)
+{
+    return &g->policy->lanes[tsad_gang_index(g, i)];
+}
+
+/* obs (n, n_obs_steps, O), raw -> memory of the lanes `lane` (n), by the network of this name */
+tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, int n, const int *lanes,
+                        const float *obs);
+/* memory of a lane -> scores (K, B, 4) */
+tsad_status tsad_prune(const tsad_policy *p, tsad_queue *queue, int lane, float *scores);
+/* Chooses the lane's program for this chunk and records the plan. */
+void tsad_plan(const tsad_policy *p, tsad_desk *desk, tsad_lane *lane);
+/* After a lane's fixed plan was compiled; `room`: the engine can keep its sums. */
+void tsad_sums_begin(tsad_lane *lane, bool room);
+/* After tsad_plan: whether this chunk makes them, has them, or goes without. */
+void tsad_sums_choose(tsad_lane *lane);
+/* Runs the lanes' programs from noise to actions. */
+tsad_status tsad_denoise(const tsad_gang *g);
