@@ -14,6 +14,9 @@ import cases
 import numpy as np
 import pytest
 
+from tsad.config import network_shapes
+from tsad.convert import read_checkpoint
+
 LOWDIM = (
     "diffusion_policy.policy.diffusion_transformer_lowdim_policy.DiffusionTransformerLowdimPolicy"
 )
@@ -176,6 +179,15 @@ def save(path: Path, value: Any, **options: Any) -> Path:
     torch = pytest.importorskip("torch")
     torch.save(value, path, pickle_module=pytest.importorskip("dill"), **options)
     return path
+
+
+def check_weights(path: Path, seed: int = 1) -> None:
+    """The network's numbers in a file are those of ``state_dict(seed)``."""
+    tensors = read_checkpoint(path).tensors
+    _, arrays = state_dict(seed)
+    assert set(tensors) == set(network_shapes(NETWORK))
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(value, arrays[f"model.{name}"], err_msg=name)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, bytes]], None]) -> Path:

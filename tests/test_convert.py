@@ -113,16 +113,6 @@ def test_views_parameters_and_shared_storage(tmp_path: Path) -> None:
     check_numbers(read_checkpoint(save(tmp_path / "x.ckpt", value)).tensors, arrays)
 
 
-def test_compiled_networks_lose_their_prefix(tmp_path: Path) -> None:
-    value = payload()
-    ema = value["state_dicts"]["ema_model"]
-    renamed = {name.replace("model.", "model._orig_mod.", 1): ema[name] for name in ema}
-    value["state_dicts"]["ema_model"] = renamed
-    check_numbers(
-        read_checkpoint(save(tmp_path / "x.ckpt", value)).tensors, checkpoints.state_dict(1)[1]
-    )
-
-
 def test_float16_on_disk(tmp_path: Path) -> None:
     source = save(tmp_path / "x.ckpt", payload())
     summary = convert(source, tmp_path / "out", dtype="float16")
@@ -272,19 +262,8 @@ def test_numbers_are_refused_by_name(
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
     value = payload()
     value["state_dicts"]["ema_model"]["model.head.bias"] = torch.tensor([1, 2])
-    with pytest.raises(CheckpointError, match="model.head.bias: .*LongStorage"):
+    with pytest.raises(CheckpointError, match="model.head.bias: .*int64"):
         read_checkpoint(save(tmp_path / "x.ckpt", value))
-
-
-def test_no_ema_weights(tmp_path: Path) -> None:
-    value = payload()
-    del value["state_dicts"]["ema_model"]
-    source = save(tmp_path / "x.ckpt", value)
-    with pytest.raises(CheckpointError, match='state_dicts: .*ema_model.*weights="raw"'):
-        read_checkpoint(source)
-    read_checkpoint(source, weights="raw")
-    with pytest.raises(ValueError, match='weights: expected "ema" or "raw", got \'best\''):
-        read_checkpoint(source, weights="best")
 
 
 @pytest.mark.parametrize("value", [None, [1], {"state_dict": {}}, {"cfg": None, "state_dicts": {}}])

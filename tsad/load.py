@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,15 @@ def load(
     timestep_spacing: str | None = None,
     preset: str | None = None,
     warm_start: int | None = None,
+    weights: str = "auto",
 ) -> SparsePolicy:
     """A policy, ready to run.
 
     ``source`` is the name of a bundled policy (``"pusht"``; a folder of that name is
-    ``"./pusht"``), a tsad folder, or a Diffusion Policy ``.ckpt``, whose EMA weights are converted
-    in memory without running anything in it.
+    ``"./pusht"``), a tsad folder, or a Diffusion Policy ``.ckpt``, which is converted in memory
+    without running anything in it: its EMA weights, or the raw ones if the run had no others
+    (``use_ema: False``); ``weights="ema"`` or ``"raw"`` says which. What should be known of the
+    file is said as a warning.
 
     ``lanes`` environments are stepped together. ``device`` is ``"cpu"``. ``precision`` ``"auto"``
     is float32 on a CPU; ``"int16"`` keeps the large matrices in 16 bits and rounds the activations
@@ -77,7 +81,7 @@ def load(
             f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}; "
             "choose one of these"
         )
-    config, tensors, pruner = read_policy(source)
+    config, tensors, pruner = read_policy(source, weights)
     chosen = None
     if preset is not None:
         chosen = find_preset(policy_folder(source), preset, str(source))
@@ -252,12 +256,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_policy(source: str | os.PathLike[str]) -> tuple[PolicyConfig, Tensors, Tensors | None]:
+def read_policy(
+    source: str | os.PathLike[str], weights: str = "auto"
+) -> tuple[PolicyConfig, Tensors, Tensors | None]:
     """Configuration, tensors and the pruner's tensors of what `load` takes; errors as there."""
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"source: expected a name, a folder or a file as str or Path, got "
             f'{type(source).__name__}; tsad.load("pusht") loads the bundled policy'
+        )
+    folder = policy_folder(source)
+    if folder is not None and weights != "auto":
+        raise ValueError(
+            f"weights: expected it left out, as {str(source)!r} has one set of weights, got "
+            f"{weights!r}; it is for the .ckpt files of Diffusion Policy"
         )
     if isinstance(source, str) and source in bundled():
         return read_folder(_ASSETS / source)
@@ -283,7 +295,9 @@ def read_policy(source: str | os.PathLike[str]) -> tuple[PolicyConfig, Tensors, 
         raise ValueError(
             f"source: expected a tsad folder, got the file {str(path)!r}; give the folder it is in"
         )
-    converted = read_checkpoint(path)
+    converted = read_checkpoint(path, weights=weights)
+    for note in converted.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=3)
     return converted.config, converted.tensors, None
 
 

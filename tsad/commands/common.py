@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -225,8 +226,11 @@ def load_policy(source: str, args: argparse.Namespace, *, name: str, lanes: int)
     """`tsad.load` with the options of `add_policy_options`; UsageError names the argument."""
     import tsad
 
-    with argument(name):
-        return tsad.load(source, lanes=lanes, **load_options(args))
+    with argument(name), warnings.catch_warnings(record=True) as notes:
+        policy = tsad.load(source, lanes=lanes, **load_options(args))
+    for note in notes:
+        print(f"note: {note.message}", file=sys.stderr)
+    return policy
 
 
 def load_plan(path: str, name: str) -> Plan:

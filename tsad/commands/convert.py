@@ -36,9 +36,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("out", metavar="FOLDER", help="the tsad folder to write")
     parser.add_argument(
         "--weights",
-        choices=("ema", "raw"),
-        default="ema",
-        help="the averaged weights, which one evaluates, or the raw ones (default: ema)",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="averaged or raw weights (default: auto, the averaged ones if the run has them)",
     )
     parser.add_argument(
         "--dtype",
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             f"argument CHECKPOINT: got {args.source!r}, where nothing is; expected a file of "
             "Diffusion Policy (.ckpt); check the path"
         )
-    if args.pruner and args.weights != "ema":
+    if args.pruner and args.weights != "auto":
         raise UsageError("argument --weights: a pruner has one set of weights; leave it out")
     if args.heads is not None and not args.pruner:
         raise UsageError("argument --heads: belongs to --pruner; a policy's file says its heads")

@@ -35,15 +35,16 @@ def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    weights: str = "ema",
+    weights: str = "auto",
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Converts a Diffusion Policy checkpoint to a tsad folder.
 
     ``source`` is a ``.ckpt`` of a low-dimensional or hybrid-image transformer policy, ``out`` the
-    folder to write. ``weights`` is ``"ema"`` or ``"raw"``, ``dtype`` of the stored numbers
-    ``"float32"`` or ``"float16"``. Returns a summary of JSON values. Raises ``FileExistsError`` if
+    folder to write. ``weights`` is ``"ema"``, the averaged ones, ``"raw"``, or ``"auto"``, those
+    that the run's own evaluation takes; ``dtype`` of the stored numbers is ``"float32"`` or
+    ``"float16"``. Returns a summary of JSON values. Raises ``FileExistsError`` if
     ``out`` is there and ``overwrite`` is false or it is no tsad folder, ``FileNotFoundError``, or
     ``ValueError`` naming what does not fit; nothing is written then.
     """
@@ -63,7 +64,7 @@ def convert(
         "source": str(path),
         "out": str(folder),
         "policy": converted.policy,
-        "weights": weights,
+        "weights": config.provenance["weights"],
         "network": f"{network.n_layer} layers, {network.n_head} heads, width {network.n_emb}",
         "horizon": network.horizon,
         "n_obs_steps": network.n_obs_steps,

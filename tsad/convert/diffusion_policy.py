@@ -10,6 +10,7 @@ for Extreme Fast Action Diffusion" (arXiv 2605.13316) publishes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +25,11 @@ from tsad.config import (
     network_shapes,
     pruner_shapes,
 )
+from tsad.convert.pickle_machine import Placeholder
 from tsad.convert.settings import Settings, plain
-from tsad.convert.torch_file import TensorRef, TorchFile
+from tsad.convert.torch_file import TensorRef, TorchFile, describe
 
-WEIGHTS = ("ema", "raw")
+WEIGHTS = ("auto", "ema", "raw")
 
 _LOWDIM = "DiffusionTransformerLowdimPolicy"
 _HYBRID = "DiffusionTransformerHybridImagePolicy"
@@ -75,6 +77,10 @@ _FIXED = {
     "variance_type": None,
 }
 _BUFFERS = ("mask", "memory_mask")
+_MAX_MEMBERS = 10_000
+_MAX_NAME = 500
+# what DistributedDataParallel and DataParallel, and torch.compile, put into names
+_WRAPPERS = ("module", "_orig_mod")
 # settings of the policies that training or the encoder needs, or that are read elsewhere
 _POLICY_KEYS = frozenset(
     "_target_ _recursive_ _convert_ _partial_ model noise_scheduler horizon obs_dim action_dim "
@@ -94,26 +100,32 @@ class Converted:
     notes: list[str] = field(default_factory=list)
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema") -> Converted:
+def read_checkpoint(path: str | os.PathLike[str], *, weights: str = "auto") -> Converted:
     """A Diffusion Policy ``.ckpt`` as configuration and float32 tensors; nothing in it is run.
 
-    ``weights`` is ``"ema"``, the averaged weights that Diffusion Policy evaluates, or ``"raw"``.
-    Raises ``FileNotFoundError``, or ``ValueError`` naming file, key or tensor: truncated or foreign
-    files, hostile pickles, policies and schedulers that are not supported, tensors that do not fit.
+    A checkpoint of a run (``save_checkpoint``), or a snapshot of it (``save_snapshot``).
+    ``weights`` is ``"ema"``, the averaged ones, ``"raw"``, or ``"auto"``: those that Diffusion
+    Policy evaluates, the averaged ones unless the run was trained with ``use_ema: False``. Raises
+    ``FileNotFoundError``, or ``ValueError`` naming file, key or tensor: truncated or foreign files,
+    policies and schedulers that are not supported, tensors that do not fit.
     """
     if weights not in WEIGHTS:
-        raise ValueError(f'weights: expected "ema" or "raw", got {weights!r}; choose one of these')
+        raise ValueError(
+            f"weights: expected one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}; choose "
+            "one of these"
+        )
     with TorchFile(path) as checkpoint:
         file = checkpoint.file
-        payload = checkpoint.value
+        payload = _of_workspace(checkpoint.value, file)
         if not isinstance(payload, dict) or not {"cfg", "state_dicts"} <= set(payload):
             raise CheckpointError(
                 f"{file}: expected a Diffusion Policy checkpoint with 'cfg' and 'state_dicts', got "
-                f"{_describe(payload)}; it is another kind of file"
+                f"{describe(payload)}; it is another kind of file"
             )
-        settings = Settings(plain(payload["cfg"], file), file)
+        settings = Settings(payload["cfg"], file)
         policy = _policy_class(settings)
-        state = _state_dict(payload["state_dicts"], weights, file)
+        chosen, notes = _choose_weights(payload["state_dicts"], weights, settings)
+        state = _state_dict(payload["state_dicts"], chosen, file)
         network = _read_network(settings, policy, state)
         # shapes first: nothing is read for a network that does not fit
         refs = _network_refs(state, network, file)
@@ -121,7 +133,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema") -> Co
         _check_masks(checkpoint, state, network)
         normalizer = _read_normalizer(checkpoint, state, network, policy)
     scheduler = _read_scheduler(settings)
-    notes = []
+    notes += checkpoint.notes
     if policy == _HYBRID:
         notes.append(
             f"the observation encoder stays outside: observations are its output, "
@@ -138,8 +150,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema") -> Co
                 "source": os.path.basename(file),
                 "kind": "Diffusion Policy checkpoint",
                 "policy": policy,
-                "weights": weights,
-                "task": settings.get("task.name") or settings.get("task_name") or "",
+                "weights": chosen,
+                "task": _task(settings),
             },
         },
         file=f"{file}: cfg",
@@ -147,11 +159,39 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema") -> Co
     return Converted(config, tensors, policy, notes)
 
 
-def _describe(value: Any) -> str:
-    if isinstance(value, dict):
-        names = ", ".join(repr(str(key)[:40]) for key in list(value)[:8])
-        return f"a dict of {names or 'nothing'}"
-    return f"a {type(value).__name__}"
+def _of_workspace(value: Any, file: str) -> Any:
+    """A snapshot is the pickled workspace itself: what its checkpoint would hold."""
+    state = value.state if isinstance(value, Placeholder) else None
+    if not isinstance(state, dict) or "cfg" not in state:
+        return value
+    models = {name: state[name] for name in ("model", "ema_model") if state.get(name) is not None}
+    dicts = {name: _of_module(module, file) for name, module in models.items()}
+    return {"cfg": state["cfg"], "state_dicts": dicts}
+
+
+def _of_module(module: Any, file: str) -> dict[str, Any]:
+    """The state dict of a pickled ``nn.Module``."""
+    result: dict[str, Any] = {}
+    pending, seen = [("", module)], 0
+    while pending:
+        prefix, part = pending.pop()
+        state = part.state if isinstance(part, Placeholder) else None
+        for kind in ("_parameters", "_buffers", "_modules"):
+            members = state.get(kind) if isinstance(state, dict) else None
+            if not isinstance(members, dict):
+                continue
+            seen += len(members)
+            if seen > _MAX_MEMBERS or len(prefix) > _MAX_NAME:  # one may hold another many times
+                raise CheckpointError(
+                    f"{file}: expected a model of at most {_MAX_MEMBERS} parts, got more; the file "
+                    "is damaged"
+                )
+            named = {f"{prefix}{name!s:.100}": member for name, member in members.items()}
+            if kind == "_modules":
+                pending += [(f"{name}.", member) for name, member in named.items()]
+            else:
+                result |= {name: value for name, value in named.items() if value is not None}
+    return result
 
 
 def _policy_class(settings: Settings) -> str:
@@ -168,24 +208,64 @@ def _policy_class(settings: Settings) -> str:
     )
 
 
-def _state_dict(state_dicts: Any, weights: str, file: str) -> dict[str, TensorRef]:
-    """Tensors of the chosen policy, ``torch.compile``'s prefix taken off."""
-    key = {"ema": "ema_model", "raw": "model"}[weights]
-    state = state_dicts.get(key) if isinstance(state_dicts, dict) else None
+def _choose_weights(state_dicts: Any, weights: str, settings: Settings) -> tuple[str, list[str]]:
+    """``"ema"`` or ``"raw"``, and what should be said about the choice."""
+    if weights != "auto":
+        return weights, []
+    averaged = isinstance(state_dicts, dict) and "ema_model" in state_dicts
+    use_ema = settings.get("training.use_ema", averaged)
+    if use_ema:
+        return "ema", []
+    return "raw", ["the run was trained without averaged weights (use_ema): the raw ones are taken"]
+
+
+def _state_dict(state_dicts: Any, weights: str, file: str) -> dict[str, Any]:
+    """What the chosen policy holds by name, without the names of what it was wrapped in."""
+    names = {"ema": "ema_model", "raw": "model"}
+    key = names.pop(weights)
+    given = state_dicts if isinstance(state_dicts, dict) else {}
+    state = given.get(key)
     if not isinstance(state, dict) or not state:
-        other = "raw" if weights == "ema" else "ema"
+        got = describe(state if key in given else state_dicts)
+        others = [
+            f'; try weights="{other}" (tsad convert --weights {other})'
+            for other, name in names.items()
+            if name in given
+        ]
         raise CheckpointError(
-            f"{file}: state_dicts: expected {key!r} for weights={weights!r}, got "
-            f'{_describe(state_dicts)}; try weights="{other}"'
+            f"{file}: state_dicts: expected {key!r} for weights={weights!r}, got {got}"
+            f"{''.join(others) or '; the file has no weights of a policy'}"
         )
-    return {
-        str(name).replace("_orig_mod.", ""): value
-        for name, value in state.items()
-        if isinstance(value, TensorRef)
-    }
+    return _unwrapped(state, file)
 
 
-def _read_network(settings: Settings, policy: str, state: dict[str, TensorRef]) -> NetworkConfig:
+def _unwrapped(state: dict[Any, Any], file: str) -> dict[str, Any]:
+    """A state dict without what DistributedDataParallel, DataParallel and torch.compile add to
+    names, wherever in them it stands."""
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(name, str):
+            continue
+        bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if bare in result:
+            raise CheckpointError(
+                f"{file}: {name[:200]}: expected one tensor of the name {bare[:200]}, got two; "
+                "save the state dict of one model"
+            )
+        result[bare] = value
+    return result
+
+
+def _task(settings: Settings) -> str:
+    """The task's name, for people; a name that cannot be told is no reason to refuse a file."""
+    for key in ("task.name", "task_name"):
+        with contextlib.suppress(CheckpointError):
+            if isinstance(name := settings.get(key), str):
+                return name.encode("utf-8", "replace").decode()
+    return ""
+
+
+def _read_network(settings: Settings, policy: str, state: dict[str, Any]) -> NetworkConfig:
     get = settings.get
     # the low-dimensional policy is given its network, the image policy makes it
     at = "policy.model" if policy == _LOWDIM else "policy"
@@ -213,7 +293,7 @@ def _read_network(settings: Settings, policy: str, state: dict[str, TensorRef]) 
         given = get(f"policy.{key}")
         if given is not None:
             values[key] = given
-        elif ref is not None and len(ref.shape) == 2:
+        elif isinstance(ref, TensorRef) and len(ref.shape) == 2:
             values[key] = ref.shape[1]
         elif values["obs_as_cond"] and values["time_as_cond"]:
             raise CheckpointError(
@@ -231,31 +311,37 @@ def _check_policy_keys(settings: Settings) -> None:
             f"{settings.file}: cfg.policy.pred_action_steps_only: expected false, got true; "
             "policies that predict only the executed actions are not supported"
         )
-    for key, value in settings.section("policy").items():
+    for key in settings.keys("policy"):
+        if key in _POLICY_KEYS:
+            continue
         # whatever else the policy is given goes to scheduler.step
-        harmless = key == "eta" and value == 0
-        if key not in _POLICY_KEYS and not harmless:
+        value = settings.get(f"policy.{key}")
+        if key != "eta" or value != 0:
             raise CheckpointError(
                 f"{settings.file}: cfg.policy.{key[:100]}: expected no such setting, got "
                 f"{str(value)[:100]!r}; tsad does not know what it changes"
             )
 
 
-def _network_refs(
-    state: dict[str, TensorRef], network: NetworkConfig, file: str
-) -> dict[str, TensorRef]:
+def _network_refs(state: dict[str, Any], network: NetworkConfig, file: str) -> dict[str, TensorRef]:
     refs = {}
+    shapes = network_shapes(network)
     for name, ref in state.items():
         prefix, _, rest = name.partition(".")
-        if prefix == "model" and rest not in (*_BUFFERS, "_dummy_variable"):
+        if prefix != "model" or rest in (*_BUFFERS, "_dummy_variable"):
+            continue
+        if isinstance(ref, TensorRef):
             refs[rest] = ref
-    check_tensors(refs, network_shapes(network), f"{file}: state dict, model")
+        elif rest in shapes:
+            raise CheckpointError(
+                f"{file}: {name}: expected a tensor of floating-point numbers, got "
+                f"{describe(ref)}; save the weights as plain dense tensors"
+            )
+    check_tensors(refs, shapes, f"{file}: state dict, model")
     return refs
 
 
-def _check_masks(
-    checkpoint: TorchFile, state: dict[str, TensorRef], network: NetworkConfig
-) -> None:
+def _check_masks(checkpoint: TorchFile, state: dict[str, Any], network: NetworkConfig) -> None:
     """The stored masks must be the ones that ``causal_attn`` stands for."""
     steps = np.arange(network.horizon)[:, None]
     visible = {
@@ -267,8 +353,8 @@ def _check_masks(
         if ref is None and not network.causal_attn:
             continue
         expected = np.where(visible[name], 0.0, -np.inf)
-        right = ref is not None and network.causal_attn and ref.shape == expected.shape
-        if ref is not None and right:
+        right = isinstance(ref, TensorRef) and network.causal_attn and ref.shape == expected.shape
+        if right:
             right = np.array_equal(checkpoint.read_mask(ref, name), expected)
         if not right:
             raise CheckpointError(
@@ -279,7 +365,7 @@ def _check_masks(
 
 
 def _read_normalizer(
-    checkpoint: TorchFile, state: dict[str, TensorRef], network: NetworkConfig, policy: str
+    checkpoint: TorchFile, state: dict[str, Any], network: NetworkConfig, policy: str
 ) -> dict[str, Any]:
     dims = {"obs": network.obs_dim, "action": network.action_dim}
     result: dict[str, Any] = {}
@@ -291,11 +377,11 @@ def _read_normalizer(
         for part in ("scale", "offset"):
             name = f"normalizer.params_dict.{key}.{part}"
             ref = state.get(name)
-            if ref is None or ref.shape not in ((dim,), (1,)):
+            if not isinstance(ref, TensorRef) or ref.shape not in ((dim,), (1,)):
                 raise CheckpointError(
                     f"{checkpoint.file}: {name}: expected a tensor of {dim} numbers, got "
-                    f"{'nothing' if ref is None else f'shape {list(ref.shape)}'}; the normaliser "
-                    "was not fitted, or the file is damaged"
+                    f"{'nothing' if ref is None else describe(ref)}; the normaliser was not "
+                    "fitted, or the file is damaged"
                 )
             numbers = np.broadcast_to(checkpoint.read(ref, name), (dim,))
             result[key][part] = [float(number) for number in numbers]
@@ -348,16 +434,14 @@ def read_pruner(
         settings: dict[str, Any] = {}
         if isinstance(payload, dict) and isinstance(payload.get("model_state_dict"), dict):
             settings, payload = payload, payload["model_state_dict"]
-        refs = {}
-        if isinstance(payload, dict):
-            names = {str(k).removeprefix("module.").removeprefix("_orig_mod."): k for k in payload}
-            refs = {n: payload[k] for n, k in names.items() if isinstance(payload[k], TensorRef)}
+        state = _unwrapped(payload, file) if isinstance(payload, dict) else {}
+        refs = {name: value for name, value in state.items() if isinstance(value, TensorRef)}
         projection = refs.get("memory_proj.weight")
         linear = refs.get("transformer_decoder.layers.0.linear1.weight")
         if projection is None or linear is None or not projection.shape or not linear.shape:
             raise CheckpointError(
                 f"{file}: expected the state dict of a pruner (memory_proj, transformer_decoder, "
-                f"head), got {_describe(payload)}; it is another kind of file"
+                f"head), got {describe(payload)}; it is another kind of file"
             )
         heads = settings.get("attn_heads", 8 if n_head is None else n_head)
         if n_head is not None and heads != n_head:

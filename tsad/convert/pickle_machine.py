@@ -3,8 +3,9 @@
 A pickle is a program for a stack machine, and ``pickle.load`` lets it call any importable function.
 This machine has no such power: it takes the opcodes apart with ``pickletools`` and builds numbers,
 strings, lists, dicts and inert ``Global`` and ``Placeholder`` records. No name is imported, nothing
-from the file is called, no attribute is set; what a call would mean for the few names that a
-checkpoint needs is decided by a ``Vocabulary``, and a name outside it ends the reading.
+from the file is called, no attribute is set. What a call would mean for the few names that a
+checkpoint needs is decided by a ``Vocabulary``; any other call leaves a record of itself, so that
+whatever lies beside the weights can be read past.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from tsad.checkpoint import CheckpointError
 
 _MARK = object()
 _MAX_OPCODES = 5_000_000
-_KEY_TYPES = (str, bytes, int, float, bool, type(None))
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Global:
 
 @dataclass(eq=False, repr=False)
 class Placeholder:
-    """An object of a class that is not here: what the pickle said about it, and no behaviour."""
+    """An object of a class that is not here: what the pickle said about it, and no behaviour.
+
+    ``cls`` is the name that the pickle calls to make it.
+    """
 
     cls: Global
     args: tuple[Any, ...] = ()
@@ -43,10 +46,8 @@ class Placeholder:
 
 
 class Vocabulary(Protocol):
-    """Which names a pickle may use, and what they mean. Methods raise ``CheckpointError``."""
-
-    def name(self, ref: Global) -> Any:
-        """What stands for a name, normally ``ref`` itself; refuses names that must not occur."""
+    """What a checkpoint's names mean. Methods raise ``CheckpointError``, or what ``read_pickle``
+    makes one of: ``ValueError``, ``TypeError``, ``LookupError``."""
 
     def call(self, ref: Global, args: tuple[Any, ...]) -> Any:
         """What stands for the result of ``ref(*args)``."""
@@ -55,17 +56,20 @@ class Vocabulary(Protocol):
         """What stands for an object stored outside of the pickle."""
 
 
-def read_pickle(content: bytes, vocabulary: Vocabulary, file: str) -> Any:
-    """The object that a pickle describes, made of plain values and inert records.
+def read_pickle(stream: IO[bytes], vocabulary: Vocabulary, file: str) -> Any:
+    """The object that the next pickle of a stream describes: plain values and inert records.
 
     ``file`` names the source in errors. Raises ``CheckpointError`` for anything that is not a
-    complete pickle of allowed names.
+    complete pickle.
     """
     machine = _Machine(vocabulary, file)
     try:
-        for count, (opcode, arg, _) in enumerate(pickletools.genops(content)):
+        for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
             if count > _MAX_OPCODES:
-                raise CheckpointError(f"{file}: expected at most {_MAX_OPCODES} pickle opcodes")
+                raise CheckpointError(
+                    f"{file}: expected at most {_MAX_OPCODES} pickle opcodes, got more; save the "
+                    "weights without whatever else is in this file"
+                )
             if opcode.name == "STOP":
                 return machine.result()
             machine.step(opcode.name, arg)
@@ -114,8 +118,8 @@ class _Machine:
 
     def refuse(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.file}: refused: the pickle contains {what}, which no checkpoint of weights "
-            "needs; expected plain containers, numbers, strings and tensors. Nothing of it was run"
+            f"{self.file}: refused: the pickle contains {what}, which torch.save does not write. "
+            "Nothing of it was run"
         )
 
     def pop(self) -> Any:
@@ -139,18 +143,22 @@ class _Machine:
         raise ValueError("no mark on the stack")
 
     def key(self, value: Any) -> Any:
-        """A dict key or set member: only values whose hash is cheap and runs no foreign code."""
-        flat = isinstance(value, tuple) and all(isinstance(v, _KEY_TYPES) for v in value)
-        if not flat and not isinstance(value, (*_KEY_TYPES, Global)):
-            raise TypeError(f"a {type(value).__name__} as a key")
-        return value
+        """A dict key or set member: itself where hashing it is cheap and cannot be made to collide
+        on purpose, else a record of it, which is equal to nothing."""
+        if value is None or isinstance(value, str | bytes | Placeholder):
+            return value
+        if isinstance(value, int) and -(2**63) <= value < 2**63:
+            return value
+        return Placeholder(Global("builtins", type(value).__name__), (value,))
 
-    def call(self, ref: Any, args: Any, how: str) -> Any:
-        if not isinstance(ref, Global):
-            raise self.refuse(f"a call ({how}) of a {type(ref).__name__}")
+    def call(self, ref: Any, args: Any) -> Any:
         if not isinstance(args, tuple):
-            raise TypeError(f"arguments of {ref} that are no tuple")
-        return self.vocabulary.call(ref, args)
+            raise TypeError(f"a {type(args).__name__} as arguments of a call")
+        if isinstance(ref, Global):
+            return self.vocabulary.call(ref, args)
+        if isinstance(ref, Placeholder):  # a function that another call made
+            return Placeholder(ref.cls, args)
+        raise TypeError(f"a call of a {type(ref).__name__}")
 
     def add_items(self, target: Any, flat: list[Any]) -> None:
         if len(flat) % 2:
@@ -160,8 +168,8 @@ class _Machine:
             target.update(pairs)
         elif isinstance(target, Placeholder):
             target.items.extend(pairs)
-        else:
-            raise self.refuse(f"an item assignment to a {type(target).__name__}")
+        elif not isinstance(target, Global):  # such as the dict of a module, as dill names it
+            raise TypeError(f"an item assignment to a {type(target).__name__}")
 
     def extend(self, target: Any, values: list[Any]) -> None:
         if isinstance(target, list):
@@ -171,54 +179,50 @@ class _Machine:
         elif isinstance(target, Placeholder):
             target.items.extend(values)
         else:
-            raise self.refuse(f"an append to a {type(target).__name__}")
-
-    def build(self, target: Any, state: Any) -> None:
-        """``obj.__setstate__(state)``, kept as data. Torch gives a dict of tensors its metadata."""
-        if isinstance(target, Placeholder):
-            target.state = state
-        elif not isinstance(target, dict):
-            raise self.refuse(f"a state for a {type(target).__name__}")
+            raise TypeError(f"an append to a {type(target).__name__}")
 
 
 def _global(machine: _Machine, arg: str) -> None:
     module, _, name = arg.partition(" ")
-    machine.stack.append(machine.vocabulary.name(Global(module, name)))
+    machine.stack.append(Global(module, name))
 
 
 def _stack_global(machine: _Machine, _: Any) -> None:
     name, module = machine.pop(), machine.pop()
     if not isinstance(name, str) or not isinstance(module, str):
         raise TypeError("a global name that is no string")
-    machine.stack.append(machine.vocabulary.name(Global(module, name)))
+    machine.stack.append(Global(module, name))
 
 
 def _reduce(machine: _Machine, _: Any) -> None:
     args, ref = machine.pop(), machine.pop()
-    machine.stack.append(machine.call(ref, args, "REDUCE"))
+    machine.stack.append(machine.call(ref, args))
 
 
 def _newobj_ex(machine: _Machine, _: Any) -> None:
     kwargs, args, ref = machine.pop(), machine.pop(), machine.pop()
-    if kwargs != {}:
-        raise machine.refuse("a construction with keyword arguments")
-    machine.stack.append(machine.call(ref, args, "NEWOBJ_EX"))
+    made = machine.call(ref, args)
+    if kwargs and isinstance(made, Placeholder):
+        made.state = kwargs
+    machine.stack.append(made)
 
 
 def _inst(machine: _Machine, arg: str) -> None:
     args = tuple(machine.pop_to_mark())
     _global(machine, arg)
-    machine.stack.append(machine.call(machine.pop(), args, "INST"))
+    machine.stack.append(machine.call(machine.pop(), args))
 
 
 def _obj(machine: _Machine, _: Any) -> None:
     values = machine.pop_to_mark()
-    machine.stack.append(machine.call(values[0], tuple(values[1:]), "OBJ"))
+    machine.stack.append(machine.call(values[0], tuple(values[1:])))
 
 
 def _build(machine: _Machine, _: Any) -> None:
-    state = machine.pop()
-    machine.build(machine.top(), state)
+    """``obj.__setstate__(state)``, kept as data. Torch gives a dict of tensors its metadata."""
+    state, target = machine.pop(), machine.top()
+    if isinstance(target, Placeholder):
+        target.state = state
 
 
 def _put(machine: _Machine, arg: int) -> None:
@@ -271,6 +275,11 @@ def _setitems(machine: _Machine, _: Any) -> None:
     machine.add_items(machine.top(), flat)
 
 
+def _extension(machine: _Machine, code: int) -> None:
+    """A name by its number in a registry of the process that saved."""
+    machine.stack.append(Global("copyreg", f"extension {code}"))
+
+
 def _persid(machine: _Machine, arg: Any) -> None:
     machine.stack.append(machine.vocabulary.persistent(arg))
 
@@ -289,7 +298,7 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "EMPTY_SET": set,
     "MARK": lambda: _MARK,
 }
-# not here, so refused: EXT1, EXT2, EXT4 (the copyreg registry), NEXT_BUFFER, READONLY_BUFFER
+# not here, so refused: NEXT_BUFFER and READONLY_BUFFER, which need buffers from outside
 _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "PROTO": lambda machine, arg: None,
     "FRAME": lambda machine, arg: None,
@@ -316,6 +325,9 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "BINPUT": _put,
     "LONG_BINPUT": _put,
     "MEMOIZE": _memoize,
+    "EXT1": _extension,
+    "EXT2": _extension,
+    "EXT4": _extension,
     "GLOBAL": _global,
     "STACK_GLOBAL": _stack_global,
     "REDUCE": _reduce,
