@@ -53,6 +53,10 @@ static tsad_status check_spec(const tsad_model_spec *s)
                              sizes[i].least, sizes[i].most, sizes[i].value);
         }
     }
+    if (s->sampler[(size_t)s->n_steps * TSAD_SAMPLER_COLUMNS - 1] != 0) {
+        return tsad_fail(TSAD_ARGUMENT, "sampler: its last row adds noise, expected none (0): "
+                                        "there is no step after it");
+    }
     for (int b = 0; b < s->n_blocks; b++) {
         if (s->block_cost[b] < 0) {
             return tsad_fail(TSAD_ARGUMENT, "block_cost[%d]: expected >= 0, got %lld", b,
@@ -116,7 +120,8 @@ static void size_arrays(tsad_model *m)
 {
     size_t rows = m->encode_rows ? (size_t)m->n_steps : 1, B = (size_t)m->n_blocks;
     size_t tokens = rows * (size_t)(m->encode_rows ? m->n_memory : m->n_obs_steps);
-    if (m->nets[TSAD_ENCODER].n_nodes) {
+    m->array_floats[TSAD_ARRAY_TERMS] = (size_t)m->n_terms;
+    if (m->n_memory) {
         m->array_floats[TSAD_ARRAY_MEMORY] = tokens * (size_t)tsad_pad(m->width);
         m->array_floats[TSAD_ARRAY_FOLDED] = tokens * (size_t)m->n_layers * m->fold.floats;
     }
@@ -158,11 +163,13 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
     TSAD_TRY(copy_tables(spec, m));
     if (strcmp(spec->family, "diffusion_policy_transformer") == 0) {
         TSAD_TRY(tsad_net_dpt(spec, m));
+    } else if (strcmp(spec->family, "unet1d") == 0) {
+        TSAD_TRY(tsad_net_unet1d(spec, m));
     } else if (strcmp(spec->family, "nodes") == 0) {
         TSAD_TRY(tsad_net_nodes(spec, m));
     } else {
         return tsad_fail(TSAD_ARGUMENT,
-                         "family: expected 'diffusion_policy_transformer' or "
+                         "family: expected 'diffusion_policy_transformer', 'unet1d' or "
                          "'nodes', got '%s'",
                          spec->family);
     }
@@ -209,8 +216,9 @@ void tsad_model_destroy(tsad_model *m)
     for (int i = 0; i < TSAD_N_PARTS; i++) {
         tsad_net_free(&m->nets[i]);
     }
-    float *tables[] = {m->sampler,           m->obs_scale,         m->obs_offset,   m->action_scale,
-                       m->action_offset,     m->time_fold,         m->pruner.query, m->pruner.token,
+    float *tables[] = {m->sampler,           m->obs_scale,         m->obs_offset,
+                       m->action_scale,      m->action_offset,     m->time_fold,
+                       m->time_terms,        m->pruner.query,      m->pruner.token,
                        m->pruner.time_score, m->pruner.time_value, m->closed.base};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         tsad_deallocate(tables[i]);

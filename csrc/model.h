@@ -51,6 +51,8 @@ typedef enum tsad_array {
     TSAD_ARRAY_PRUNE_SCORE, /* (rows, tokens, B, H) */
     TSAD_ARRAY_PRUNE_VALUE, /* (rows, tokens, H, hidden) */
     TSAD_ARRAY_SCORES,      /* (K, B, 4), memory order */
+    TSAD_ARRAY_TERMS,       /* what each node's term has of the observation; the model's tables have
+                               what it has of the step */
     TSAD_N_ARRAYS
 } tsad_array;
 
@@ -74,6 +76,8 @@ struct tsad_model {
     tsad_fold fold;
     tsad_closed closed;
     float *time_fold;  /* (K, layers, fold.floats); NULL when encode_rows */
+    float *time_terms; /* (K, n_terms), added to the lane's terms */
+    int n_terms;
     tsad_arena packed; /* the backend's weights */
     size_t weight_bytes;
 };
@@ -83,6 +87,7 @@ static inline const tsad_net *tsad_denoiser(const tsad_model *m) { return &m->ne
 /* ---- families ---------------------------------------------------------------------------- */
 
 tsad_status tsad_net_dpt(const tsad_model_spec *spec, tsad_model *model);
+tsad_status tsad_net_unet1d(const tsad_model_spec *spec, tsad_model *model);
 tsad_status tsad_net_nodes(const tsad_model_spec *spec, tsad_model *model);
 /* time_memory (K, D): the encoder's output for the time tokens; NULL if it runs per step */
 tsad_status tsad_net_pruner(const tsad_model_spec *spec, tsad_model *model,

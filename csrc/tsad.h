@@ -95,9 +95,13 @@ typedef enum tsad_precision { TSAD_FLOAT32, TSAD_INT16 } tsad_precision;
 
 /* Everything a model is made of; borrowed for the call. */
 typedef struct tsad_model_spec {
-    const char *family; /* "diffusion_policy_transformer", or "nodes": an explicit node list */
+    const char *family; /* "diffusion_policy_transformer", "unet1d", or "nodes": an explicit list */
     int horizon, n_obs_steps, n_action_steps, obs_dim, action_dim;
-    int n_layers, n_heads, n_emb, n_cond_layers, causal;
+    int n_emb; /* D: of the transformer; of a UNet's code of the time */
+    int n_layers, n_heads, n_cond_layers, causal;
+    /* family "unet1d" only: LeRobot's names */
+    const int32_t *down_dims; /* (n_levels) */
+    int n_levels, kernel_size, n_groups, use_film_scale_modulation;
 
     int n_steps;
     const float *sampler;  /* (K, 8) */

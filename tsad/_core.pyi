@@ -44,6 +44,10 @@ class Model:
         registers: _Array | None = None,
         backend: str | None = None,
         precision: str = "float32",
+        down_dims: _Array | None = None,
+        kernel_size: int = 0,
+        n_groups: int = 0,
+        use_film_scale_modulation: bool = False,
     ) -> None: ...
     @property
     def n_steps(self) -> int: ...

@@ -42,6 +42,7 @@ typedef struct tsad_rounded {
 /* A node's packed matrices. */
 typedef struct tsad_cpu_node {
     int n_parts; /* split blocks: list[2p], list[2p + 1] are part p's two matrices */
+    int unit;    /* wide nodes: output channels of a part */
     tsad_packed *list;
 } tsad_cpu_node;
 
@@ -59,6 +60,13 @@ typedef struct tsad_cross {
     float *work; /* (S, rows * H rounded up to TSAD_LANE) */
 } tsad_cross;
 
+/* What happens to the channels of a group after a convolution. */
+typedef struct tsad_after {
+    const float *gain, *shift; /* of the GroupNorm, from the group's first channel on */
+    tsad_activation activation;
+    const float *scale, *move; /* after the activation; NULL: no such */
+} tsad_after;
+
 typedef struct tsad_kernels {
     int panel;
     /* y (rows, n_out) = activation(x (rows, n_in) W + bias) */
@@ -71,6 +79,9 @@ typedef struct tsad_kernels {
                      float *y, int ldy);
     /* y = (x - mean) / sqrt(variance + 1e-5) over n channels */
     void (*layernorm)(const float *x, int ld, int rows, int n, float *y);
+    /* x (rows, n) of one group, in place: ((x - mean) / sqrt(variance + 1e-5)) gain + shift over
+     * rows and channels, activation, times scale, plus move */
+    void (*groupnorm)(float *x, int ld, int rows, int n, const tsad_after *after);
     /* qkv rows: queries (already scaled) of all heads, keys, values; y (rows, heads * dh) */
     void (*attention)(const float *qkv, int ld, int rows, int heads, int head_dim, bool causal,
                       float *y, int ldy);
@@ -154,6 +165,10 @@ void tsad_cpu_compute(const context *members, int n, const tsad_op *const *op);
 void tsad_cpu_add(const context *c, const tsad_op *op);
 void tsad_cpu_add_gated(const context *c, const tsad_op *op);
 void tsad_cpu_keep_sums(const context *c);
+
+/* wide.c: a node of a wide net for n lanes, shared by the threads; slots: where a branch is kept,
+ * or NULL. And a fixed share of an addition or a copy. */
+void tsad_cpu_wide(const context *members, int n, const tsad_node *node, float *const *slots);
 
 /* x (tokens, channels) as rows of `kernel` taps around each output token, zero-padded */
 const float *tsad_cpu_taps(const tsad_node *node, const float *x, int tokens, int channels,

@@ -15,9 +15,11 @@ static float **carve_registers(tsad_arena *arena, const tsad_net *net)
 {
     float **list = TSAD_CARVE(arena, float *, net->n_registers + 1);
     for (int r = 0; r < net->n_registers; r++) {
-        float *data = TSAD_CARVE(arena, float, tsad_register_floats(&net->registers[r]));
+        const tsad_register *own = &net->registers[r];
+        size_t halo = (size_t)own->halo * (size_t)tsad_pad(own->channels);
+        float *data = TSAD_CARVE(arena, float, tsad_register_floats(own) + 2 * halo);
         if (list) {
-            list[r] = data;
+            list[r] = data + halo;
         }
     }
     return list;

@@ -78,6 +78,28 @@ static void move_node(const context *c, const tsad_node *node)
     }
 }
 
+static void flatten(const context *c, const tsad_node *node)
+{
+    const tsad_register *in = &c->net->registers[node->in];
+    float *y = reg(c, node->out);
+    for (int t = 0; t < in->tokens; t++) {
+        const float *x = reg(c, node->in) + t * tsad_pad(in->channels);
+        for (int i = 0; i < in->channels; i++) {
+            float v = x[i];
+            if (node->activation == TSAD_MISH) {
+                v = v > 20 ? v : v * tanhf(log1pf(expf(v)));
+            }
+            *y++ = v;
+        }
+    }
+}
+
+static void store_terms(const context *c, const tsad_node *node)
+{
+    memcpy(c->lane->array[TSAD_ARRAY_TERMS], reg(c, node->in),
+           sizeof(float) * (size_t)c->m->n_terms);
+}
+
 /* the memory of this step */
 static float *memory(const context *c, size_t tokens)
 {
@@ -278,6 +300,12 @@ void tsad_cpu_fixed(const context *c, const tsad_node *node)
     case TSAD_LINEAR:
     case TSAD_CONV:
         linear_node(c, node);
+        break;
+    case TSAD_FLATTEN:
+        flatten(c, node);
+        break;
+    case TSAD_TERMS:
+        store_terms(c, node);
         break;
     case TSAD_KEEP_MEMORY:
         keep_memory(c, node);

@@ -125,6 +125,9 @@ static void copy_member(tsad_worker *w)
     const tsad_member *from = e->workers[0].members;
     tsad_member *to = w->members;
     int x = net->input;
+    if (net->wide) {
+        return; /* it works on rank 0's */
+    }
     memcpy(to->registers[TSAD_DENOISER][x], from->registers[TSAD_DENOISER][x],
            sizeof(float) * tsad_register_floats(&net->registers[x]));
     memcpy(to->previous_x0, from->previous_x0,

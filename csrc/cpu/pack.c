@@ -9,6 +9,7 @@ typedef struct packer {
     tsad_arena *arena;
     int panel;
     tsad_precision precision; /* of the large matrices */
+    float *column;            /* of a matrix; NULL: counting */
 } packer;
 
 /* columns [c0, c1) and rows [r0, r1) of m, or of its three equal column groups (q, k, v) when
@@ -25,12 +26,20 @@ static int source_column(const tsad_matrix *m, slice s, int o)
     return o / width * (m->n_out / s.groups) + s.c0 + o % width;
 }
 
+/* rows [r0, r1) of a column of m */
+static void take_column(const packer *p, const tsad_matrix *m, slice s, int o)
+{
+    for (int i = s.r0; i < s.r1; i++) {
+        p->column[i - s.r0] = tsad_matrix_at(m, i, o);
+    }
+}
+
 /* One column to 16 bits, `step` apart, pairs of inputs together; returns its unit. */
-static float round_column(const float *from, size_t stride, int n, int16_t *to, size_t step)
+static float round_column(const float *from, int n, int16_t *to, size_t step)
 {
     double square = 0, top = 0;
     for (int i = 0; i < n; i++) {
-        double v = from[(size_t)i * stride];
+        double v = from[i];
         square += v * v;
         top = fmax(top, fabs(v));
     }
@@ -39,8 +48,7 @@ static float round_column(const float *from, size_t stride, int n, int16_t *to, 
     }
     double scale = fmin(TSAD_LARGEST / top, TSAD_COLUMN_LENGTH / sqrt(square));
     for (int i = 0; i < n; i++) {
-        to[(size_t)(i / 2) * step + (size_t)(i % 2)] =
-            (int16_t)lrint((double)from[(size_t)i * stride] * scale);
+        to[(size_t)(i / 2) * step + (size_t)(i % 2)] = (int16_t)lrint((double)from[i] * scale);
     }
     return (float)(1 / scale);
 }
@@ -57,9 +65,9 @@ static void pack16(const packer *p, const tsad_matrix *m, slice s, float *bias, 
     for (int o = 0; o < n_out; o++) {
         int column = source_column(m, s, o);
         size_t at = (size_t)(o / panel) * pairs * (size_t)panel + (size_t)(o % panel);
-        unit[o] = round_column(m->data + (size_t)s.r0 * (size_t)m->n_out + column, (size_t)m->n_out,
-                               n_in, q + 2 * at, 2 * (size_t)panel);
-        bias[o] = s.with_bias ? m->bias[column] : 0;
+        take_column(p, m, s, column);
+        unit[o] = round_column(p->column, n_in, q + 2 * at, 2 * (size_t)panel);
+        bias[o] = s.with_bias ? tsad_matrix_bias(m, column) : 0;
     }
     *out = (tsad_packed){.n_in = n_in, .n_out = n_out, .bias = bias, .q = q, .unit = unit};
 }
@@ -83,11 +91,11 @@ static void pack(const packer *p, const tsad_matrix *m, slice s, tsad_packed *ou
     for (int o = 0; o < n_out; o++) {
         int column = source_column(m, s, o);
         float *to = w + (size_t)(o / panel) * (size_t)panel * (size_t)rows + o % panel;
+        take_column(p, m, s, column);
         for (int i = 0; i < n_in; i++) {
-            to[(size_t)i * (size_t)panel] =
-                m->data[(size_t)(s.r0 + i) * (size_t)m->n_out + (size_t)column];
+            to[(size_t)i * (size_t)panel] = p->column[i];
         }
-        bias[o] = s.with_bias ? m->bias[column] : 0;
+        bias[o] = s.with_bias ? tsad_matrix_bias(m, column) : 0;
     }
     *out = (tsad_packed){.n_in = n_in, .n_out = n_out, .thin = thin, .w = w, .bias = bias};
 }
@@ -149,7 +157,37 @@ static void pack_fold(const packer *p, const tsad_node *node, tsad_cpu_node *c)
     }
 }
 
-static void pack_node(const packer *p, tsad_node *node)
+static int common_multiple(int a, int b)
+{
+    int m = a;
+    while (m % b) {
+        m += a;
+    }
+    return m;
+}
+
+/* n matrices whole, to be shared by output channels: in units of whole panels and groups, or, where
+ * they do not fit, in one */
+static void pack_wide(const packer *p, const tsad_net *net, const tsad_node *node, int n,
+                      tsad_cpu_node *c)
+{
+    tsad_packed *list = TSAD_CARVE(p->arena, tsad_packed, n), none;
+    int channels = net->registers[node->out].channels, unit = p->panel;
+    for (int i = 0; i < n; i++) {
+        slice all = whole(&node->m[i]);
+        all.precision = p->precision;
+        pack(p, &node->m[i], all, list ? &list[i] : &none);
+        if (node->groups[i]) {
+            unit = common_multiple(unit, channels / node->groups[i]);
+        }
+    }
+    if (c) {
+        unit = channels % unit ? channels : unit;
+        *c = (tsad_cpu_node){.n_parts = channels / unit, .unit = unit, .list = list};
+    }
+}
+
+static void pack_node(const packer *p, const tsad_net *net, tsad_node *node)
 {
     tsad_cpu_node *c = TSAD_CARVE(p->arena, tsad_cpu_node, 1);
     tsad_packed none;
@@ -163,8 +201,20 @@ static void pack_node(const packer *p, tsad_node *node)
     case TSAD_FOLD:
         pack_fold(p, node, c);
         break;
-    case TSAD_LINEAR:
+    case TSAD_FILM_BRANCH:
+    case TSAD_CONV_TRANSPOSED:
+        pack_wide(p, net, node, 2, c);
+        break;
+    case TSAD_CONV_NORM:
+        pack_wide(p, net, node, 1, c);
+        break;
     case TSAD_CONV:
+        if (net->wide) {
+            pack_wide(p, net, node, 1, c);
+            break;
+        }
+        /* fall through */
+    case TSAD_LINEAR:
     case TSAD_CROSS_ATTENTION: { /* its bias alone */
         tsad_packed *list = TSAD_CARVE(p->arena, tsad_packed, 1);
         pack(p, &node->m[0], whole(&node->m[0]), list ? list : &none);
@@ -200,7 +250,7 @@ static void layout(tsad_model *m, const packer *p)
 {
     for (int i = 0; i < TSAD_N_PARTS; i++) {
         for (int n = 0; n < m->nets[i].n_nodes; n++) {
-            pack_node(p, &m->nets[i].nodes[n]);
+            pack_node(p, &m->nets[i], &m->nets[i].nodes[n]);
         }
     }
     if (m->pruner.n_heads) {
@@ -212,9 +262,25 @@ tsad_status tsad_cpu_pack(tsad_model *m)
 {
     packer p = {
         .arena = &m->packed, .panel = tsad_cpu_kernels(m)->panel, .precision = m->precision};
+    size_t longest = 1;
+    for (int i = 0; i < TSAD_N_PARTS; i++) {
+        for (int n = 0; n < m->nets[i].n_nodes; n++) {
+            for (int j = 0; j < 4; j++) {
+                size_t rows = (size_t)m->nets[i].nodes[n].m[j].n_in;
+                longest = rows > longest ? rows : longest;
+            }
+        }
+    }
+    longest = (size_t)m->pruner.hidden > longest ? (size_t)m->pruner.hidden : longest;
+    longest = (size_t)m->width > longest ? (size_t)m->width : longest;
     layout(m, &p);
     TSAD_TRY(tsad_arena_allocate(&m->packed));
+    p.column = tsad_allocate(sizeof(float) * longest);
+    if (!p.column) {
+        return tsad_fail(TSAD_MEMORY, "out of memory for a column of %zu weights", longest);
+    }
     layout(m, &p);
+    tsad_deallocate(p.column);
     m->weight_bytes = m->packed.size;
     return TSAD_OK;
 }

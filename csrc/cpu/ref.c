@@ -124,6 +124,32 @@ static void ref_layernorm(const float *x, int ld, int rows, int n, float *y)
 }
 
 /* weight[0 .. n) = softmax, in place */
+static void ref_groupnorm(float *x, int ld, int rows, int n, const tsad_after *after)
+{
+    double sum = 0, square = 0;
+    for (int t = 0; t < rows; t++) {
+        for (int i = 0; i < n; i++) {
+            sum += x[t * ld + i];
+        }
+    }
+    float mean = (float)(sum / (rows * n));
+    for (int t = 0; t < rows; t++) {
+        for (int i = 0; i < n; i++) {
+            float v = x[t * ld + i] - mean;
+            square += (double)v * v;
+        }
+    }
+    float scale = 1 / sqrtf((float)(square / (rows * n)) + 1e-5f);
+    for (int t = 0; t < rows; t++) {
+        for (int i = 0; i < n; i++) {
+            float v = (x[t * ld + i] - mean) * scale * after->gain[i] + after->shift[i];
+            v = activate(v, after->activation);
+            v = after->scale ? v * after->scale[i] : v;
+            x[t * ld + i] = after->move ? v + after->move[i] : v;
+        }
+    }
+}
+
 static void softmax(float *weight, int n)
 {
     float top = weight[0], sum = 0;
@@ -239,6 +265,7 @@ static const tsad_kernels kernels = {.panel = PANEL,
                                      .round = ref_round,
                                      .linear16 = ref_linear16,
                                      .layernorm = ref_layernorm,
+                                     .groupnorm = ref_groupnorm,
                                      .attention = ref_attention,
                                      .cross = ref_cross,
                                      .add = ref_add,

@@ -23,9 +23,9 @@ static void settle_reads(const context *c, const int32_t *source, int n)
 
 enum { AT_ONCE = 64 }; /* arrays that one addition sums */
 
-/* x += n slots, after `kept` where that is not NULL */
+/* x += n slots from `at` on, after `kept` where that is not NULL */
 static void add_slots(const context *c, float *x, const float *kept, const int32_t *source,
-                      const float *count, int n, size_t floats)
+                      const float *count, int n, size_t at, size_t floats)
 {
     const float *from[AT_ONCE];
     float weight[AT_ONCE];
@@ -40,7 +40,7 @@ static void add_slots(const context *c, float *x, const float *kept, const int32
             m = 0;
         }
         if (i < n) {
-            from[m] = tsad_cpu_slot(c, source[i]);
+            from[m] = tsad_cpu_slot(c, source[i]) + at;
             weight[m++] = count[i];
         }
     }
@@ -57,27 +57,34 @@ static void fetch(const float *from, size_t floats)
 void tsad_cpu_add(const context *c, const tsad_op *op)
 {
     const tsad_node *node = &c->net->nodes[op->node];
-    size_t floats = tsad_register_floats(&c->net->registers[node->out]);
-    float *x = reg(c, node->out);
+    size_t at = 0, floats = tsad_register_floats(&c->net->registers[node->out]);
+    if (c->net->wide) { /* one set of registers: to each thread its share */
+        size_t end;
+        tsad_cpu_share(c->w, floats, &at, &end);
+        floats = end - at;
+    }
+    float *x = reg(c, node->out) + at;
     if (!op->repeat) {
         const float *sums = c->run->sums != TSAD_NO_SUMS ? c->lane->sums : NULL;
-        const float *kept = op->kept >= 0 && sums ? sums + op->kept : NULL;
+        const float *kept = op->kept >= 0 && sums ? sums + op->kept + at : NULL;
         int known = kept ? op->n_rollout : 0;
         const int32_t *source = c->run->program->sources + op->src + known;
         const float *count = c->run->program->counts + op->src + known;
-        float *to = op->remember ? c->member->sums[op->remember - 1] : x;
+        float *to = op->remember ? c->member->sums[op->remember - 1] + at : x;
         if (op->remember) {
             c->member->table_ready[op->remember - 1] = false;
             memset(to, 0, sizeof(float) * floats);
         }
-        settle_reads(c, source, op->n_src - known);
-        add_slots(c, to, kept, source, count, op->n_src - known, floats);
+        if (!c->net->wide) { /* there the threads have met */
+            settle_reads(c, source, op->n_src - known);
+        }
+        add_slots(c, to, kept, source, count, op->n_src - known, at, floats);
         if (kept) { /* the next sum of the lane: they lie in the order of their use */
             fetch(kept + floats, floats);
         }
     }
     if (op->repeat || op->remember) {
-        const float *sum = c->member->sums[(op->repeat ? op->repeat : op->remember) - 1];
+        const float *sum = c->member->sums[(op->repeat ? op->repeat : op->remember) - 1] + at;
         const float one = 1;
         c->k->add(x, &sum, &one, 1, floats);
     }

@@ -34,8 +34,11 @@ static void restore_denormals(unsigned before) { (void)before; }
 #endif
 
 /* Whether a row has work to share. All threads see the same program, so they agree. */
-static bool shares_work(const tsad_program *program, int row)
+static bool shares_work(const tsad_net *net, const tsad_program *program, int row)
 {
+    if (net->wide) {
+        return true;
+    }
     for (int i = program->row_start[row]; i < program->row_start[row + 1]; i++) {
         if (program->ops[i].kind == TSAD_OP_COMPUTE) {
             return true;
@@ -67,8 +70,14 @@ static void update_sample(const context *c)
     }
 }
 
+static void run_wide_op(const context *c, const tsad_op *op);
+
 static void run_op(const context *c, const tsad_op *op)
 {
+    if (c->net->wide) {
+        run_wide_op(c, op);
+        return;
+    }
     switch (op->kind) {
     case TSAD_OP_NODE:
         tsad_cpu_fixed(c, &c->net->nodes[op->node]);
@@ -90,6 +99,27 @@ static void run_op(const context *c, const tsad_op *op)
     default:
         break;
     }
+}
+
+/* an op of a wide net: everything but the sampler's few numbers is shared */
+static void run_wide_op(const context *c, const tsad_op *op)
+{
+    const tsad_node *node = op->node >= 0 ? &c->net->nodes[op->node] : NULL;
+    float *slot = op->dst >= 0 ? tsad_cpu_slot(c, op->dst) : NULL;
+    switch (op->kind) {
+    case TSAD_OP_NODE:
+    case TSAD_OP_COMPUTE:
+        tsad_cpu_wide(c, 1, node, &slot);
+        return;
+    case TSAD_OP_ADD:
+        tsad_cpu_add(c, op);
+        break;
+    default:
+        if (c->run->update && c->w->rank == 0) {
+            update_sample(c);
+        }
+    }
+    tsad_worker_meet(c->w);
 }
 
 /* a row in closed form; false: this one is not */
@@ -137,15 +167,22 @@ static void run_row_of_gang(const context *members, int n)
                 continue;
             }
             at[i]++;
-            bool fold = op->kind == TSAD_OP_NODE && members->net->nodes[node].kind == TSAD_FOLD;
-            if (op->kind == TSAD_OP_COMPUTE || fold) {
+            bool heavy = op->kind == TSAD_OP_NODE &&
+                         (members->net->wide || members->net->nodes[node].kind == TSAD_FOLD);
+            if (op->kind == TSAD_OP_COMPUTE || heavy) {
                 together[m] = members[i];
                 ops[m++] = op;
             } else {
                 run_op(&members[i], op);
             }
         }
-        if (m && ops[0]->kind == TSAD_OP_COMPUTE) {
+        if (m && members->net->wide) {
+            float *slots[TSAD_GANG];
+            for (int i = 0; i < m; i++) {
+                slots[i] = ops[i]->dst >= 0 ? tsad_cpu_slot(&together[i], ops[i]->dst) : NULL;
+            }
+            tsad_cpu_wide(together, m, &members->net->nodes[node], slots);
+        } else if (m && ops[0]->kind == TSAD_OP_COMPUTE) {
             tsad_cpu_compute(together, m, ops);
         } else if (m) {
             tsad_cpu_fold(together, m, &members->net->nodes[node]);
@@ -156,7 +193,8 @@ static void run_row_of_gang(const context *members, int n)
 static context context_of(tsad_worker *w, const tsad_run *run, int place)
 {
     const tsad_engine *e = w->engine;
-    const tsad_member *member = &w->members[place];
+    bool one_set = e->model->nets[run->part].wide && w->shares; /* rank 0's */
+    const tsad_member *member = one_set ? &e->workers[0].members[place] : &w->members[place];
     return (context){.w = w,
                      .run = run,
                      .k = tsad_cpu_kernels(e->model),
@@ -193,7 +231,8 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
             run_row_of_gang(members, n);
             continue;
         }
-        if (w->shares && runs->update && shares_work(program, row) && !tsad_turn(w, row)) {
+        if (w->shares && runs->update && shares_work(members->net, program, row) &&
+            !tsad_turn(w, row)) {
             stays = false;
             break;
         }

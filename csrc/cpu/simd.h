@@ -278,6 +278,54 @@ static void path(layernorm)(const float *x, int ld, int rows, int n, float *y)
     }
 }
 
+/* ---- GroupNorm and what follows it --------------------------------------------------------- */
+
+/* sum of the group; with `centre`, of squared distances from it */
+ALWAYS_INLINE float group_sum(const bool squares, float centre, const float *x, int ld, int rows,
+                              int n)
+{
+    vf sum = V_SET1(0.0f);
+    float rest = 0;
+    for (int t = 0; t < rows; t++) {
+        const float *row = x + (size_t)t * (size_t)ld;
+        int i = 0;
+        for (; i + W <= n; i += W) {
+            vf v = load(row + i) - V_SET1(centre);
+            sum = squares ? V_FMA(v, v, sum) : sum + v;
+        }
+        for (; i < n; i++) {
+            float v = row[i] - centre;
+            rest += squares ? v * v : v;
+        }
+    }
+    return V_TOTAL(sum) + rest;
+}
+
+static void path(groupnorm)(float *x, int ld, int rows, int n, const tsad_after *after)
+{
+    float count = (float)rows * (float)n;
+    float mean = group_sum(false, 0, x, ld, rows, n) / count;
+    float unit = 1 / sqrtf(group_sum(true, mean, x, ld, rows, n) / count + 1e-5f);
+    const float *scale = after->scale, *move = after->move;
+    for (int t = 0; t < rows; t++) {
+        float *row = x + (size_t)t * (size_t)ld;
+        int i = 0;
+        for (; i + W <= n; i += W) {
+            vf v = (load(row + i) - V_SET1(mean)) * V_SET1(unit);
+            v = activate(V_FMA(v, load(after->gain + i), load(after->shift + i)),
+                         after->activation);
+            v = scale ? V_FMA(v, load(scale + i), load(move + i)) : move ? v + load(move + i) : v;
+            store(row + i, v);
+        }
+        for (; i < n; i++) {
+            float v = (row[i] - mean) * unit * after->gain[i] + after->shift[i];
+            v = activate(V_SET1(v), after->activation)[0];
+            v = scale ? v * scale[i] : v;
+            row[i] = move ? v + move[i] : v;
+        }
+    }
+}
+
 /* ---- attention ----------------------------------------------------------------------------- */
 
 /* weight[0 .. n) = softmax; room for n rounded up to W */
@@ -511,6 +559,7 @@ static const tsad_kernels path(kernels) = {.panel = PANEL,
                                            .round = path(round),
                                            .linear16 = path(linear16),
                                            .layernorm = path(layernorm),
+                                           .groupnorm = path(groupnorm),
                                            .attention = path(attention),
                                            .cross = path(cross),
                                            .add = path(add),

@@ -10,7 +10,7 @@
 bool tsad_node_is_prunable(tsad_node_kind kind)
 {
     return kind == TSAD_SELF_ATTENTION || kind == TSAD_CROSS_ATTENTION ||
-           kind == TSAD_FEED_FORWARD || kind == TSAD_CONV_BRANCH;
+           kind == TSAD_FEED_FORWARD || kind == TSAD_CONV_BRANCH || kind == TSAD_FILM_BRANCH;
 }
 
 tsad_status tsad_net_begin(tsad_net *net, int max_nodes, int max_registers)
@@ -30,7 +30,7 @@ tsad_status tsad_net_begin(tsad_net *net, int max_nodes, int max_registers)
 
 int tsad_net_register(tsad_net *net, int tokens, int channels)
 {
-    net->registers[net->n_registers] = (tsad_register){tokens, channels};
+    net->registers[net->n_registers] = (tsad_register){.tokens = tokens, .channels = channels};
     return net->n_registers++;
 }
 
@@ -128,6 +128,7 @@ void tsad_net_free(tsad_net *net)
             tsad_matrix_free(&net->nodes[i].m[j]);
         }
         tsad_deallocate(net->nodes[i].table);
+        tsad_deallocate(net->nodes[i].norm);
     }
     tsad_deallocate(net->nodes);
     tsad_deallocate(net->registers);
@@ -157,6 +158,24 @@ void tsad_matrix_free(tsad_matrix *m)
     m->data = m->bias = NULL; /* the sizes stay: they describe what was packed */
 }
 
+tsad_matrix tsad_matrix_taps(const float *weight, const float *bias, int channels, int n_out,
+                             int kernel, int n, int tap, int step, bool transposed)
+{
+    int width = tsad_pad(channels);
+    return (tsad_matrix){
+        .n_in = n * width,
+        .n_out = n_out,
+        .source = weight,
+        .source_bias = bias,
+        .width = width,
+        .channels = channels,
+        .tap = tap,
+        .step = step,
+        .channel_stride = (size_t)kernel * (size_t)(transposed ? n_out : 1),
+        .out_stride = (size_t)kernel * (size_t)(transposed ? 1 : channels),
+    };
+}
+
 const tsad_tensor *tsad_find(const tsad_tensor *tensors, int n, const char *name)
 {
     for (int i = 0; i < n; i++) {
@@ -167,6 +186,38 @@ const tsad_tensor *tsad_find(const tsad_tensor *tensors, int n, const char *name
     return NULL;
 }
 
+static void describe(char *text, size_t size, int n_dims, const int64_t *shape)
+{
+    size_t used = (size_t)snprintf(text, size, "(");
+    for (int i = 0; i < n_dims && used + 24 < size; i++) {
+        used +=
+            (size_t)snprintf(text + used, size - used, i ? ", %lld" : "%lld", (long long)shape[i]);
+    }
+    snprintf(text + used, size - used, n_dims == 1 ? ",)" : ")");
+}
+
+static tsad_status misshapen(const tsad_tensor *t, int n_dims, const int64_t *shape)
+{
+    char expected[128], got[128];
+    describe(expected, sizeof expected, n_dims, shape);
+    describe(got, sizeof got, t->n_dims, t->shape);
+    return tsad_fail(TSAD_SHAPE, "tensor '%s': expected shape %s, got %s", t->name, expected, got);
+}
+
+tsad_status tsad_take_shape(const tsad_tensor *tensors, int n, const char *name, int n_dims,
+                            const int64_t *shape, const float **out)
+{
+    const tsad_tensor *t = tsad_find(tensors, n, name);
+    if (!t) {
+        return tsad_fail(TSAD_ARGUMENT, "tensor '%s' is missing", name);
+    }
+    if (t->n_dims != n_dims || memcmp(t->shape, shape, sizeof(int64_t) * (size_t)n_dims) != 0) {
+        return misshapen(t, n_dims, shape);
+    }
+    *out = t->data;
+    return TSAD_OK;
+}
+
 tsad_status tsad_take(const tsad_tensor *tensors, int n, const char *name, int64_t rows,
                       int64_t cols, const float **out)
 {
@@ -174,7 +225,7 @@ tsad_status tsad_take(const tsad_tensor *tensors, int n, const char *name, int64
     if (!t) {
         return tsad_fail(TSAD_ARGUMENT, "tensor '%s' is missing", name);
     }
-    int64_t count = 1;
+    int64_t count = 1, shape[2] = {rows, cols};
     for (int i = 0; i < t->n_dims; i++) {
         count *= t->shape[i];
     }
@@ -182,18 +233,7 @@ tsad_status tsad_take(const tsad_tensor *tensors, int n, const char *name, int64
         cols ? t->n_dims >= 2 && t->shape[t->n_dims - 1] == cols && t->shape[t->n_dims - 2] == rows
              : t->n_dims == 1 && t->shape[0] == rows;
     if (!shaped || count != rows * (cols ? cols : 1)) {
-        char got[96] = "";
-        int used = 0;
-        for (int i = 0; i < t->n_dims && used < 80; i++) {
-            used += snprintf(got + used, sizeof got - (size_t)used, i ? ", %lld" : "%lld",
-                             (long long)t->shape[i]);
-        }
-        if (cols) {
-            return tsad_fail(TSAD_SHAPE, "tensor '%s': expected shape (%lld, %lld), got (%s)", name,
-                             (long long)rows, (long long)cols, got);
-        }
-        return tsad_fail(TSAD_SHAPE, "tensor '%s': expected shape (%lld,), got (%s)", name,
-                         (long long)rows, got);
+        return misshapen(t, cols ? 2 : 1, shape);
     }
     *out = t->data;
     return TSAD_OK;

@@ -27,7 +27,14 @@ typedef enum tsad_node_kind {
     TSAD_PRUNE_QUERY,  /* softmax over memory of one step, added to the constant block tokens */
     TSAD_PRUNE_TOKENS, /* the lane's memory of this row, its tokens in a row -> out */
     TSAD_PRUNE_SPREAD, /* out (K, n) = ReLU of in (1, n) added to every row of the table */
-    TSAD_PRUNE_STORE   /* in -> the lane's scores, from this row on */
+    TSAD_PRUNE_STORE,  /* in -> the lane's scores, from this row on */
+    /* of wide nets (explicit lists give kinds as numbers: new ones come last); a branch first */
+    TSAD_FILM_BRANCH,     /* two of CONV_NORM, the first one's output, in register in2, scaled and
+                             moved by a term */
+    TSAD_CONV_NORM,       /* m0 (k * c_in, c_out), GroupNorm, activation, same length */
+    TSAD_CONV_TRANSPOSED, /* kernel 4, stride 2, padding 1: m0 even tokens, m1 odd ones */
+    TSAD_FLATTEN,         /* out (1, tokens * channels) = activation(in), token by token */
+    TSAD_TERMS            /* in (1, n) -> the lane's terms */
 } tsad_node_kind;
 
 typedef enum tsad_activation { TSAD_LINEAR_ONLY, TSAD_GELU, TSAD_RELU, TSAD_MISH } tsad_activation;
@@ -35,12 +42,32 @@ typedef enum tsad_activation { TSAD_LINEAR_ONLY, TSAD_GELU, TSAD_RELU, TSAD_MISH
 /* What a slot holds. After the gate sums of reused branches fold; before it they do not. */
 typedef enum tsad_cache_point { TSAD_AFTER_GATE, TSAD_BEFORE_GATE } tsad_cache_point;
 
-/* A plain matrix, row-major (n_in, n_out), with the exact rewrites already applied. */
+/* A plain matrix (n_in, n_out) that a backend packs: its own, row-major, with the exact rewrites
+ * already applied, or a tensor of the specification as it lies, borrowed until the model is made:
+ * input j * width + c is channel c (below `channels`, else 0) of tap tap + j * step. */
 typedef struct tsad_matrix {
     int n_in, n_out;
-    float *data;
+    float *data; /* NULL: borrowed */
     float *bias; /* (n_out) */
+    const float *source, *source_bias;
+    int width, channels, tap, step;
+    size_t channel_stride, out_stride;
 } tsad_matrix;
+
+static inline float tsad_matrix_at(const tsad_matrix *m, int i, int o)
+{
+    if (m->data) {
+        return m->data[(size_t)i * (size_t)m->n_out + (size_t)o];
+    }
+    int c = i % m->width, tap = m->tap + i / m->width * m->step;
+    return c < m->channels
+               ? m->source[(size_t)o * m->out_stride + (size_t)c * m->channel_stride + (size_t)tap]
+               : 0;
+}
+static inline float tsad_matrix_bias(const tsad_matrix *m, int o)
+{
+    return m->data ? m->bias[o] : m->source_bias ? m->source_bias[o] : 0;
+}
 
 typedef struct tsad_node {
     tsad_node_kind kind;
@@ -56,20 +83,26 @@ typedef struct tsad_node {
     bool causal;
     bool is_residual; /* a later branch's residual map: runs with that branch */
     int n_heads, kernel, stride;
+    int groups[2]; /* of the GroupNorm after m0, m1 */
+    int term;      /* where its move, or its scale and then its move, are in the lane's terms */
+    bool scales;
     tsad_matrix m[4];
     float *table; /* added after: (tokens, c_out); TOKENS: (K, c); gate rows: (K, c) */
+    float *norm;  /* GroupNorm's scale and shift after m0, then after m1: (2 or 4, c_out) */
     void *packed; /* the backend's own form of m */
 } tsad_node;
 
 typedef struct tsad_register {
     int tokens, channels;
+    int halo; /* rows of zeros before and after its own: what a convolution's taps meet there */
 } tsad_register;
 
 typedef struct tsad_net {
     int n_nodes, n_registers, n_blocks, max_nodes, max_registers;
     tsad_node *nodes;
     tsad_register *registers;
-    int input, output;   /* registers */
+    int input, output; /* registers */
+    bool wide; /* its nodes are worth sharing by channels: one set of registers for all threads */
     int *block_node;     /* (B) */
     uint8_t *block_type; /* (B) */
     size_t *slot_offset; /* (B) floats from the start of a row of slots */
@@ -90,11 +123,18 @@ tsad_status tsad_net_finish(tsad_net *net); /* numbers blocks, checks shapes, pl
 void tsad_net_free(tsad_net *net);
 bool tsad_node_is_prunable(tsad_node_kind kind);
 tsad_status tsad_matrix_make(tsad_matrix *m, int n_in, int n_out); /* zeroed */
+/* Taps `tap`, `tap` + `step`, ... (n of them) of a torch convolution (n_out, channels, kernel), or,
+ * transposed, (channels, n_out, kernel), over registers of `channels`; borrowed. */
+tsad_matrix tsad_matrix_taps(const float *weight, const float *bias, int channels, int n_out,
+                             int kernel, int n, int tap, int step, bool transposed);
 void tsad_matrix_free(tsad_matrix *m);
 const tsad_tensor *tsad_find(const tsad_tensor *tensors, int n, const char *name);
 /* The named tensor, or a failure that names it; a shape of 0 ends the list. */
 tsad_status tsad_take(const tsad_tensor *tensors, int n, const char *name, int64_t rows,
                       int64_t cols, const float **out);
+/* The named tensor of exactly this shape, or a failure that names it. */
+tsad_status tsad_take_shape(const tsad_tensor *tensors, int n, const char *name, int n_dims,
+                            const int64_t *shape, const float **out);
 /* m = transpose of a torch weight (n_out, n_in), with LayerNorm's scale and shift folded in when
  * gain is given, all times `scale`. */
 void tsad_matrix_fold(tsad_matrix *m, const float *weight, const float *bias, const float *gain,

@@ -8,10 +8,13 @@
 /* ---- keywords ---------------------------------------------------------------------------- */
 
 static const char *const keywords[] = {
-    "family",   "horizon",   "n_obs_steps", "n_action_steps", "obs_dim",       "action_dim",
-    "n_layers", "n_heads",   "n_emb",       "n_cond_layers",  "causal",        "sampler",
-    "time_emb", "obs_scale", "obs_offset",  "action_scale",   "action_offset", "block_cost",
-    "tensors",  "pruner",    "nodes",       "registers",      "backend",       "precision",
+    "family",        "horizon",       "n_obs_steps", "n_action_steps",
+    "obs_dim",       "action_dim",    "n_layers",    "n_heads",
+    "n_emb",         "n_cond_layers", "causal",      "sampler",
+    "time_emb",      "obs_scale",     "obs_offset",  "action_scale",
+    "action_offset", "block_cost",    "tensors",     "pruner",
+    "nodes",         "registers",     "backend",     "precision",
+    "down_dims",     "kernel_size",   "n_groups",    "use_film_scale_modulation",
 };
 static const char *const pruner_keywords[] = {"tensors", "hidden", "heads", "ff", "block_emb"};
 
@@ -92,7 +95,7 @@ static int take_string(PyObject *dict, const char *name, const char *fallback, c
 /* What a specification borrows while the model is built. */
 typedef struct source {
     edge_state *state;
-    edge_view view[10];
+    edge_view view[11];
     int n_views;
     PyObject *items[2]; /* lists of (name, array): network, pruner */
     tsad_tensor *tensors[2];
@@ -211,7 +214,8 @@ static int read_sizes(PyObject *kw, tsad_model_spec *spec)
         return -1;
     }
     spec->precision = strcmp(precision, "int16") == 0 ? TSAD_INT16 : TSAD_FLOAT32;
-    int layered = strcmp(spec->family, "nodes") == 0 ? 0 : -1; /* a node list has no layers */
+    bool transformer = strcmp(spec->family, "diffusion_policy_transformer") == 0;
+    int layered = transformer ? -1 : 0; /* others have no layers */
     return take_int(kw, "horizon", -1, &spec->horizon) < 0 ||
                    take_int(kw, "n_obs_steps", -1, &spec->n_obs_steps) < 0 ||
                    take_int(kw, "n_action_steps", -1, &spec->n_action_steps) < 0 ||
@@ -220,6 +224,10 @@ static int read_sizes(PyObject *kw, tsad_model_spec *spec)
                    take_int(kw, "n_layers", layered, &spec->n_layers) < 0 ||
                    take_int(kw, "n_heads", layered, &spec->n_heads) < 0 ||
                    take_int(kw, "n_emb", layered, &spec->n_emb) < 0 ||
+                   take_int(kw, "kernel_size", 0, &spec->kernel_size) < 0 ||
+                   take_int(kw, "n_groups", 0, &spec->n_groups) < 0 ||
+                   take_int(kw, "use_film_scale_modulation", 0, &spec->use_film_scale_modulation) <
+                       0 ||
                    take_int(kw, "n_cond_layers", 0, &spec->n_cond_layers) < 0 ||
                    take_int(kw, "causal", 1, &spec->causal) < 0
                ? -1
@@ -300,7 +308,7 @@ static int read_pruner(source *s, PyObject *kw, tsad_model_spec *spec)
 
 static int read_nodes(source *s, PyObject *kw, tsad_model_spec *spec)
 {
-    int64_t nodes[2] = {-1, 10}, registers[2] = {-1, 2};
+    int64_t nodes[2] = {-1, 10}, registers[2] = {-1, 2}, levels = -1;
     bool needed = strcmp(spec->family, "nodes") == 0;
     edge_view *view = take_array(s, kw, "nodes", EDGE_INT32, 2, nodes, needed);
     if (view) {
@@ -312,6 +320,12 @@ static int read_nodes(source *s, PyObject *kw, tsad_model_spec *spec)
     if (view) {
         spec->registers = view->data;
         spec->n_registers = (int)view->shape[0];
+    }
+    needed = strcmp(spec->family, "unet1d") == 0;
+    view = PyErr_Occurred() ? NULL : take_array(s, kw, "down_dims", EDGE_INT32, 1, &levels, needed);
+    if (view) {
+        spec->down_dims = view->data;
+        spec->n_levels = (int)view->shape[0];
     }
     return PyErr_Occurred() ? -1 : 0;
 }
