@@ -58,6 +58,8 @@ typedef enum tsad_array {
 
 struct tsad_model {
     atomic_int references;
+    tsad_model *whole; /* whose last steps these are, and whose weights and tables; NULL: its own */
+    int first_step;    /* row of the tables over steps that step 0 has */
     const struct tsad_backend *backend;
     int horizon, n_obs_steps, n_action_steps, obs_dim, action_dim;
     int width, n_layers, n_memory; /* n_memory: tokens of memory, S */

@@ -134,6 +134,9 @@ typedef struct tsad_model_spec {
 } tsad_model_spec;
 
 tsad_status tsad_model_create(const tsad_model_spec *spec, tsad_model **out);
+/* The last n_steps steps of a model, with a sampler table of their own (n_steps, 8), as a model
+ * that shares its weights and tables. It has no pruner: that one plans all steps. */
+tsad_status tsad_model_tail(tsad_model *whole, const float *sampler, int n_steps, tsad_model **out);
 void tsad_model_retain(tsad_model *model);
 void tsad_model_destroy(tsad_model *model); /* drops one reference; NULL is fine */
 

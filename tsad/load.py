@@ -127,8 +127,8 @@ def load(
     if last is not None:
         from tsad.warm import WarmPolicy
 
-        model = make_model(config, tensors, None, last, precision=precision)
-        policy = WarmPolicy(policy, model, last)
+        rows = np.ascontiguousarray(last.table, np.float32)
+        policy = WarmPolicy(policy, model.tail(rows), last)
     if chosen is not None:
         _apply(policy, chosen)
     policy._source = str(source) if source in bundled() else os.path.abspath(source)

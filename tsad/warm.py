@@ -50,8 +50,8 @@ class WarmPolicy(SparsePolicy):
     the sampler adds none, from the stream that `reset` describes: first chunks are those of the
     policy without warm start, bit for bit.
 
-    The two policies have packed weights each: twice the memory of one (``stats``). A call takes and
-    makes a few small arrays in Python, and ``out`` must be a NumPy array.
+    The two policies share one set of weights. A call takes and makes a few small arrays in Python,
+    and ``out`` must be a NumPy array.
     """
 
     def __init__(self, cold: SparsePolicy, model: _core.Model, sampler: Sampler) -> None:
@@ -252,9 +252,9 @@ class WarmPolicy(SparsePolicy):
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Of the warm chunks; ``bytes`` and ``weight_bytes`` are of both policies."""
-        stats, cold = super().stats, self._cold.stats
-        return stats | {name: stats[name] + cold[name] for name in ("bytes", "weight_bytes")}
+        """Of the warm chunks; ``bytes`` is of both policies, whose weights are the same."""
+        stats = super().stats
+        return stats | {"bytes": stats["bytes"] + self._cold.stats["bytes"]}
 
     def __repr__(self) -> str:
         steps = f"the last {self.num_inference_steps} of {self._cold.num_inference_steps} steps"

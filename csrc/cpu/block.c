@@ -139,7 +139,7 @@ static void deliver(const context *c, const tsad_node *node, float *slot, const 
     float *x = reg(c, node->out);
     if (node->cache_point == TSAD_BEFORE_GATE) {
         int C = c->net->registers[node->out].channels, ld = tsad_pad(C);
-        const float *gate = node->table + (size_t)c->row * (size_t)C;
+        const float *gate = node->table + (size_t)c->step * (size_t)C;
         memset(c->w->scratch, 0, sizeof(float) * floats);
         c->k->finish(c->w->scratch, NULL, group, n, floats);
         for (size_t i = 0; i < floats; i++) {

@@ -114,7 +114,8 @@ typedef struct context {
     const tsad_member *member;
     const tsad_cpu_lane *lane;
     float **registers;
-    int row;
+    int row;  /* of the program */
+    int step; /* of the tables over steps */
 } context;
 
 /* What a row is multiplied by before rounding, from its squared length. A row of zeros has scale

@@ -61,7 +61,7 @@ static void move_node(const context *c, const tsad_node *node)
     size_t ld = (size_t)tsad_pad(in->channels), ldy = (size_t)tsad_pad(out->channels);
     size_t row = sizeof(float) * (size_t)in->channels;
     if (node->kind == TSAD_TOKENS) {
-        memcpy(y, node->table + (size_t)c->row * (size_t)in->channels, row);
+        memcpy(y, node->table + (size_t)c->step * (size_t)in->channels, row);
         y += ldy;
     }
     int repeat = node->kind == TSAD_UPSAMPLE ? node->stride : 1;

@@ -226,6 +226,7 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
     for (; row < row_end; row++) {
         for (int i = 0; i < n; i++) {
             members[i].row = row;
+            members[i].step = row + members[i].m->first_step;
         }
         if (n > 1) {
             run_row_of_gang(members, n);

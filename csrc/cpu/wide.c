@@ -69,7 +69,7 @@ static void add_terms(const context *c, const tsad_node *node, range r, tsad_aft
                       float *to)
 {
     const tsad_model *m = c->m;
-    const float *time = m->time_terms + (size_t)c->row * (size_t)m->n_terms + node->term;
+    const float *time = m->time_terms + (size_t)c->step * (size_t)m->n_terms + node->term;
     const float *lane = c->lane->array[TSAD_ARRAY_TERMS] + node->term;
     int n = r.to - r.from, channels = c->net->registers[node->out].channels;
     for (int part = 0; part <= node->scales; part++) {

@@ -150,7 +150,7 @@ static inline const float *tsad_folded(const tsad_model *m, const tsad_cpu_lane 
         return fold + at * m->fold.floats;
     }
     if (s == 0) {
-        size_t at = (size_t)step * (size_t)m->n_layers + (size_t)layer;
+        size_t at = (size_t)(step + m->first_step) * (size_t)m->n_layers + (size_t)layer;
         return m->time_fold + at * m->fold.floats;
     }
     return fold + ((size_t)layer * (tokens - 1) + (size_t)(s - 1)) * m->fold.floats;
