@@ -12,7 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { HUGE_PAGE = 2 << 20 };
+enum { PAGE = 4096, HUGE_PAGE = 2 << 20 };
 
 #if defined(__SANITIZE_ADDRESS__)
 #define TSAD_ASAN 1
@@ -48,7 +48,7 @@ void *tsad_carve(tsad_arena *arena, size_t bytes)
 
 tsad_status tsad_arena_allocate(tsad_arena *arena)
 {
-    arena->size = arena->used;
+    arena->size = (arena->used + PAGE - 1) / PAGE * PAGE; /* pages of its own */
     arena->used = 0;
     arena->base = tsad_allocate(arena->size);
     if (!arena->base) {
@@ -70,9 +70,8 @@ void tsad_arena_free(tsad_arena *arena)
 void *tsad_allocate(size_t bytes)
 {
     bytes = round_up(bytes ? bytes : 1);
-    void *memory =
-        aligned_alloc(bytes >= HUGE_PAGE ? HUGE_PAGE : TSAD_ALIGN,
-                      bytes >= HUGE_PAGE ? (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE : bytes);
+    size_t unit = bytes >= HUGE_PAGE ? HUGE_PAGE : bytes >= PAGE ? PAGE : TSAD_ALIGN;
+    void *memory = aligned_alloc(unit, (bytes + unit - 1) / unit * unit);
     if (memory) {
 #ifdef MADV_HUGEPAGE
         if (bytes >= HUGE_PAGE) {

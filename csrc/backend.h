@@ -48,6 +48,7 @@ typedef tsad_status (*tsad_each_fn)(void *context, tsad_queue *queue, int rank, 
 typedef struct tsad_backend {
     const char *name;
     bool (*usable)(void);                   /* on this machine */
+    bool for_tests;                         /* nobody is offered it */
     tsad_status (*pack)(tsad_model *model); /* plain matrices -> packed; plain ones are freed */
     void (*unpack)(tsad_model *model);      /* frees what pack made; accepts half-packed models */
 

@@ -23,7 +23,7 @@ int tsad_backend_names(const char **names, int capacity)
 {
     int n = 0;
     for (int i = 0; tsad_backends[i]; i++) {
-        if (tsad_backends[i]->usable()) {
+        if (tsad_backends[i]->usable() && !tsad_backends[i]->for_tests) {
             if (n < capacity) {
                 names[n] = tsad_backends[i]->name;
             }

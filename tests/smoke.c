@@ -15,6 +15,9 @@
 #include "random_model.h"
 
 #include <pthread.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 static const shape TINY = {.steps = 6,
                            .layers = 2,
@@ -437,6 +440,36 @@ static void test_paths(tsad_precision precision, float bound)
     }
 }
 
+/* the guarded backend's memory is nobody's between its entry points: a stage that read it would end
+ * the process */
+static void test_guarded(void)
+{
+    tsad_model *model = random_model(&TINY, "guarded");
+    static float expected[T * A], actions[T * A];
+    tsad_policy *p;
+    must(tsad_policy_create(model, FEW, 4, &p));
+    chunk(p, 1, actions);
+    fflush(stdout);
+    int status = 0;
+    pid_t child = fork();
+    if (child == 0) {
+        signal(SIGSEGV, SIG_DFL);
+        volatile float first = *(volatile float *)(volatile void *)p->engine->arena.base;
+        _exit(first == 0 ? 0 : 1);
+    }
+    waitpid(child, &status, 0);
+    check(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV,
+          "reading the guarded backend's memory ends the process");
+    tsad_policy_destroy(p);
+    tsad_model_destroy(model);
+    model = random_model(&TINY, "ref");
+    must(tsad_policy_create(model, FEW, 4, &p));
+    chunk(p, 1, expected);
+    check(memcmp(expected, actions, sizeof actions) == 0, "the guarded backend has ref's bits");
+    tsad_policy_destroy(p);
+    tsad_model_destroy(model);
+}
+
 /* two policies on one model, each with its own thread, both wanting the team */
 static void *hammer(void *model)
 {
@@ -486,6 +519,7 @@ int main(int argc, char **argv)
         test_stalls(model);
         test_pruners();
         test_plans(model);
+        test_guarded();
         test_paths(TSAD_FLOAT32, 1e-5f);
         test_paths(TSAD_INT16, 1e-4f);
         pthread_t threads[2];

@@ -197,6 +197,7 @@ def test_the_committed_counts_have_every_case_and_its_plans_are_valid() -> None:
     shares = [(p == tsad.COMPUTE).mean() for p in instructions.plans()["lanes8"]]
     assert shares == pytest.approx([0.05] * 8, abs=0.01)
 
+
 # ---- parity's observations
 
 

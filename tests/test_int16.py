@@ -17,7 +17,7 @@ from test_nodes import K as NODE_STEPS
 import tsad
 from tsad import _core
 
-BACKENDS = _core.backends()
+BACKENDS = [*_core.backends(), "guarded"]  # csrc/cpu/guarded.c
 NETWORK = 1e-3  # of the largest output; rounding to 16 bits costs 1 to 2e-4 a product
 PATHS = 4e-4  # where scales differ in a last bit, numbers round to neighbours
 

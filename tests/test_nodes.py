@@ -187,7 +187,7 @@ def random_plans(rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8], npt.N
 OBS = np.zeros((1, A), np.float32)
 
 
-@pytest.mark.parametrize("backend", _core.backends())
+@pytest.mark.parametrize("backend", [*_core.backends(), "guarded"])
 def test_toy_unet_equals_the_oracle(backend: str) -> None:
     rng = np.random.default_rng(0)
     worst = 0.0

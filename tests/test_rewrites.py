@@ -33,7 +33,7 @@ from tsad.samplers import make_sampler
 K = 6
 SEEN = 1e-2  # relative change of the output by which a weight must count
 Change = Callable[[Tensors], None]
-backends = pytest.mark.parametrize("backend", _core.backends())
+backends = pytest.mark.parametrize("backend", [*_core.backends(), "guarded"])
 
 
 def make(

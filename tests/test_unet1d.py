@@ -11,7 +11,7 @@ from torch_unet import Shape, Weights, predict
 
 from tsad import _core
 
-BACKENDS = _core.backends()
+BACKENDS = [*_core.backends(), "guarded"]  # csrc/cpu/guarded.c
 TOLERANCE = 1e-5  # of the largest output
 BOUND_16 = 3e-3
 SHAPES = {
@@ -177,9 +177,7 @@ def test_a_missing_or_misshapen_tensor_is_named() -> None:
     name = "up_modules.0.1.conv2.block.0.weight"
     with pytest.raises(ValueError, match=f"tensor '{name}' is missing"):
         make(shape, {k: v for k, v in weights.items() if k != name})
-    with pytest.raises(
-        ValueError, match=rf"{name}': expected shape \(32, 32, 5\), got"
-    ):
+    with pytest.raises(ValueError, match=rf"{name}': expected shape \(32, 32, 5\), got"):
         make(shape, weights | {name: weights[name][..., 0].copy()})
 
 

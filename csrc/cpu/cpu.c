@@ -9,5 +9,6 @@ const tsad_backend *const tsad_backends[] = {
     &tsad_cpu_neon.base,
 #endif
     &tsad_cpu_ref.base,
+    &tsad_cpu_guarded.base, /* never by itself: the one before is always usable */
     NULL,
 };

@@ -206,7 +206,8 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
                                               .get_array = tsad_cpu_get_array},                    \
                                      .kernels = kernel_table}
 
-extern const tsad_cpu_backend tsad_cpu_ref;
+extern const tsad_kernels tsad_ref_kernels;
+extern const tsad_cpu_backend tsad_cpu_ref, tsad_cpu_guarded;
 #if defined(__x86_64__)
 extern const tsad_cpu_backend tsad_cpu_avx2, tsad_cpu_avx512;
 #elif defined(__aarch64__)

@@ -260,15 +260,15 @@ static void ref_finish(float *x, float *slot, const float *const *group, int n, 
 
 static bool always(void) { return true; }
 
-static const tsad_kernels kernels = {.panel = PANEL,
-                                     .linear = ref_linear,
-                                     .round = ref_round,
-                                     .linear16 = ref_linear16,
-                                     .layernorm = ref_layernorm,
-                                     .groupnorm = ref_groupnorm,
-                                     .attention = ref_attention,
-                                     .cross = ref_cross,
-                                     .add = ref_add,
-                                     .finish = ref_finish};
+const tsad_kernels tsad_ref_kernels = {.panel = PANEL,
+                                       .linear = ref_linear,
+                                       .round = ref_round,
+                                       .linear16 = ref_linear16,
+                                       .layernorm = ref_layernorm,
+                                       .groupnorm = ref_groupnorm,
+                                       .attention = ref_attention,
+                                       .cross = ref_cross,
+                                       .add = ref_add,
+                                       .finish = ref_finish};
 
-TSAD_CPU_BACKEND(tsad_cpu_ref, "ref", always, &kernels);
+TSAD_CPU_BACKEND(tsad_cpu_ref, "ref", always, &tsad_ref_kernels);

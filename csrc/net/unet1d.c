@@ -156,8 +156,8 @@ static tsad_status add_block(builder *b, const char *name, int in, int channels,
 static tsad_status add_pair(builder *b, const char *level, int *reg, int channels)
 {
     for (int i = 0; i < 2; i++) {
-        char name[48];
-        snprintf(name, sizeof name, "%s.%d", level, i);
+        char name[32];
+        snprintf(name, sizeof name, "%.20s.%d", level, i & 1);
         TSAD_TRY(add_block(b, name, *reg, channels, reg));
     }
     return TSAD_OK;
