@@ -435,7 +435,10 @@ static void test_paths(tsad_precision precision, float bound)
         }
         char text[80];
         snprintf(text, sizeof text, "%s equals ref in %s (largest difference %.1e)", names[i],
-                 precision == TSAD_INT16 ? "16 bits" : "float32", worst);
+                 precision == TSAD_FLOAT32 ? "float32"
+                 : precision == TSAD_INT16 ? "16 bits"
+                                           : "8 bits",
+                 worst);
         check(worst <= bound, text);
     }
 }
@@ -522,6 +525,7 @@ int main(int argc, char **argv)
         test_guarded();
         test_paths(TSAD_FLOAT32, 1e-5f);
         test_paths(TSAD_INT16, 1e-4f);
+        test_paths(TSAD_INT8, 1e-4f);
         pthread_t threads[2];
         for (int i = 0; i < 2; i++) {
             pthread_create(&threads[i], NULL, hammer, model);

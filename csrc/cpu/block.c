@@ -27,7 +27,7 @@ tsad_rounded tsad_cpu_round(const tsad_kernels *k, const float *x, int ldx, int 
 void tsad_cpu_linear(const tsad_kernels *k, const tsad_packed *w, const float *x, int ldx, int rows,
                      tsad_activation act, float *y, int ldy, float *room)
 {
-    if (!w->q) {
+    if (!tsad_is_rounded(w)) {
         k->linear(w, x, ldx, rows, act, y, ldy);
         return;
     }
@@ -53,7 +53,7 @@ static void block_part(const context *c, int n, const tsad_node *node, int p, co
     float *next = work + (size_t)rows * (size_t)ld;
     bool attention = node->kind == TSAD_SELF_ATTENTION;
     tsad_activation act = attention ? TSAD_LINEAR_ONLY : node->activation;
-    if (first->q) {
+    if (tsad_is_rounded(first)) {
         c->k->linear16(first, &input->rounded, rows, act, work, ld);
     } else {
         c->k->linear(first, input->x, ldx, rows, act, work, ld);
@@ -121,7 +121,7 @@ static void own_parts(const context *c, int n, const tsad_node *node, int begin,
                       const float *x, float *work, float *const *part)
 {
     operand input = {.x = x};
-    if (((const tsad_cpu_node *)node->packed)->list[0].q) {
+    if (tsad_is_rounded(((const tsad_cpu_node *)node->packed)->list)) {
         const tsad_register *in = &c->net->registers[node->in];
         int rows = n * in->tokens;
         input.rounded = tsad_cpu_round(c->k, x, tsad_pad(in->channels), rows, in->channels, work);

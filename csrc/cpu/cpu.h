@@ -12,6 +12,8 @@
 #include <math.h>
 
 enum { TSAD_THIN = 4 }; /* a panel's columns would be mostly empty */
+/* weights of a matrix, from where on halving their bytes is worth what 8 bits lose */
+enum { TSAD_LARGE = 1 << 16 };
 
 /* Weights of y = x W + bias in panels of `panel` columns: [n_out / panel][n_in][panel], the order
  * in which they are streamed. Columns beyond n_out are zero. */
@@ -23,14 +25,22 @@ typedef struct tsad_packed {
     /* 16 bits: panels of pairs of inputs, [n_out / panel][pairs][panel][2]; unit (padded) is what
      * 1 stands for in each column */
     const int16_t *q;
+    const int8_t *q8; /* the same in 8 bits, in place of q */
     const float *unit;
 } tsad_packed;
+
+static inline bool tsad_is_rounded(const tsad_packed *w) { return w->q || w->q8; }
 
 /* 16-bit products cannot overflow 32-bit sums: a column's length is at most COLUMN, a row's at
  * most ROW, so by Cauchy and Schwarz no partial sum passes COLUMN * ROW < 2^31. Rounding adds at
  * most sqrt(n) / 2 to a length; both leave room for n = 65536. A row's length bounds its largest
  * number as well, so rounding a row needs no search for that. */
-enum { TSAD_COLUMN_LENGTH = 65000, TSAD_ROW_LENGTH = 32600, TSAD_LARGEST = 32767 };
+enum {
+    TSAD_COLUMN_LENGTH = 65000,
+    TSAD_ROW_LENGTH = 32600,
+    TSAD_LARGEST = 32767,
+    TSAD_LARGEST_8 = 127
+};
 
 /* Rows of 16-bit activations, each a multiple of its unit. */
 typedef struct tsad_rounded {

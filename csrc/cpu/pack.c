@@ -34,8 +34,10 @@ static void take_column(const packer *p, const tsad_matrix *m, slice s, int o)
     }
 }
 
-/* One column to 16 bits, `step` apart, pairs of inputs together; returns its unit. */
-static float round_column(const float *from, int n, int16_t *to, size_t step)
+/* One column to integers up to `largest`, `step` apart, pairs of inputs together, in 16 bits or,
+ * where `bytes` is given, there in 8; returns its unit. */
+static float round_column(const float *from, int n, int largest, int16_t *to, int8_t *bytes,
+                          size_t step)
 {
     double square = 0, top = 0;
     for (int i = 0; i < n; i++) {
@@ -46,30 +48,41 @@ static float round_column(const float *from, int n, int16_t *to, size_t step)
     if (top == 0) {
         return 0; /* to is zero */
     }
-    double scale = fmin(TSAD_LARGEST / top, TSAD_COLUMN_LENGTH / sqrt(square));
+    double scale = fmin(largest / top, TSAD_COLUMN_LENGTH / sqrt(square));
     for (int i = 0; i < n; i++) {
-        to[(size_t)(i / 2) * step + (size_t)(i % 2)] = (int16_t)lrint((double)from[i] * scale);
+        size_t at = (size_t)(i / 2) * step + (size_t)(i % 2);
+        long rounded = lrint((double)from[i] * scale);
+        if (bytes) {
+            bytes[at] = (int8_t)rounded;
+        } else {
+            to[at] = (int16_t)rounded;
+        }
     }
     return (float)(1 / scale);
 }
 
-static void pack16(const packer *p, const tsad_matrix *m, slice s, float *bias, tsad_packed *out)
+static void pack_rounded(const packer *p, const tsad_matrix *m, slice s, float *bias,
+                         tsad_packed *out)
 {
     int n_in = s.r1 - s.r0, n_out = (s.c1 - s.c0) * s.groups, panel = p->panel;
     size_t padded = (size_t)((n_out + panel - 1) / panel * panel), pairs = (size_t)(n_in + 1) / 2;
-    int16_t *q = TSAD_CARVE(p->arena, int16_t, padded * pairs * 2);
+    bool small = s.precision == TSAD_INT8 && (size_t)n_in * (size_t)n_out >= TSAD_LARGE;
+    int16_t *q = small ? NULL : TSAD_CARVE(p->arena, int16_t, padded * pairs * 2);
+    int8_t *q8 = small ? TSAD_CARVE(p->arena, int8_t, padded * pairs * 2) : NULL;
     float *unit = TSAD_CARVE(p->arena, float, padded);
-    if (!q) {
+    if (!unit) {
         return; /* counting */
     }
     for (int o = 0; o < n_out; o++) {
         int column = source_column(m, s, o);
-        size_t at = (size_t)(o / panel) * pairs * (size_t)panel + (size_t)(o % panel);
+        size_t at = 2 * ((size_t)(o / panel) * pairs * (size_t)panel + (size_t)(o % panel));
         take_column(p, m, s, column);
-        unit[o] = round_column(p->column, n_in, q + 2 * at, 2 * (size_t)panel);
+        unit[o] = round_column(p->column, n_in, small ? TSAD_LARGEST_8 : TSAD_LARGEST,
+                               small ? NULL : q + at, small ? q8 + at : NULL, 2 * (size_t)panel);
         bias[o] = s.with_bias ? tsad_matrix_bias(m, column) : 0;
     }
-    *out = (tsad_packed){.n_in = n_in, .n_out = n_out, .bias = bias, .q = q, .unit = unit};
+    *out =
+        (tsad_packed){.n_in = n_in, .n_out = n_out, .bias = bias, .q = q, .q8 = q8, .unit = unit};
 }
 
 static void pack(const packer *p, const tsad_matrix *m, slice s, tsad_packed *out)
@@ -79,8 +92,8 @@ static void pack(const packer *p, const tsad_matrix *m, slice s, tsad_packed *ou
     int panel = thin ? 1 : p->panel, rows = thin ? tsad_pad(n_in) : n_in;
     int padded = (n_out + panel - 1) / panel * panel;
     float *bias = TSAD_CARVE(p->arena, float, padded);
-    if (s.precision == TSAD_INT16) {
-        pack16(p, m, s, bias, out);
+    if (s.precision != TSAD_FLOAT32) {
+        pack_rounded(p, m, s, bias, out);
         return;
     }
     float *w = TSAD_CARVE(p->arena, float, (size_t)padded *(size_t)rows);

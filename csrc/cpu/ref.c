@@ -86,13 +86,14 @@ static void ref_linear16(const tsad_packed *w, const tsad_rounded *x, int rows, 
 {
     int pairs = (w->n_in + 1) / 2;
     for (int n = 0; n < w->n_out; n += PANEL) {
-        const int16_t *panel = w->q + (size_t)n * (size_t)pairs * 2;
+        size_t panel = (size_t)n * (size_t)pairs * 2;
         for (int t = 0; t < rows; t++) {
             const int16_t *row = x->q + (size_t)t * (size_t)x->ld;
             int32_t sum[PANEL] = {0};
             for (int i = 0; i < 2 * pairs; i++) {
                 for (int j = 0; j < PANEL; j++) {
-                    sum[j] += row[i] * panel[(i / 2 * PANEL + j) * 2 + i % 2];
+                    size_t at = panel + (size_t)((i / 2 * PANEL + j) * 2 + i % 2);
+                    sum[j] += row[i] * (w->q ? w->q[at] : w->q8[at]);
                 }
             }
             for (int j = 0; j < PANEL; j++) {

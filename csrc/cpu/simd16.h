@@ -1,6 +1,22 @@
-/* simd16.h: the products of precision int16 over a vector of W pairs; part of simd.h, which says
- * what the macros are. Same tiles, same streaming of the weights.
+/* simd16.h: the products of precision int16 and int8 over a vector of W pairs; part of simd.h,
+ * which says what the macros are. Same tiles, same streaming of the weights; 8-bit ones are widened
+ * as they come.
  */
+
+typedef signed char vb __attribute__((vector_size(2 * W))); /* W pairs in 8 bits, and in 16 */
+typedef short vp __attribute__((vector_size(4 * W)));
+
+ALWAYS_INLINE vi load_pairs(const bool bytes, const void *from, size_t at)
+{
+    if (bytes) {
+        vb small;
+        memcpy(&small, (const int8_t *)from + at, sizeof small);
+        return (vi) __builtin_convertvector(small, vp);
+    }
+    vi pairs;
+    memcpy(&pairs, (const int16_t *)from + at, sizeof pairs);
+    return pairs;
+}
 
 static void path(round)(const float *x, int ldx, int rows, int n, const tsad_rounded *out)
 {
@@ -45,9 +61,11 @@ static void path(round)(const float *x, int ldx, int rows, int n, const tsad_rou
 }
 
 /* Sums of M rows by P panels, `stride` apart; like tile, but a step is a pair of inputs. */
-ALWAYS_INLINE void dots16(const bool own, const int M, const int P, const int16_t *x, int ldx,
-                          const int16_t *w, size_t stride, int pairs, vi *out)
+ALWAYS_INLINE void dots16(const bool own, const bool bytes, const int M, const int P,
+                          const int16_t *x, int ldx, const void *w, size_t stride, int pairs,
+                          vi *out)
 {
+    const size_t size = bytes ? 1 : sizeof(int16_t);
     (void)own; /* on a path without an instruction of its own */
     vi sum[MAX_ROWS][MAX_PANELS][2];
     const int16_t *row[MAX_ROWS];
@@ -63,13 +81,11 @@ ALWAYS_INLINE void dots16(const bool own, const int M, const int P, const int16_
     for (int i = 0; i < pairs; i++) {
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
-            const int16_t *at = w + (size_t)p * stride;
-            vi w0, w1;
-            memcpy(&w0, at, sizeof w0);
-            memcpy(&w1, at + 2 * W, sizeof w1);
-            for (size_t line = 0; line < PANEL * sizeof(float); line += 64) {
-                __builtin_prefetch((const char *)at + FAR_AHEAD + line, 0, 2);
-                __builtin_prefetch((const char *)at + NEAR_AHEAD + line, 0, 3);
+            const char *at = (const char *)w + (size_t)p * stride * size;
+            vi w0 = load_pairs(bytes, at, 0), w1 = load_pairs(bytes, at, 2 * W);
+            for (size_t line = 0; line < 2 * PANEL * size; line += 64) {
+                __builtin_prefetch(at + FAR_AHEAD + line, 0, 2);
+                __builtin_prefetch(at + NEAR_AHEAD + line, 0, 3);
             }
 #pragma GCC unroll 16
             for (int t = 0; t < M; t++) {
@@ -80,7 +96,7 @@ ALWAYS_INLINE void dots16(const bool own, const int M, const int P, const int16_
                 DOT16(own, sum[t][p][1], w1, v);
             }
         }
-        w += 2 * PANEL;
+        w = (const char *)w + 2 * PANEL * size;
     }
 #pragma GCC unroll 16
     for (int t = 0; t < M; t++) {
@@ -92,20 +108,21 @@ ALWAYS_INLINE void dots16(const bool own, const int M, const int P, const int16_
     }
 }
 
-ALWAYS_INLINE void tile16(const bool own, const int M, const int P, const int16_t *x, int ldx,
-                          const float *unit, const tsad_packed *packed, int column,
-                          tsad_activation act, float *y, int ldy)
+ALWAYS_INLINE void tile16(const bool own, const bool bytes, const int M, const int P,
+                          const int16_t *x, int ldx, const float *unit, const tsad_packed *packed,
+                          int column, tsad_activation act, float *y, int ldy)
 {
     int pairs = (packed->n_in + 1) / 2;
     const size_t stride = (size_t)PANEL * (size_t)pairs * 2;
-    const int16_t *w = packed->q + (size_t)column * (size_t)pairs * 2;
+    size_t begin = (size_t)column * (size_t)pairs * 2;
+    const void *w = bytes ? (const void *)(packed->q8 + begin) : (const void *)(packed->q + begin);
     vi sum[MAX_ROWS * MAX_PANELS * 2]; /* (M, P, 2) */
 #ifdef OWN_DOTS16
-    if (own && P == 1) {
-        OWN_DOTS16(M, x, ldx, w, pairs, sum);
+    if (own && !bytes && P == 1) {
+        OWN_DOTS16(M, x, ldx, (const int16_t *)w, pairs, sum);
     } else
 #endif
-        dots16(own, M, P, x, ldx, w, stride, pairs, sum);
+        dots16(own, bytes, M, P, x, ldx, w, stride, pairs, sum);
 #pragma GCC unroll 16
     for (int t = 0; t < M; t++) {
 #pragma GCC unroll 4
@@ -124,12 +141,12 @@ ALWAYS_INLINE void tile16(const bool own, const int M, const int P, const int16_
 
 #define TILE16(M, P)                                                                               \
     case M:                                                                                        \
-        tile16(own, M, P, x, ldx, unit, packed, column, act, y, ldy);                              \
+        tile16(own, bytes, M, P, x, ldx, unit, packed, column, act, y, ldy);                       \
         break
 
-ALWAYS_INLINE void narrow16(const bool own, int rows, const int16_t *x, int ldx, const float *unit,
-                            const tsad_packed *packed, int column, tsad_activation act, float *y,
-                            int ldy)
+ALWAYS_INLINE void narrow16(const bool own, const bool bytes, int rows, const int16_t *x, int ldx,
+                            const float *unit, const tsad_packed *packed, int column,
+                            tsad_activation act, float *y, int ldy)
 {
     switch (rows) {
         TILE16(1, 1);
@@ -153,9 +170,9 @@ ALWAYS_INLINE void narrow16(const bool own, int rows, const int16_t *x, int ldx,
     }
 }
 
-ALWAYS_INLINE void wide16(const bool own, int rows, const int16_t *x, int ldx, const float *unit,
-                          const tsad_packed *packed, int column, tsad_activation act, float *y,
-                          int ldy)
+ALWAYS_INLINE void wide16(const bool own, const bool bytes, int rows, const int16_t *x, int ldx,
+                          const float *unit, const tsad_packed *packed, int column,
+                          tsad_activation act, float *y, int ldy)
 {
     switch (rows) {
         TILE16(1, MAX_PANELS);
@@ -166,20 +183,20 @@ ALWAYS_INLINE void wide16(const bool own, int rows, const int16_t *x, int ldx, c
     }
 }
 
-ALWAYS_INLINE void all16(const bool own, const tsad_packed *packed, const tsad_rounded *x, int rows,
-                         tsad_activation act, float *y, int ldy)
+ALWAYS_INLINE void all16(const bool own, const bool bytes, const tsad_packed *packed,
+                         const tsad_rounded *x, int rows, tsad_activation act, float *y, int ldy)
 {
     int n = 0, tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     if (rows <= 3) {
         for (; n + MAX_PANELS * PANEL <= packed->n_out; n += MAX_PANELS * PANEL) {
-            wide16(own, rows, x->q, x->ld, x->unit, packed, n, act, y, ldy);
+            wide16(own, bytes, rows, x->q, x->ld, x->unit, packed, n, act, y, ldy);
         }
     }
     for (; n < packed->n_out; n += PANEL) {
         for (int i = 0; i < tiles; i++) { /* as in linear */
             int from = rows * i / tiles, to = rows * (i + 1) / tiles;
-            narrow16(own, to - from, x->q + (size_t)from * (size_t)x->ld, x->ld, x->unit + from,
-                     packed, n, act, y + (size_t)from * (size_t)ldy, ldy);
+            narrow16(own, bytes, to - from, x->q + (size_t)from * (size_t)x->ld, x->ld,
+                     x->unit + from, packed, n, act, y + (size_t)from * (size_t)ldy, ldy);
         }
     }
 }
@@ -187,9 +204,14 @@ ALWAYS_INLINE void all16(const bool own, const tsad_packed *packed, const tsad_r
 static void path(linear16)(const tsad_packed *packed, const tsad_rounded *x, int rows,
                            tsad_activation act, float *y, int ldy)
 {
-    if (HAS_DOT16) {
-        all16(true, packed, x, rows, act, y, ldy);
+    bool own = HAS_DOT16;
+    if (own && packed->q8) {
+        all16(true, true, packed, x, rows, act, y, ldy);
+    } else if (own) {
+        all16(true, false, packed, x, rows, act, y, ldy);
+    } else if (packed->q8) {
+        all16(false, true, packed, x, rows, act, y, ldy);
     } else {
-        all16(false, packed, x, rows, act, y, ldy);
+        all16(false, false, packed, x, rows, act, y, ldy);
     }
 }

@@ -36,7 +36,7 @@ static void multiply(const context *c, const tsad_packed *w, const product *lane
 {
     int panel = n > 1 && !w->thin ? c->k->panel : r.to - r.from;
     tsad_rounded rounded[TSAD_GANG];
-    for (int i = 0; i < n && w->q; i++) {
+    for (int i = 0; i < n && tsad_is_rounded(w); i++) {
         rounded[i] = tsad_cpu_round(c->k, lanes[i].x, ldx, rows, w->n_in,
                                     room + (size_t)i * tsad_rounded_floats(rows, w->n_in));
     }
@@ -46,15 +46,16 @@ static void multiply(const context *c, const tsad_packed *w, const product *lane
         tsad_packed part = *w;
         part.n_out = r.to - at < panel ? r.to - at : panel;
         part.bias = w->bias + at;
-        if (w->q) {
-            part.q = w->q + (size_t)at * pairs;
+        if (tsad_is_rounded(w)) {
+            part.q = w->q ? w->q + (size_t)at * pairs : NULL;
+            part.q8 = w->q8 ? w->q8 + (size_t)at * pairs : NULL;
             part.unit = w->unit + at;
         } else {
             part.w = w->w + (size_t)at * inputs;
         }
         for (int i = 0; i < n; i++) {
             float *y = lanes[i].y + (at - r.from);
-            if (w->q) {
+            if (tsad_is_rounded(w)) {
                 c->k->linear16(&part, &rounded[i], rows, TSAD_LINEAR_ONLY, y, ldy);
             } else {
                 c->k->linear(&part, lanes[i].x, ldx, rows, TSAD_LINEAR_ONLY, y, ldy);

@@ -208,12 +208,17 @@ static int read_sizes(PyObject *kw, tsad_model_spec *spec)
     if (take_string(kw, "precision", "float32", &precision) < 0) {
         return -1;
     }
-    if (strcmp(precision, "float32") != 0 && strcmp(precision, "int16") != 0) {
-        PyErr_Format(PyExc_ValueError, "precision: expected 'float32' or 'int16', got '%s'",
+    static const char *const precisions[] = {"float32", "int16", "int8"}; /* tsad_precision */
+    int which = 0;
+    while (which < 3 && strcmp(precision, precisions[which]) != 0) {
+        which++;
+    }
+    if (which == 3) {
+        PyErr_Format(PyExc_ValueError, "precision: expected 'float32', 'int16' or 'int8', got '%s'",
                      precision);
         return -1;
     }
-    spec->precision = strcmp(precision, "int16") == 0 ? TSAD_INT16 : TSAD_FLOAT32;
+    spec->precision = (tsad_precision)which;
     bool transformer = strcmp(spec->family, "diffusion_policy_transformer") == 0;
     int layered = transformer ? -1 : 0; /* others have no layers */
     return take_int(kw, "horizon", -1, &spec->horizon) < 0 ||
