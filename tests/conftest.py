@@ -1,12 +1,25 @@
 """One thread for NumPy's and PyTorch's own matrix products: the tests multiply small matrices, and
 two thread pools on two cores spend their time waiting for each other (20x slower, measured). And
 Ctrl-C at its default: a shell that starts the tests in the background has it ignored, in every
-process that a test starts too."""
+process that a test starts too. Presets of whoever runs the tests are not theirs."""
 
 import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of the user's own for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("TSAD_HOME", str(folder))
+        yield folder

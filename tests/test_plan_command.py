@@ -48,6 +48,7 @@ def test_every_method_makes_a_plan_that_runs(capsys: Any, tmp_path: Path, effect
     for method in METHODS:
         asked = "0.4" if method == "teacache" else "0.6"
         command = ["plan", "make", method, "pusht", "--sparsity", asked, "--out", out]
+        command += ["--overwrite"]  # the one before
         code, text, err = run(capsys, *command, "--effects", effects, "--json", *SAMPLER)
         assert code == 0, err
         summary = json.loads(text)
@@ -58,11 +59,12 @@ def test_every_method_makes_a_plan_that_runs(capsys: Any, tmp_path: Path, effect
         policy.reset(seed=0)
         assert np.isfinite(policy(np.full((2, 20), 256, np.float32))).all()
     late = ["plan", "make", "effects", "pusht", "--effects", effects, "--late", "--out", out]
-    code, text, _ = run(capsys, *late, "--sparsity", "0.8", *SAMPLER)
+    code, text, _ = run(capsys, *late, "--overwrite", "--sparsity", "0.8", *SAMPLER)
     assert code == 0 and tsad.Plan.load(out).sparsity >= 0.8  # beyond the dial
     code, text, _ = run(
-        capsys, "plan", "make", "uniform", "pusht", "--sparsity", "0.5", "--out", out, *SAMPLER
-    )
+        capsys, "plan", "make", "uniform", "pusht", "--sparsity", "0.5", "--out", out,
+        "--overwrite", *SAMPLER,
+    )  # fmt: skip
     assert code == 0 and "2.00 dense passes a chunk" in text
 
 
@@ -88,6 +90,7 @@ def test_search_improves_and_survives_ctrl_c(
     assert summary["rms"] < summary["rms_begun"] and summary["tried"] == 40
     assert tsad.Plan.load(out).sparsity >= tsad.Plan.load(start).sparsity - 1e-9
 
+    command += ["--overwrite"]
     code, text, err = run(capsys, *command, "--draws", "3", "--against", "6", "--json")
     assert code == 0, err
     summary = json.loads(text)

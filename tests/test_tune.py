@@ -14,7 +14,7 @@ from command_line import run
 
 import tsad
 from tsad.commands import tune
-from tsad.presets import Preset, model_sha256, read_presets, save_presets
+from tsad.presets import PRESETS_FILE, Preset, model_sha256, read_presets, save_presets
 from tsad.sim import frontier
 
 # ---- what settings are worth
@@ -85,6 +85,7 @@ def folder(tmp_path_factory: Any) -> Path:
     pytest.importorskip("gym_pusht")
     root = Path(tmp_path_factory.mktemp("tune"))
     shutil.copytree(Path(tsad.__file__).parent / "assets" / "pusht", root / "policy")
+    (root / "policy" / PRESETS_FILE).unlink()  # what comes with the policy is not ours to replace
     (root / "grid.json").write_text(json.dumps(ROWS))
     return root
 
@@ -153,7 +154,7 @@ def test_a_preset_with_fewer_actions_and_a_warm_start(capsys: Any, folder: Path)
     grid.write_text(json.dumps([row for row in ROWS if row["name"] in names]))
     command = ["tune", "pusht", "--policy", str(folder / "policy"), "--settings", str(grid)]
     command += ["--out", out, "--seeds", "3", "--within", "9", "--save", "--rounds", "2"]
-    code, text, err = run(capsys, *command, "--fewer-actions", "--json")
+    code, text, err = run(capsys, *command, "--overwrite", "--fewer-actions", "--json")
     assert code == 0, err
     found = json.loads(text)
     assert list(found["rows"]) == ["one", "warm", "one-4-actions"]
@@ -181,7 +182,7 @@ def test_nothing_is_chosen_that_loses_more(capsys: Any, folder: Path) -> None:
     policy = folder / "policy"
     for name in ("fast", "lossless"):
         save_presets(policy, [(Preset(name, model_sha256(policy), "ddim", 4, "leading"), None)])
-    code, text, err = run(capsys, *command(folder, *options[:-1], "--save"))
+    code, text, err = run(capsys, *command(folder, *options[:-1], "--save", "--overwrite"))
     assert code == 0, err
     for name, chosen in json.loads((folder / "tuned" / "tune.json").read_text())["presets"].items():
         assert (f"the preset {name} in" in text) == (chosen is None)
@@ -195,16 +196,18 @@ def test_tune_without_a_simulator(capsys: Any, folder: Path) -> None:
     recorded, policy = str(folder / "recorded"), str(folder / "policy")
     collect = ["collect", "pusht", "--policy", policy, "--out", recorded, "--episodes", "1"]
     assert run(capsys, *collect, "--sampler", "ddim", "--steps", "4")[0] == 0
-    code, out, err = run(
-        capsys, *command(folder, "--observations", recorded, "--draws", "3", "--json")
-    )
+    options = ["--observations", recorded, "--draws", "3"]
+    code, _, err = run(capsys, *command(folder, *options))  # of another test, with a simulator
+    assert code == 2 and "tune.json exists, and is of another kind or run (simulator)" in err
+    options += ["--out", str(folder / "offline")]
+    code, out, err = run(capsys, *command(folder, *options, "--json"))
     assert code == 0, err
     found = json.loads(out)
     rows = found["rows"]
     assert found["simulator"] is None and found["seeds"] is None and "score" not in rows["one"]
     assert rows["eight"]["distance"] == 0 < rows["four"]["distance"] < rows["one"]["distance"]
     assert set(found["presets"]) == {"fast"} and found["rank_correlation"] == {}
-    code, out, _ = run(capsys, *command(folder, "--observations", recorded, "--draws", "3"))
+    code, out, _ = run(capsys, *command(folder, *options))
     assert code == 0 and "recorded observations" in out and "spread" in out
 
 

@@ -4,7 +4,8 @@ Every writer of this package uses these functions. A file is written beside its 
 of its own, and then put there: readers see the old one or the new one, and a full disk or Ctrl-C
 leaves the old one. Symbolic links are followed, also to a file that is not there yet, and what is
 replaced hands on its permissions. (Another hard link to it keeps the old content.) Devices, pipes,
-sockets and folders are refused, and so is a read-only file, though its folder could be changed.
+sockets and folders are refused, and so is a read-only file, though its folder could be changed,
+and everything among the bundled policies.
 
 Commands call `output_file` or `output_folder` before any work: hours of it shall not end in a
 refusal. All errors are ``OSError``, with a message that says what is in the way and what to do.
@@ -18,13 +19,16 @@ import json
 import os
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 Content = bytes | Callable[[IO[bytes]], object]
 
 _MOST_LINKS = 40
+_BUNDLED = Path(__file__).resolve().parent / "assets"
 
 
 def output_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -35,7 +39,7 @@ def output_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pat
     """
     text = os.fspath(path)
     target = _target(text, overwrite)
-    with _named(text), _beside(target):
+    with named(text), _beside(target):
         return target
 
 
@@ -47,8 +51,9 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     if not text:
         raise FileNotFoundError("got '', expected the name of a folder")
-    with _named(text):
+    with named(text):
         folder = there = Path(os.path.realpath(text))
+        _check_not_bundled(text, folder)
         while not os.path.lexists(there):
             there = there.parent
         if not there.is_dir():
@@ -67,7 +72,7 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """`output_folder`, and afterwards it is there, with the folders that it is in."""
     folder = output_folder(path)
-    with _named(os.fspath(path)):
+    with named(os.fspath(path)):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -82,7 +87,7 @@ def write_atomically(
     """
     text = os.fspath(path)
     target = _target(text, overwrite)
-    with _named(text), _beside(target, content) as temporary:
+    with named(text), _beside(target, content) as temporary:
         if overwrite:
             os.replace(temporary, target)
             return
@@ -100,10 +105,10 @@ def write_together(contents: Mapping[Path, Content]) -> None:
         ready = []
         for path, content in contents.items():
             target = _target(os.fspath(path), True)
-            with _named(os.fspath(path)):
+            with named(os.fspath(path)):
                 ready.append((stack.enter_context(_beside(target, content)), target))
         for temporary, target in ready:
-            with _named(str(target)):
+            with named(str(target)):
                 os.replace(temporary, target)
 
 
@@ -134,6 +139,67 @@ def write_json(path: str | os.PathLike[str], value: Any, *, overwrite: bool = Tr
     write_atomically(path, content, overwrite=overwrite)
 
 
+class Lock:
+    """One writer at a time: ``<path>.lock``, held from here until `release` or the end of a with.
+
+    The system frees it when a process ends, however it ends; a file that is left says nothing.
+    Waits ``wait`` seconds for another, then raises ``BlockingIOError``, which names the file and
+    the process.
+    """
+
+    def __init__(self, path: Path, *, wait: float = 0.0) -> None:
+        self._path = path.with_name(path.name + ".lock")
+        self._file: Any = None
+        try:
+            import fcntl
+        except ModuleNotFoundError:  # not a POSIX system: nothing guards there
+            return
+        end = time.monotonic() + wait
+        while True:
+            with named(os.fspath(path)):
+                file = self._path.open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                file.close()
+                if time.monotonic() < end:
+                    time.sleep(0.02)
+                    continue
+                raise BlockingIOError(
+                    f"{path} is being written by another run, process {holder}; fix: wait for it, "
+                    "or name another file"
+                ) from None
+            # Whoever held it before may have removed the file between the two lines above.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
+                    break
+            file.close()
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Let others in; once more does nothing."""
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)  # while it is still held: nobody else's can go
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
 # ---- where it goes, and how
 
 
@@ -144,8 +210,9 @@ def _target(text: str, overwrite: bool) -> Path:
         raise IsADirectoryError(f"got {text!r}, expected the name of a file{hint}")
     if os.path.basename(text) in ("", ".", ".."):
         raise IsADirectoryError(f"{text!r} is a folder, expected the name of a file")
-    with _named(text):
+    with named(text):
         target = _followed(text)
+        _check_not_bundled(text, target)
         try:
             mode = os.stat(target).st_mode
         except FileNotFoundError:
@@ -190,6 +257,18 @@ def _check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"the folder {str(folder)!r} does not exist; make it")
 
 
+def is_bundled(path: Path) -> bool:
+    """Whether a path is among the policies that come with the package."""
+    return Path(os.path.realpath(path)).is_relative_to(_BUNDLED)
+
+
+def _check_not_bundled(text: str, target: Path) -> None:
+    if is_bundled(target):
+        raise PermissionError(
+            f"{text!r} is of a policy that comes with tsad, which stays as it is; copy its folder"
+        )
+
+
 def _odd(text: str) -> OSError:
     return OSError(f"{text!r} is a device, a pipe or the like, expected a file; name another")
 
@@ -226,7 +305,7 @@ def _beside(target: Path, content: Content = b"") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _named(text: str) -> Iterator[None]:
+def named(text: str) -> Iterator[None]:
     """Errors of the system inside say what was to be written; those of this module do already."""
     try:
         yield

@@ -1,8 +1,13 @@
-"""Presets: settings of a policy that were measured, by name, in the policy's folder.
+"""Presets: settings of a policy that were measured, by name.
 
 ``presets.json`` holds them; the plans that they use lie beside it. ``tsad tune --save`` makes them
 and ``tsad.load(source, preset="fast")`` applies one. A preset belongs to weights, by their SHA-256:
 what was measured of others says nothing of these.
+
+There are two places for the presets of a policy. One is its own folder: they go where it goes. The
+other is a folder of the user's, for policies whose folder can't be changed, those that come with
+tsad above all: ``$TSAD_HOME/presets/<sha256 of the weights>``; without that variable
+``$XDG_DATA_HOME/tsad`` or ``~/.local/share/tsad`` takes its place. `places` says which comes first.
 
 ::
 
@@ -29,7 +34,9 @@ interval, offline error, milliseconds, passes, the machine.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -44,7 +51,7 @@ from tsad.config import (
     TIMESTEP_SPACINGS,
     Section,
 )
-from tsad.files import write_together
+from tsad.files import Lock, is_bundled, make_folder, output_file, output_folder, write_together
 from tsad.planners import NAMES as PLANNERS
 
 if TYPE_CHECKING:
@@ -54,6 +61,7 @@ PRESETS_FILE = "presets.json"
 FORMAT = "tsad-presets"
 FORMAT_VERSION = 1
 PRECISIONS = ("float32", "int16")
+LOCK_SECONDS = 10.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -204,10 +212,52 @@ def _read(section: Section, folder: Path) -> Preset:
     return preset
 
 
+def home() -> Path:
+    """Where this user's presets are; there or not."""
+    own, data = os.environ.get("TSAD_HOME"), os.environ.get("XDG_DATA_HOME", "")
+    if own:
+        return Path(own).absolute()
+    if os.path.isabs(data):  # else to be ignored, says the XDG standard
+        return Path(data, "tsad")
+    return Path("/", os.path.expanduser("~"), ".local", "share", "tsad")
+
+
+def places(folder: Path) -> list[Path]:
+    """The folders of a policy's presets, the first first: where new ones go, and old are found.
+
+    It is the policy's own folder if you may change that, and yours else; then the other.
+    """
+    yours = home() / "presets" / model_sha256(folder)
+    own = os.access(folder, os.W_OK) and not is_bundled(folder)
+    return [folder, yours] if own else [yours, folder]
+
+
+def known_presets(folder: Path) -> tuple[dict[str, Preset], list[ValueError]]:
+    """The presets of a policy by name, from all its places, and what is wrong with their files.
+
+    What one place has hides what the next has under the same name, unless it was made for other
+    weights; a file that can't be read hides nothing.
+    """
+    presets: dict[str, Preset] = {}
+    wrong, found = [], model_sha256(folder)
+    for place in places(folder):
+        try:
+            for name, preset in read_presets(place).items():
+                if name not in presets or presets[name].model_sha256 != found:
+                    presets[name] = preset
+        except ValueError as error:
+            wrong.append(error)
+        except OSError as error:
+            text = f"{place / PRESETS_FILE}: can't be read ({error.strerror})"
+            wrong.append(CheckpointError(f"{text}; make it readable, or remove it"))
+    return presets, wrong
+
+
 def find_preset(folder: Path | None, name: str, source: str) -> Preset:
     """The preset of that name, made for these weights; ``ValueError`` says what there is.
 
-    ``folder`` is the policy's, None if it has none; ``source`` names the policy in messages.
+    ``folder`` is the policy's, None if it has none; ``source`` names the policy in messages. A
+    file of presets that can't be read is a warning, if the preset is found without it.
     """
     if not isinstance(name, str):
         raise TypeError(f"preset: expected a name, got {name!r} ({type(name).__name__})")
@@ -216,7 +266,11 @@ def find_preset(folder: Path | None, name: str, source: str) -> Preset:
             f"preset: got {name!r}, but {source!r} is a checkpoint, and only folders hold presets; "
             "make one with: tsad convert CHECKPOINT FOLDER"
         )
-    presets = read_presets(folder)
+    presets, wrong = known_presets(folder)
+    for error in wrong:
+        if name not in presets:
+            raise error
+        warnings.warn(f"{error} (until then its presets are left out)", stacklevel=3)
     if name not in presets:
         there = f"the presets {', '.join(map(repr, presets))}" if presets else "no presets"
         raise ValueError(
@@ -242,13 +296,40 @@ def check_clash(preset: Preset, given: Mapping[str, Any]) -> None:
             )
 
 
-def save_presets(folder: Path, presets: Iterable[tuple[Preset, Plan | None]]) -> None:
-    """Put presets into a folder; others that are there stay, those of equal name are replaced.
+def place_for(folder: Path, names: Iterable[str], *, overwrite: bool) -> Path:
+    """Where new presets of a policy go, after checking that those of these names can.
 
-    A plan becomes the file ``preset-NAME.npz``; plans are replaced first, so whoever is interrupted
-    leaves presets that are refused, never ones that run another plan.
+    ``OSError`` if the place can't be written, or has one of them and ``overwrite`` is false;
+    ``ValueError`` if what is there can't be read.
     """
-    kept = read_presets(folder)
+    place = places(folder)[0]
+    output_folder(place)
+    if not (place / PRESETS_FILE).exists():
+        return place
+    output_file(place / PRESETS_FILE, overwrite=True)
+    there = read_presets(place).keys() & names
+    if there - set(stale(folder, place)) and not overwrite:
+        raise FileExistsError(
+            f"{place / PRESETS_FILE} has {' and '.join(sorted(there))}; --overwrite replaces them"
+        )
+    return place
+
+
+def save_presets(folder: Path, presets: Iterable[tuple[Preset, Plan | None]]) -> None:
+    """Put presets into a folder, one of `places`, which is made if it is missing.
+
+    Others that are there stay, those of equal name are replaced; who else saves some waits. A plan
+    becomes the file ``preset-NAME.npz``; plans are replaced first, so whoever is interrupted leaves
+    presets that are refused, never ones that run another plan.
+    """
+    make_folder(folder)
+    with Lock(folder / PRESETS_FILE, wait=LOCK_SECONDS):
+        _save(folder, read_presets(folder), presets)
+
+
+def _save(
+    folder: Path, kept: dict[str, Preset], presets: Iterable[tuple[Preset, Plan | None]]
+) -> None:
     files: dict[Path, bytes] = {}
     for preset, plan in presets:
         values = vars(preset) | {"plan": None, "plan_sha256": None}
@@ -267,9 +348,9 @@ def save_presets(folder: Path, presets: Iterable[tuple[Preset, Plan | None]]) ->
     write_together({**files, folder / PRESETS_FILE: text.encode()})
 
 
-def stale(folder: Path) -> list[str]:
-    """Names of the presets in a folder that were made for other weights than lie in it."""
-    presets = read_presets(folder)
+def stale(folder: Path, place: Path | None = None) -> list[str]:
+    """Names of the presets in a folder, or another place, made for other weights than are in it."""
+    presets = read_presets(place or folder)
     found = model_sha256(folder) if presets else ""
     return [name for name, preset in presets.items() if preset.model_sha256 != found]
 

@@ -21,10 +21,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.files import Lock
 from tsad.load import files_sha256
 from tsad.policy import SparsePolicy
 from tsad.sim import recording
-from tsad.sim.results import Lock
+from tsad.sim.results import lock
 
 # Lanes, and their chunks; or lanes whose episodes end; or None, the end of all.
 Item = tuple[list[int], NDArray[Any] | None] | None
@@ -75,7 +76,7 @@ class Recorder:
             )
         path = Path(folder)
         recording.open_collection(path, {"by": "Recorder", "files_sha256": files_sha256(source)})
-        lock = Lock(path / recording.FACTS_FILE)
+        held = lock(path / recording.FACTS_FILE)
         chunk = np.dtype(
             [
                 ("obs", np.float32, (policy.n_obs_steps, policy.obs_dim)),
@@ -85,7 +86,7 @@ class Recorder:
         try:
             writer = _Writer(path, recording.part_header(chunk))
         except BaseException:
-            lock.release()
+            held.release()
             raise
         values = {
             "_policy": policy,
@@ -93,7 +94,7 @@ class Recorder:
             "_alone": threading.Lock(),
             "_writer": writer,
             # when the program ends or forgets about it, too
-            "_finish": weakref.finalize(self, _finish, writer, lock),
+            "_finish": weakref.finalize(self, _finish, writer, held),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -191,10 +192,10 @@ def _numbers(array: Any) -> NDArray[Any]:
     return np.asarray(array)
 
 
-def _finish(writer: _Writer, lock: Lock) -> None:
+def _finish(writer: _Writer, held: Lock) -> None:
     writer.items.put(None)
     writer.join()
-    lock.release()
+    held.release()
 
 
 class _Writer(threading.Thread):

@@ -21,6 +21,7 @@ from tsad.commands.common import (
     argument,
     cpu_name,
     load_policy,
+    noted,
     planner_name,
     positive_int,
     sampler_name,
@@ -233,7 +234,7 @@ def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
     policy.sparsity = 0.0
     clocks = [Clock(f"{v:.1%}" if v else "dense", policy, dial(v)) for v in [0.0, *values]]
     if args.preset:
-        with argument("--preset"):
+        with argument("--preset"), noted():
             chosen = tsad.load(
                 args.policy,
                 lanes=args.lanes,

@@ -23,6 +23,7 @@ from tsad.commands.common import (
     positive_int,
     seed_range,
 )
+from tsad.files import output_folder
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
@@ -119,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
             f"argument --first-seed: got {seed_range([seeds[0], seeds[-1]])}, expected seeds up to "
             f"{recording.SEEDS[-1]}: higher ones are kept for choosing and for reports"
         )
+    with argument("--out"):
+        output_folder(args.out)
     environment = sim.make(args.simulator)
     source = args.simulator if args.policy is None else args.policy
     policy = load_policy(source, args, name="--policy", lanes=min(args.lanes, args.episodes))

@@ -6,18 +6,20 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import json
 import math
 import os
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
+from tsad.files import output_file
 
 if TYPE_CHECKING:
     from tsad import Plan, SparsePolicy
@@ -70,6 +72,15 @@ def argument(name: str) -> Iterator[None]:
         if colon and inner in OPTIONS:
             name, text = OPTIONS[inner] or name, rest
         raise UsageError(f"argument {name}: {text}") from error
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    """Warnings of the library inside are notes for people, without a place in its source."""
+    with warnings.catch_warnings(record=True) as notes:
+        yield
+    for note in notes:
+        print(f"note: {note.message}", file=sys.stderr)
 
 
 def positive_int(text: str) -> int:
@@ -157,7 +168,7 @@ def use_preset(args: argparse.Namespace, source: str, name: str | None) -> None:
 
     if name is None:
         return
-    with argument("--preset"):
+    with argument("--preset"), noted():
         folder = policy_folder(source)
         preset = find_preset(folder, name, source)
         assert folder is not None  # else there was no preset
@@ -186,6 +197,35 @@ def use_preset(args: argparse.Namespace, source: str, name: str | None) -> None:
     args.n_action_steps, args.warm_start = preset.n_action_steps, preset.warm_start
     args.planner, args.sparsity = preset.planner, preset.sparsity
     args.plan = None if preset.plan is None else str(preset.plan)
+
+
+def add_overwrite(parser: Any, what: str = "an existing --out") -> None:
+    """The option without which nothing that exists is replaced."""
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
+
+
+def check_result(
+    out: Path, names: Sequence[str], facts: Mapping[str, Any], *, overwrite: bool
+) -> None:
+    """FileExistsError if files of these names are there, and not by an earlier run of this.
+
+    The first holds its results, a JSON object: ``facts`` are what it must say.
+    """
+    there = [name for name in names if os.path.lexists(out / name)]
+    for name in there:
+        output_file(out / name, overwrite=True)
+    if overwrite or not there:
+        return
+    try:
+        old = json.loads((out / names[0]).read_text())
+        wrong = [key for key, value in facts.items() if old[key] != value]
+    except (OSError, ValueError, KeyError, TypeError):
+        wrong = ["content"]
+    if wrong:
+        raise FileExistsError(
+            f"{out / there[0]} exists, and is of another kind or run ({', '.join(wrong)}); fix: "
+            "another --out, or --overwrite"
+        )
 
 
 def add_simulator(parser: argparse.ArgumentParser) -> None:
@@ -226,11 +266,8 @@ def load_policy(source: str, args: argparse.Namespace, *, name: str, lanes: int)
     """`tsad.load` with the options of `add_policy_options`; UsageError names the argument."""
     import tsad
 
-    with argument(name), warnings.catch_warnings(record=True) as notes:
-        policy = tsad.load(source, lanes=lanes, **load_options(args))
-    for note in notes:
-        print(f"note: {note.message}", file=sys.stderr)
-    return policy
+    with argument(name), noted():
+        return tsad.load(source, lanes=lanes, **load_options(args))
 
 
 def load_plan(path: str, name: str) -> Plan:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tsad.commands.common import Formatter, UsageError, positive_int
+from tsad.commands.common import Formatter, UsageError, add_overwrite, argument, positive_int
+from tsad.files import output_folder
 
 DESCRIPTION = """\
 Convert a Diffusion Policy checkpoint (.ckpt) to a tsad folder: config.json and model.safetensors.
@@ -55,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="with --pruner: its attention heads, where the file does not say (default: 8)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in FOLDER")
+    add_overwrite(parser, "what is in FOLDER")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=run)
 
@@ -83,11 +84,15 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("argument --weights: a pruner has one set of weights; leave it out")
     if args.heads is not None and not args.pruner:
         raise UsageError("argument --heads: belongs to --pruner; a policy's file says its heads")
+    with argument("FOLDER"):
+        output_folder(args.out)
     try:
         summary = _convert(args)
     except FileExistsError as error:
         raise UsageError(f"argument FOLDER: {error} (--overwrite)") from error
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # of FOLDER, and says so
         raise UsageError(f"argument CHECKPOINT: {error}") from error
     if args.json:
         print(json.dumps(summary, indent=1))

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from tsad.commands.common import (
     Formatter,
     Progress,
-    UsageError,
+    add_overwrite,
     add_policy_options,
     argument,
+    check_result,
     cpu_name,
     load_policy,
     natural,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 SIMULATOR = "pusht"
 SEEDS = 5
 SECONDS = 60
+FORMAT = "tsad-demo"
+FILES = ("results.json", "demo.gif", "plan.png", "plan.npz")  # the first says whose they are
 
 DESCRIPTION = """\
 Run a policy in the simulator twice on the same seeds and noise, dense and sparse, and show what
@@ -88,6 +91,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--out", default="tsad-demo", metavar="DIR", help="where files go (default: tsad-demo)"
     )
+    add_overwrite(parser, "what is in DIR and of no earlier demo")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.set_defaults(run=run)
 
@@ -238,6 +242,7 @@ def _document(
     rows = {arm.name: _row(arm, policy) for arm in arms}
     speed = [row["chunk_ms"]["p50"] for row in rows.values()]
     return {
+        "format": FORMAT,
         "tsad": tsad.__version__,
         "policy": args.policy,
         "sampler": sampler_name(policy),
@@ -299,13 +304,13 @@ def _report(document: dict[str, Any], out: Path, seconds: float) -> str:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from tsad import plot, sim
-    from tsad.files import write_atomically
+    from tsad.files import make_folder, output_folder, write_json
     from tsad.sim import film
 
     begin = time.monotonic()
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"argument --out: {args.out!r} is a file, expected a folder")
+    with argument("--out"):
+        out = output_folder(args.out)
+        check_result(out, FILES, {"format": FORMAT}, overwrite=args.overwrite)
     first = sim.facts(SIMULATOR).first_seed if args.first_seed is None else args.first_seed
     seeds = list(range(first, first + (args.seeds or SEEDS)))
     environment = sim.make(SIMULATOR)
@@ -316,8 +321,6 @@ def run(args: argparse.Namespace) -> int:
         with argument("--planner"):
             policy.planner = args.planner
     set_sparsity(policy, args.sparsity)
-    with argument("--out"):
-        out.mkdir(parents=True, exist_ok=True)
     arms = [Arm("dense", 0.0), Arm(f"sparsity {args.sparsity:g}", args.sparsity)]
     seconds = SECONDS if args.seeds is None else float("inf")
     reels, differences = _compare(policy, environment, seeds, arms, seconds)
@@ -325,10 +328,11 @@ def run(args: argparse.Namespace) -> int:
     document = _document(policy, args, arms, differences)
     plan = arms[1].plan
     assert plan is not None
+    make_folder(out)
     plan.save(out / "plan.npz")
     plot.save_plan(plan, out / "plan.png")
     film.save_gif(reels, out / "demo.gif")
-    write_atomically(out / "results.json", (json.dumps(document, indent=1) + "\n").encode())
+    write_json(out / "results.json", document)
     if args.json:
         print(json.dumps({**document, "files": str(out)}, indent=1))
     else:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsad.commands.common import Progress, argument, files_sha256, load_policy
 from tsad.commands.eval import configure
+from tsad.files import write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +52,16 @@ def recorded_windows(path: str, most: int) -> NDArray[np.float32]:
         return np.stack(pairs)
 
 
+def _read_kept(file: Path) -> dict[str, dict[str, float]]:
+    try:
+        kept = json.loads(file.read_text())
+    except ValueError:
+        kept = None
+    if not isinstance(kept, dict) or not all(isinstance(row, dict) for row in kept.values()):
+        raise ValueError(f"{file}: not errors of an earlier run; fix: remove it, or another --out")
+    return kept
+
+
 class Errors:
     """Errors of settings, given as the arguments of a command, on recorded observations.
 
@@ -76,11 +87,10 @@ class Errors:
         self._kept: dict[str, dict[str, float]] = {}
         if file.exists():
             with argument("--out"):
-                self._kept = json.loads(file.read_text())
+                self._kept = _read_kept(file)
 
     def of(self, args: argparse.Namespace, name: str) -> dict[str, float]:
         """The errors of one setting; ``name`` is shown while they are measured."""
-        from tsad.files import write_atomically
         from tsad.warm import WarmPolicy
 
         policy = self._load(args, f"--settings: {name}")
@@ -98,8 +108,7 @@ class Errors:
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if key not in self._kept:
             self._kept[key] = self._measure(policy, args, name)
-            text = json.dumps(self._kept, indent=1) + "\n"
-            write_atomically(self._file, text.encode())
+            write_json(self._file, self._kept)
         return self._kept[key]
 
     def _load(self, args: argparse.Namespace, name: str) -> SparsePolicy:

@@ -18,6 +18,7 @@ from tsad.commands.common import (
     InterruptedRunError,
     Progress,
     UsageError,
+    add_overwrite,
     add_policy_options,
     add_preset,
     add_simulator,
@@ -135,7 +136,7 @@ def add_parser(subparsers: Any) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write the results, per seed, as JSON")
     output.add_argument("--resume", action="store_true", help="go on with the episodes in --out")
-    output.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    add_overwrite(output)
     output.add_argument(
         "--baseline", metavar="FILE", help="results of another run: report paired differences"
     )
@@ -157,6 +158,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _check_arguments(args: argparse.Namespace) -> Path | None:
     """What argparse cannot see; returns the output path."""
+    from tsad.files import output_file
+    from tsad.sim.results import check_free
 
     check_simulator(args.simulator)
     if args.plan is not None and (args.sparsity is not None or args.planner is not None):
@@ -173,11 +176,9 @@ def _check_arguments(args: argparse.Namespace) -> Path | None:
             option = "--resume" if args.resume else "--overwrite"
             raise UsageError(f"argument {option}: needs --out FILE")
         return None
-    out = Path(args.out)
-    if not out.parent.is_dir():
-        raise UsageError(f"argument --out: the folder {str(out.parent)!r} does not exist; make it")
-    if out.is_dir():
-        raise UsageError(f"argument --out: {args.out!r} is a folder, expected a file name")
+    with argument("--out"):
+        out = output_file(args.out, overwrite=True)
+        check_free(out, resume=args.resume, overwrite=args.overwrite)
     return out
 
 
@@ -453,5 +454,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(_report(document, policy))
         if out is not None:
-            print(f"written to {out}")
+            print(f"written to {args.out}")
     return 0

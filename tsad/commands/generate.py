@@ -14,6 +14,7 @@ from tsad.commands.common import (
     InterruptedRunError,
     Progress,
     UsageError,
+    add_overwrite,
     add_policy_options,
     add_simulator,
     argument,
@@ -96,22 +97,24 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(sampler="ddim", steps=4)
     output = parser.add_argument_group("output")
     output.add_argument("--resume", action="store_true", help="go on with the seeds in --out")
-    output.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    add_overwrite(output)
     output.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=run)
 
 
 def _check_arguments(args: argparse.Namespace) -> Path:
     """What argparse cannot see; returns the output path."""
+    from tsad.files import output_file
+    from tsad.sim.results import check_free
 
     check_simulator(args.simulator)
     if args.resume and args.overwrite:
         raise UsageError("argument --resume: not together with --overwrite")
-    out = Path(args.out)
-    if out.suffix != ".npz":
+    if not args.out.endswith(".npz"):
         raise UsageError(f"argument --out: got {args.out!r}, expected a name that ends in .npz")
-    if not out.parent.is_dir():
-        raise UsageError(f"argument --out: the folder {str(out.parent)!r} does not exist; make it")
+    with argument("--out"):
+        out = output_file(args.out, overwrite=True)
+        check_free(out, resume=args.resume, overwrite=args.overwrite)
     return out
 
 
@@ -161,10 +164,12 @@ def run(args: argparse.Namespace) -> int:
         raise InterruptedRunError(
             f"{record.text()} are kept; the same command with --resume goes on"
         ) from None
+    else:
+        record.save()
     finally:
+        record.close()
         for environment in environments:
             environment.close()
-    record.save()
     _report(record, args)
     return 0
 
@@ -180,4 +185,5 @@ def _report(record: Record, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(summary))
     else:
-        print(f"{record.text()}, of {summary['seeds']} seeds\nwritten to {args.out}")
+        written = f"written to {args.out}" if record.demonstrations else "nothing is written"
+        print(f"{record.text()}, of {summary['seeds']} seeds\n{written}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 from tsad.commands.common import (
     Formatter,
     add_policy_options,
-    argument,
     cpu_name,
     files_sha256,
     load_policy,
@@ -64,6 +64,7 @@ def build_facts() -> dict[str, Any]:
     import tsad
     from tsad import _core
     from tsad.load import usable_cpus
+    from tsad.presets import home
 
     return {
         "tsad": tsad.__version__,
@@ -74,11 +75,13 @@ def build_facts() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_features": _cpu_features(),
         "cores": usable_cpus(),
+        "presets of yours": str(home() / "presets"),
     }
 
 
 def policy_facts(source: str, args: argparse.Namespace) -> dict[str, Any]:
     """What is in a policy; the checks of loading it are made."""
+    presets, problems = _presets(source)
     policy = load_policy(source, args, name="SRC", lanes=1)
     config = policy.config
     types: dict[str, dict[str, int]] = {}
@@ -105,39 +108,55 @@ def policy_facts(source: str, args: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_lane": policy.stats["bytes"],
         "error_bound": policy.stats["error_bound"],
         "provenance": config.get("provenance", {}),
-        "presets": _presets(source),
+        "presets": presets,
+        "preset_problems": problems,
     }
 
 
-def _presets(source: str) -> list[dict[str, Any]]:
-    """The presets in the policy's folder; "words" and "usable" are said of each, too."""
+def _presets(source: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The presets of a policy in all their places, and what is wrong with the files.
+
+    Of each, "file", "words", "usable" and "hidden" are said, too: an earlier place has its name.
+    """
     from tsad.load import policy_folder
-    from tsad.presets import read_presets, stale
+    from tsad.presets import PRESETS_FILE, known_presets, places, read_presets, stale
 
     folder = policy_folder(source)
     if folder is None:
-        return []
-    with argument("SRC"):
-        others = stale(folder)
-        return [
-            {**preset.to_dict(), "words": preset.words(), "usable": preset.name not in others}
-            for preset in read_presets(folder).values()
-        ]
+        return [], []
+    first, wrong = known_presets(folder)
+    rows = []
+    for place in places(folder):
+        with contextlib.suppress(ValueError, OSError):  # said by `wrong`
+            others = stale(folder, place)
+            rows += [
+                {
+                    **preset.to_dict(),
+                    "file": str(place / PRESETS_FILE),
+                    "words": preset.words(),
+                    "usable": preset.name not in others,
+                    "hidden": first[preset.name] != preset,
+                }
+                for preset in read_presets(place).values()
+            ]
+    return rows, list(map(str, wrong))
 
 
-def _preset_rows(presets: list[dict[str, Any]]) -> dict[str, str]:
-    """A line per preset: what it is and what was measured, or why it is refused."""
-    rows = {}
+def _preset_lines(presets: list[dict[str, Any]]) -> list[str]:
+    """A line per preset, by file: what it is and what was measured, or why it isn't used."""
+    files: dict[str, dict[str, str]] = {}
     for preset in presets:
         text, measured = preset["words"], preset.get("measured", {})
-        if not preset["usable"]:
+        if preset["hidden"]:
+            text += "; not used, there is another of this name above"
+        elif not preset["usable"]:
             text += f"; refused: made for other weights, {preset['model_sha256'][:8]}"
         else:
             milliseconds, other = measured.get("milliseconds"), measured.get("mean_difference")
             text += "" if milliseconds is None else f"; {milliseconds:.2f} ms a chunk"
             text += "" if other is None else f", score {other:+.3f} to dense"
-        rows[preset["name"]] = text
-    return rows
+        files.setdefault(preset["file"], {})[preset["name"]] = text
+    return [line for file, rows in files.items() for line in _lines(f"presets in {file}", rows)]
 
 
 def _lines(title: str, rows: dict[str, Any]) -> list[str]:
@@ -189,7 +208,8 @@ def run(args: argparse.Namespace) -> int:
     lines = _lines("build and machine", build)
     if "policy" in facts:
         lines += _lines(f"policy {args.policy}", _policy_rows(facts["policy"]))
-        if facts["policy"]["presets"]:
-            lines += _lines("presets", _preset_rows(facts["policy"]["presets"]))
+        lines += _preset_lines(facts["policy"]["presets"])
+        for problem in facts["policy"]["preset_problems"]:
+            lines += ["presets that can't be read", f"  {problem}", ""]
     print("\n".join(lines).rstrip())
     return 0

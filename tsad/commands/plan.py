@@ -13,6 +13,7 @@ from tsad.commands.common import (
     InterruptedRunError,
     Progress,
     UsageError,
+    add_overwrite,
     add_policy_options,
     argument,
     files_sha256,
@@ -22,6 +23,7 @@ from tsad.commands.common import (
     positive_int,
     sparsity,
 )
+from tsad.files import output_file, write_result
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,6 +150,7 @@ def _action(
         parser.add_argument("file", metavar="FILE", help="json, text, npy or npz")
     parser.add_argument("source", metavar="POLICY", help="bundled name, tsad folder or checkpoint")
     parser.add_argument("--out", required=True, metavar="FILE", help="npz file to write")
+    add_overwrite(parser)
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of what is random")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
     add_policy_options(parser)
@@ -169,11 +172,9 @@ def _add_data(parser: Any, chunks: int) -> None:
 # ---- what the actions share
 
 
-def _out(args: argparse.Namespace) -> Path:
-    out = Path(args.out)
-    if not out.parent.is_dir() or out.is_dir():
-        raise UsageError(f"argument --out: got {args.out!r}, expected a file in an existing folder")
-    return out
+def _check_out(args: argparse.Namespace) -> None:
+    with argument("--out"):
+        output_file(args.out, overwrite=args.overwrite)
 
 
 def _facts(policy: SparsePolicy, source: str) -> dict[str, Any]:
@@ -244,8 +245,7 @@ def pick(
 
 
 def _save_plan(args: argparse.Namespace, plan: Plan, extra: dict[str, Any]) -> int:
-    with argument("--out"):
-        plan.save(_out(args))
+    write_result(args.out, plan.write, overwrite=args.overwrite)
     summary = {
         "out": args.out,
         "sparsity": plan.sparsity,
@@ -270,6 +270,7 @@ def _save_plan(args: argparse.Namespace, plan: Plan, extra: dict[str, Any]) -> i
 def _measure(args: argparse.Namespace) -> int:
     from tsad._extras import require
 
+    _check_out(args)
     require("torch", extra="train", purpose="tsad plan measure")
     import torch
 
@@ -278,7 +279,6 @@ def _measure(args: argparse.Namespace) -> int:
     from tsad.sim.recording import denoising_inputs, names_of
     from tsad.training import sensitivity
 
-    out = _out(args)
     policy = load_policy(args.source, args, name="POLICY", lanes=1)
     episodes = _recorded(args)
     if args.threads:
@@ -302,8 +302,7 @@ def _measure(args: argparse.Namespace) -> int:
             metadata=facts,
             progress=lambda done: progress.update(n=done),
         )
-    with argument("--out"):
-        effects.save(out)
+    write_result(args.out, effects.write, overwrite=args.overwrite)
     summary = {"out": args.out, "chunks": total, "episodes": len(facts["seeds"])}
     print(json.dumps(summary) if args.json else f"{args.out}: {total} chunks")
     return 0
@@ -314,7 +313,7 @@ def _make(args: argparse.Namespace) -> int:
 
     from tsad import planners
 
-    _out(args)
+    _check_out(args)
     policy = load_policy(args.source, args, name="POLICY", lanes=1)
     extra: dict[str, float] = {}
     planner: Any
@@ -360,7 +359,7 @@ def _search(args: argparse.Namespace) -> int:
     from tsad.planners.search import Search
     from tsad.sim.recording import names_of
 
-    out = _out(args)
+    _check_out(args)
     starts = [load_plan(path, "--start") for path in args.start]
     probe = load_policy(args.source, args, name="POLICY", lanes=1)
     asked = min(plan.sparsity for plan in starts) if args.sparsity is None else args.sparsity
@@ -400,9 +399,9 @@ def _search(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             if not state:
                 raise InterruptedRunError("nothing was tried yet") from None
-            state[0].plan.save(out)
+            write_result(args.out, state[0].plan.write, overwrite=args.overwrite)
             raise InterruptedRunError(
-                f"the best so far is in {args.out}; --start {args.out} goes on from it"
+                f"the best so far is in {args.out}; --start {args.out} --overwrite goes on from it"
             ) from None
     # against other steps it is the mean of the chunks' root mean squares, not that of all
     name = "distance" if args.draws else "rms" if args.against is None else "mean_rms"
@@ -457,7 +456,7 @@ def _objective(
 def _import(args: argparse.Namespace) -> int:
     from tsad import planners
 
-    _out(args)
+    _check_out(args)
     policy = load_policy(args.source, args, name="POLICY", lanes=1)
     with argument("FILE"):
         if not Path(args.file).is_file():

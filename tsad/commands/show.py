@@ -7,10 +7,9 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad.commands.common import Formatter, UsageError, argument, load_plan
+from tsad.commands.common import Formatter, UsageError, add_overwrite, argument, load_plan
 
 if TYPE_CHECKING:
     from tsad import Plan
@@ -43,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("plan", metavar="PLAN", help="a plan file (npz)")
     parser.add_argument("--first", action="store_true", help="the plan of the first rollout")
     parser.add_argument("--png", metavar="FILE", help="also draw it into this file (png, pdf, svg)")
+    add_overwrite(parser, "an existing --png")
     parser.add_argument(
         "--color",
         choices=("auto", "always", "never"),
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         from tsad.plot import save_plan
 
         with argument("--png"):
-            save_plan(plan, Path(args.png))
+            save_plan(plan, args.png, overwrite=args.overwrite)
     if args.json:
         facts = {
             "steps": plan.sources.shape[0],

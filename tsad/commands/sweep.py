@@ -13,6 +13,7 @@ from tsad.commands.common import (
     InterruptedRunError,
     UsageError,
     argument,
+    check_result,
     check_simulator,
     is_mask,
     load_policy,
@@ -23,6 +24,7 @@ from tsad.commands.common import (
 from tsad.commands.errors import ERRORS_FILE, Errors, most_windows, recorded_windows
 from tsad.commands.eval import configure, evaluate, policy_source, seeds_of
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
+from tsad.files import make_folder, output_folder, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +51,9 @@ KEYS: dict[str, tuple[type, ...]] = {
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 RANGES = {"realtime": realtime.hertz, "latency": realtime.milliseconds}
+FORMAT, FORMAT_VERSION = "tsad-sweep", 1
 SUMMARY = "summary.json"
+RESERVED = ("errors", "summary", "tune")  # files of these names lie beside the rows'
 
 
 def read_settings(path: str) -> list[dict[str, Any]]:
@@ -87,6 +91,8 @@ def read_settings(path: str) -> list[dict[str, Any]]:
                     f"{where}: name: expected letters, digits, dots and dashes, each name once, "
                     f"got {name!r}: it names a file"
                 )
+            if name in RESERVED:
+                raise ValueError(f"{where}: name: got {name!r}, which is taken; choose another")
             if "plan" in row and ("sparsity" in row or "planner" in row):
                 raise ValueError(f"{where}: a plan leaves nothing to sparsity or planner")
             names.add(name)
@@ -98,7 +104,8 @@ def _arguments(args: argparse.Namespace, row: Mapping[str, Any], folder: Path) -
     row = {key: value for key, value in row.items() if key != "name"}
     if "plan" in row and not is_mask(row["plan"]):  # relative to the settings file
         row["plan"] = str(folder / row["plan"])
-    own = argparse.Namespace(**{**vars(args), **row, "resume": not args.overwrite})
+    resume = args.resume or not args.overwrite
+    own = argparse.Namespace(**{**vars(args), **row, "resume": resume})
     use_preset(own, policy_source(args), row.get("preset"))
     return own
 
@@ -159,9 +166,9 @@ def _check(args: argparse.Namespace) -> Path:
     for name in ("plan", "planner", "preset", "sparsity", "baseline"):
         if getattr(args, name) is not None:
             raise UsageError(f"argument --{name}: not together with --settings; put it in the file")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"argument --out: {args.out!r} is a file, expected a folder")
+    with argument("--out"):
+        out = output_folder(args.out)
+        check_result(out, (SUMMARY,), {"format": FORMAT}, overwrite=args.overwrite)
     return out
 
 
@@ -212,7 +219,7 @@ class Sweep:
     def measure(self, windows: NDArray[np.float32] | None, draws: int) -> None:
         """From now on `play` and `error` report errors of actions on these."""
         if windows is not None:
-            self._out.mkdir(parents=True, exist_ok=True)
+            make_folder(self._out)
             first = next(iter(self._arguments.values()))
             file = self._out / ERRORS_FILE
             self._errors = Errors(self._source, windows, draws=draws, reference=first, file=file)
@@ -226,7 +233,7 @@ class Sweep:
         from tsad.sim.parallel import WorkerError
         from tsad.sim.results import read_results
 
-        self._out.mkdir(parents=True, exist_ok=True)
+        make_folder(self._out)
         for number, (name, own) in enumerate(self._arguments.items(), 1):
             if name in self.rows:
                 continue
@@ -244,7 +251,6 @@ class Sweep:
 
 def run(args: argparse.Namespace) -> int:
     """Play every setting's missing seeds; print and write the comparison."""
-    from tsad.files import write_atomically
     from tsad.sim.results import compare_all
 
     out = _check(args)
@@ -258,20 +264,19 @@ def run(args: argparse.Namespace) -> int:
     rows, seeds = sweep.rows, seeds_of(args)
     compared = compare_all(sweep.episodes, settings[0]["name"]) if len(settings) > 1 else None
     summary = {
-        "format": "tsad-sweep",
-        "format_version": 1,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
         "seeds": [seeds[0], seeds[-1]],
         "rows": rows,
         "compared": compared,
     }
-    text = json.dumps(summary, indent=1)
-    write_atomically(out / SUMMARY, (text + "\n").encode())
+    write_json(out / SUMMARY, summary)
     if args.json:
-        print(text)
+        print(json.dumps(summary, indent=1))
     else:
         print(
             f"{args.simulator}, {seed_range([seeds[0], seeds[-1]])}, policy {policy_source(args)}"
         )
         print(_table(rows, compared or {"rows": {}}))
-        print(f"written to {out}")
+        print(f"written to {args.out}")
     return 0

@@ -18,6 +18,7 @@ from tsad.commands.common import (
     natural,
     positive_int,
 )
+from tsad.files import output_folder
 from tsad.presets import stale_note
 
 if TYPE_CHECKING:
@@ -212,8 +213,9 @@ def _make(args: argparse.Namespace, settings: Settings) -> Trainer:
 def _fresh(args: argparse.Namespace) -> Trainer:
     from tsad.training.train import Settings
 
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    with argument("--out"):
+        out = output_folder(args.out)
+    if out.exists() and (any(out.iterdir())):
         raise UsageError(
             f"argument --out: {args.out!r} exists and isn't empty; choose another folder, or go on "
             "with the training in it by --resume"

@@ -14,7 +14,9 @@ from tsad.commands.common import (
     Formatter,
     Progress,
     UsageError,
+    add_overwrite,
     argument,
+    check_result,
     check_simulator,
     cpu_name,
     files_sha256,
@@ -29,6 +31,7 @@ from tsad.commands.common import (
 from tsad.commands.errors import most_windows, recorded_windows
 from tsad.commands.eval import configure, policy_source, seeds_of
 from tsad.commands.sweep import Sweep, number, passes, read_settings
+from tsad.files import make_folder, output_folder, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,9 +63,12 @@ fast      the fastest setting whose mean loss is at most --within
 lossless  the fastest whose 95 % interval, of all settings together, lies above -(--within), of 30
           seeds or more
 
-are kept in the policy's folder with --save, for tsad.load(..., preset="fast"). Without --settings
-the grid is: DDIM and DPM-Solver++ with few steps, plans that compute some of the steps, and a start
-from the chunk before; then what is best again in 16 bits, and with half of the actions executed.
+are kept with --save, for tsad.load(..., preset="fast"): in the policy's folder, or in one of yours
+if that can't be changed, as those of the policies that come with tsad (tsad info says where).
+
+Without --settings the grid is: DDIM and DPM-Solver++ with few steps, plans that compute some of the
+steps, and a start from the chunk before; then what is best again in 16 bits, and with half of the
+actions executed.
 The format of --settings is that of tsad eval.
 
 Without a simulator, --observations alone compare the actions of --draws samples per observation
@@ -146,7 +152,8 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help=f"of {CHUNKS_PER_ROUND} chunks to time each setting, in turns (default: 5)",
     )
-    parser.add_argument("--save", action="store_true", help="keep the presets with the policy")
+    parser.add_argument("--save", action="store_true", help="keep the presets")
+    add_overwrite(parser, "results of other settings in --out, and presets of an earlier --save")
     jobs.add_options(parser)
     parser.add_argument("--threads", type=positive_int, metavar="T", help="the engine's choice")
     parser.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
@@ -154,7 +161,7 @@ def add_parser(subparsers: Any) -> None:
     # what a setting may say, and this command leaves to the settings
     parser.set_defaults(
         run=run, sampler=None, steps=None, spacing=None, precision="float32", plan=None,
-        planner=None, sparsity=None, preset=None, n_action_steps=None, noise=0, overwrite=False,
+        planner=None, sparsity=None, preset=None, n_action_steps=None, noise=0,
         resume=True, realtime=None, latency=None, warm_start=None,
     )  # fmt: skip
 
@@ -220,20 +227,32 @@ def _check(args: argparse.Namespace) -> Path:
         check_simulator(args.simulator)
         if args.seeds < 2:
             raise UsageError("argument --seeds: expected 2 or more: settings are compared")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"argument --out: {args.out!r} is a file, expected a folder")
+    with argument("--out"):
+        out = output_folder(args.out)
     if args.save:
-        from tsad.load import policy_folder
-
-        with argument("--save"):
-            folder = policy_folder(policy_source(args))
-            if folder is None:
-                raise ValueError(
-                    f"{policy_source(args)!r} is a checkpoint, and only folders hold presets; "
-                    "make one with: tsad convert CHECKPOINT FOLDER"
-                )
+        _place(args, overwrite=args.overwrite)
     return out
+
+
+def _place(args: argparse.Namespace, *, overwrite: bool = True) -> Path:
+    """Where presets go, after checking that they can."""
+    from tsad.presets import place_for
+
+    names = ("fast",) if args.simulator is None else ("fast", "lossless")
+    with argument("--save"):
+        return place_for(_folder(args), names, overwrite=overwrite)
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    from tsad.load import policy_folder
+
+    folder = policy_folder(policy_source(args))
+    if folder is None:
+        raise ValueError(
+            f"{policy_source(args)!r} is a checkpoint, and only folders have presets; make one "
+            "with: tsad convert CHECKPOINT FOLDER"
+        )
+    return folder
 
 
 # ---- measuring
@@ -367,11 +386,9 @@ def _choose(
 def _save(
     sweep: Sweep, rows: dict[str, Any], chosen: dict[str, str | None], args: argparse.Namespace
 ) -> None:
-    from tsad.load import policy_folder
     from tsad.presets import Preset, model_sha256, save_presets
 
-    folder = policy_folder(policy_source(args))
-    assert folder is not None  # _check
+    folder = _folder(args)
     facts: dict[str, Any] = {"cpu": cpu_name()}
     if args.simulator is not None:
         facts["seeds"] = [seeds_of(args)[0], seeds_of(args)[-1]]
@@ -399,7 +416,7 @@ def _save(
         plan = None if own.plan is None else plan_of(own.plan, "--settings", policy)
         presets.append((made, plan))
     with argument("--save"):
-        save_presets(folder, presets)
+        save_presets(_place(args), presets)
 
 
 MEASURED = (
@@ -502,8 +519,6 @@ def _document(
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from tsad.files import write_atomically
-
     out = _check(args)
     folder = Path()
     if args.settings is None:
@@ -513,6 +528,11 @@ def run(args: argparse.Namespace) -> int:
             )
     else:
         settings, folder = read_settings(args.settings), Path(args.settings).resolve().parent
+    # a run of anything else does not replace the result: its times would be lost
+    run_of = {"simulator": args.simulator, "files_sha256": files_sha256(policy_source(args))}
+    run_of |= {"format": FORMAT, "asked": [row["name"] for row in settings]}
+    with argument("--out"):
+        check_result(out, (RESULT, PICTURE), run_of, overwrite=args.overwrite)
     windows = None
     if args.observations is not None:
         windows = recorded_windows(args.observations, most_windows(args.draws))
@@ -528,29 +548,24 @@ def run(args: argparse.Namespace) -> int:
     if n > 1 and (fewer if args.fewer_actions is None else args.fewer_actions):
         _again(sweep, rows, args, n, f"{n // 2}-actions", {"n_action_steps": n // 2})
         rows = _score(sweep, args)
-    document = _document(sweep, rows, _time(sweep, args, windows), args)
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, indent=1)
-    write_atomically(out / RESULT, (text + "\n").encode())
+    document = _document(sweep, rows, _time(sweep, args, windows), args) | run_of
+    write_json(make_folder(out) / RESULT, document)
     if args.save:
         _save(sweep, rows, document["presets"], args)
-    print(text if args.json else _report(document, out, args))
+    print(json.dumps(document, indent=1) if args.json else _report(document, out, args))
     return 0
 
 
 def _saved(chosen: dict[str, str | None], args: argparse.Namespace) -> list[str]:
-    """What lies in the policy's folder now, from this run or from before."""
-    from tsad.load import policy_folder
+    """What presets there are now, from this run or from before."""
     from tsad.presets import read_presets
 
-    folder = policy_folder(policy_source(args))
-    assert folder is not None  # _check
-    lines = []
+    place, lines = _place(args), []
     for preset, name in chosen.items():
         if name is not None:
-            lines.append(f'kept with the policy: tsad.load(..., preset="{preset}")')
-        elif preset in read_presets(folder):
-            lines.append(f"the preset {preset} in {folder} is from before: this run found none")
+            lines.append(f'kept in {place}: tsad.load(..., preset="{preset}")')
+        elif preset in read_presets(place):
+            lines.append(f"the preset {preset} in {place} is from before: this run found none")
     return lines
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from tsad.files import write_atomically
-from tsad.sim.results import ResultsError, differences
+from tsad.files import output_file, write_atomically
+from tsad.sim.results import ResultsError, check_free, differences, lock
 from tsad.sim.search import Demonstration
 
 
@@ -26,7 +26,8 @@ class Record:
 
     Raises (on construction):
         ResultsError: `out` exists and neither `resume` nor `overwrite` was given, isn't such a
-            file, or was made with other settings; the message names each difference.
+            file, was made with other settings, or another run is writing it; the message names
+            each difference, or the process.
     """
 
     SAVE_SECONDS = 30.0
@@ -39,18 +40,19 @@ class Record:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.out, self.settings = out, dict(settings)
+        self.out, self.settings = output_file(out, overwrite=True), dict(settings)
         self.next_seed = int(settings["first_seed"])
         self.demonstrations: list[Demonstration] = []
         self.steps = self.seeds_won = 0
         self._saved = time.monotonic()
-        if not out.exists() or overwrite:
-            return
-        if not resume:
-            raise ResultsError(
-                f"{out} exists; fix: --resume goes on with it, --overwrite starts anew"
-            )
-        self._read()
+        self._lock = lock(self.out)
+        try:
+            check_free(self.out, resume=resume, overwrite=overwrite)
+            if resume and self.out.exists():
+                self._read()
+        except BaseException:
+            self.close()
+            raise
 
     def _read(self) -> None:
         try:
@@ -99,6 +101,10 @@ class Record:
         }
         write_atomically(self.out, lambda stream: np.savez_compressed(stream, **arrays))
         self._saved = time.monotonic()
+
+    def close(self) -> None:
+        """Nothing more comes; another run may go on."""
+        self._lock.release()
 
     def text(self) -> str:
         """For people."""

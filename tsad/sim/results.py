@@ -7,6 +7,7 @@ interrupted loses the episodes in flight, never a file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.files import write_atomically, write_json
+from tsad.files import Lock, named, output_file, write_atomically, write_json
 from tsad.sim.rollout import Episode
 
 FORMAT = "tsad-eval"
@@ -215,69 +216,41 @@ def _read(out: Path, existing: Path) -> tuple[dict[str, Any], list[Episode]]:
     return read_results(out) if existing == out else _read_partial(existing)
 
 
+def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """``ResultsError`` if a run, finished or not, is at `out` and neither was asked for."""
+    existing = _existing(out)
+    if existing is not None and not (resume or overwrite):
+        raise ResultsError(
+            f"{existing} exists; fix: --resume goes on with it, --overwrite starts anew"
+        )
+
+
 def recorded_settings(out: Path) -> dict[str, Any] | None:
     """The settings of the run at `out`, finished or not; None if there is none."""
     existing = _existing(out)
     return None if existing is None else _read(out, existing)[0]
 
 
-class Lock:
-    """One run at a time per results file: ``<out>.lock``, held from here until `release`.
-
-    The system frees it when a process ends, however it ends; a file that is left says nothing.
-
-    Raises:
-        ResultsError: another run holds it; the message names the file and the process.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self._path = out.with_name(out.name + ".lock")
-        self._file: Any = None
-        try:
-            import fcntl
-        except ModuleNotFoundError:  # not a POSIX system: nothing guards there
-            return
-        while True:
-            file = self._path.open("a+")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                file.close()
-                raise ResultsError(
-                    f"{out} is being written by another run, process {holder}; fix: wait for it, "
-                    "or name another file"
-                ) from None
-            # Whoever held it before may have removed the file between the two lines above.
-            if self._path.exists() and os.path.samestat(
-                os.fstat(file.fileno()), os.stat(self._path)
-            ):
-                break
-            file.close()
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        self._file = file
-
-    def release(self) -> None:
-        """Let others in; once more does nothing."""
-        if self._file is not None:
-            self._path.unlink(missing_ok=True)  # while it is still held: nobody else's can go
-            self._file.close()
-            self._file = None
+def lock(path: Path) -> Lock:
+    """`Lock`, or ResultsError if another run has it; the message names the process."""
+    try:
+        return Lock(path)
+    except BlockingIOError as error:
+        raise ResultsError(str(error)) from None
 
 
 class Journal:
     """The record of one run: `episodes` so far, `append` for the next, `finish` at the end.
 
     With `out` None nothing is written, and only memory remembers. Until `close` or `finish` no
-    other run can open the same file (`Lock`).
+    other run can open the same file (`lock`). With both `resume` and `overwrite` it goes on with a
+    run of these settings and replaces any other.
 
     Raises (on construction):
         ResultsError: `out` or its partial file exists and neither `resume` nor `overwrite` was
             given, resuming finds other settings, or another run is writing it; the message names
             each difference, or the process.
+        OSError: `out` can't be written (`tsad.files.output_file`).
     """
 
     def __init__(
@@ -288,49 +261,56 @@ class Journal:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.out, self.settings = out, dict(settings)
+        self.out = None if out is None else output_file(out, overwrite=True)
+        self.settings = dict(settings)
         self.episodes: dict[int, Episode] = {}
         self.looks: list[Any] = []  # of the finished file that this run goes on with
         self._file: Any = None
         self._lock: Lock | None = None
-        if out is None:
+        if self.out is None:
             return
-        self._lock = Lock(out)
+        self._lock = lock(self.out)
         try:
-            self._open(out, resume, overwrite)
+            self._open(self.out, resume, overwrite)
         except BaseException:
             self.close()
             raise
 
     def _open(self, out: Path, resume: bool, overwrite: bool) -> None:
-        existing = _existing(out)
-        if existing is not None and not overwrite:
-            if not resume:
-                raise ResultsError(
-                    f"{existing} exists; fix: --resume goes on with it, --overwrite starts anew"
-                )
-            recorded, episodes = _read(out, existing)
-            changed = differences(recorded, self.settings)
-            if changed:
-                raise ResultsError(
-                    f"{existing} was made with other settings; {'; '.join(changed)}; "
-                    "fix: use its settings, another --out, or --overwrite"
-                )
-            self.episodes = {episode.seed: episode for episode in episodes}
-            if out.exists():
-                self.looks = json.loads(out.read_text()).get("looks", [])
+        check_free(out, resume=resume, overwrite=overwrite)
+        existing = _existing(out) if resume else None
+        if existing is not None:
+            try:
+                self._take(out, existing)
+            except ResultsError:
+                if not overwrite:
+                    raise
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": self.settings}
         rows = [header, *(asdict(episode) for episode in self.episodes.values())]
         partial = partial_path(out)
         write_atomically(partial, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._file = partial.open("ab")
+        self._file = open(str(partial), "ab")
+
+    def _take(self, out: Path, existing: Path) -> None:
+        """Go on with what is there."""
+        recorded, episodes = _read(out, existing)
+        changed = differences(recorded, self.settings)
+        if changed:
+            raise ResultsError(
+                f"{existing} was made with other settings; {'; '.join(changed)}; "
+                "fix: use its settings, another --out, or --overwrite"
+            )
+        if out.exists():
+            self.looks = json.loads(out.read_text()).get("looks", [])
+        self.episodes = {episode.seed: episode for episode in episodes}
 
     def append(self, episode: Episode) -> None:
         """Keep one finished episode, on disk before this returns."""
         if self._file is not None:
-            self._file.write(json.dumps(asdict(episode)).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with named(self._file.name):
+                self._file.write(json.dumps(asdict(episode)).encode() + b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
         self.episodes[episode.seed] = episode  # last: Ctrl-C in between claims nothing
 
     def finish(self, document: Mapping[str, Any]) -> None:
@@ -343,7 +323,8 @@ class Journal:
     def close(self) -> None:
         """Nothing more comes; what is kept stays, and another run may go on."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a disk that was full for `append` still is
+                self._file.close()
             self._file = None
         if self._lock is not None:
             self._lock.release()

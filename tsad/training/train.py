@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsad.checkpoint import read_folder, write_folder
 from tsad.config import NetworkConfig, NormalizerConfig, PolicyConfig, SchedulerConfig, block_costs
-from tsad.files import make_folder, write_atomically
+from tsad.files import Lock, make_folder, write_atomically
 from tsad.training.card import model_card
 from tsad.training.data import (
     DataError,
@@ -460,23 +460,23 @@ class Trainer:
         ``out``, so that a simulator can tell which are best. After SIGINT or SIGTERM the state is
         saved and ``InterruptedTrainingError`` raised.
         """
-        make_folder(self.out)
-        with caught_signals() as received:
-            clock = Clock()
-            while self.fraction < 1:
-                self.train_step()
-                self.seconds += clock.lap()
-                if on_step:
-                    on_step(self)
-                if self.step % report_every == 0 or self.fraction >= 1:
-                    self._report(on_report)
-                if keep_every and self.step % keep_every == 0 and self.fraction < 1:
-                    self.write(self.out / f"step-{self.step:06d}")
-                if self.step % save_every == 0 or self.fraction >= 1 or received:
-                    self.save()
-                if received:
-                    raise InterruptedTrainingError
-        return self.write()
+        with Lock(make_folder(self.out) / STATE_FILE):
+            with caught_signals() as received:
+                clock = Clock()
+                while self.fraction < 1:
+                    self.train_step()
+                    self.seconds += clock.lap()
+                    if on_step:
+                        on_step(self)
+                    if self.step % report_every == 0 or self.fraction >= 1:
+                        self._report(on_report)
+                    if keep_every and self.step % keep_every == 0 and self.fraction < 1:
+                        self.write(self.out / f"step-{self.step:06d}")
+                    if self.step % save_every == 0 or self.fraction >= 1 or received:
+                        self.save()
+                    if received:
+                        raise InterruptedTrainingError
+            return self.write()
 
     def _report(self, on_report: Callable[[Report], None] | None) -> None:
         report = self.evaluate()
