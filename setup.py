@@ -34,7 +34,7 @@ def macros():
         ("_GNU_SOURCE", None),
     ]
     if ABI3:
-        names.append(("Py_LIMITED_API", "0x030B0000"))
+        names.append(("Py_LIMITED_API", "0x030A0000"))
     return names
 
 
@@ -42,6 +42,7 @@ def flags():
     """Compiler and linker flags. No -march: instruction sets are chosen per file, at run time."""
     compile_args = ["-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
     compile_args += ["-Wall", "-Wextra", "-Wstrict-prototypes", "-Wvla"]
+    compile_args.append("-Werror=implicit-function-declaration")  # of a newer Python, say
     link_args = ["-pthread"]
     if switched_on("TSAD_DEBUG"):
         compile_args += ["-O0", "-g3", "-UNDEBUG"]
@@ -96,5 +97,5 @@ core = Extension(
 setup(
     ext_modules=[core],
     cmdclass={"build_ext": ParallelBuildExt},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ABI3 else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},
 )

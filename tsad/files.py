@@ -14,6 +14,7 @@ refusal. All errors are ``OSError``, with a message that says what is in the way
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -137,6 +138,15 @@ def write_json(path: str | os.PathLike[str], value: Any, *, overwrite: bool = Tr
     """`write_atomically` of JSON for people and machines."""
     content = (json.dumps(value, indent=1) + "\n").encode()
     write_atomically(path, content, overwrite=overwrite)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:  # hashlib.file_digest is of Python 3.11
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class Lock:

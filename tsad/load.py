@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import warnings
@@ -15,6 +14,7 @@ import numpy as np
 from tsad.checkpoint import CONFIG_FILE, MODEL_FILE, PRUNER_FILE, Tensors, read_folder
 from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
 from tsad.convert import folder_kind, lerobot_error, read_checkpoint
+from tsad.files import sha256
 from tsad.presets import Preset, check_clash, find_preset
 from tsad.reference import sinusoid
 from tsad.samplers import Sampler, make_sampler, tail
@@ -246,14 +246,9 @@ def files_sha256(source: str | os.PathLike[str]) -> dict[str, str]:
     """SHA-256 of each file that a policy is read from: those of a folder, or a checkpoint."""
     folder = policy_folder(source)
     if folder is None:
-        return {"checkpoint": _sha256(Path(source))}
+        return {"checkpoint": sha256(source)}
     names = (CONFIG_FILE, MODEL_FILE, PRUNER_FILE)
-    return {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {name: sha256(folder / name) for name in names if (folder / name).is_file()}
 
 
 def read_policy(

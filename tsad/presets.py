@@ -51,7 +51,15 @@ from tsad.config import (
     TIMESTEP_SPACINGS,
     Section,
 )
-from tsad.files import Lock, is_bundled, make_folder, output_file, output_folder, write_together
+from tsad.files import (
+    Lock,
+    is_bundled,
+    make_folder,
+    output_file,
+    output_folder,
+    sha256,
+    write_together,
+)
 from tsad.planners import NAMES as PLANNERS
 
 if TYPE_CHECKING:
@@ -132,8 +140,7 @@ class Preset:
 
 def model_sha256(folder: Path) -> str:
     """SHA-256 of a folder's weights."""
-    with (folder / MODEL_FILE).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(folder / MODEL_FILE)
 
 
 def read_presets(folder: Path) -> dict[str, Preset]:

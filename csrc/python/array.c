@@ -90,7 +90,7 @@ static bool is_of(PyObject *object, const char *package)
 
 static int refuse_type(PyObject *object, const char *name, edge_dtype dtype)
 {
-    PyObject *type = PyType_GetName(Py_TYPE(object));
+    PyObject *type = edge_type_name(object);
     const char *wanted = dtype == EDGE_ANY ? "float32" : dtypes[dtype].name;
     if (type) {
         PyErr_Format(PyExc_TypeError,

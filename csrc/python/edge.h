@@ -1,6 +1,6 @@
 /* edge.h: what the files of the Python edge share. The edge knows Python and nothing of diffusion:
  * it borrows arrays, checks them, leaves the GIL, calls the core, and turns statuses into
- * exceptions. Limited API 3.11; NumPy's headers are included by array.c and noise.c alone.
+ * exceptions. Limited API 3.10; NumPy's headers are included by array.c and noise.c alone.
  */
 #pragma once
 
@@ -29,6 +29,12 @@ extern PyModuleDef edge_module;
 PyObject *edge_raise(tsad_status status);
 
 extern PyType_Spec edge_model_spec, edge_policy_spec;
+
+/* The name of an object's type, NULL with an exception; PyType_GetName is of Python 3.11. */
+static inline PyObject *edge_type_name(PyObject *object)
+{
+    return PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__name__");
+}
 
 /* ---- array.c ----------------------------------------------------------------------------- */
 

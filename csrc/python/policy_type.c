@@ -36,7 +36,7 @@ static int read_lane(const edge_policy *self, PyObject *object, const char *name
     }
     PyObject *index = PyNumber_Index(object);
     if (!index) {
-        PyObject *type = PyType_GetName(Py_TYPE(object));
+        PyObject *type = edge_type_name(object);
         PyErr_Clear();
         if (type) {
             PyErr_Format(PyExc_TypeError, "%s: expected a lane number, got %U; pass an int", name,

@@ -6,7 +6,6 @@ folder. Neither needs torch, and nothing in a file is run: see ``tsad.convert.pi
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +25,7 @@ from tsad.checkpoint import (
     write_pruner,
 )
 from tsad.convert.diffusion_policy import Converted, read_checkpoint, read_pruner
+from tsad.files import sha256
 from tsad.presets import read_presets, stale_note
 
 __all__ = ["Converted", "convert", "convert_pruner", "read_checkpoint", "read_pruner"]
@@ -54,7 +54,7 @@ def convert(
     if path.is_dir():
         raise _wrong_folder(path)
     converted = read_checkpoint(path, weights=weights)
-    provenance = converted.config.provenance | {"source_sha256": _sha256(path)}
+    provenance = converted.config.provenance | {"source_sha256": sha256(path)}
     config = replace(converted.config, provenance=provenance)
     read_presets(folder)  # a broken file is said before anything is written
     config = write_folder(folder, config, converted.tensors, dtype=dtype)
@@ -103,7 +103,7 @@ def convert_pruner(
         )
     pruner, tensors = read_pruner(source, config.network, n_head=n_head)
     provenance = config.provenance | {
-        "pruner": {"source": os.path.basename(source), "source_sha256": _sha256(Path(source))}
+        "pruner": {"source": os.path.basename(source), "source_sha256": sha256(source)}
     }
     config = replace(config, pruner=pruner, provenance=provenance)
     config = write_pruner(target, config, tensors, dtype)
@@ -171,8 +171,3 @@ def lerobot_error(path: Path) -> ValueError:
         f"type {str(kind)[:100]!r}; {what} not supported yet, use a transformer policy of "
         "Diffusion Policy"
     )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

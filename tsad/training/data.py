@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from tsad._extras import MissingExtraError
 from tsad.config import Affine, NormalizerConfig
+from tsad.files import sha256
 
 Floats = NDArray[np.float32]
 
@@ -113,7 +114,7 @@ def load_demonstrations(
     digest = hashlib.sha256()
     for array in (obs, action, ends):
         digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    hashed = _file_hash(file) if file.is_file() else digest.hexdigest()
+    hashed = sha256(file) if file.is_file() else digest.hexdigest()
     covered = _coverage(arrays, file) if coverage else None
     return Demonstrations(obs, action, ends, file.name, hashed, covered)
 
@@ -208,11 +209,6 @@ def _episode_ends(arrays: Mapping[str, NDArray[Any]], file: Path, n: int) -> NDA
             f"number of steps, got {ends[0]} .. {ends[-1]}"
         )
     return ends
-
-
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def local_keypoints(path: str | os.PathLike[str] | None = None) -> NDArray[np.float64]:
