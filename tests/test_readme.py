@@ -1,88 +1,461 @@
-"""The README's Python runs as it stands, and its commands exist."""
+"""README.md and docs/: their Python runs, their commands parse, their figures are the committed
+ones."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+import tsad
+from tsad.scope import table as scope_table
+
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-pytestmark = pytest.mark.skipif(not README.exists(), reason="needs the source tree")
+RESULTS = ROOT / "bench" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("needs the source tree", allow_module_level=True)
+sys.path.append(str(ROOT / "bench"))
+
+import frontier  # noqa: E402
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-    code_lines = [line for line in code.splitlines() if line.strip() and line[0] != "#"]
-    assert len(code_lines) <= 15  # as promised
+def read(name: str) -> str:
+    """A page, by its name."""
+    return next(page for page in PAGES if page.name == name).read_text()
+
+
+def code(page: Path, language: str = "") -> list[str]:
+    """The fenced blocks of a page in that language."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+    return [text for kind, text in blocks if kind == language]
+
+
+def results(text: str, ending: str) -> Any:
+    """The one result file that a text names by this ending."""
+    (found,) = set(re.findall(rf"`bench/results/([\w-]*{ending}\.json)`", text))
+    return json.loads((RESULTS / found).read_text())
+
+
+def rows(text: str, head: str) -> list[list[str]]:
+    """The cells of the table whose head begins so; emphasis taken off."""
+    (found,) = re.findall(rf"^\| {re.escape(head)}[^\n]*\n\|[ -:|]*\n((?:\|[^\n]*\n)+)", text, re.M)
+    lines = found.replace("**", "").splitlines()
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+
+
+def same(written: str, value: float) -> None:
+    """A figure is the value, in as many digits as are written."""
+    digits = len(written.partition(".")[2].partition("e")[0])
+    if "e" in written:
+        assert f"{value:.{digits}e}".replace("e-0", "e-") == written
+        return
+    plain = f"{value:.{digits}f}"
+    assert written.lstrip("+") == ("0." + "0" * digits if float(plain) == 0 else plain), value
+
+
+def numbers(text: str) -> list[str]:
+    """The figures in a cell."""
+    return re.findall(r"[-+]?\d[\d.]*(?:e-\d+)?", text.replace(",", " "))
+
+
+def said(name: str, pattern: str, *values: float) -> None:
+    """A sentence of a page, whose groups are these values; spaces match line breaks."""
+    found = re.search(pattern.replace(" ", r"\s+"), read(name))
+    assert found, pattern
+    assert len(found.groups()) == len(values)
+    for written, value in zip(found.groups(), values, strict=True):
+        same(written, value)
+
+
+# ---- what can be run
+
+
+@each_page
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
-    import tsad
+    for block in code(page, "python"):
+        if "gym_pusht" not in block:
+            exec(compile(block, page.name, "exec"), {})
 
-    kept = tsad.Plan.load(tmp_path / "plan.npz")  # the one it set last, not the one it ran
-    assert abs(kept.sparsity - 0.9) < 0.01
+
+def test_the_first_block_has_fifteen_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = code(ROOT / "README.md", "python")[0]
+    assert len([line for line in block.splitlines() if line.strip() and line[0] != "#"]) <= 15
+    assert 'preset="lossless"' in block.splitlines()[3]  # what we recommend comes first
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert abs(tsad.Plan.load(tmp_path / "plan.npz").sparsity - 0.8) < 0.01
+
+
+def test_the_closed_loop_sees_what_the_evaluation_sees(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gym_pusht")
+    from tsad.sim import make
+
+    (block,) = (text for text in code(ROOT / "README.md", "python") if "gym_pusht" in text)
+    ran: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), ran)
+    policy, world = tsad.load("pusht", preset="lossless"), make("pusht")
+    seen = [world.reset(100_000)] * policy.n_obs_steps
+    policy.reset(seed=0)
+    done = False
+    while not done and len(seen) < 302:
+        for action in policy(np.stack(seen[-policy.n_obs_steps :])):
+            if not done and len(seen) < 302:
+                step = world.step(action)
+                seen.append(step.obs)
+                done = step.done
+    assert len(ran["seen"]) == len(seen) > 50 and ran["success"] == done
+    np.testing.assert_array_equal(ran["seen"], seen)
+    assert (
+        f"{len(seen) - 2} steps, {ran['info']['coverage']:.0%} covered" in capsys.readouterr().out
+    )
+
+
+@each_page
+def test_commands_parse(page: Path) -> None:
+    from tsad.cli import build_parser
+
+    text = "\n".join(code(page)).replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("tsad ")]
+    commands += re.findall(r"`(tsad [a-z-]+ [^`]* [^`]*)`", page.read_text())
+    assert commands or page.name == "architecture.md"
+    for command in commands:
+        try:
+            build_parser().parse_args(shlex.split(command, comments=True)[1:])
+        except SystemExit as stop:
+            pytest.fail(f"{command}: {stop.code}")
+
+
+@each_page
+def test_files_and_links_exist(page: Path) -> None:
+    text = page.read_text()
+    named = re.findall(r"`((?:tsad|csrc|bench|docs|notebooks|tests)/[\w./-]*)`", text)
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert named
+    for path in [*(ROOT / name for name in named), *(page.parent / name for name in linked)]:
+        assert path.exists(), path
+    for ending in re.findall(r"`(-[\w-]+\.json)`", text):  # "beside" the file named before
+        assert list(RESULTS.glob(f"*{ending}")), ending
+
+
+# ---- README
+
+
+def test_the_scope_is_on_the_first_screen() -> None:
+    text = read("README.md")
+    assert scope_table() in text
+    assert text[: text.index(scope_table())].count("\n") < 14 and text.count("\n") <= 130
+
+
+def test_what_it_gains_and_loses() -> None:
+    bench, played = (
+        json.loads((RESULTS / name).read_text())
+        for name in ("2026-11-25-amd-epyc-25-17.json", "2026-11-25-amd-epyc-25-17-frontier.json")
+    )
+    (case,) = (case for case in bench["cases"] if case["name"] == "ddpm100")
+    times = {c["name"]: c["times"]["best_p50"] for c in case["contenders"]}
+    dense = played["rows"]["ddpm-100"]
+    found = rows(read("README.md"), "gain of")
+    same(found[0][2], times["eager"])
+    same(found[1][2], times["tsad dense"])
+    (path,) = RESULTS.glob("*closed-loop.json")
+    engine = json.loads(path.read_text())["paired"]["score"]
+    low, high = engine["interval95"]
+    for written, value in zip(
+        numbers(found[1][3]), (-engine["mean_difference"], -high, -low), strict=True
+    ):
+        same(written, value)
+    presets = tsad.presets.read_presets(ROOT / "tsad" / "assets" / "pusht")
+    names = ["ddim-8", "ddpm-100-search-95"]
+    names += [presets[name].measured["setting"] for name in ("fast", "lossless")]
+    assert [f'`preset="{name}"`' for name in presets] == [row[1] for row in found[4:]]
+    (path,) = RESULTS.glob("*-headline.json")
+    compared = json.loads(path.read_text())["compared"]["rows"]
+    assert len(found) == 6
+    for row, name in zip(found[2:], names, strict=True):
+        chunks = dense["n_action_steps"] / played["rows"][name]["n_action_steps"]
+        same(row[2], played["rows"][name]["milliseconds"] * chunks)
+        mean, away = (compared[name][k] for k in ("mean_difference", "standard_error"))
+        values = (-mean, -mean - 1.959964 * away, -mean + 1.959964 * away)
+        for written, value in zip(numbers(row[3]), values, strict=True):
+            same(written, value)
+
+
+def test_its_sentences() -> None:
+    headline = json.loads((RESULTS / "2026-11-25-amd-epyc-25-17-headline.json").read_text())
+    assert headline["seeds"] == [100_000, 101_499]
+    said("README.md", r"where DDPM-100 has (\S+)\.", headline["rows"]["ddpm-100"]["score"]["mean"])
+    paced = [paced_preset(name)["p50"] for name in ("fast", "lossless")]
+    said("README.md", r"`fast` takes (\S+) ms a chunk and `lossless` (\S+):", *paced)
+
+
+# ---- docs/speed.md
+
+NAMES = {
+    "tsad, dense": "tsad dense",
+    'tsad, dense, `precision="int16"`': "tsad-int16 dense",
+    "OpenVINO, memory hoisted out of the loop": "openvino-hoisted",
+    "OpenVINO, as exported": "openvino",
+    "ONNX Runtime, as exported": "onnxruntime",
+    "torch.compile": "compile",
+    "PyTorch eager": "eager",
+    "tsad, 80 % sparse (uniform)": "tsad uniform-80",
+    "tsad, 95 % sparse (uniform)": "tsad uniform-95",
+    "tsad, 95 % sparse (mixed reuse, `bench/plans/sparse95.npz`)": "tsad sparse95",
+    'the same, `precision="int16"`': "tsad-int16 sparse95",
+}
+
+
+def bench_case(ending: str, case: str) -> dict[str, Any]:
+    """The contenders of a case by name; those of the file with this ending."""
+    document = json.loads((RESULTS / f"2026-11-25-amd-epyc-25-17{ending}.json").read_text())
+    (found,) = (one for one in document["cases"] if one["name"] == case)
+    return {one["name"]: one for one in found["contenders"]}
+
+
+def paced_preset(name: str) -> dict[str, float]:
+    document = json.loads((RESULTS / f"2026-11-25-amd-epyc-25-17-paced-{name}.json").read_text())
+    assert document["paced_hz"] == 10 and document["results"][1]["name"] == name
+    return dict(document["results"][1]["call_ms"])
+
+
+def test_speeds_back_to_back() -> None:
+    found = rows(read("speed.md"), "| DDPM-100 |")
+    assert [row[0] for row in found] == list(NAMES)
+    for place, case in ((1, "ddpm100"), (3, "ddim16")):
+        contenders = bench_case("", case)
+        dense = contenders["tsad dense"]["times"]["best_p50"]
+        for row in found:
+            times = contenders.get(NAMES[row[0]], {}).get("times")
+            if not row[place]:
+                continue
+            best, median = numbers(row[place])
+            same(best, times["best_p50"])
+            same(median, times["p50"])
+            if row[place + 1]:
+                same(row[place + 1].rstrip("x"), times["best_p50"] / dense)
+
+
+def test_sentences_about_speed() -> None:
+    share = {
+        name: one.get("floor_share", 0) * 100 for name, one in bench_case("", "ddpm100").items()
+    }
+    twelve, avx2 = bench_case("-rounds12", "ddpm100"), bench_case("-avx2", "ddpm100")
+    said(
+        "speed.md",
+        r"Dense runs at (\d+) % .* the 95 % plan at (\d+) %, or (\d+) % \((\S+) ms\)",
+        share["tsad dense"],
+        share["tsad sparse95"],
+        100 * twelve["tsad sparse95"]["floor_share"],
+        twelve["tsad sparse95"]["times"]["best_p50"],
+    )
+    outside = bench_case("", "ddpm100")["tsad dense"]["stages_ms"]["outside"]
+    said("speed.md", r"(\S+) ms of a chunk are outside", outside)
+    lanes = bench_case("", "lanes64")
+    together, alone = (
+        lanes[f"tsad sparse95{end}"]["times"]["best_p50"] for end in ("", "/one-by-one")
+    )
+    said(
+        "speed.md",
+        r"take (\S+) ms each, (\d+) % of the floor and (\S+) times as fast",
+        together / 64,
+        100 * lanes["tsad sparse95"]["floor_share"],
+        alone / together,
+    )
+    ours = [
+        avx2[name]["times"]["best_p50"]
+        for name in ("tsad dense", "tsad sparse95", "tsad-int16 dense", "tsad-int16 sparse95")
+    ]
+    said(
+        "speed.md",
+        r"dense (\S+) ms, (\d+) % of its floor, the 95 % plan (\S+) ms, `int16` (\S+) and (\S+)\.",
+        ours[0],
+        100 * avx2["tsad dense"]["floor_share"],
+        *ours[1:],
+    )
+    others = bench_case("-compile", "ddpm100")
+    names = ("tsad dense", "eager", "compile", "compile-max-autotune", "compile-freezing")
+    said(
+        "speed.md",
+        r"our dense (\S+), eager (\d+)\): default (\d+), `max-autotune` (\d+), with "
+        r"freezing (\d+);",
+        *(others[name]["times"]["best_p50"] for name in names),
+    )
+    wrong = others["compile-freezing-max-autotune"]
+    assert wrong["status"] == "wrong" and "differ from ours by 1.2," in wrong["reason"]
+    taken = bench_case("-paced", "contended")
+    said(
+        "speed.md",
+        r"a dense chunk takes (\d+) ms, the 95 % plan (\S+) ms\.",
+        *(taken[name]["contended"]["p50"] for name in ("tsad dense", "tsad sparse95")),
+    )
+
+
+def test_speeds_at_a_robots_pace() -> None:
+    contenders = bench_case("-paced", "paced10")
+    names = ("tsad dense", "tsad sparse95", "tsad-int16 sparse95")
+    measured = [contenders[name]["times"] for name in names]
+    measured += [paced_preset(name) for name in ("fast", "lossless")]
+    found = rows(read("speed.md"), "at 10 Hz")
+    for row, times in zip(found, measured, strict=True):
+        for written, key in zip(row[1:], ("p50", "p90", "p99"), strict=True):
+            same(written, times[key])
+
+
+def test_what_conditioning_costs() -> None:
+    rungs = results(read("speed.md"), "ladder")["rungs"]
+    found = rows(read("speed.md"), "pruner |")
+    for row, pruner in zip(found, dict.fromkeys(rung["pruner"] for rung in rungs), strict=True):
+        ladder = [rung for rung in rungs if rung["pruner"] == pruner]
+        for cell, rung in zip(row[1:], ladder[:5], strict=True):
+            outside, total = numbers(cell)
+            same(outside, rung["outside"])
+            same(total, rung["total"])
+
+
+# ---- docs/results.md
+
+
+def test_the_engine_is_right() -> None:
+    text = read("results.md")
+    loop = results(text, "closed-loop")
+    assert (loop["seeds"], loop["first_seed"]) == (50, 100_000)
+    for row, name in zip(rows(text, "50 seeds"), ("tsad dense", "eager"), strict=True):
+        summary = loop[name]["summary"]
+        mean, error = row[1].split(" +- ")
+        same(mean, summary["score"]["mean"])
+        same(error, summary["score"]["standard_error"])
+        same(row[2], summary["success"]["mean"])
+    paired = loop["paired"]["score"]
+    said(
+        "results.md",
+        r"PyTorch is (\S+) in score \(95 % interval (\S+) to (\S+)\)",
+        paired["mean_difference"],
+        *paired["interval95"],
+    )
+    parity = results(text, "17-parity")
+    assert parity["observations"] == 500
+    said(
+        "results.md",
+        r"normalised action is (\S+) ",
+        parity["differences"]["engine - torch float32"]["largest"],
+    )
+    small = results(text, "parity-int16")["differences"]["engine int16 - engine float32"]
+    scale = min(tsad.load("pusht").config["normalizer"]["action"]["scale"])
+    said(
+        "results.md",
+        r"at most (\S+) \((\S+) pixels\), (\S+) on average",
+        small["largest"],
+        small["largest"] / scale,
+        small["mean"],
+    )
 
 
 def test_the_frontier_is_the_committed_one() -> None:
-    import json
-    import sys
-
-    sys.path.insert(0, str(ROOT / "bench"))
-    import frontier
-
-    (file,) = re.findall(r"`(bench/results/[^`]*-frontier\.json)`", README.read_text())
-    document = json.loads((ROOT / file).read_text())
-    section = README.read_text().partition("## Which setting")[2].partition("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(rows) > 10
-    assert set(rows) <= set(frontier.page(document).splitlines())
+    document = results(read("results.md"), "frontier")
+    section = read("results.md").partition("## The frontier")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(lines) > 30
+    assert set(lines) <= set(frontier.page(document).splitlines())
 
 
-def test_the_paced_latencies_are_the_committed_ones() -> None:
-    import json
+def test_sentences_about_the_frontier() -> None:
+    document = results(read("results.md"), "frontier")
+    played, eager = document["rows"], bench_case("", "ddpm100")["eager"]["times"]["best_p50"]
+    ms = {name: row["milliseconds"] for name, row in played.items()}
+    score = {name: row["score"]["mean"] for name, row in played.items()}
+    fast, lossless = "dpm-8-rows-0-6-int16", "ddim-8-trailing-warm-4-rows-0-2-int16-4-actions"
+    said(
+        "results.md",
+        r"DDPM-100 from (\d+) ms .* to (\d+)\. Few steps take it to (\S+) ms",
+        eager,
+        ms["ddpm-100"],
+        ms["ddim-8"],
+    )
+    said(
+        "results.md",
+        r"two passes and scores (\S+), where two dense steps score (\S+) \(leading\) and (\S+) \(",
+        score["dpm-8-rows-0-6"],
+        score["ddim-2"],
+        score["ddim-2-trailing"],
+    )
+    said(
+        "results.md",
+        r"it takes \*\*(\S+) ms, (\d+) times faster",
+        ms[fast],
+        ms["ddpm-100"] / ms[fast],
+    )
+    row = played[fast]
+    said(
+        "results.md",
+        r"seeds: (\S+), between (\S+) and (\S+) with all",
+        -row["mean_difference"],
+        *row["simultaneous"],
+    )
+    row = played["ddim-8-trailing-warm-4-rows-0-2-4-actions"]
+    said(
+        "results.md",
+        r"scores (\S+) \((\S+) to (\S+)\); in 16",
+        row["score"]["mean"],
+        *row["simultaneous"],
+    )
+    said(
+        "results.md",
+        r"`preset=\"lossless\"`, (\S+) in (\S+) ms, \*\*(\S+) ms for as many actions, (\d+) times",
+        score[lossless],
+        ms[lossless],
+        2 * ms[lossless],
+        ms["ddpm-100"] / (2 * ms[lossless]),
+    )
+    name = "ddim-16-trailing-warm-8-row-0"
+    said(
+        "results.md",
+        r"16 steps: (\S+) \(in 16 bits (\S+), (\S+) ms\) where a cold chunk reaches (\S+),",
+        score[name],
+        score[f"{name}-int16"],
+        ms[f"{name}-int16"],
+        score["ddim-51-row-0"],
+    )
+    name = "ddpm-100-search-95"
+    said(
+        "results.md",
+        r"plan found loses (\S+) and costs (\S+) ms,",
+        -played[name]["mean_difference"],
+        ms[name],
+    )
+    said("results.md", r"by a third and scores (\S+)\. ", score["ddim-16-search-1.5"])
+    ranked = document["rank_correlation"]
+    said(
+        "results.md",
+        r"over (\d+) settings is (\S+) for the distance \((\S+) for",
+        ranked["distance"]["rows"],
+        ranked["distance"]["rank_correlation"],
+        ranked["action_rms"]["rank_correlation"],
+    )
+    said("results.md", r"two passes keep (\S+) of it", played[fast]["spread"])
 
-    text = README.read_text()
-    (stem,) = re.findall(r"`(bench/results/[^`]*)\.json`\.\n\n\| \| DDPM-100", text)
-    table = text.partition("| at 10 Hz |")[2].partition("\n\n")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    cases = json.loads((ROOT / f"{stem}-paced.json").read_text())["cases"]
-    (paced,) = (case for case in cases if case["name"] == "paced10")
-    times = {entry["name"]: entry["times"] for entry in paced["contenders"]}
-    measured = [times[name] for name in ("tsad dense", "tsad sparse95", "tsad-int16 sparse95")]
-    for preset in ("fast", "lossless"):
-        document = json.loads((ROOT / f"{stem}-paced-{preset}.json").read_text())
-        assert document["paced_hz"] == 10 and document["results"][1]["name"] == preset
-        measured.append(document["results"][1]["call_ms"])
-    assert len(rows) == len(measured)
-    for row, found in zip(rows, measured, strict=True):
-        for got, key in zip(row[1:], ("p50", "p90", "p99"), strict=True):
-            digits = len(got.partition(".")[2])
-            assert got == f"{found[key]:.{digits}f}", (row, key)
 
-
-def test_the_sweeps_are_the_committed_ones() -> None:
-    import json
-    import sys
-
-    sys.path.insert(0, str(ROOT / "bench"))
-    import frontier
-
-    section = README.read_text().partition("## More seeds")[2].partition("\n## ")[0]
-    lines: set[str] = set()
-    for kind in ("headline", "actions"):
-        (file,) = re.findall(rf"`(bench/results/[^`]*-{kind}\.json)`", section)
-        document = json.loads((ROOT / file).read_text())
-        lines |= set(frontier.sweep(document).splitlines())
-        settings = json.loads((ROOT / "bench" / "frontier" / f"{kind}.json").read_text())
-        assert [row["name"] for row in settings] == list(document["rows"])
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(rows) > 15 and set(rows) <= lines
+@pytest.mark.parametrize(("section", "kind"), [("More seeds", "headline"), ("Fewer", "actions")])
+def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
+    text = read("results.md").partition(f"## {section}")[2].partition("\n## ")[0]
+    document = results(text, kind)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert lines == frontier.sweep(document).splitlines()
+    settings = json.loads((ROOT / "bench" / "frontier" / f"{kind}.json").read_text())
+    assert [row["name"] for row in settings] == list(document["rows"])
 
 
 @pytest.mark.parametrize("name", ["settings", "choose", "headline", "actions"])
 def test_the_settings_of_the_frontier_can_be_played(name: str) -> None:
-    import tsad
     from tsad.commands.sweep import read_settings
 
     folder = ROOT / "bench" / "frontier"
@@ -91,22 +464,25 @@ def test_the_settings_of_the_frontier_can_be_played(name: str) -> None:
         assert set(plan) <= {"0", "1"} or tsad.Plan.load(folder / plan).sparsity > 0
 
 
-def test_the_files_it_lists_exist() -> None:
-    for name in re.findall(r"`((?:tsad|csrc|bench)/[\w./]+)`", README.read_text()):
-        assert (ROOT / name).exists(), name
+# ---- docs/plans.md
 
 
-def test_the_commands_it_names_exist() -> None:
-    from tsad.cli import main
-
-    commands = set(
-        re.findall(
-            r"`?tsad (demo|eval|collect|plan|tune|bench|show|info|convert|generate|train-policy)\b",
-            README.read_text(),
-        )
+def test_errors_of_plans() -> None:
+    document = results(read("plans.md"), "plan-errors")
+    plans = document["plans"]
+    random = [plans[name] for name in plans if name.startswith("random")]
+    assert len(random) == 3
+    kinds = [plans["effects"], plans["searched"], plans["bac"], plans["uniform"]]
+    found = rows(read("plans.md"), "plan |")
+    for row, kind in zip(found, [*kinds, None], strict=True):
+        for written, asked in zip(row[1:], document["asked"], strict=True):
+            made = [kind] if kind else random
+            same(written, float(np.mean([plan[str(asked)]["error"]["rms"] for plan in made])))
+    ranked = document["whole_plans"], document["single_cells"]
+    said(
+        "plans.md",
+        r"ranks (\d+) such plans .* of (\S+), single cells with (\S+)\.",
+        ranked[0]["plans"],
+        ranked[0]["rank_correlation"],
+        ranked[1]["rank_correlation"]["all"],
     )
-    assert "demo" in commands
-    for command in commands:
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        assert stop.value.code == 0

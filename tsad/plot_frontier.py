@@ -171,7 +171,7 @@ def _axes(ax: Any, document: Mapping[str, Any], played: bool) -> None:
     ax.set_ylabel(f"{what}\nagainst {words(document, document['baseline'])}", color=INK)
     ax.set_axisbelow(True)
     ax.grid(color="#EEEEEE")
-    ax.legend(frameon=False, fontsize=8, labelcolor=INK)
+    ax.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
 

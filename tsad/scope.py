@@ -1,0 +1,43 @@
+"""What tsad runs and what not yet: README.md shows this table, and refusals quote its rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """Two cells of the table."""
+
+    supported: str
+    not_yet: str
+
+
+SCOPE = {
+    "networks": Row(
+        "Diffusion Policy's transformer (time_as_cond, obs_as_cond)",
+        "UNet, DiT; vision encoders: give their features as observations",
+    ),
+    "checkpoints": Row(
+        "Diffusion Policy's .ckpt (low-dimensional, hybrid image), tsad folders",
+        "LeRobot folders, other formats",
+    ),
+    "samplers": Row(
+        "DDPM, DDIM, DPM-Solver++, predicting the noise or the sample",
+        "predicting velocity, flow matching, other schedulers",
+    ),
+    "precisions": Row("float32, int16 (large matrices in 16 bits)", "float16, bfloat16"),
+    "devices": Row("CPU: AVX-512, AVX2, NEON or plain C", "CUDA and other GPUs"),
+    "systems": Row("Linux on x86-64; on ARM64 tested in emulation", "macOS, Windows"),
+    "Python": Row("3.10 to 3.13 with NumPy 1.26 or newer", "PyPy, builds without the GIL"),
+}
+
+
+def scope(row: str) -> str:
+    """The row of a table in words, for the end of an error."""
+    return f"supported {row}: {SCOPE[row].supported}; not yet: {SCOPE[row].not_yet}"
+
+
+def table() -> str:
+    """The table in Markdown."""
+    head = ["| | supported | not yet |", "| --- | --- | --- |"]
+    return "\n".join([*head, *(f"| {name} | {row[0]} | {row[1]} |" for name, row in SCOPE.items())])
