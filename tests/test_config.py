@@ -194,13 +194,14 @@ def test_missing_keys_are_named(path: str) -> None:
 
 def test_every_key_is_described() -> None:
     import tsad.config
+    import tsad.families.dpt
 
     def keys(section: dict[str, Any]) -> set[str]:
         nested = [keys(value) for value in section.values() if isinstance(value, dict)]
         return set(section).union(*nested)
 
     written = PolicyConfig.from_dict(changed("pruner", {})).to_dict()
-    described = tsad.config.__doc__ or ""
+    described = f"{tsad.config.__doc__} {tsad.families.dpt.__doc__}"
     quoted = set(re.findall(r'``(\w+)``|"(\w+)"', described))
     assert keys(written) <= {word for pair in quoted for word in pair}
 

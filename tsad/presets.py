@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 PRESETS_FILE = "presets.json"
 FORMAT = "tsad-presets"
 FORMAT_VERSION = 1
-PRECISIONS = ("float32", "int16")
+PRECISIONS = ("float32", "int16", "int8")
 LOCK_SECONDS = 10.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

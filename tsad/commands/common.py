@@ -138,7 +138,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         default="auto",
-        help='"auto", "float32" or "int16"; "auto" is float32 on a CPU (default: auto)',
+        help='"auto", "float32", "int16" or "int8"; "auto" is float32 on a CPU (default: auto)',
     )
 
 

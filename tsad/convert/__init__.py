@@ -25,6 +25,8 @@ from tsad.checkpoint import (
     write_pruner,
 )
 from tsad.convert.diffusion_policy import Converted, read_checkpoint, read_pruner
+from tsad.families import as_transformer
+from tsad.families import describe as describe_network
 from tsad.files import sha256
 from tsad.presets import read_presets, stale_note
 
@@ -65,7 +67,7 @@ def convert(
         "out": str(folder),
         "policy": converted.policy,
         "weights": config.provenance["weights"],
-        "network": f"{network.n_layer} layers, {network.n_head} heads, width {network.n_emb}",
+        "network": describe_network(network),
         "horizon": network.horizon,
         "n_obs_steps": network.n_obs_steps,
         "n_action_steps": network.n_action_steps,
@@ -101,7 +103,7 @@ def convert_pruner(
         raise FileExistsError(
             f"{target / PRUNER_FILE}: expected no pruner yet, found one; pass overwrite=True"
         )
-    pruner, tensors = read_pruner(source, config.network, n_head=n_head)
+    pruner, tensors = read_pruner(source, as_transformer(config.network, "pruner"), n_head=n_head)
     provenance = config.provenance | {
         "pruner": {"source": os.path.basename(source), "source_sha256": sha256(source)}
     }

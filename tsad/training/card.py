@@ -7,6 +7,7 @@ from typing import Any
 
 from tsad.checkpoint import MODEL_FILE
 from tsad.config import PolicyConfig
+from tsad.families import describe
 
 _SETTINGS = {
     "batch": "batch",
@@ -52,10 +53,7 @@ def model_card(name: str, config: PolicyConfig, *, held_out: bool) -> str:
                     f"{network.n_action_steps} executed of {network.horizon} predicted, "
                     f"{network.action_dim} numbers each",
                 ),
-                (
-                    "network",
-                    f"{network.n_layer} layers, {network.n_head} heads, width {network.n_emb}",
-                ),
+                ("network", describe(network)),
                 (
                     "sampler",
                     f"{config.scheduler.type}, {config.scheduler.num_inference_steps} steps, "

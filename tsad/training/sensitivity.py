@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tsad.config import PolicyConfig
+from tsad.families import as_transformer
 from tsad.planners.bac import similarity
 from tsad.planners.effects import Effects
 from tsad.planners.rules import relative_l1
@@ -55,11 +56,12 @@ class Twin:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.sampler, self.dtype = config, sampler, dtype
+        self.settings = as_transformer(config.network, "policy")
         self.network = from_config(config.to_dict()["network"])
         state = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
         self.network.load_state_dict(state)
         self.network.to(dtype).eval().requires_grad_(False)
-        self.types = [b % 3 for b in range(3 * config.network.n_layer)]
+        self.types = [b % 3 for b in range(3 * self.settings.n_layer)]
 
     def condition(self, obs: NDArray[Any]) -> Tensor:
         """Normalised observations."""
@@ -119,7 +121,7 @@ def gradients(
     recorded = torch.from_numpy(window.inputs).to(twin.dtype)
     C, K = recorded.shape[:2]
     B, P = len(twin.types), len(directions)
-    D = twin.config.network.horizon * twin.config.network.n_emb
+    D = twin.settings.horizon * twin.settings.n_emb
     values = torch.empty(B, K, C, D, dtype=twin.dtype)
     slopes = torch.empty(P, B, K, C, D, dtype=twin.dtype)
     inputs = torch.empty(K, C, D, dtype=twin.dtype)
@@ -267,6 +269,6 @@ def _timed(twin: Twin, inputs: Tensor) -> Tensor:
     """Inputs (K, D) of the first block plus the time's embedding: TeaCache's input has both."""
     from tsad.reference import sinusoid
 
-    horizon = twin.config.network.horizon
-    time = sinusoid(twin.sampler.timesteps, twin.config.network.n_emb, np.float64)
+    horizon = twin.settings.horizon
+    time = sinusoid(twin.sampler.timesteps, twin.settings.n_emb, np.float64)
     return inputs + torch.from_numpy(np.tile(time, (1, horizon))).to(inputs.dtype)
