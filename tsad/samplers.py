@@ -11,6 +11,10 @@ Meaning and timesteps are those of diffusers' ``DDPMScheduler``, ``DDIMScheduler
 cumulative product are float32 tables like there, coefficients are float64. Sources: DDPM
 (arXiv 2006.11239), DDIM (2010.02502), DPM-Solver++ (2211.01095).
 
+diffusers computes the coefficients of DDPM and DDIM in float32 too. Where the noise is small that
+shows: 1 - A_t / A_(t-1) at beta = 1e-4 is wrong by up to 3e-4 of itself, and a chunk by 1e-5.
+``coefficients=np.float32`` gives those numbers, to equal LeRobot.
+
 Four cases where diffusers gives no usable result, and what happens here instead:
 
 * trailing spacing, where diffusers' float stride yields one timestep too many, -1 (29 of 100 steps,
@@ -40,6 +44,7 @@ COLUMNS = ("a", "b", "r", "c", "d", "f", "g", "h")
 MIN_VARIANCE = 1e-20
 
 Float = NDArray[np.float64]
+Shares = NDArray[np.floating[Any]]  # of the type that coefficients are computed in
 Int = NDArray[np.int64]
 
 
@@ -66,6 +71,7 @@ def make_sampler(
     *,
     sampler: str | None = None,
     num_inference_steps: int | None = None,
+    coefficients: type[np.floating[Any]] = np.float64,
 ) -> Sampler:
     """The sampler of a ``scheduler`` object of ``config.json`` (keys: ``tsad.config``).
 
@@ -73,6 +79,7 @@ def make_sampler(
     every other key keeps its meaning, ``clip_sample`` too: it says that the data lie in a range,
     and that holds whatever the sampler (diffusers' DPM-Solver++ has no clipping; where
     ``scheduler["type"]`` is ``"dpmsolver++"``, ``clip_sample`` is false unless given).
+    ``coefficients`` is the type that DDPM's and DDIM's are computed in.
     Raises ``ValueError`` naming the key, the value, the choices and the fix.
     """
     given = dict(scheduler)
@@ -105,8 +112,10 @@ def make_sampler(
             "expected betas well inside (0, 1): choose some such as 0.0001 and 0.02"
         )
     fill = {"ddpm": _fill_ddpm, "ddim": _fill_ddim, "dpmsolver++": _fill_dpmsolver}[config.type]
-    table = _fill_x0(config, used)
-    fill(config, timesteps, alphas_cumprod, dict(zip(COLUMNS, table.T, strict=True)))
+    exact = np.float64 if config.type == "dpmsolver++" else coefficients
+    shares = alphas_cumprod.astype(exact)
+    table = _fill_x0(config, shares[timesteps])
+    fill(config, timesteps, shares, dict(zip(COLUMNS, table.T, strict=True)))
     return _freeze(config.type, timesteps, table, config.prediction_type, used)
 
 
@@ -227,13 +236,15 @@ def _timesteps(config: SchedulerConfig) -> Int:
 # Tables
 
 
-def _fill_x0(config: SchedulerConfig, signal: Float) -> Float:
+def _fill_x0(config: SchedulerConfig, signal: Shares) -> Float:
     """A table with a, b and r filled: x0 from the sample and the network's output."""
     table = np.zeros((len(signal), len(COLUMNS)))
     column = dict(zip(COLUMNS, table.T, strict=True))
     if config.prediction_type == "epsilon":
-        column["a"][:] = 1 / np.sqrt(signal)
-        column["b"][:] = -np.sqrt(1 - signal) / np.sqrt(signal)
+        roots = np.sqrt(signal), np.sqrt(1 - signal)
+        alpha, sigma = (root.astype(np.float64) for root in roots)
+        column["a"][:] = 1 / alpha
+        column["b"][:] = -sigma / alpha
     else:
         column["b"][:] = 1
     column["r"][:] = config.clip_sample_range if config.clip_sample else np.inf
@@ -241,11 +252,11 @@ def _fill_x0(config: SchedulerConfig, signal: Float) -> Float:
 
 
 def _fill_ddpm(
-    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Float, column: dict[str, Float]
+    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Shares, column: dict[str, Float]
 ) -> None:
     """Posterior mean and deviation between neighbouring timesteps of the list."""
     now = alphas_cumprod[timesteps]
-    then = np.append(now[1:], 1.0)
+    then = np.append(now[1:], now.dtype.type(1))
     beta = 1 - now / then
     column["c"][:] = np.sqrt(then) * beta / (1 - now)
     column["d"][:] = np.sqrt(now / then) * (1 - then) / (1 - now)
@@ -263,24 +274,24 @@ def _fill_ddpm(
 
 
 def _fill_ddim(
-    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Float, column: dict[str, Float]
+    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Shares, column: dict[str, Float]
 ) -> None:
     """Deterministic (eta 0); the direction comes from the network's output, not from clipped x0."""
     now = alphas_cumprod[timesteps]
     # As in diffusers, one stride earlier: with trailing and linspace not the next of the list.
     earlier = timesteps - config.num_train_timesteps // config.num_inference_steps
     final = 1.0 if config.set_alpha_to_one else alphas_cumprod[0]
-    then = np.where(earlier >= 0, alphas_cumprod[earlier], final)
+    then = np.where(earlier >= 0, alphas_cumprod[earlier], now.dtype.type(final))
     column["c"][:] = np.sqrt(then)
     if config.prediction_type == "epsilon":
         column["f"][:] = np.sqrt(1 - then)
     else:  # epsilon = (x - sqrt(now) e) / sqrt(1 - now)
-        column["d"][:] = np.sqrt(1 - then) / np.sqrt(1 - now)
+        column["d"][:] = np.sqrt(1 - then).astype(np.float64) / np.sqrt(1 - now)
         column["f"][:] = -column["d"] * np.sqrt(now)
 
 
 def _fill_dpmsolver(
-    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Float, column: dict[str, Float]
+    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Shares, column: dict[str, Float]
 ) -> None:
     """Second order from the x0 of two rows; first order in the first row and the last."""
     signal = np.append(alphas_cumprod[timesteps], 1.0)

@@ -1,0 +1,236 @@
+"""`tsad.lerobot.accelerate`: the same random numbers, the same actions, and LeRobot's own policy.
+
+Runs on a stand-in with LeRobot's interface; tests/test_lerobot_real.py runs LeRobot itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lerobot_standin as standin
+import numpy as np
+import pytest
+import torch
+from torch_unet import Shape
+
+from tsad import lerobot, planners
+from tsad.lerobot import patch, plugin
+from tsad.lerobot.engine import Engine, Settings
+
+SHAPE = Shape(down_dims=(16, 32), horizon=8)
+BOUND = 2e-5  # of actions in [-1, 1]: float32 against the stand-in's float64 network
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+    standin.install(monkeypatch)
+    monkeypatch.delenv(plugin.VARIABLE, raising=False)
+    yield
+    patch.uninstall()
+    patch.on_first_chunk = None
+
+
+def make(seed: int = 0, **config: Any) -> standin.DiffusionPolicy:
+    config = {"num_inference_steps": 10, "noise_scheduler_type": "DDIM"} | config
+    return standin.DiffusionPolicy(standin.config(SHAPE, **config), SHAPE, seed).eval()
+
+
+def episode(policy: Any, batch: int = 2, chunks: int = 3, seed: int = 0) -> torch.Tensor:
+    """Chunks after a reset, LeRobot's global generator seeded."""
+    conds = torch.randn(
+        (chunks, batch, SHAPE.n_obs_steps * SHAPE.obs_dim),
+        generator=torch.Generator().manual_seed(7),
+    )
+    torch.manual_seed(seed)
+    policy.reset()
+    return torch.stack([policy.predict_action_chunk(cond) for cond in conds])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(noise_scheduler_type="DDIM", num_inference_steps=10),
+        dict(noise_scheduler_type="DDPM", num_inference_steps=25),
+        dict(noise_scheduler_type="DDPM", prediction_type="sample", clip_sample=False),
+        dict(noise_scheduler_type="DDPM", beta_schedule="linear", num_inference_steps=20),
+    ],
+)
+def test_actions_are_lerobots_own(config: dict[str, Any]) -> None:
+    policy = make(**config)
+    expected = episode(policy)
+    state = torch.get_rng_state()
+    assert lerobot.accelerate(policy) is policy and lerobot.is_accelerated(policy)
+    got = episode(policy)
+    assert (got - expected).abs().max() < BOUND * max(1.0, float(expected.abs().max()))
+    assert torch.equal(torch.get_rng_state(), state)  # as many numbers were drawn
+    assert lerobot.restore(policy) is policy and not lerobot.is_accelerated(policy)
+    assert torch.equal(episode(policy), expected)
+
+
+@torch.no_grad()
+def test_given_noise_a_generator_and_other_batch_sizes() -> None:
+    policy, plain = make(), make()
+    lerobot.accelerate(policy)
+    for batch in (1, 3, 2):
+        cond = torch.randn(batch, SHAPE.n_obs_steps * SHAPE.obs_dim)
+        noise = torch.randn(batch, SHAPE.horizon, SHAPE.action_dim)
+        for given in ({"noise": noise}, {"generator": torch.Generator().manual_seed(3)}):
+            twin = (
+                {"generator": torch.Generator().manual_seed(3)} if "generator" in given else given
+            )
+            got = policy.predict_action_chunk(cond, **given)
+            assert (got - plain.predict_action_chunk(cond, **twin)).abs().max() < BOUND
+
+
+def test_copies_and_pickles_stay_accelerated_and_take_their_own_weights() -> None:
+    policy = lerobot.accelerate(make())
+    first = episode(policy)
+    twin, pickled = copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))
+    for other in (twin, pickled):
+        assert lerobot.is_accelerated(other) and torch.equal(episode(other), first)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1.1)
+    plain = copy.deepcopy(twin)
+    lerobot.restore(plain)
+    assert (episode(twin) - episode(plain)).abs().max() < BOUND
+    assert torch.equal(episode(policy), first)
+
+
+def test_changed_weights_are_taken() -> None:
+    policy, other = lerobot.accelerate(make(seed=0)), make(seed=1)
+    episode(policy)
+    policy.load_state_dict(other.state_dict())
+    assert (episode(policy) - episode(other)).abs().max() < BOUND
+    before = [p.data.clone() for p in policy.parameters()]
+    for p in policy.parameters():  # as an EMA swaps: unseen until the next reset
+        p.data = p.data * 0.9
+    for p, old in zip(policy.parameters(), before, strict=True):
+        p.data.copy_(old * 1.1)
+    plain = copy.deepcopy(policy)
+    lerobot.restore(plain)
+    assert (episode(policy) - episode(plain)).abs().max() < BOUND
+
+
+def test_training_and_gradients_are_lerobots() -> None:
+    policy = lerobot.accelerate(make())
+    cond = torch.randn(2, SHAPE.n_obs_steps * SHAPE.obs_dim)
+    engine: Engine = policy.diffusion.__dict__["_tsad"]
+    policy.diffusion.conditional_sample(2, global_cond=cond)  # gradients are on
+    policy.train()
+    policy.predict_action_chunk(cond)
+    assert engine._policy is None  # neither ran here
+    policy.eval()
+    policy.predict_action_chunk(cond)
+    assert engine._policy is not None
+    assert not any("tsad" in name for name in policy.state_dict())
+
+
+def test_policies_that_nobody_accelerated_run_as_they_are() -> None:
+    expected = episode(make())
+    lerobot.accelerate(make(seed=3))
+    assert torch.equal(episode(make()), expected)
+
+
+def test_other_settings_sample_otherwise() -> None:
+    policy, dense = make(), lerobot.accelerate(make())
+    lerobot.accelerate(policy, num_inference_steps=4, precision="int8", threads=1)
+    assert (episode(policy) - episode(dense)).abs().max() > 1e-3
+    inner = policy.diffusion.__dict__["_tsad"]._policy
+    assert inner.num_inference_steps == 4 and inner.precision == "int8"
+    lerobot.accelerate(policy, sparsity=0.5)
+    episode(policy)
+    inner = policy.diffusion.__dict__["_tsad"]._policy
+    assert inner.sparsity == 0.5
+    lerobot.accelerate(policy, plan=planners.uniform_sparse(inner, 0.75))
+    episode(policy)
+    assert policy.diffusion.__dict__["_tsad"]._policy.sparsity >= 0.75
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(precision="int4"), "precision: expected one of"),
+        (dict(sampler="euler"), "sampler"),
+        (dict(num_inference_steps=101), "num_inference_steps"),
+        (dict(sparsity=0.5, plan=object()), "plan, sparsity: expected one of the two"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    policy = make()
+    with pytest.raises(ValueError, match=message):
+        lerobot.accelerate(policy, **settings)
+    assert not lerobot.is_accelerated(policy)
+
+
+def test_other_policies_are_refused() -> None:
+    with pytest.raises(TypeError, match="policy: expected a LeRobot DiffusionPolicy, got torch"):
+        lerobot.accelerate(torch.nn.Linear(1, 1))
+
+
+# ---- without a line of code
+
+
+def test_the_sidecar_and_the_variable_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.activate()
+    plain = make()
+    expected = episode(plain)
+    assert plain.diffusion.__dict__["_tsad"] is None
+    (tmp_path / "tsad.json").write_text("{}")
+    policy = make(pretrained_path=tmp_path)
+    assert (episode(policy) - expected).abs().max() < BOUND
+    assert lerobot.is_accelerated(policy)
+    (tmp_path / "tsad.json").write_text(json.dumps({"num_inference_steps": 4}))
+    assert episode(make(pretrained_path=tmp_path)).sub(expected).abs().max() > 1e-3
+    monkeypatch.setenv("TSAD", "off")
+    assert torch.equal(episode(make(pretrained_path=tmp_path)), expected)
+    monkeypatch.setenv("TSAD", "sampler=ddim, num_inference_steps=5,precision=int16")
+    policy = make()
+    episode(policy)
+    settings = policy.diffusion.__dict__["_tsad"].settings
+    assert settings == Settings(sampler="ddim", num_inference_steps=5, precision="int16")
+    assert not settings.is_exact and Settings(threads=2).is_exact
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "expected a JSON object of settings"),
+        ("{", "expected a JSON object of settings, got"),
+        ('{"steps": 4}', "unknown setting 'steps': expected only sampler"),
+        ('{"precision": "int3"}', "precision: expected one of"),
+    ],
+)
+def test_a_sidecar_that_does_not_fit_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "tsad.json").write_text(text)
+    with pytest.raises(ValueError, match=f"tsad.json: {message}"):
+        plugin.wanted(tmp_path)
+
+
+def test_a_variable_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSAD", "fast")
+    with pytest.raises(ValueError, match='TSAD: expected "exact", "off" or key=value'):
+        plugin.wanted(None)
+
+
+def test_the_plugins_name_is_one_that_lerobot_finds() -> None:
+    """LeRobot looks for the metadata's name, underscores and all."""
+    import tomllib
+
+    folder = Path(__file__).resolve().parents[1] / "plugins" / "lerobot_policy_tsad"
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "lerobot_policy_tsad"
+    assert (folder / project["name"] / "__init__.py").is_file()
+
+
+def test_numpy_is_enough_to_import() -> None:
+    assert np.__name__  # tsad.lerobot itself asks for neither torch nor LeRobot
+    import subprocess
+    import sys
+
+    code = "import sys, tsad.lerobot; assert not {'torch', 'lerobot'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,82 @@
+"""LeRobot's diffusion policies, sampled by tsad: ``accelerate(policy)`` and ``restore(policy)``.
+
+The policy stays LeRobot's: its class, parameters, queues, processors and image encoder. Only
+``conditional_sample``, the denoising loop over the UNet, runs in tsad's core. Two methods are
+patched, once per process, and look at the instance: ``DiffusionModel.conditional_sample`` and
+``DiffusionPolicy.reset``. A policy that was not accelerated runs LeRobot's own code.
+
+    from tsad.lerobot import accelerate
+
+    accelerate(policy)                                     # exact: the same actions, sooner
+    accelerate(policy, sampler="ddim", num_inference_steps=8, precision="int8")
+
+Exact means: the random numbers are LeRobot's own, drawn from the same generator in the same order,
+and the actions equal LeRobot's up to float32 rounding. Needs LeRobot 0.4 or later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tsad.lerobot.engine import Engine, Settings
+from tsad.lerobot.patch import attached, install
+
+__all__ = ["Settings", "accelerate", "is_accelerated", "refresh", "restore"]
+
+
+def accelerate(policy: Any, **settings: Any) -> Any:
+    """Let tsad sample the actions of ``policy``, a LeRobot ``DiffusionPolicy``; returns it.
+
+    Keywords are those of `Settings`: ``sampler``, ``num_inference_steps``, ``timestep_spacing``,
+    ``precision``, ``threads``, ``sparsity``, ``plan``. Without any, actions are LeRobot's own. The
+    core takes the weights at the next chunk, and again when they have changed. While gradients are
+    on, in training mode and away from the CPU, LeRobot's own code runs.
+
+    Raises ``TypeError`` for another policy and ``ValueError`` for settings that do not fit.
+    """
+    model = _model(policy)
+    install()
+    engine = Engine(Settings(**settings))
+    engine.check(model)
+    attached(model, engine)
+    return policy
+
+
+def restore(policy: Any) -> Any:
+    """LeRobot's own sampling again; returns ``policy``. One that is not accelerated stays so."""
+    attached(_model(policy), None)
+    return policy
+
+
+def is_accelerated(policy: Any) -> bool:
+    """Whether tsad samples the actions of ``policy``."""
+    return isinstance(_model(policy).__dict__.get("_tsad"), Engine)
+
+
+def refresh(policy: Any) -> None:
+    """Take the weights anew at the next chunk.
+
+    Changes through ``.data`` (an EMA that swaps weights in place) cannot be seen before the next
+    ``reset``; call this after one in mid-episode.
+    """
+    engine = _model(policy).__dict__.get("_tsad")
+    if isinstance(engine, Engine):
+        engine.forget()
+
+
+def _model(policy: Any) -> Any:
+    """The ``DiffusionModel`` in a policy, in whatever wraps it (torch.compile, PEFT)."""
+    from tsad.lerobot.patch import diffusion_classes
+
+    model_class, policy_class = diffusion_classes()
+    inner = policy
+    for name in ("_orig_mod", "base_model", "model"):
+        if not isinstance(inner, policy_class):
+            inner = getattr(inner, name, inner)
+    if not isinstance(inner, policy_class) or not isinstance(inner.diffusion, model_class):
+        raise TypeError(
+            "policy: expected a LeRobot DiffusionPolicy, got "
+            f"{type(policy).__module__}.{type(policy).__qualname__}; tsad samples LeRobot's "
+            '"diffusion" policies'
+        )
+    return inner.diffusion

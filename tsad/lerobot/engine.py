@@ -1,0 +1,252 @@
+"""What samples in place of LeRobot's loop: a tsad policy of the UNet alone.
+
+Its observation is LeRobot's ``global_cond``, already encoded and normalised, its actions are
+normalised ones: the maps at both ends are the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tsad.plan import Plan
+    from tsad.policy import SparsePolicy
+
+_COMPILED = "_orig_mod."  # in the names of what torch.compile wraps
+PRECISIONS = ("float32", "int16", "int8")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample; what is None is the policy's own."""
+
+    sampler: str | None = None
+    """``"ddpm"``, ``"ddim"`` or ``"dpmsolver++"``."""
+    num_inference_steps: int | None = None
+    timestep_spacing: str | None = None
+    precision: str = "float32"
+    """``"float32"``, ``"int16"`` or ``"int8"``: bits of the large matrices."""
+    threads: int | None = None
+    """Default: the CPUs that this process may use, at most four."""
+    sparsity: float | None = None
+    """The dial, 0 to 1 - 1/K."""
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            choices = ", ".join(map(repr, PRECISIONS))
+            raise ValueError(
+                f"precision: expected one of {choices}, got {self.precision!r}; choose one"
+            )
+        if self.sparsity is not None and self.plan is not None:
+            raise ValueError("plan, sparsity: expected one of the two, got both; leave one out")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether actions are LeRobot's own, up to float32 rounding."""
+        return all(getattr(self, f.name) == f.default for f in fields(self) if f.name != "threads")
+
+
+class Engine:
+    """Samples for one ``DiffusionModel``. It keeps no reference to it, and copies without weights:
+    a copy of the policy takes its own.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._policy: SparsePolicy | None = None
+        self._weights: tuple[Any, ...] = ()
+        self._samples: tuple[float, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        return Engine(self.settings)
+
+    def __reduce__(self) -> Any:
+        return Engine, (self.settings,)
+
+    def check(self, model: Any) -> None:
+        """Raises ``ValueError`` where the settings or the network do not fit."""
+        self._make_sampler(self._config(model))
+
+    def runs(self, model: Any, global_cond: Any) -> bool:
+        """Whether to sample here; else LeRobot's own loop does."""
+        import torch
+
+        return (
+            global_cond is not None
+            and not torch.is_grad_enabled()
+            and not model.training
+            and global_cond.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        )
+
+    def forget(self) -> None:
+        """Take the weights anew at the next chunk."""
+        self._policy, self._weights = None, ()
+
+    def reset(self, model: Any) -> None:
+        """Start of an episode: earlier chunks are forgotten, and changed weights are noticed."""
+        if self._policy is None:
+            return
+        if self._sampled(model) != self._samples:
+            self.forget()
+        else:
+            self._policy.reset()
+
+    def sample(
+        self, model: Any, batch_size: int, global_cond: Any, generator: Any, noise: Any
+    ) -> Any:
+        """Normalised actions (batch_size, horizon, action_dim), as ``conditional_sample``."""
+        import torch
+
+        policy = self._ready(model, batch_size)
+        like = next(model.parameters())
+        shape = (batch_size, policy.horizon, policy.action_dim)
+
+        def draw() -> Any:
+            return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+        z = torch.zeros((policy.num_inference_steps, *shape))
+        z[0] = draw() if noise is None else noise
+        if policy.adds_noise:  # LeRobot draws after every step but the last timestep's
+            for k, t in enumerate(policy.timesteps[:-1]):
+                if t > 0:
+                    z[k + 1] = draw()
+        cond = global_cond.detach().to(torch.float32)
+        obs = cond.reshape(batch_size, policy.n_obs_steps, -1).contiguous()
+        out = np.empty(shape, np.float32)
+        policy(obs.numpy(), noise=z.numpy(), out=out, return_horizon=True)
+        return torch.from_numpy(out).to(like.dtype)
+
+    # ---- the policy behind it
+
+    def _ready(self, model: Any, lanes: int) -> SparsePolicy:
+        parameters = list(model.unet.parameters())
+        weights = tuple((p.data_ptr(), p._version) for p in parameters)
+        if self._policy is None or weights != self._weights:
+            self._policy = self._make(model, lanes)
+            self._weights, self._samples = weights, self._sampled(model)
+        elif self._policy.lanes != lanes:
+            self._policy = self._with_lanes(self._policy, lanes)
+        return self._policy
+
+    def _config(self, model: Any) -> dict[str, Any]:
+        """``network``, ``scheduler`` and ``normalizer`` of the UNet alone."""
+        c = model.config
+        action_dim = c.action_feature.shape[0]
+        tensors = {name.replace(_COMPILED, ""): p for name, p in model.unet.named_parameters()}
+        film = tensors["down_modules.0.0.cond_encoder.1.weight"].shape[1]
+        obs_dim = (film - c.diffusion_step_embed_dim) // c.n_obs_steps
+        network = {
+            "type": "unet1d",
+            "horizon": c.horizon,
+            "n_obs_steps": c.n_obs_steps,
+            "n_action_steps": 1,  # LeRobot takes its own
+            "obs_dim": obs_dim,
+            "action_dim": action_dim,
+            "down_dims": list(c.down_dims),
+            "kernel_size": c.kernel_size,
+            "n_groups": c.n_groups,
+            "diffusion_step_embed_dim": c.diffusion_step_embed_dim,
+            "use_film_scale_modulation": c.use_film_scale_modulation,
+        }
+        scheduler = {
+            "type": c.noise_scheduler_type.lower(),
+            "num_train_timesteps": c.num_train_timesteps,
+            "beta_schedule": c.beta_schedule,
+            "beta_start": c.beta_start,
+            "beta_end": c.beta_end,
+            "prediction_type": c.prediction_type,
+            "clip_sample": c.clip_sample,
+            "clip_sample_range": c.clip_sample_range,
+            "num_inference_steps": model.num_inference_steps,
+        }
+
+        def identity(n: int) -> dict[str, list[float]]:
+            return {"scale": [1.0] * n, "offset": [0.0] * n}
+
+        return {
+            "format": "tsad",
+            "format_version": 1,
+            "network": network,
+            "scheduler": scheduler,
+            "normalizer": {"obs": identity(obs_dim), "action": identity(action_dim)},
+        }
+
+    def _make_sampler(self, config: dict[str, Any]) -> Any:
+        from tsad.samplers import make_sampler
+
+        s = self.settings
+        scheduler = dict(config["scheduler"])
+        if s.timestep_spacing is not None:
+            scheduler["timestep_spacing"] = s.timestep_spacing
+        return make_sampler(
+            scheduler,
+            sampler=s.sampler,
+            num_inference_steps=s.num_inference_steps,
+            coefficients=np.float32,  # as diffusers computes them
+        )
+
+    def _make(self, model: Any, lanes: int) -> SparsePolicy:
+        from tsad.config import PolicyConfig
+        from tsad.load import default_threads, make_model
+        from tsad.policy import SparsePolicy
+
+        config = self._config(model)
+        sampler = self._make_sampler(config)
+        parsed = PolicyConfig.from_dict(config, file="policy.config")
+        tensors: dict[str, NDArray[np.float32]] = {
+            name.replace(_COMPILED, ""): p.detach().float().cpu().contiguous().numpy()
+            for name, p in model.unet.named_parameters()
+        }
+        built = make_model(parsed, tensors, None, sampler, precision=self.settings.precision)
+        threads = default_threads(self.settings.threads, lanes)
+        policy = SparsePolicy(
+            built,
+            config=parsed,
+            sampler=sampler,
+            lanes=lanes,
+            threads=threads,
+            precision=self.settings.precision,
+        )
+        self._turn(policy)
+        return policy
+
+    def _with_lanes(self, old: SparsePolicy, lanes: int) -> SparsePolicy:
+        """The same model for another batch size."""
+        from tsad.load import default_threads
+        from tsad.policy import SparsePolicy
+
+        policy = SparsePolicy(
+            old.model,
+            config=old._config,
+            sampler=old._sampler,
+            lanes=lanes,
+            threads=default_threads(self.settings.threads, lanes),
+            precision=self.settings.precision,
+        )
+        self._turn(policy)
+        return policy
+
+    def _turn(self, policy: SparsePolicy) -> None:
+        if self.settings.plan is not None:
+            policy.plan = self.settings.plan
+        elif self.settings.sparsity is not None:
+            policy.sparsity = self.settings.sparsity
+
+    @staticmethod
+    def _sampled(model: Any) -> tuple[float, ...]:
+        """A few numbers of every tensor, to notice weights that changed unseen."""
+        found = []
+        for p in model.unet.parameters():
+            flat = p.detach().reshape(-1)
+            found += flat[:: max(1, flat.numel() // 3)][:3].tolist()
+        return tuple(found)
+
+    def __repr__(self) -> str:
+        given = {k: v for k, v in asdict(self.settings).items() if v is not None}
+        return f"Engine({given})"
