@@ -15,7 +15,6 @@ README.md for the cases and what the figures mean.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -35,7 +34,7 @@ from roofline import Roofline, floor, work, work16  # noqa: E402
 from worker import ENGINE, ENGINES, ONE_BY_ONE, Worker, WorkerError  # noqa: E402
 
 import tsad  # noqa: E402
-from tsad.files import write_atomically  # noqa: E402
+from tsad.files import write_json  # noqa: E402
 
 # Spelled out, so that importing torch is left to the workers; the tests compare it with peers.py.
 PEERS = (
@@ -437,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
             document["cases"] = [*kept, result]
             report.check(document)
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
+            write_json(out, document)
     finally:
         run.close()
     if args.plot:

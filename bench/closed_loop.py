@@ -10,7 +10,6 @@ amplifies it, so episodes drift apart; what must agree is the mean, within the p
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -28,7 +27,7 @@ import tasks  # noqa: E402
 
 import tsad  # noqa: E402
 from tsad import sim  # noqa: E402
-from tsad.files import write_atomically  # noqa: E402
+from tsad.files import write_json  # noqa: E402
 from tsad.sim.results import compare, summarise  # noqa: E402
 
 
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     slug = measure.slug(document["machine"])
     out = args.out or HERE / "results" / f"{document['date']}-{slug}-closed-loop.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
+    write_json(out, document)
     print("| policy | score | 95 % interval | success |\n| --- | ---: | --- | ---: |")
     for name in ("tsad dense", args.peer):
         summary = document[name]["summary"]

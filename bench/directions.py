@@ -48,7 +48,7 @@ import tsad  # noqa: E402
 from tsad import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, Plan, planners  # noqa: E402
 from tsad.commands.common import plan_sha256, table  # noqa: E402
 from tsad.commands.plan import pick  # noqa: E402
-from tsad.files import write_atomically  # noqa: E402
+from tsad.files import write_atomically, write_json  # noqa: E402
 from tsad.plan import SOURCE_NAMES  # noqa: E402
 from tsad.planners.base import budget, full, make_plan  # noqa: E402
 from tsad.planners.search import ChunkError, Found, Search  # noqa: E402
@@ -507,7 +507,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     print(report(document))
     if args.out is not None:
-        write_atomically(args.out, (json.dumps(document, indent=1) + "\n").encode())
+        write_json(args.out, document)
     return 0
 
 

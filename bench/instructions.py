@@ -36,7 +36,7 @@ from plans import equal_shares  # noqa: E402
 
 from tsad import COMPUTE, REUSE_STEP  # noqa: E402
 from tsad.config import BLOCK_TYPES  # noqa: E402
-from tsad.files import write_atomically  # noqa: E402
+from tsad.files import write_json  # noqa: E402
 
 EXPECTED = HERE / "instructions.json"
 MARGIN = 0.03
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.update:
         document = {"compiler": version, "margin": MARGIN, "instructions": counts}
-        write_atomically(EXPECTED, (json.dumps(document, indent=1) + "\n").encode())
+        write_json(EXPECTED, document)
         print(f"written to {EXPECTED}")
     expected = json.loads(EXPECTED.read_text())
     lines, good = compare(counts, expected)

@@ -18,7 +18,6 @@ Exit status 1 if the largest difference is over the bar: 1e-4, or what the polic
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -36,7 +35,7 @@ import measure  # noqa: E402
 import tasks  # noqa: E402
 
 import tsad  # noqa: E402
-from tsad.files import write_atomically  # noqa: E402
+from tsad.files import write_json  # noqa: E402
 from tsad.policy import ERROR_BOUNDS  # noqa: E402
 from tsad.reference import ReferencePolicy  # noqa: E402
 from tsad.training.data import load_demonstrations  # noqa: E402
@@ -194,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     kind = "parity" if plain else f"parity-{args.precision}"
     out = args.out or HERE / "results" / f"{document['date']}-{slug}-{kind}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
+    write_json(out, document)
     print("| normalised actions | largest | p99 | mean | chunks |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, pair in pairs.items():

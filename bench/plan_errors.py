@@ -15,7 +15,6 @@ the engine does.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -35,7 +34,7 @@ import tsad  # noqa: E402
 from tsad import REUSE_STEP, REUSE_TYPE, SKIP, Plan, planners  # noqa: E402
 from tsad.commands.common import files_sha256, plan_sha256, table  # noqa: E402
 from tsad.commands.plan import pick  # noqa: E402
-from tsad.files import write_atomically  # noqa: E402
+from tsad.files import write_json  # noqa: E402
 from tsad.planners.search import ChunkError  # noqa: E402
 from tsad.sim.frontier import rank_correlation  # noqa: E402
 from tsad.sim.recording import names_of, read_collection  # noqa: E402
@@ -262,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"whole plans: {document['whole_plans']}")
     print(f"single cells: {document['single_cells'].get('rank_correlation')}")
     if args.out is not None:
-        write_atomically(args.out, (json.dumps(document, indent=1) + "\n").encode())
+        write_json(args.out, document)
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tsad.plot import save_figure
 from tsad.plot_frontier import apart
 
 FORMAT = "tsad-bench"
@@ -317,7 +318,7 @@ def plot(case: Mapping[str, Any], machine: Mapping[str, Any], path: Path) -> Non
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc="lower left")
     _peers(ax, [c for c in timed if not c["peer"].startswith("tsad")])
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _peers(ax: Any, peers: Sequence[Mapping[str, Any]]) -> None:

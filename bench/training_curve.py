@@ -67,6 +67,8 @@ def plot(rows: Sequence[Point], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from tsad.plot import save_figure
+
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     minutes = [row["minutes"] for row in rows]
     for name, color, marker in (("score", "#0072B2", "o"), ("success", "#D55E00", "s")):
@@ -78,7 +80,7 @@ def plot(rows: Sequence[Point], out: Path) -> None:
     ax.legend(loc="center right", frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.3)
-    figure.savefig(out, dpi=140)
+    save_figure(figure, out)
     plt.close(figure)
 
 
@@ -101,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out:
         plot(rows, args.out)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        from tsad.files import write_json
+
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from tsad.commands import generate
 from tsad.commands.common import InterruptedRunError, UsageError
 from tsad.sim import pusht
 from tsad.sim.demonstrations import Record
+from tsad.sim.results import ResultsError
 from tsad.sim.search import Demonstration, Search, Searcher, noise_seeds
 
 SEARCH = Search(particles=4, start=0.3, interval=1, chunks=3, winners=2)
@@ -289,7 +291,12 @@ def test_training_reads_the_file(tmp_path) -> None:
     made = [Demonstration(seed, states, np.full((2, 2), seed, np.float32)) for seed in (1, 2)]
     record = Record(tmp_path / "x.npz", {"first_seed": 1})
     record.add(1, made)
+    with pytest.raises(
+        ResultsError, match=f"x.npz is being written by another run, process {os.getpid()}"
+    ):
+        Record(tmp_path / "x.npz", {"first_seed": 1}, overwrite=True)
     record.save()
+    record.close()
     data = load_demonstrations(tmp_path / "x.npz", coverage=True)
     assert data.ends.tolist() == [2, 4] and data.action[:, 0].tolist() == [1, 1, 2, 2]
     np.testing.assert_allclose(data.coverage, [0, 1, 0, 1], atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -273,6 +274,60 @@ def test_one_run_at_a_time(tmp_path) -> None:
         Journal(out, {}, resume=True)
     journal.finish({})
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_full_disk_in_mid_run(tmp_path, monkeypatch) -> None:
+    out, full = tmp_path / "r.json", OSError(errno.ENOSPC, "No space left on device")
+    out.write_text("old")
+    journal = Journal(out, SETTINGS, overwrite=True)
+    journal.append(episode(1, 0.25))
+    flush = os.fsync
+
+    def fsync(handle: int) -> None:
+        os.ftruncate(handle, os.fstat(handle).st_size - 20)  # the line in hand is torn
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"r.json.partial' can't be written: No space left"):
+            journal.append(episode(2, 0.5))
+        assert journal.episodes == {1: episode(1, 0.25)}
+        journal.close()
+    assert os.fsync is flush and out.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.json.partial"]
+    assert list(Journal(out, SETTINGS, resume=True).episodes) == [1]
+
+
+def test_going_on_or_anew(tmp_path) -> None:
+    """With both it goes on with a run of the same settings and replaces any other."""
+    out, both = tmp_path / "r.json", {"resume": True, "overwrite": True}
+    first = Journal(out, SETTINGS)
+    first.append(episode(1, 0.25))
+    first.close()
+    again = Journal(out, SETTINGS, **both)
+    assert list(again.episodes) == [1]
+    again.close()
+    other = Journal(out, {**SETTINGS, "sparsity": 0.5}, **both)
+    assert other.episodes == {}
+    other.close()
+    results.partial_path(out).write_text("{")
+    assert Journal(out, SETTINGS, **both).episodes == {}
+
+
+def test_a_run_through_a_link(tmp_path) -> None:
+    """What is kept on the way lies beside the file, not beside the link: both lead to it."""
+    (tmp_path / "far").mkdir()
+    link, out = tmp_path / "link.json", tmp_path / "far" / "r.json"
+    link.symlink_to(out)
+    journal = Journal(link, SETTINGS)
+    journal.append(episode(1, 0.25))
+    with pytest.raises(ResultsError, match=f"process {os.getpid()};"):
+        Journal(out, SETTINGS, resume=True)
+    journal.close()
+    again = Journal(out, SETTINGS, resume=True)
+    assert list(again.episodes) == [1]
+    again.finish({"format": "tsad-eval"})
+    assert link.is_symlink() and [path.name for path in out.parent.iterdir()] == ["r.json"]
 
 
 # --- Push-T

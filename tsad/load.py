@@ -63,10 +63,11 @@ def load(
     ``"ddim"``, ``"dpmsolver++"``), ``num_inference_steps`` and ``timestep_spacing`` (``"leading"``,
     ``"trailing"``, ``"linspace"``) override the checkpoint's.
 
-    ``preset`` is the name of a measured setting in the policy's folder (``tsad.presets``): it says
-    sampler, steps, spacing, precision, plan, and maybe warm start and how many actions a chunk
-    returns. An argument that says otherwise is refused, as nobody measured the mixture; afterwards
-    the policy's plan and dial are yours.
+    ``preset`` is the name of a measured setting of these weights, from the policy's folder or from
+    one of yours (``tsad.presets``; ``tsad info`` lists them). It says sampler, steps, spacing,
+    precision, plan, and maybe warm start and how many actions a chunk returns. An argument that
+    says otherwise is refused, as nobody measured the mixture; afterwards the policy's plan and dial
+    are yours.
 
     ``warm_start=N`` denoises a chunk from the one before it, in the last N steps alone; the first
     one after a reset runs all. The policy is then a `tsad.warm.WarmPolicy`: say how many actions

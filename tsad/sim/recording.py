@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.files import make_folder, write_atomically, write_json
+from tsad.files import make_folder, output_folder, write_atomically, write_json
 from tsad.samplers import make_sampler
 from tsad.sim.results import ResultsError, differences
 from tsad.sim.rollout import noise_seed
@@ -116,7 +116,7 @@ def open_collection(folder: Path, settings: Mapping[str, Any]) -> list[int]:
     Raises:
         ResultsError: it holds something else, or other settings; the message names each.
     """
-    facts = folder / FACTS_FILE
+    facts = output_folder(folder) / FACTS_FILE
     if facts.exists():
         changed = differences(_read_facts(folder)["settings"], settings)
         if changed:

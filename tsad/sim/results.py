@@ -300,8 +300,11 @@ class Journal:
                 f"{existing} was made with other settings; {'; '.join(changed)}; "
                 "fix: use its settings, another --out, or --overwrite"
             )
-        if out.exists():
-            self.looks = json.loads(out.read_text()).get("looks", [])
+        # of a finished run; what a run that was told to replace another finds there is not its own
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(out.read_text())
+            if not differences(content["settings"], self.settings):
+                self.looks = content.get("looks", [])
         self.episodes = {episode.seed: episode for episode in episodes}
 
     def append(self, episode: Episode) -> None:
