@@ -147,7 +147,7 @@ tsad_status tsad_policy_predict_noise(tsad_policy *p, int n, const float *sample
     TSAD_TRY(check_finite("obs", obs, (size_t)n * (size_t)m->n_obs_steps * (size_t)m->obs_dim));
     alone a = {.policy = p, .sample = sample, .obs = obs, .step = step, .out = out};
     int queues;
-    return m->backend->each(p->engine, n, true, predict_one, &a, &queues);
+    return n ? m->backend->each(p->engine, n, true, predict_one, &a, &queues) : TSAD_OK;
 }
 
 static tsad_status score_one(void *context, tsad_queue *queue, int rank, int first, int n)

@@ -85,6 +85,7 @@ class Producer:
         tensor.shape = self._shape
         if strides:
             tensor.strides = self._strides
+        self.tensor: Any = tensor  # to break it
 
     def _delete(self, address: int) -> None:
         assert address == ctypes.addressof(self._struct)

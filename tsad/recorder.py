@@ -21,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad import _core
 from tsad.files import Lock
 from tsad.load import files_sha256
 from tsad.policy import SparsePolicy
@@ -106,11 +107,11 @@ class Recorder:
         """As the policy's."""
         policy = self._policy
         with self._one_caller():
-            actions = policy(obs, lanes=lanes, return_horizon=return_horizon, **options)
-            rows = self._rows(lanes)
+            rows = policy._lanes(lanes)
+            actions = policy(obs, lanes=rows, return_horizon=return_horizon, **options)
             chunks = np.empty(len(rows), self._chunk)
-            chunks["obs"] = _numbers(obs)
-            said = _numbers(actions)
+            chunks["obs"] = _core._copy(obs, "obs")
+            said = _core._copy(actions, "actions")
             if return_horizon:
                 begin = policy.n_obs_steps - 1
                 said = said[..., begin : begin + policy.n_action_steps, :]
@@ -122,8 +123,9 @@ class Recorder:
         """As the policy's; the lanes' episodes are over."""
         with self._one_caller():
             self._writer.complain()
-            self._policy.reset(lanes, seed)
-            self._writer.items.put((self._rows(lanes), None))
+            rows = self._policy._lanes(lanes)
+            self._policy.reset(rows, seed)
+            self._writer.items.put((rows, None))
 
     def close(self) -> None:
         """All episodes are over and on disk; the policy goes on without it. Again does nothing."""
@@ -157,14 +159,6 @@ class Recorder:
     def __repr__(self) -> str:
         return f"Recorder({self._policy!r}, {str(self._writer.folder)!r})"
 
-    def _rows(self, lanes: Any) -> list[int]:
-        """The lanes that the policy took this for."""
-        if lanes is None:
-            return list(range(self._policy.lanes))
-        listed = np.atleast_1d(_numbers(lanes))
-        rows: list[int] = (np.flatnonzero(listed) if listed.dtype == bool else listed).tolist()
-        return rows
-
     @contextlib.contextmanager
     def _one_caller(self) -> Iterator[None]:
         if not self._alone.acquire(blocking=False):
@@ -181,15 +175,6 @@ class Recorder:
             yield
         finally:
             self._alone.release()
-
-
-def _numbers(array: Any) -> NDArray[Any]:
-    """Anybody's array or list as NumPy's, in host memory."""
-    if hasattr(array, "resolve_neg"):  # of torch: what a view only promises is not in memory
-        array = array.resolve_conj().resolve_neg()
-    if hasattr(array, "__dlpack__") and not hasattr(array, "__array__"):
-        array = np.from_dlpack(array)
-    return np.asarray(array)
 
 
 def _finish(writer: _Writer, held: Lock) -> None:

@@ -25,11 +25,11 @@ import numpy as np
 from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 
+from tsad import _core
 from tsad.plan import REUSE_ROLLOUT, Plan
 from tsad.policy import SparsePolicy
 
 if TYPE_CHECKING:
-    from tsad import _core
     from tsad.samplers import Sampler
 
 Floats = NDArray[np.float32]
@@ -96,9 +96,9 @@ class WarmPolicy(SparsePolicy):
         chunk returns.
         """
         with self._alone():
-            rows = self._rows(lanes)
-            n, one = len(rows), (self.n_obs_steps, self.obs_dim)
-            obs = _array("obs", obs, [(n, *one), *([one] if self.lanes == 1 else [])])
+            rows = self._cold._lanes(lanes)
+            n, one, given = len(rows), (self.n_obs_steps, self.obs_dim), obs
+            obs = _array("obs", obs, [(n, *one), *([one] if self.lanes == n == 1 else [])])
             drop = obs.ndim == 2
             sample = (n, self.horizon, self.action_dim)
             if noise is not None:
@@ -113,7 +113,7 @@ class WarmPolicy(SparsePolicy):
             chunks = self._run(obs.reshape(n, *one), noise, rows, moved)
             actions = chunks[:, start:stop].copy()[0 if drop else slice(None)]
             if out is None:
-                return actions
+                return _core._hand(actions, given)
             out[...] = actions
             return out
 
@@ -139,7 +139,7 @@ class WarmPolicy(SparsePolicy):
                 spent[stage] += milliseconds
         self._previous[rows] = chunks * self._scale + self._offset
         self._is_warm[rows] = True
-        self._spent = spent
+        self._spent = spent if rows else self._spent
         return chunks
 
     def _draw(self, policy: SparsePolicy, lanes: list[int], given: Floats | None) -> Floats:
@@ -165,9 +165,9 @@ class WarmPolicy(SparsePolicy):
     def reset(self, lanes: Any = None, seed: Any = None) -> None:
         """As `SparsePolicy`'s; the next chunk of these lanes starts from pure noise."""
         with self._alone():
-            self._cold.reset(lanes, seed)  # refuses what is wrong with either
-            super().reset(lanes)
-            rows = self._rows(lanes)
+            rows, seed = self._cold._lanes(lanes), _core._plain(seed, "seed")
+            self._cold.reset(rows, seed)  # refuses what is wrong with the seed
+            super().reset(rows)
             self._is_warm[rows] = False
             if seed is None:
                 return
@@ -207,26 +207,14 @@ class WarmPolicy(SparsePolicy):
 
     # ---- what is given
 
-    def _rows(self, lanes: Any) -> list[int]:
-        if lanes is None:
-            return list(range(self.lanes))
-        rows = [lanes] if np.ndim(lanes) == 0 else list(lanes)
-        whole = all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in rows)
-        inside = whole and all(0 <= x < self.lanes for x in rows)
-        if not rows or len(set(rows)) < len(rows) or not inside:
-            raise ValueError(
-                f"lanes: expected distinct lanes from 0 to {self.lanes - 1}, got {lanes!r}; list "
-                "each once, or leave it out to run all"
-            )
-        return [int(lane) for lane in rows]
-
     def _moved(self, executed: Any, n: int) -> NDArray[np.int64]:
         """(n,) actions executed by each row since its previous chunk."""
         if executed is None:
             return np.full(n, self.n_action_steps)
-        moved = np.asarray(executed)
-        fits = moved.shape in ((), (n,)) and np.issubdtype(moved.dtype, np.integer)
-        if not fits or moved.min() < 0 or moved.max() > self.horizon:
+        moved = np.asarray(_core._plain(executed, "executed"))
+        whole = np.issubdtype(moved.dtype, np.integer) or not moved.size
+        fits = whole and moved.shape in ((), (n,))
+        if not fits or ((moved < 0) | (moved > self.horizon)).any():
             raise ValueError(
                 f"executed: expected an int from 0 to {self.horizon} (horizon), or {n}, one per "
                 f"row, got {executed!r}; pass how many actions were executed since the last chunk"
@@ -262,18 +250,13 @@ class WarmPolicy(SparsePolicy):
 
 
 def _array(name: str, value: Any, shapes: list[tuple[int, ...]]) -> Floats:
-    if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
-        value = np.from_dlpack(value)
-    expected = f"{name}: expected float32 {' or '.join(map(str, shapes))}"
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{expected}, got {type(value).__name__}; pass a NumPy array or a tensor")
-    if value.dtype != np.float32:
-        raise TypeError(f"{expected}, got {value.dtype}; convert with .astype(np.float32)")
-    if value.shape not in shapes:
-        raise ValueError(f"{expected}, got {value.shape}; a row is a lane, lanes=[...] lists some")
-    if not np.isfinite(value).all():
+    array = _core._copy(value, name)
+    if array.shape not in shapes:
+        expected = f"{name}: expected float32 {' or '.join(map(str, shapes))}"
+        raise ValueError(f"{expected}, got {array.shape}; a row is a lane, lanes=[...] lists some")
+    if not np.isfinite(array).all():
         raise ValueError(f"{name}: expected finite numbers, got nan or inf; check where it is from")
-    return value
+    return array
 
 
 def _check_out(out: Any, shape: tuple[int, ...]) -> None:

@@ -2,10 +2,12 @@
  *
  * Field order and values are those of DLPack 1.x (github.com/dmlc/dlpack, include/dlpack/dlpack.h).
  * Both capsules are understood: "dltensor" (before 1.0) and "dltensor_versioned". Widening this
- * subset is a deliberate change; the asserts below hold the layout.
+ * subset is a deliberate change; the asserts below hold the layout. dlpack_check looks at a struct
+ * that a stranger filled in; it knows no Python, so that a fuzzer can call it.
  */
 #pragma once
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -59,6 +61,36 @@ typedef struct dlpack_versioned {
     uint64_t flags;
     dlpack_tensor tensor;
 } dlpack_versioned;
+
+enum { DLPACK_MAX_DIMS = 8 };
+
+/* What a tensor says, once nothing in it can lead astray: its bytes lie in one row in host memory,
+ * and their number and their end can be counted. */
+typedef struct dlpack_array {
+    void *data; /* aligned; NULL if there is nothing in it */
+    int n_dims;
+    int64_t shape[DLPACK_MAX_DIMS];
+    size_t bytes;
+} dlpack_array;
+
+typedef enum dlpack_fault {
+    DLPACK_FITS,
+    DLPACK_OTHER_DEVICE,
+    DLPACK_OTHER_DTYPE,
+    DLPACK_BAD_RANK,
+    DLPACK_NO_SHAPE, /* dimensions, but no sizes: a null pointer */
+    DLPACK_NEGATIVE_SIZE,
+    DLPACK_TOO_LARGE, /* more bytes, or further away, than memory has */
+    DLPACK_STRIDED,
+    DLPACK_NO_DATA, /* a null pointer, or as good as one */
+    DLPACK_MISALIGNED
+} dlpack_fault;
+
+bool dlpack_is_host(long device_type);
+/* Numbers of `code` and `size` bytes; a negative code accepts what whole bytes hold. `array` is set
+ * if it fits. The first fault in the order above counts. */
+dlpack_fault dlpack_check(const dlpack_tensor *tensor, int code, unsigned size,
+                          dlpack_array *array);
 
 #if UINTPTR_MAX == UINT64_MAX
 _Static_assert(sizeof(dlpack_tensor) == 48, "DLTensor");

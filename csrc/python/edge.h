@@ -82,6 +82,9 @@ int edge_expect_apart(const char *name, const edge_view *view, const char *other
 
 /* A new NumPy array; *data is its memory. */
 PyObject *edge_new_array(edge_dtype dtype, int n_dims, const int64_t *shape, void **data);
+/* from_dlpack of the library that the array is of, a new reference: it takes our arrays, copying
+ * nothing. NULL without an exception for NumPy's own arrays, and for what belongs to no library. */
+PyObject *edge_library_of(PyObject *object);
 int edge_import_numpy(void);
 
 /* ---- noise.c ----------------------------------------------------------------------------- */
@@ -125,10 +128,20 @@ typedef struct edge_policy {
 int edge_enter(edge_policy *self);
 void edge_leave(edge_policy *self);
 
-/* `lanes` (None: all, an int, or a sequence) into self->lanes; returns how many, -1 on error. */
+/* ---- lanes.c ----------------------------------------------------------------------------- */
+
+/* `lanes` (None: all, a number, a sequence of numbers, or a mask) into self->lanes; returns how
+ * many, 0 of an empty list; -1 on error. */
 int edge_parse_lanes(edge_policy *self, PyObject *lanes);
 /* A single lane number; -1 on error. */
 int edge_parse_lane(edge_policy *self, PyObject *lane);
+PyObject *edge_policy_lanes(PyObject *self, PyObject *lanes);
+
+/* What any library's array or number says in Python's own; anything else as it is. New reference */
+PyObject *edge_as_python(PyObject *object, const char *name);
+/* 1: *out is a new list of what edge_as_python makes of the elements; 0: the object is no sequence,
+ * *out is what edge_as_python makes of it; -1: an exception, *out is NULL */
+int edge_as_list(PyObject *object, const char *name, PyObject **out);
 
 PyObject *edge_policy_call(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *edge_policy_predict_noise(PyObject *self, PyObject *args, PyObject *kwargs);

@@ -3,6 +3,8 @@
  */
 #include "edge.h"
 
+#include <string.h>
+
 static edge_state *state_of(PyObject *module) { return PyModule_GetState(module); }
 
 edge_state *edge_state_of_type(PyTypeObject *type)
@@ -41,7 +43,7 @@ PyObject *edge_raise(tsad_status status)
 /* ---- functions --------------------------------------------------------------------------- */
 
 PyDoc_STRVAR(resolve_doc,
-             "resolve(sources, block_type, filled=None)\n--\n\n"
+             "resolve($module, /, sources, block_type, filled=None)\n--\n\n"
              "Slots of a plan: int32 (K, B), the slot k * B + b that a cell writes (compute) or\n"
              "reads (reuse), -1 for skip. sources: uint8 (K, B); block_type: uint8 (B,), equal\n"
              "numbers are of one type; filled: uint8 (K, B), which rollout slots hold a value\n"
@@ -129,7 +131,7 @@ static PyObject *resolve(PyObject *module, PyObject *args, PyObject *kwargs)
 }
 
 PyDoc_STRVAR(plan_fault_doc,
-             "_plan_fault(sources, block_type, filled=None)\n--\n\n"
+             "_plan_fault($module, /, sources, block_type, filled=None)\n--\n\n"
              "What resolve would refuse: (step, block, reason code, reason), or None.");
 
 static PyObject *plan_fault(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -147,7 +149,7 @@ static PyObject *plan_fault(PyObject *module, PyObject *args, PyObject *kwargs)
     return Py_NewRef(Py_None);
 }
 
-PyDoc_STRVAR(backends_doc, "backends()\n--\n\n"
+PyDoc_STRVAR(backends_doc, "backends($module, /)\n--\n\n"
                            "Names of the backends that this CPU can use, best first.");
 
 static PyObject *backends(PyObject *module, PyObject *unused)
@@ -194,12 +196,71 @@ static PyObject *borrow(PyObject *module, PyObject *array)
     return result;
 }
 
+PyDoc_STRVAR(copy_doc, "_copy($module, array, name, /)\n--\n\n"
+                       "A float32 NumPy array of the numbers of any library's float32 array, with "
+                       "the checks\nand errors of a policy's arguments.");
+
+static PyObject *copy(PyObject *module, PyObject *args)
+{
+    PyObject *array, *result;
+    const char *name;
+    edge_view view;
+    void *data;
+    if (!PyArg_ParseTuple(args, "Os:_copy", &array, &name) ||
+        edge_borrow(state_of(module), array, name, EDGE_FLOAT32, false, &view) < 0) {
+        return NULL;
+    }
+    result = edge_new_array(EDGE_FLOAT32, view.n_dims, view.shape, &data);
+    if (result && view.bytes) {
+        memcpy(data, view.data, view.bytes);
+    }
+    edge_return(&view);
+    return result;
+}
+
+PyDoc_STRVAR(plain_doc, "_plain($module, value, name, /)\n--\n\n"
+                        "A number or a list of numbers of any library in Python's own; `name` is "
+                        "for errors.");
+
+static PyObject *plain(PyObject *module, PyObject *args)
+{
+    PyObject *value, *result;
+    const char *name;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Os:_plain", &value, &name) ||
+        edge_as_list(value, name, &result) < 0) {
+        return NULL;
+    }
+    return result;
+}
+
+PyDoc_STRVAR(hand_doc, "_hand($module, array, like, /)\n--\n\n"
+                       "The NumPy array as one of the library that `like` is of, nothing copied "
+                       "where the\nlibrary allows.");
+
+static PyObject *hand(PyObject *module, PyObject *args)
+{
+    PyObject *array, *like;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OO:_hand", &array, &like)) {
+        return NULL;
+    }
+    PyObject *library = edge_library_of(like);
+    PyObject *result =
+        library ? PyObject_CallFunctionObjArgs(library, array, NULL) : Py_NewRef(array);
+    Py_XDECREF(library);
+    return result;
+}
+
 static PyMethodDef methods[] = {
     {"resolve", (PyCFunction)(void (*)(void))resolve, METH_VARARGS | METH_KEYWORDS, resolve_doc},
     {"_plan_fault", (PyCFunction)(void (*)(void))plan_fault, METH_VARARGS | METH_KEYWORDS,
      plan_fault_doc},
     {"backends", backends, METH_NOARGS, backends_doc},
     {"_borrow", borrow, METH_O, borrow_doc},
+    {"_copy", copy, METH_VARARGS, copy_doc},
+    {"_plain", plain, METH_VARARGS, plain_doc},
+    {"_hand", hand, METH_VARARGS, hand_doc},
     {NULL, NULL, 0, NULL},
 };
 

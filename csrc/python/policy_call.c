@@ -26,6 +26,7 @@ typedef struct chunk {
     bool initial_given;
     int whole_horizon;
     PyObject *actions; /* new reference */
+    PyObject *library; /* that `actions` is handed over to, or NULL */
     float *data;
 } chunk;
 
@@ -36,13 +37,27 @@ static void chunk_close(chunk *c)
     edge_return(&c->noise);
 }
 
+/* Give everything back; the result, an array of the library that obs came from. Here the policy is
+ * free already: a deleter and another library may run anything. */
+static PyObject *chunk_end(chunk *c)
+{
+    chunk_close(c);
+    if (c->actions && c->library) {
+        PyObject *actions = PyObject_CallFunctionObjArgs(c->library, c->actions, NULL);
+        Py_DECREF(c->actions);
+        c->actions = actions;
+    }
+    Py_XDECREF(c->library);
+    return c->actions;
+}
+
 static int borrow_obs(edge_policy *self, chunk *c, PyObject *obs)
 {
     int64_t shape[3] = {c->n_lanes, self->info.n_obs_steps, self->info.obs_dim};
     if (edge_borrow(self->state, obs, "obs", EDGE_FLOAT32, false, &c->obs) < 0) {
         return -1;
     }
-    if (self->n_lanes == 1 && edge_has_shape(&c->obs, 2, shape + 1)) {
+    if (self->n_lanes == 1 && c->n_lanes == 1 && edge_has_shape(&c->obs, 2, shape + 1)) {
         c->drop_axis = true;
     } else if (!edge_has_shape(&c->obs, 3, shape)) {
         return edge_raise_shape(
@@ -55,7 +70,7 @@ static int borrow_obs(edge_policy *self, chunk *c, PyObject *obs)
     return 0;
 }
 
-static int place_actions(edge_policy *self, chunk *c, PyObject *out)
+static int place_actions(edge_policy *self, chunk *c, PyObject *obs, PyObject *out)
 {
     int64_t shape[3] = {c->n_lanes,
                         c->whole_horizon ? self->info.horizon : self->info.n_action_steps,
@@ -63,6 +78,7 @@ static int place_actions(edge_policy *self, chunk *c, PyObject *out)
     int skip = c->drop_axis ? 1 : 0;
     if (out == Py_None) {
         void *data;
+        c->library = edge_library_of(obs);
         c->actions = edge_new_array(EDGE_FLOAT32, 3 - skip, shape + skip, &data);
         c->data = c->actions ? data : NULL;
         return c->actions ? 0 : -1;
@@ -133,6 +149,9 @@ static void draw(edge_policy *self, const chunk *c, tsad_call *call)
 
 static int run(edge_policy *self, const chunk *c)
 {
+    if (!c->n_lanes) {
+        return 0;
+    }
     tsad_call call = {
         .lanes = self->lanes,
         .n_lanes = c->n_lanes,
@@ -168,14 +187,13 @@ PyObject *edge_policy_call(PyObject *object, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     c.n_lanes = edge_parse_lanes(self, lanes);
-    if (c.n_lanes < 0 || borrow_obs(self, &c, obs) < 0 || place_actions(self, &c, out) < 0 ||
+    if (c.n_lanes < 0 || borrow_obs(self, &c, obs) < 0 || place_actions(self, &c, obs, out) < 0 ||
         borrow_noise(self, &c, noise) < 0 || edge_expect_finite("obs", &c.obs) < 0 ||
         run(self, &c) < 0) {
         Py_CLEAR(c.actions);
     }
     edge_leave(self);
-    chunk_close(&c); /* after the policy is free: a deleter may run anything */
-    return c.actions;
+    return chunk_end(&c);
 }
 
 /* ---- the network alone -------------------------------------------------------------------- */
@@ -188,8 +206,8 @@ static int borrow_samples(edge_policy *self, PyObject *sample, PyObject *obs, ch
         edge_expect_shape("sample", &c->noise, 3, shape) < 0) {
         return -1;
     }
-    if (c->noise.shape[0] < 1 || c->noise.shape[0] > 1 << 20) {
-        return edge_raise_shape("sample", &c->noise, 3, shape, "n is 1 to 1048576");
+    if (c->noise.shape[0] > 1 << 20) {
+        return edge_raise_shape("sample", &c->noise, 3, shape, "n is 0 to 1048576");
     }
     c->n_lanes = (int)c->noise.shape[0];
     int64_t obs_shape[3] = {c->n_lanes, info->n_obs_steps, info->obs_dim};
@@ -199,6 +217,7 @@ static int borrow_samples(edge_policy *self, PyObject *sample, PyObject *obs, ch
         return -1;
     }
     void *data;
+    c->library = edge_library_of(obs);
     c->actions = edge_new_array(EDGE_FLOAT32, 3, c->noise.shape, &data);
     c->data = c->actions ? data : NULL;
     return c->actions ? 0 : -1;
@@ -229,8 +248,7 @@ PyObject *edge_policy_predict_noise(PyObject *object, PyObject *args, PyObject *
         }
     }
     edge_leave(self);
-    chunk_close(&c);
-    return c.actions;
+    return chunk_end(&c);
 }
 
 PyObject *edge_policy_pruner_scores(PyObject *object, PyObject *obs)
@@ -255,6 +273,5 @@ PyObject *edge_policy_pruner_scores(PyObject *object, PyObject *obs)
         }
     }
     edge_leave(self);
-    chunk_close(&c);
-    return c.actions;
+    return chunk_end(&c);
 }

@@ -8,7 +8,7 @@
 /* A new reference to a non-negative int of any size; NULL on error. */
 static PyObject *read_seed(PyObject *object, const char *name)
 {
-    PyObject *index = PyNumber_Index(object);
+    PyObject *index = PyBool_Check(object) ? NULL : PyNumber_Index(object);
     if (!index) {
         PyErr_Clear();
         PyErr_Format(PyExc_TypeError,
@@ -28,42 +28,33 @@ static PyObject *read_seed(PyObject *object, const char *name)
     return index;
 }
 
-/* NULL without an exception if `seed` is not a sequence */
-static PyObject *seed_list(PyObject *seed)
-{
-    if (PyLong_Check(seed) || PyUnicode_Check(seed) || PyObject_Size(seed) < 0) {
-        PyErr_Clear();
-        return NULL;
-    }
-    PyObject *list = PySequence_List(seed);
-    if (!list) {
-        PyErr_Clear();
-    }
-    return list;
-}
-
 /* New streams for the n lanes listed in self->lanes. */
 static int open_streams(edge_policy *self, int n, PyObject *seed, edge_stream *streams)
 {
-    PyObject *list = seed_list(seed);
-    int status = 0;
-    if (list && PyList_Size(list) != n) {
+    PyObject *plain;
+    int is_list = edge_as_list(seed, "seed", &plain), status = is_list < 0 ? -1 : 0;
+    if (is_list > 0 && PyList_Size(plain) != n) {
         PyErr_Format(PyExc_ValueError,
                      "seed: expected one seed per lane, %d, got %zd; pass an int to seed all lanes "
                      "from one",
-                     n, PyList_Size(list));
+                     n, PyList_Size(plain));
         status = -1;
+    }
+    if (is_list == 0 && n == 0) { /* is looked at, even if it seeds no lane */
+        PyObject *number = read_seed(plain, "seed");
+        status = number ? 0 : -1;
+        Py_XDECREF(number);
     }
     for (int i = 0; i < n && status == 0; i++) {
         char name[48];
-        PyOS_snprintf(name, sizeof name, list ? "seed[%d]" : "seed", i);
-        PyObject *number = read_seed(list ? PyList_GetItem(list, i) : seed, name);
-        status =
-            number ? edge_stream_open(self->state, number, list ? -1 : self->lanes[i], &streams[i])
-                   : -1;
+        PyOS_snprintf(name, sizeof name, is_list ? "seed[%d]" : "seed", i);
+        PyObject *number = read_seed(is_list ? PyList_GetItem(plain, i) : plain, name);
+        status = number ? edge_stream_open(self->state, number, is_list ? -1 : self->lanes[i],
+                                           &streams[i])
+                        : -1;
         Py_XDECREF(number);
     }
-    Py_XDECREF(list);
+    Py_XDECREF(plain);
     return status;
 }
 
@@ -75,7 +66,7 @@ static int reset(edge_policy *self, PyObject *lanes, PyObject *seed)
     }
     edge_stream *streams = NULL;
     if (seed != Py_None) {
-        streams = PyMem_Calloc((size_t)n, sizeof *streams);
+        streams = PyMem_Calloc((size_t)n + 1, sizeof *streams); /* n may be 0 */
         int status = streams ? open_streams(self, n, seed, streams) : (PyErr_NoMemory(), -1);
         for (int i = 0; i < n && streams; i++) {
             if (status == 0) {

@@ -1,5 +1,5 @@
-/* policy_type.c: _core.Policy, the type: life, facts, locking, lane lists. A policy is used by one
- * thread at a time; whoever comes second gets RuntimeError.
+/* policy_type.c: _core.Policy, the type: life, facts, locking. A policy is used by one thread at a
+ * time; whoever comes second gets RuntimeError.
  */
 #include "edge.h"
 
@@ -21,110 +21,6 @@ int edge_enter(edge_policy *self)
 }
 
 void edge_leave(edge_policy *self) { tsad_policy_release(self->policy); }
-
-/* ---- lanes ------------------------------------------------------------------------------- */
-
-/* One lane number; `name` is what to call it in an error. */
-static int read_lane(const edge_policy *self, PyObject *object, const char *name)
-{
-    if (PyBool_Check(object)) {
-        PyErr_Format(PyExc_TypeError,
-                     "%s: expected a lane number, got a bool; use "
-                     "np.flatnonzero(mask) for a mask",
-                     name);
-        return -1;
-    }
-    PyObject *index = PyNumber_Index(object);
-    if (!index) {
-        PyObject *type = edge_type_name(object);
-        PyErr_Clear();
-        if (type) {
-            PyErr_Format(PyExc_TypeError, "%s: expected a lane number, got %U; pass an int", name,
-                         type);
-            Py_DECREF(type);
-        }
-        return -1;
-    }
-    int overflow = 0;
-    long lane = PyLong_AsLongAndOverflow(index, &overflow);
-    Py_DECREF(index);
-    if (overflow || lane < 0 || lane >= self->n_lanes) {
-        PyErr_Format(
-            PyExc_ValueError,
-            "%s: expected a lane from 0 to %d, got %R; load the policy with more lanes, or "
-            "correct it",
-            name, self->n_lanes - 1, object);
-        return -1;
-    }
-    return (int)lane;
-}
-
-int edge_parse_lane(edge_policy *self, PyObject *lane) { return read_lane(self, lane, "lane"); }
-
-/* NULL without an exception if the object is no sequence */
-static PyObject *as_sequence(PyObject *object)
-{
-    Py_ssize_t size = PyObject_Size(object);
-    if (size < 0 || PyUnicode_Check(object) || PyBytes_Check(object)) {
-        PyErr_Clear();
-        return NULL;
-    }
-    PyObject *list = PySequence_List(object);
-    if (!list) {
-        PyErr_Clear();
-    }
-    return list;
-}
-
-static int read_lanes(edge_policy *self, PyObject *list)
-{
-    Py_ssize_t n = PyList_Size(list);
-    if (n < 1 || n > self->n_lanes) {
-        PyErr_Format(PyExc_ValueError,
-                     "lanes: expected 1 to %d distinct lanes, got %zd; leave it out to run all",
-                     self->n_lanes, n);
-        return -1;
-    }
-    int count = 0;
-    for (; count < n; count++) {
-        char name[48];
-        PyOS_snprintf(name, sizeof name, "lanes[%d]", count);
-        int lane = read_lane(self, PyList_GetItem(list, count), name);
-        if (lane < 0) {
-            break;
-        }
-        if (self->listed[lane]) {
-            PyErr_Format(PyExc_ValueError,
-                         "%s: expected distinct lanes, got lane %d twice; list each once", name,
-                         lane);
-            break;
-        }
-        self->listed[lane] = 1;
-        self->lanes[count] = lane;
-    }
-    for (int i = 0; i < count; i++) {
-        self->listed[self->lanes[i]] = 0;
-    }
-    return count == n ? count : -1;
-}
-
-int edge_parse_lanes(edge_policy *self, PyObject *lanes)
-{
-    if (lanes == Py_None) {
-        for (int i = 0; i < self->n_lanes; i++) {
-            self->lanes[i] = i;
-        }
-        return self->n_lanes;
-    }
-    PyObject *list = PyLong_Check(lanes) ? NULL : as_sequence(lanes);
-    if (list) {
-        int n = read_lanes(self, list);
-        Py_DECREF(list);
-        return n;
-    }
-    self->lanes[0] = read_lane(self, lanes, "lanes");
-    return self->lanes[0] < 0 ? -1 : 1;
-}
 
 /* ---- life -------------------------------------------------------------------------------- */
 
@@ -340,25 +236,45 @@ static PyGetSetDef facts[] = {
 
 /* ---- methods ----------------------------------------------------------------------------- */
 
+PyDoc_STRVAR(
+    call_doc,
+    "__call__($self, /, obs, *, out=None, noise=None, lanes=None, return_horizon=False)\n--\n\n"
+    "Run a chunk: actions in raw units, float32 (lanes, n_action_steps, action_dim).\n\n"
+    "obs: float32 (lanes, n_obs_steps, obs_dim), raw units, the newest last; with one lane\n"
+    "also (n_obs_steps, obs_dim), and the result lacks the first axis. NumPy, torch, JAX, or\n"
+    "anything with __dlpack__ in host memory; the result is of the library of obs.\n"
+    "out: where to write the actions; it is returned.\n"
+    "noise: float32 (num_inference_steps, lanes, horizon, action_dim) in place of the policy's\n"
+    "own, or (lanes, horizon, action_dim), the initial sample alone.\n"
+    "lanes: which lanes the rows of obs are: numbers, or a mask of one bool per lane.\n"
+    "return_horizon: all (lanes, horizon, action_dim) actions.\n\n"
+    "ValueError, TypeError: an argument does not fit; nothing has changed. RuntimeError:\n"
+    "another thread is using the policy.");
 PyDoc_STRVAR(predict_noise_doc,
              "predict_noise($self, /, sample, step, obs)\n--\n\n"
              "The network alone, dense, no state touched.\n\n"
              "sample: float32 (N, horizon, action_dim), normalised; step: a loop index, 0 is the\n"
              "noisiest; obs: float32 (N, n_obs_steps, obs_dim), raw units. Returns the network's\n"
-             "output, float32 (N, horizon, action_dim).");
+             "output, float32 (N, horizon, action_dim), an array of the library that obs is of.");
 PyDoc_STRVAR(
     reset_doc,
     "reset($self, /, lanes=None, seed=None)\n--\n\n"
     "Start of an episode for all lanes or the listed ones: earlier rollouts are forgotten.\n\n"
+    "lanes: None, a lane number, a list of them, or a mask of one bool per lane; an empty list\n"
+    "is nothing to do.\n\n"
     "seed: an int gives lane i the stream PCG64(SeedSequence(seed, spawn_key=(i,))); a\n"
     "sequence with one int per lane listed gives each PCG64(SeedSequence(its seed)); None\n"
     "continues the streams.");
 
 #define KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
 static PyMethodDef policy_methods[] = {
+    /* beside the slot, whose wrapper has no signature */
+    {"__call__", KEYWORDS(edge_policy_call), METH_VARARGS | METH_KEYWORDS | METH_COEXIST, call_doc},
     {"predict_noise", KEYWORDS(edge_policy_predict_noise), METH_VARARGS | METH_KEYWORDS,
      predict_noise_doc},
     {"reset", KEYWORDS(edge_policy_reset), METH_VARARGS | METH_KEYWORDS, reset_doc},
+    {"_lanes", edge_policy_lanes, METH_O,
+     "_lanes($self, lanes, /)\n--\n\nThe lane numbers that `lanes` means, a list of ints."},
     {"_set_plan", KEYWORDS(edge_policy_set_plan), METH_VARARGS | METH_KEYWORDS,
      "_set_plan($self, /, lane, sources, first)\n--\n\nFix the plan of a lane: uint8 (K, B) each."},
     {"_set_plans", edge_policy_set_plans, METH_O,
