@@ -29,9 +29,13 @@ def theirs(config: dict[str, Any]) -> Any:
     return torch_oracle.diffusers_scheduler(config)
 
 
-def run_theirs(config: dict[str, Any], e: Any, noise: Any, *, double: bool) -> Any:
+def run_theirs(
+    config: dict[str, Any], e: Any, noise: Any, *, double: bool, coefficients: Any = None
+) -> Any:
+    """In float64 or float32, with coefficients computed in the same type or another."""
     dtype = torch.float64 if double else torch.float32
     outputs = torch.tensor(e, dtype=dtype)
+    double = double if coefficients is None else coefficients == np.float64
     solver = torch_oracle.diffusers_scheduler(config, double=double)
     return torch_oracle.run_diffusers(solver, noise, lambda k, x: outputs[k], dtype)
 
@@ -72,8 +76,25 @@ def compare(config: dict[str, Any]) -> None:
     error = np.abs(run_theirs(config, e, noise, double=False) - ours).max()
     assert error <= float32_rounding(sampler, config) * largest
     if sampler.name != "dpmsolver++":  # that one is float32 inside, whatever it is given
-        error = np.abs(run_theirs(config, e, noise, double=True) - ours).max()
-        assert error <= 1e-13 * largest
+        # PyTorch's float32 x ** 0.5 is off by one unit in a fifth of all cases, so not to the bit
+        for dtype, tolerance in ((np.float64, 1e-13), (np.float32, 2e-6)):
+            ours, largest = run_ours(make_sampler(config, coefficients=dtype), e, noise)
+            expected = run_theirs(config, e, noise, double=True, coefficients=dtype)
+            assert np.abs(expected - ours).max() <= tolerance * largest
+
+
+def test_float32_coefficients_are_those_of_diffusers_where_it_shows():
+    """Small betas in many steps: computed in float64 the same chunk is another by 1e-5."""
+    config = scheduler(type="ddpm", beta_schedule="linear", num_train_timesteps=1000)
+    config["num_inference_steps"] = 1000
+    rng = np.random.default_rng(1)
+    e, noise = rng.standard_normal((2, 1000, 4, 6))
+    expected = run_theirs(config, e, noise, double=True, coefficients=np.float32)
+    errors = [
+        np.abs(run_ours(make_sampler(config, coefficients=dtype), e, noise)[0] - expected).max()
+        for dtype in (np.float32, np.float64)
+    ]
+    assert errors[0] < 2e-6 and errors[1] > 1e-5
 
 
 @pytest.mark.parametrize("clip", [True, False], ids=["clip", "noclip"])

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -32,6 +33,10 @@ PRUNER_FILE = "pruner.safetensors"
 
 # bytes per number of the types that can be read; all end up as float32
 _ITEM_SIZE = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+# those that a file may have beside what is read of it
+_OTHER_ITEM_SIZE = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
+_NUMPY_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?", "U8": "u1", "I8": "i1"}
+_NUMPY_DTYPES |= {"I16": "<i2", "I32": "<i4", "I64": "<i8"}
 _WRITE_DTYPES = {"float16": ("F16", "<f2"), "float32": ("F32", "<f4")}
 _MAX_HEADER = 16 << 20
 _MAX_JSON = 16 << 20
@@ -180,9 +185,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Tensors:
     file = str(path)
     tensors: Tensors = {}
     with _open(path) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        header, start = _read_header(stream, size, file)
-        entries = _check_entries(header, size - start, file)
+        entries, start = _read_entries(stream, file, _ITEM_SIZE)
         for name, (dtype, shape, begin, end) in entries.items():
             stream.seek(start + begin)
             content = stream.read(end - begin)
@@ -190,6 +193,30 @@ def read_safetensors(path: str | os.PathLike[str]) -> Tensors:
                 raise CheckpointError(f"{file}: {name}: the file became shorter while it was read")
             tensors[name] = to_float32(content, dtype).reshape(shape)
     check_finite(tensors, file)
+    return tensors
+
+
+def map_safetensors(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+    """All tensors of a safetensors file as views of the mapped file, in the types they have there.
+
+    Only the header is read; the numbers come from the disk when they are used, and are neither
+    copied nor checked. They can't be written to. BF16, a type that NumPy lacks, is converted to
+    float32. The file must stay as it is while they are in use. Raises as ``read_safetensors``.
+    """
+    file = str(path)
+    tensors: dict[str, NDArray[Any]] = {}
+    with _open(path) as stream:
+        entries, start = _read_entries(stream, file, _ITEM_SIZE | _OTHER_ITEM_SIZE)
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    for name, (dtype, shape, begin, end) in entries.items():
+        numbers: NDArray[Any]
+        if dtype == "BF16":
+            numbers = to_float32(mapped[start + begin : start + end], dtype)
+            numbers.setflags(write=False)
+        else:
+            numpy_dtype, count = np.dtype(_NUMPY_DTYPES[dtype]), math.prod(shape)
+            numbers = np.frombuffer(mapped, numpy_dtype, count, start + begin)
+        tensors[name] = numbers.reshape(shape)
     return tensors
 
 
@@ -227,13 +254,26 @@ def _read_header(stream: IO[bytes], size: int, file: str) -> tuple[dict[str, Any
 _Entry = tuple[str, tuple[int, ...], int, int]
 
 
-def _check_entries(header: dict[str, Any], size: int, file: str) -> dict[str, _Entry]:
+def _read_entries(
+    stream: IO[bytes], file: str, item_sizes: Mapping[str, int]
+) -> tuple[dict[str, _Entry], int]:
+    """Checked header entries by tensor name, and the offset of the first number."""
+    size = os.fstat(stream.fileno()).st_size
+    header, start = _read_header(stream, size, file)
+    return _check_entries(header, size - start, file, item_sizes), start
+
+
+def _check_entries(
+    header: dict[str, Any], size: int, file: str, item_sizes: Mapping[str, int]
+) -> dict[str, _Entry]:
     """Header entries as (dtype, shape, begin, end), which cover the ``size`` data bytes exactly."""
     header = dict(header)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{file}: {_METADATA}: expected an object of strings, got another")
-    entries = {name: _check_entry(entry, size, file, name) for name, entry in header.items()}
+    entries = {
+        name: _check_entry(entry, size, file, name, item_sizes) for name, entry in header.items()
+    }
     position = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != position:
@@ -251,7 +291,9 @@ def _check_entries(header: dict[str, Any], size: int, file: str) -> dict[str, _E
     return entries
 
 
-def _check_entry(entry: Any, size: int, file: str, name: str) -> _Entry:
+def _check_entry(
+    entry: Any, size: int, file: str, name: str, item_sizes: Mapping[str, int]
+) -> _Entry:
     def refuse(expected: str, got: object) -> CheckpointError:
         return CheckpointError(
             f"{file}: {name}: expected {expected}, got {str(got)[:200]}; the file is damaged or "
@@ -261,8 +303,8 @@ def _check_entry(entry: Any, size: int, file: str, name: str) -> _Entry:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise refuse("an object of dtype, shape and data_offsets", entry)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEM_SIZE:
-        raise refuse(f"a dtype of {', '.join(_ITEM_SIZE)}", repr(dtype))
+    if not isinstance(dtype, str) or dtype not in item_sizes:
+        raise refuse(f"a dtype of {', '.join(item_sizes)}", repr(dtype))
     if not _counts(shape) or len(shape) > _MAX_DIMS:
         raise refuse(f"a shape of at most {_MAX_DIMS} sizes", shape)
     if not _counts(offsets) or len(offsets) != 2:
@@ -270,7 +312,7 @@ def _check_entry(entry: Any, size: int, file: str, name: str) -> _Entry:
     begin, end = offsets
     if not begin <= end <= size:
         raise refuse(f"data_offsets within {size} data bytes", f"{offsets} (is it truncated?)")
-    expected = math.prod(shape) * _ITEM_SIZE[dtype]
+    expected = math.prod(shape) * item_sizes[dtype]
     if end - begin != expected:
         raise refuse(f"{expected} bytes for {dtype} {_shape(shape)}", f"{end - begin} bytes")
     # a size of 0 hides the others from the check above, and NumPy has a limit of its own

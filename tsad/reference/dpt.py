@@ -28,7 +28,9 @@ from tsad.reference.layers import (
     sinusoid,
 )
 
-__all__ = ["block_names", "block_types", "check", "encode", "predict"]
+__all__ = ["COEFFICIENTS", "block_names", "block_types", "check", "encode", "predict"]
+
+COEFFICIENTS: type[np.floating[Any]] = np.float64
 
 
 def check(network: Mapping[str, Any]) -> Network:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import ArrayLike
 
-from tsad.reference import dpt
+from tsad.reference import dpt, unet1d
 from tsad.reference.layers import Array, Network, Tensors, Value, dense
 
 
 class Family(Protocol):
     """A module of plain functions."""
+
+    COEFFICIENTS: type[np.floating[Any]]
+    """In what type the samplers of its policies compute coefficients."""
 
     def check(self, network: Mapping[str, Any]) -> Network:
         """The settings, every key present; ``ValueError`` names what is wrong."""
@@ -38,7 +42,7 @@ class Family(Protocol):
         """
 
 
-FAMILIES: dict[str, Family] = {"diffusion_policy_transformer": dpt}
+FAMILIES: dict[str, Family] = {"diffusion_policy_transformer": dpt, "unet1d": unet1d}
 
 
 def family_of(network: Mapping[str, Any]) -> Family:

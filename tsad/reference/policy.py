@@ -14,17 +14,7 @@ from tsad.reference.layers import Array, Network
 from tsad.reference.pruner import plan, prune
 from tsad.samplers import make_sampler
 
-
-def lane_numbers(lanes: ArrayLike | None, n: int) -> list[int]:
-    """Which of ``n`` lanes: all (None), the numbers given, or where a mask of n bools is true.
-
-    An empty list is none. ``IndexError``, ``ValueError``: there is no such lane, or one twice.
-    """
-    given = np.arange(n) if lanes is None else np.asarray(lanes).ravel()
-    numbers: list[int] = np.arange(n)[given if given.size else []].tolist()
-    if len(set(numbers)) < len(numbers) or (given < 0).any():
-        raise ValueError(f"lanes: expected distinct lanes from 0 to {n - 1}, got {lanes!r}")
-    return numbers
+_MAP = ("shift", "scale", "offset")  # normalised = (raw - shift) * scale + offset
 
 
 class ReferencePolicy:
@@ -46,34 +36,37 @@ class ReferencePolicy:
         dtype: DTypeLike = np.float64,
     ) -> None:
         self.dtype = np.dtype(dtype)
-        self.network: Network = family_of(config["network"]).check(config["network"])
+        self.family = family_of(config["network"])
+        self.network: Network = self.family.check(config["network"])
         self.sampler = make_sampler(
-            config["scheduler"], sampler=sampler, num_inference_steps=num_inference_steps
+            config["scheduler"],
+            sampler=sampler,
+            num_inference_steps=num_inference_steps,
+            coefficients=self.family.COEFFICIENTS,
         )
         self.timesteps = self.sampler.timesteps
         self.num_inference_steps = len(self.timesteps)
-        self.family = family_of(self.network)
         self.blocks = self.family.block_names(self.network)
         self.lanes = lanes
         self._w = {name: np.asarray(tensor, self.dtype) for name, tensor in tensors.items()}
         self._pruner_config = config.get("pruner")
         self._pruner = pruner and {k: np.asarray(v, self.dtype) for k, v in pruner.items()}
-        self._affine = {
-            key: [np.asarray(config["normalizer"][key][part], self.dtype) for part in parts]
-            for key, parts in (("obs", ("scale", "offset")), ("action", ("scale", "offset")))
+        self._maps = {
+            key: [np.asarray(numbers.get(part, 0), self.dtype) for part in _MAP]
+            for key, numbers in config["normalizer"].items()
         }
         self._rollouts: list[Rollout] = [{} for _ in range(lanes)]
         self._first = [True] * lanes
 
-    def reset(self, lanes: ArrayLike | None = None) -> None:
+    def reset(self, lanes: Sequence[int] | None = None) -> None:
         """Start of an episode for all lanes or the listed ones: earlier rollouts are forgotten."""
-        for lane in lane_numbers(lanes, self.lanes):
+        for lane in range(self.lanes) if lanes is None else lanes:
             self._rollouts[lane] = {}
             self._first[lane] = True
 
     def encode(self, obs: ArrayLike) -> Array:
         """What conditions every step, (K, ...), of one raw observation (n_obs_steps, obs_dim)."""
-        repeated = np.repeat(self._normalise(obs)[None], self.num_inference_steps, 0)
+        repeated = np.repeat(self.normalise("obs", obs)[None], self.num_inference_steps, 0)
         return self.family.encode(self._w, self.network, self.timesteps, repeated)
 
     def prune(self, obs: ArrayLike) -> Array:
@@ -88,7 +81,7 @@ class ReferencePolicy:
         ``sample`` (N, T, action_dim) is normalised, ``obs`` (N, n_obs_steps, obs_dim) is raw.
         """
         timestep = np.full(len(np.asarray(sample)), self.timesteps[step])
-        memory = self.family.encode(self._w, self.network, timestep, self._normalise(obs))
+        memory = self.family.encode(self._w, self.network, timestep, self.normalise("obs", obs))
         return self.family.predict(self._w, self.network, np.asarray(sample, self.dtype), memory)
 
     def __call__(
@@ -96,7 +89,7 @@ class ReferencePolicy:
         obs: ArrayLike,
         noise: ArrayLike,
         plan_sources: NDArray[Any] | Sequence[NDArray[Any]] | None = None,
-        lanes: ArrayLike | None = None,
+        lanes: Sequence[int] | None = None,
         return_horizon: bool = False,
         *,
         first: NDArray[Any] | Sequence[NDArray[Any]] | None = None,
@@ -110,7 +103,7 @@ class ReferencePolicy:
         all. Raises ``ValueError`` for wrong shapes and for a plan that reads a value that does not
         exist; then no lane has changed.
         """
-        rows = lane_numbers(lanes, self.lanes)
+        rows = list(range(self.lanes)) if lanes is None else list(lanes)
         obs, noise = np.asarray(obs), np.asarray(noise, self.dtype)
         self._check("obs", obs, (len(rows), self.network["n_obs_steps"], self.network["obs_dim"]))
         sample_shape = (self.network["horizon"], self.network["action_dim"])
@@ -132,15 +125,16 @@ class ReferencePolicy:
         for lane, rollout in zip(rows, rollouts, strict=True):
             self._rollouts[lane] = rollout
             self._first[lane] = False
-        scale, offset = self._affine["action"]
-        actions: Array = (np.reshape(results, (len(rows), *sample_shape)) - offset) / scale
+        shift, scale, offset = self._maps["action"]
+        actions: Array = (np.stack(results) - offset) / scale + shift
         start = self.network["n_obs_steps"] - 1
         executed = slice(start, start + self.network["n_action_steps"])
         return actions if return_horizon else actions[:, executed]
 
-    def _normalise(self, obs: ArrayLike) -> Array:
-        scale, offset = self._affine["obs"]
-        normalised: Array = np.asarray(obs, self.dtype) * scale + offset
+    def normalise(self, key: str, raw: ArrayLike) -> Array:
+        """``"obs"`` or ``"action"`` in the network's units."""
+        shift, scale, offset = self._maps[key]
+        normalised: Array = (np.asarray(raw, self.dtype) - shift) * scale + offset
         return normalised
 
     def _sources(self, name: str, given: Any, row: int) -> Sources:
