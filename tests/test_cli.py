@@ -332,7 +332,7 @@ def test_hashes_follow_the_files(tmp_path) -> None:
     assert len(common.files_sha256("pusht")) == 2
 
 
-# --- show, info, bench, demo
+# --- show, info, bench
 
 
 def test_show(capsys, tmp_path) -> None:
@@ -416,55 +416,6 @@ def test_bench_observations_are_in_range() -> None:
     obs = observations(FakePushT(3), 4)
     assert obs.shape == (4, 3, 2, 20) and obs.dtype == np.float32
     assert obs.min() >= 0 and obs.max() <= 500 and obs.std() > 50
-
-
-def test_demo(capsys, tmp_path, monkeypatch, fake) -> None:
-    pytest.importorskip("gym_pusht")
-    image = pytest.importorskip("PIL.Image")
-    short_world(monkeypatch, 20)
-    out = tmp_path / "demo"
-    code, text, _ = run(capsys, "demo", "--seeds", "2", "--sparsity", "0.5", "--out", str(out))
-    assert code == 0
-    assert sorted(os.listdir(out)) == ["demo.gif", "plan.npz", "plan.png", "results.json"]
-    for name in ("demo.gif", "plan.png", "results.json"):
-        assert str(out / name) in text
-    document = json.loads((out / "results.json").read_text())
-    dense, sparse = document["arms"].values()
-    assert dense["sparsity"] == 0 and sparse["sparsity"] == 0.5
-    assert [e["seed"] for e in sparse["per_seed"]] == document["seeds"] == [100000, 100001]
-    # The fake moves every action by 5 px per unit of sparsity, and nothing else differs.
-    assert document["action_difference_px"]["max"] == pytest.approx(2.5, abs=1e-3)
-    film = image.open(out / "demo.gif")
-    assert film.n_frames >= 5 and film.size[0] > 1.9 * film.size[1] * 0.8
-    assert tsad.Plan.load(out / "plan.npz").sources.shape == (4, 6)
-    # Same seeds, same numbers; and an existing folder is no obstacle.
-    code, text, _ = run(
-        capsys, "demo", "--seeds", "2", "--sparsity", "0.5", "--out", str(out), "--json"
-    )
-    again = json.loads(text)["arms"]
-    assert [[e["score"] for e in arm["per_seed"]] for arm in again.values()] == [
-        [e["score"] for e in arm["per_seed"]] for arm in document["arms"].values()
-    ]
-
-
-def test_demo_on_a_slow_machine_plays_fewer_seeds(capsys, tmp_path, monkeypatch, fake) -> None:
-    pytest.importorskip("gym_pusht")
-    pytest.importorskip("PIL.Image")
-    from tsad.commands import demo
-
-    short_world(monkeypatch, 8)
-    monkeypatch.setattr(demo, "SECONDS", 0)
-    argv = ["demo", "--sparsity", "0.5", "--out", str(tmp_path / "d"), "--json"]
-    code, text, _ = run(capsys, *argv)
-    assert code == 0 and json.loads(text)["seeds"] == [100000]
-    code, text, _ = run(capsys, *argv, "--seeds", "2")
-    assert code == 0 and json.loads(text)["seeds"] == [100000, 100001]
-
-
-def test_demo_refuses_a_file(capsys, tmp_path, fake) -> None:
-    (tmp_path / "x").write_text("")
-    code, _, err = run(capsys, "demo", "--out", str(tmp_path / "x"))
-    assert code == 2 and "argument --out" in err and "folder" in err
 
 
 # --- convert

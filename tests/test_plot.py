@@ -55,6 +55,14 @@ def test_legend_counts_and_title() -> None:
     assert "8 steps x 6 blocks" in title and "7 of 48 computed" in title
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 100])
+def test_steps_have_whole_numbers(steps: int) -> None:
+    ax = draw(tsad.Plan(np.zeros((steps, 6), np.uint8), blocks=BLOCKS, types=TYPES, cost=COST))
+    low, high = ax.get_xlim()
+    shown = [place for place in ax.get_xticks() if low <= place <= high]
+    assert shown and all(place == round(place) for place in shown)
+
+
 def test_sources_that_do_not_occur_are_not_in_the_legend() -> None:
     plan = tsad.Plan(np.zeros((3, 6), np.uint8), blocks=BLOCKS, types=TYPES, cost=COST)
     assert len(draw(plan).get_legend().get_texts()) == 1

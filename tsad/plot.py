@@ -110,6 +110,7 @@ def plot_plan(plan: Plan, ax: Any = None) -> Any:
         ax.grid(which="minor", color="white", linewidth=0.4)
     ax.tick_params(which="both", length=0, colors=INK)
     ax.tick_params(axis="x", labelsize=9)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # there are no half steps
     for spine in ax.spines.values():
         spine.set_visible(False)
     _draw_rows(ax, plan)

@@ -1,4 +1,4 @@
-"""`tsad demo`: a trained policy pushes the T, dense and sparse, on the same seeds."""
+"""`tsad demo`: a trained policy pushes the T, as it was trained and faster, on the same seeds."""
 
 from __future__ import annotations
 
@@ -15,42 +15,52 @@ from numpy.typing import NDArray
 from tsad.commands.common import (
     Formatter,
     Progress,
+    UsageError,
     add_overwrite,
     add_policy_options,
+    add_preset,
     argument,
     check_result,
     cpu_name,
+    load_options,
     load_policy,
     natural,
     planner_name,
     positive_int,
     sampler_name,
     seed_range,
-    set_sparsity,
     sparsity,
     table,
 )
+from tsad.commands.eval import configure
 
 if TYPE_CHECKING:
     from tsad import Plan, SparsePolicy
+    from tsad.presets import Preset
     from tsad.sim import Chunk, Environment, Episode
     from tsad.sim.film import Reel
 
 SIMULATOR = "pusht"
-SEEDS = 5
+PRESETS = ("lossless", "fast")  # the default is the first of these that the policy has
+SPARSITY = 0.75
 SECONDS = 60
+FIRST_SEED = 100_001  # of Diffusion Policy's test seeds, from 100000; on this one the film succeeds
 FORMAT = "tsad-demo"
 FILES = ("results.json", "demo.gif", "plan.png", "plan.npz")  # the first says whose they are
 
-DESCRIPTION = """\
-Run a policy in the simulator twice on the same seeds and noise, dense and sparse, and show what
-sparsity buys and costs on this machine: a table, a picture of the plan, and a film of both.
+DESCRIPTION = f"""\
+Play a policy in the simulator as it was trained and faster, on the same seeds, and show what that
+saves and costs on this machine: a table, a picture of what is computed, and a film of both.
 
-Scores of so few episodes are an impression; `tsad eval` measures them."""
+Faster is the policy's preset "lossless", or the one you name; or with --sparsity the dial: a plan
+that leaves out that share of the cost, with the sampler and steps that you ask for. For {SECONDS} s
+whoever has played for less time plays the next seed, so the faster one plays more; with --seeds
+both play as many. Scores of so few episodes are an impression; tsad eval measures them."""
 
 EPILOG = """\
 examples:
   tsad demo
+  tsad demo --preset fast
   tsad demo --sparsity 0.9 --seeds 10 --out /tmp/demo
   tsad demo --sampler ddim --steps 16 --sparsity 0.5"""
 
@@ -59,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command to `subparsers`."""
     parser = subparsers.add_parser(
         "demo",
-        help="watch a policy push the T, dense and sparse",
+        help="watch a policy push the T, as trained and faster",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=Formatter,
@@ -67,25 +77,26 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--policy", default=SIMULATOR, metavar="SRC", help="a Push-T policy (default: bundled)"
     )
+    add_preset(parser)
     parser.add_argument(
         "--sparsity",
         type=sparsity,
-        default=0.75,
         metavar="S",
-        help="share of the cost that the sparse policy does not compute (default: 0.75)",
+        help=f"the dial instead: share of the cost not computed (without a preset: {SPARSITY:g})",
     )
     parser.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
     parser.add_argument(
         "--seeds",
         type=positive_int,
         metavar="N",
-        help=f"episodes (default: {SEEDS}, fewer where they would take over {SECONDS} s)",
+        help=f"episodes of each (default: as many as fit into {SECONDS} s)",
     )
     parser.add_argument(
         "--first-seed",
         type=natural,
         metavar="S",
-        help="the seed of the film and the first of the table (default: 100000)",
+        help=f"of the film, and the first of the table (default: {FIRST_SEED}, where both of the "
+        "bundled policy succeed)",
     )
     add_policy_options(parser)
     parser.add_argument(
@@ -96,209 +107,263 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+# ---- the two
+
+
 @dataclass
 class Arm:
     """One of the two ways to run the policy, and what it did."""
 
     name: str
-    sparsity: float
-    plan: Plan | None = None
+    policy: SparsePolicy
+    preset: Preset | None = None
     episodes: list[Episode] = field(default_factory=list)
     chunk_ms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    reel: Reel | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What the last chunk did."""
+        plan = self.policy.plan
+        return plan[0] if isinstance(plan, list) else plan
 
     def percentiles(self) -> NDArray[np.float64]:
         """p50, p90 and p99 of the milliseconds of a chunk."""
         return np.percentile(self.chunk_ms, [50, 90, 99])
 
 
-def _play(
-    policy: SparsePolicy, environment: Environment, arm: Arm, seed: int, reel: Reel | None
-) -> list[Chunk]:
-    """Play one episode; returns its chunks."""
+def _preset(args: argparse.Namespace) -> Preset | None:
+    """The preset that is asked for, or the best one there is where nothing else is."""
+    from tsad.load import policy_folder
+    from tsad.presets import find_preset, known_presets, model_sha256
+
+    folder = policy_folder(args.policy)
+    if args.preset is not None:
+        for name in ("sparsity", "planner"):
+            if getattr(args, name) is not None:
+                raise UsageError(
+                    f"argument --preset: {args.preset!r} decides what is computed; leave out one "
+                    f"of --preset and --{name}"
+                )
+        with argument("--preset"):
+            return find_preset(folder, args.preset, args.policy)
+    own = {"sparsity", "planner", "sampler", "steps", "spacing"}
+    if folder is None or any(getattr(args, name) is not None for name in own):
+        return None
+    if args.precision != "auto":
+        return None
+    presets, found = known_presets(folder)[0], model_sha256(folder)
+    there = (presets[name] for name in PRESETS if name in presets)
+    return next((preset for preset in there if preset.model_sha256 == found), None)
+
+
+def _faster(args: argparse.Namespace, dense: SparsePolicy) -> Arm:
+    """What is held against the dense policy."""
+    import tsad
+
+    preset = _preset(args)
+    if preset is not None:
+        with argument("--preset"):
+            policy = tsad.load(args.policy, preset=preset.name, **load_options(args))
+        return Arm(preset.name, policy, preset)
+    policy = load_policy(args.policy, args, name="--policy", lanes=1)
+    share = args.sparsity
+    if share is None and args.planner != "pruner":
+        share = min(SPARSITY, dense.max_sparsity)
+        if share == 0:
+            raise UsageError(
+                f"argument --steps: {dense.num_inference_steps} step leaves nothing to leave out; "
+                "use 2 or more, or --preset"
+            )
+    configure(policy, argparse.Namespace(plan=None, planner=args.planner, sparsity=share))
+    return Arm("pruner" if share is None else f"sparsity {share:g}", policy)
+
+
+# ---- playing
+
+
+def _play(arm: Arm, environment: Environment, seed: int) -> None:
+    """One episode; of the arm's first a film is made."""
     from tsad import sim
     from tsad.sim import film
+    from tsad.sim.pusht import STEP_SECONDS
 
-    chunks: list[Chunk] = []
+    reel = None
+    if arm.reel is None:
+        actions = f"{arm.policy.n_action_steps} actions a chunk"
+        remark = f"{sampler_name(arm.policy)}, {actions}"
+        reel = arm.reel = film.Reel(arm.name, remark, STEP_SECONDS)
 
     def on_chunk(chunk: Chunk) -> None:
-        chunks.append(chunk)
         arm.chunk_ms.append(chunk.milliseconds)
+        if reel is not None:
+            reel.wait(chunk.milliseconds / 1e3)
 
     def on_step(environment: Environment, steps: int, score: float) -> None:
-        if reel is not None and steps % film.EVERY == 0:
-            reel.add(environment.render(film.SIZE), _caption(arm, score))
+        if reel is not None:
+            reel.step(steps, environment.render(film.SIZE), f"score {score:.2f}")
 
-    policy.sparsity = arm.sparsity
-    episode = next(sim.rollouts(policy, [environment], [seed], on_step=on_step, on_chunk=on_chunk))
-    arm.episodes.append(episode)
-    arm.plan = _one(policy.plan)
-    if reel is not None:
-        end = "   success" if episode.success else "   time is up"
-        reel.add(environment.render(film.SIZE), _caption(arm, episode.score) + end)
-    return chunks
-
-
-def _caption(arm: Arm, score: float) -> str:
-    time_ = f"   {np.median(arm.chunk_ms):.1f} ms/chunk" if arm.chunk_ms else ""
-    return f"score {score:.2f}{time_}"
-
-
-def _one(plan: Any) -> Any:
-    return plan[0] if isinstance(plan, list) else plan
-
-
-def _difference(policy: SparsePolicy, seed: int, dense: list[Chunk]) -> list[float]:
-    """Largest action difference of each chunk, sparse against dense, in raw units.
-
-    The sparse policy sees what the dense one saw, with the same noise, so that only the plan
-    differs; in its own episode it would soon stand elsewhere.
-    """
-    from tsad import sim
-
-    policy.reset(lanes=[0], seed=[sim.noise_seed(seed)])
-    return [
-        float(np.abs(np.asarray(policy(chunk.obs, lanes=[0])) - chunk.actions).max())
-        for chunk in dense
-    ]
-
-
-def _compare(
-    policy: SparsePolicy,
-    environment: Environment,
-    seeds: list[int],
-    arms: list[Arm],
-    seconds: float,
-) -> tuple[list[Reel], list[float]]:
-    """Both arms on every seed, in turn, so that a machine that slows down slows both.
-
-    Stops before a seed that would end after `seconds`.
-    """
-    from tsad.sim.film import Reel
-
-    reels = [Reel(f"{arm.name}, {sampler_name(policy)}") for arm in arms]
-    differences: list[float] = []
-    dense, sparse = arms
     begin = time.monotonic()
-    with Progress(len(seeds) * 2, "demo", unit="episodes") as progress:
-        for number, seed in enumerate(seeds):
-            spent = time.monotonic() - begin
-            if number and spent * (number + 1) / number > seconds:
-                break
-            filmed = reels if number == 0 else [None, None]
-            chunks = _play(policy, environment, dense, seed, filmed[0])
-            progress.update(f"dense {dense.episodes[-1].score:.2f}")
-            _play(policy, environment, sparse, seed, filmed[1])
-            differences += _difference(policy, seed, chunks)
-            progress.update(f"sparse {sparse.episodes[-1].score:.2f}")
-    return reels, differences
+    (episode,) = sim.rollouts(arm.policy, [environment], [seed], on_step=on_step, on_chunk=on_chunk)
+    if reel is not None:
+        end = "success" if episode.success else "out of time"
+        reel.end(f"score {episode.score:.2f}, {end}")
+    arm.seconds += time.monotonic() - begin
+    arm.episodes.append(episode)
 
 
-def _row(arm: Arm, policy: SparsePolicy) -> dict[str, Any]:
+def _play_all(arms: list[Arm], environment: Environment, first: int, seeds: int | None) -> None:
+    """The arms in turn, each seed from `first` on: `seeds` of them, or until the time is up.
+
+    Whoever has played for less time plays next: so a machine that slows down slows both, and the
+    faster one plays more.
+    """
+    begin = time.monotonic()
+    total, unit = (SECONDS, "s") if seeds is None else (seeds * len(arms), "episodes")
+    with Progress(total, "demo", unit=unit) as progress:
+        while True:
+            waiting = [arm for arm in arms if seeds is None or len(arm.episodes) < seeds]
+            if not waiting:
+                return
+            arm, spent = min(waiting, key=lambda arm: arm.seconds), time.monotonic() - begin
+            if seeds is None and arm.episodes:
+                if spent + arm.seconds / len(arm.episodes) > SECONDS:
+                    return
+            _play(arm, environment, first + len(arm.episodes))
+            done = int(min(time.monotonic() - begin, SECONDS)) - progress.done
+            progress.update(f"{arm.name} {arm.episodes[-1].score:.2f}", 1 if seeds else done)
+
+
+# ---- saying
+
+
+def _row(arm: Arm) -> dict[str, Any]:
     """The numbers of one arm."""
     from tsad.sim.results import summarise
 
     p50, p90, p99 = (float(value) for value in arm.percentiles())
-    per_second = 1e3 * len(arm.chunk_ms) / sum(arm.chunk_ms)
-    assert arm.plan is not None
+    actions = arm.policy.n_action_steps
     return {
+        "preset": None if arm.preset is None else arm.preset.words(),
+        "sampler": sampler_name(arm.policy),
+        "planner": planner_name(arm.policy),
+        "precision": arm.policy.precision,
         "sparsity": float(arm.plan.sparsity),
         "cell_sparsity": float(arm.plan.cell_sparsity),
+        "n_action_steps": actions,
         "chunk_ms": {"p50": p50, "p90": p90, "p99": p99, "max": max(arm.chunk_ms)},
-        "chunks": len(arm.chunk_ms),
-        "chunks_per_second": per_second,
-        "actions_per_second": per_second * policy.n_action_steps,
+        "action_ms": p50 / actions,
         **{key: value for key, value in summarise(arm.episodes).items() if key != "chunk_ms"},
         "per_seed": [asdict(episode) for episode in arm.episodes],
     }
 
 
-def _table(document: dict[str, Any]) -> str:
-    arms = document["arms"]
-    n = arms["dense"]["episodes"]
-    rows = [["", *arms]]
-
-    def add(label: str, cell: Any) -> None:
-        rows.append([label, *(cell(arm) for arm in arms.values())])
-
-    for name in ("p50", "p90", "p99"):
-        add(f"ms per chunk, {name}", lambda arm, name=name: f"{arm['chunk_ms'][name]:.2f}")
-    add("chunks/s", lambda arm: f"{arm['chunks_per_second']:.1f}")
-    add("actions/s", lambda arm: f"{arm['actions_per_second']:.0f}")
-    add("sparsity (of cost)", lambda arm: f"{arm['sparsity']:.1%}")
-    add("sparsity (of cells)", lambda arm: f"{arm['cell_sparsity']:.1%}")
-    add(f"score, {n} episode{'s' if n > 1 else ''}", lambda arm: f"{arm['score']['mean']:.3f}")
-    add("success", lambda arm: f"{round(arm['success']['mean'] * n)} of {n}")
-    difference = document["action_difference_px"]
-    label = "largest action difference, px"
-    rows.insert(8, [label, "0", f"{difference['max']:.2f} (median {difference['median']:.2f})"])
-    return table(rows)
-
-
-def _document(
-    policy: SparsePolicy, args: argparse.Namespace, arms: list[Arm], differences: list[float]
-) -> dict[str, Any]:
+def _document(args: argparse.Namespace, arms: list[Arm]) -> dict[str, Any]:
     import tsad
+    from tsad.sim.results import compare
 
-    rows = {arm.name: _row(arm, policy) for arm in arms}
-    speed = [row["chunk_ms"]["p50"] for row in rows.values()]
+    dense, faster = arms
+    rows = {arm.name: _row(arm) for arm in arms}
     return {
         "format": FORMAT,
         "tsad": tsad.__version__,
         "policy": args.policy,
-        "sampler": sampler_name(policy),
-        "planner": planner_name(policy),
-        "backend": policy.backend,
-        "threads": policy.threads,
+        "backend": dense.policy.backend,
+        "threads": dense.policy.threads,
         "cpu": cpu_name(),
-        "seeds": [episode.seed for episode in arms[0].episodes],
-        "first_chunk_is_dense": arms[1].plan is not None and arms[1].plan.first is None,
-        "speed_up_p50": speed[0] / speed[1],
-        "action_difference_px": {"max": max(differences), "median": float(np.median(differences))},
+        "speed_up": rows[dense.name]["action_ms"] / rows[faster.name]["action_ms"],
+        "paired": compare(faster.episodes, dense.episodes),
         "arms": rows,
     }
 
 
-def _remarks(document: dict[str, Any]) -> str:
+def _table(document: dict[str, Any]) -> str:
+    head = ["", "ms per chunk: p50", "p90", "p99", "actions", "ms per action", "score", "success"]
+    lines = [head]
+    for name, arm in document["arms"].items():
+        n = arm["episodes"]
+        times = [f"{arm['chunk_ms'][p]:.2f}" for p in ("p50", "p90", "p99")]
+        cells = [name, *times, str(arm["n_action_steps"]), f"{arm['action_ms']:.2f}"]
+        success = f"{round(arm['success']['mean'] * n)} of {n}"
+        lines.append([*cells, f"{arm['score']['mean']:.3f}", success])
+    return table(lines)
+
+
+def _remarks(document: dict[str, Any], faster: Arm) -> str:
     """What the numbers mean, and what they do not."""
-    n = len(document["seeds"])
-    lines = [f"A sparse chunk is {document['speed_up_p50']:.1f} times faster (p50 in this run)."]
-    if document["first_chunk_is_dense"]:
-        lines.append("The first chunk of an episode is dense in both.")
-    if document["planner"] == "uniform":
-        lines.append("The uniform planner computes every n-th step, whatever the robot sees.")
-    lines += [
-        "The action difference is on the dense run's observations, with the same noise,",
-        "on a table of 512 px.",
-        f"{n} episode{'s' if n > 1 else ''} say{'' if n > 1 else 's'} little of the score; "
-        f"this does: tsad eval {SIMULATOR} --seeds 500 --sparsity S",
+    paired, n = document["paired"], len(faster.episodes)
+    pairs, difference = paired["pairs"], paired["score"]
+    interval = difference["interval95"]
+    lines = [
+        f"For an action the robot waits {document['speed_up']:.1f} times less with {faster.name} "
+        "(p50 in this run).",
+        f"On the {pairs} seed{'s' if pairs > 1 else ''} that both played, its score differs by "
+        f"{difference['mean_difference']:+.3f}"
+        + ("." if interval is None else f", 95 % {interval[0]:+.3f} to {interval[1]:+.3f}."),
     ]
+    option = f"--sparsity {faster.plan.sparsity:g}"
+    if faster.preset is not None:
+        option = f"--preset {faster.name}"
+        lines += _measured(faster.preset)
+    elif document["arms"][faster.name]["planner"] == "uniform":
+        lines.append("The uniform planner computes every n-th step, whatever the robot sees.")
+    lines.append(
+        f"{n} episode{'s' if n > 1 else ''} say{'' if n > 1 else 's'} little of a score; "
+        f"this does: tsad eval {SIMULATOR} --seeds 500 {option}"
+    )
     return "\n".join(lines)
 
 
-def _report(document: dict[str, Any], out: Path, seconds: float) -> str:
-    seeds = document["seeds"]
+def _measured(preset: Preset) -> list[str]:
+    """What was measured when the preset was made, in one line or none."""
+    found = preset.measured
+    try:
+        first, last = found["seeds"]
+        low, high = found["simultaneous"]
+        return [
+            f"Measured over {last - first + 1} others, when the preset was made: "
+            f"{found['mean_difference']:+.3f}, 95 % {low:+.3f} to {high:+.3f}."
+        ]
+    except (KeyError, TypeError, ValueError):  # it is free what a preset says of itself
+        return []
+
+
+def _report(document: dict[str, Any], arms: list[Arm], out: Path, seconds: float) -> str:
+    dense, faster = arms
     plan = out / "plan.npz"
     files = {
-        "demo.gif": f"both rollouts of seed {seeds[0]}",
-        "plan.png": f"the sparse plan; as text: tsad show {plan}",
+        "demo.gif": f"both on seed {dense.episodes[0].seed}, on the robot's clock",
+        "plan.png": f"what {faster.name} computes; as text: tsad show {plan}",
         "results.json": "every number",
     }
     width = max(len(str(out / name)) for name in files)
     written = [f"{str(out / name):<{width}}  {meaning}" for name, meaning in files.items()]
+    said = [f"{arm.name}: {_setting(arm)}" for arm in arms]
+    seeds = max((arm.episodes for arm in arms), key=len)
     return "\n".join(
         [
-            f"policy {document['policy']} ({document['sampler']}), planner {document['planner']}, "
-            + seed_range(seeds),
+            f"policy {document['policy']}, {seed_range([seeds[0].seed, seeds[-1].seed])}; "
             f"{document['cpu']}, {document['backend']}, {document['threads']} threads",
+            *said,
             "",
             _table(document),
             "",
-            _remarks(document),
+            _remarks(document, faster),
             "",
             *written,
             f"{seconds:.0f} s in all",
         ]
     )
+
+
+def _setting(arm: Arm) -> str:
+    if arm.preset is not None:
+        return arm.preset.words()
+    words = [sampler_name(arm.policy)]
+    if arm.plan.sparsity:
+        words.append(f"{arm.plan.sparsity:.1%} of the cost left out by {planner_name(arm.policy)}")
+    return ", ".join([*words, arm.policy.precision])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -311,30 +376,23 @@ def run(args: argparse.Namespace) -> int:
     with argument("--out"):
         out = output_folder(args.out)
         check_result(out, FILES, {"format": FORMAT}, overwrite=args.overwrite)
-    first = sim.facts(SIMULATOR).first_seed if args.first_seed is None else args.first_seed
-    seeds = list(range(first, first + (args.seeds or SEEDS)))
+    first = FIRST_SEED if args.first_seed is None else args.first_seed
     environment = sim.make(SIMULATOR)
-    policy = load_policy(args.policy, args, name="--policy", lanes=1)
+    dense = load_policy(args.policy, args, name="--policy", lanes=1)
     with argument("--policy"):
-        sim.check(policy, environment)
-    if args.planner is not None:
-        with argument("--planner"):
-            policy.planner = args.planner
-    set_sparsity(policy, args.sparsity)
-    arms = [Arm("dense", 0.0), Arm(f"sparsity {args.sparsity:g}", args.sparsity)]
-    seconds = SECONDS if args.seeds is None else float("inf")
-    reels, differences = _compare(policy, environment, seeds, arms, seconds)
+        sim.check(dense, environment)
+    arms = [Arm("dense", dense), _faster(args, dense)]
+    _play_all(arms, environment, first, args.seeds)
     environment.close()
-    document = _document(policy, args, arms, differences)
+    document = _document(args, arms)
     plan = arms[1].plan
-    assert plan is not None
     make_folder(out)
     plan.save(out / "plan.npz")
     plot.save_plan(plan, out / "plan.png")
-    film.save_gif(reels, out / "demo.gif")
+    film.save_gif([arm.reel for arm in arms if arm.reel is not None], out / "demo.gif")
     write_json(out / "results.json", document)
     if args.json:
         print(json.dumps({**document, "files": str(out)}, indent=1))
     else:
-        print(_report(document, out, time.monotonic() - begin))
+        print(_report(document, arms, out, time.monotonic() - begin))
     return 0

@@ -24,6 +24,7 @@ from tsad._extras import require
 from tsad.sim import FloatArray, Step
 
 SUCCESS_COVERAGE = 0.95  # of the goal's area; the score is the coverage relative to this
+STEP_SECONDS = 0.1  # of the robot, per step
 
 
 @functools.cache
