@@ -40,7 +40,8 @@ typedef struct tsad_run {
 typedef struct tsad_rows {
     float *data;                       /* on the host */
     int first, rows, channels, stride; /* first: of the register's rows */
-    const float *scale, *offset; /* (channels) put: x * scale + offset, get: (x - offset) / scale */
+    /* (channels) put: (x - shift) * scale + offset, get: (x - offset) / scale + shift */
+    const float *scale, *offset, *shift;
 } tsad_rows;
 
 typedef tsad_status (*tsad_each_fn)(void *context, tsad_queue *queue, int rank, int first, int n);

@@ -99,6 +99,12 @@ static tsad_status copy_tables(const tsad_model_spec *s, tsad_model *m)
     TSAD_TRY(tsad_copy_floats(&m->obs_offset, s->obs_offset, (size_t)s->obs_dim));
     TSAD_TRY(tsad_copy_floats(&m->action_scale, s->action_scale, (size_t)s->action_dim));
     TSAD_TRY(tsad_copy_floats(&m->action_offset, s->action_offset, (size_t)s->action_dim));
+    if (s->obs_shift) {
+        TSAD_TRY(tsad_copy_floats(&m->obs_shift, s->obs_shift, (size_t)s->obs_dim));
+    }
+    if (s->action_shift) {
+        TSAD_TRY(tsad_copy_floats(&m->action_shift, s->action_shift, (size_t)s->action_dim));
+    }
     m->block_cost = tsad_allocate(sizeof(int64_t) * (size_t)s->n_blocks);
     if (!m->block_cost) {
         return tsad_fail(TSAD_MEMORY, "out of memory for %d block costs", s->n_blocks);
@@ -261,10 +267,10 @@ void tsad_model_destroy(tsad_model *m)
     for (int i = 0; i < TSAD_N_PARTS; i++) {
         tsad_net_free(&m->nets[i]);
     }
-    float *tables[] = {m->sampler,           m->obs_scale,         m->obs_offset,
-                       m->action_scale,      m->action_offset,     m->time_fold,
-                       m->time_terms,        m->pruner.query,      m->pruner.token,
-                       m->pruner.time_score, m->pruner.time_value, m->closed.base};
+    float *tables[] = {
+        m->obs_shift,    m->action_shift,      m->sampler,           m->obs_scale,  m->obs_offset,
+        m->action_scale, m->action_offset,     m->time_fold,         m->time_terms, m->pruner.query,
+        m->pruner.token, m->pruner.time_score, m->pruner.time_value, m->closed.base};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         tsad_deallocate(tables[i]);
     }

@@ -69,6 +69,7 @@ struct tsad_model {
     bool encode_rows; /* the memory depends on step and observation: the encoder runs per step */
     float *sampler;   /* (K, 8) */
     float *obs_scale, *obs_offset, *action_scale, *action_offset;
+    float *obs_shift, *action_shift; /* NULL: none */
     int64_t *block_cost;
     int64_t dense_cost; /* of one chunk */
     tsad_net nets[TSAD_N_PARTS];

@@ -108,8 +108,9 @@ typedef struct tsad_model_spec {
     const float *sampler;  /* (K, 8) */
     const float *time_emb; /* (K, D), the sinusoidal code of each step's timestep */
 
-    const float *obs_scale, *obs_offset;       /* (O): normalised = raw * scale + offset */
-    const float *action_scale, *action_offset; /* (A) */
+    /* normalised = (raw - shift) * scale + offset; a shift of NULL is none */
+    const float *obs_scale, *obs_offset, *obs_shift;          /* (O) */
+    const float *action_scale, *action_offset, *action_shift; /* (A) */
 
     int n_blocks;              /* B, checked against the network */
     const int64_t *block_cost; /* (B) multiply-accumulates as executed */

@@ -307,7 +307,7 @@ def test_other_sources(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got a folder"):
         convert(folder, tmp_path / "out")
     (folder / "config.json").write_text('{"type": "diffusion", "horizon": 16}')
-    with pytest.raises(ValueError, match="LeRobot.*UNet is not supported yet"):
+    with pytest.raises(ValueError, match="config.json: input_features: expected an object"):
         convert(folder, tmp_path / "out")
     with pytest.raises(ValueError, match="dtype"):
         convert(save(tmp_path / "x.ckpt", payload()), tmp_path / "out", dtype="int8")

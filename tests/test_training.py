@@ -28,7 +28,6 @@ from tsad.training.data import (  # noqa: E402
     DataError,
     limits,
     load_demonstrations,
-    normalise,
     state_observations,
     windows,
 )
@@ -208,7 +207,7 @@ def test_windows_pad_at_both_ends_of_an_episode():
 
 def test_normaliser_maps_the_range_onto_one_and_centres_constants():
     values = np.array([[2, 7, -1], [6, 7, 1], [4, 7, 0]], np.float32)
-    assert normalise(values, limits(values)).tolist() == [[-1, 0, -1], [1, 0, 1], [0, 0, 0]]
+    assert limits(values).normalise(values).tolist() == [[-1, 0, -1], [1, 0, 1], [0, 0, 0]]
 
 
 def test_states_become_keypoints_and_the_agent():

@@ -49,6 +49,8 @@ class Model:
         kernel_size: int = 0,
         n_groups: int = 0,
         use_film_scale_modulation: bool = False,
+        obs_shift: _Array | None = None,
+        action_shift: _Array | None = None,
     ) -> None: ...
     def tail(self, sampler: _Array, /) -> Model: ...
     @property

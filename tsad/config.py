@@ -30,9 +30,9 @@ name, and keys without a default must be there.
                              timestep 0
   ``num_inference_steps``    K, network evaluations per chunk (default ``num_train_timesteps``)
 
-``normalizer``               ``x_normalised = x * scale + offset``, number by number:
-  ``obs``, ``action``        each ``{"scale": [...], "offset": [...]}``, ``obs_dim`` and
-                             ``action_dim`` long
+``normalizer``               ``x_normalised = (x - shift) * scale + offset``, number by number:
+  ``obs``, ``action``        each ``{"scale": [...], "offset": [...], "shift": [...]}``, ``obs_dim``
+                             and ``action_dim`` long; without ``shift`` it is 0
 
 ``cost``                     cost of a cell of each block; sparsity is counted in it
   ``version``, ``unit``      always 1 and ``"MAC"``: multiply-accumulates, after exact rewrites
@@ -59,6 +59,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from tsad.families import (
     NETWORK_TYPES,
@@ -174,15 +175,32 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class Affine:
-    """``x_normalised = x * scale + offset``, one number of each per dimension."""
+    """``x_normalised = (x - shift) * scale + offset``, one number of each per dimension.
+
+    A shift is what keeps a nearly constant number exact: its scale is huge. None is none.
+    """
 
     scale: tuple[float, ...]
     offset: tuple[float, ...]
+    shift: tuple[float, ...] | None = None
 
     @classmethod
     def identity(cls, dim: int) -> Affine:
         """The map that changes nothing."""
         return cls((1.0,) * dim, (0.0,) * dim)
+
+    def normalise(self, raw: Any, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+        """``raw`` (..., dim) in the network's units, computed in ``dtype``."""
+        x = np.asarray(raw, dtype)
+        if self.shift is not None:
+            x = x - np.array(self.shift, dtype)
+        normalised: NDArray[Any] = x * np.array(self.scale, dtype) + np.array(self.offset, dtype)
+        return normalised
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """One of the two objects of ``normalizer``."""
+        data = {"scale": list(self.scale), "offset": list(self.offset)}
+        return data if self.shift is None else data | {"shift": list(self.shift)}
 
 
 @dataclass(frozen=True)
@@ -201,7 +219,13 @@ class NormalizerConfig:
         maps = {}
         for key, dim in (("obs", obs_dim), ("action", action_dim)):
             part = Section(section.take(key), f"normalizer.{key}", file)
-            maps[key] = Affine(part.numbers("scale", dim), part.numbers("offset", dim))
+            part.known.append("shift")
+            shift = part.numbers("shift", dim) if "shift" in part.data else (0.0,) * dim
+            maps[key] = Affine(
+                part.numbers("scale", dim),
+                part.numbers("offset", dim),
+                shift if any(shift) else None,
+            )
             part.done()
         section.done()
         for i, scale in enumerate(maps["action"].scale):
@@ -213,10 +237,7 @@ class NormalizerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``normalizer`` object of ``config.json``."""
-        return {
-            key: {"scale": list(affine.scale), "offset": list(affine.offset)}
-            for key, affine in (("obs", self.obs), ("action", self.action))
-        }
+        return {"obs": self.obs.to_dict(), "action": self.action.to_dict()}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import numpy as np
 
 from tsad.checkpoint import CONFIG_FILE, MODEL_FILE, PRUNER_FILE, Tensors, read_folder
 from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
-from tsad.convert import folder_kind, lerobot_error, read_checkpoint
+from tsad.convert import Converted, folder_kind, read_checkpoint, read_lerobot_folder
 from tsad.families import Network
 from tsad.families.unet1d import Unet1dConfig
 from tsad.files import sha256
 from tsad.presets import Preset, check_clash, find_preset
+from tsad.reference.families import family_of
 from tsad.reference.layers import sinusoid
 from tsad.samplers import Sampler, make_sampler, tail
 
@@ -49,7 +50,9 @@ def load(
     """A policy, ready to run.
 
     ``source`` is the name of a bundled policy (``"pusht"``; a folder of that name is
-    ``"./pusht"``), a tsad folder, or a Diffusion Policy ``.ckpt``, which is converted in memory
+    ``"./pusht"``), a tsad folder, the folder of a LeRobot diffusion policy without cameras (its
+    features side by side, in ``config["provenance"]["features"]``'s order, are the observation), or
+    a Diffusion Policy ``.ckpt``, which is converted in memory
     without running anything in it: its EMA weights, or the raw ones if the run had no others
     (``use_ema: False``); ``weights="ema"`` or ``"raw"`` says which. What should be known of the
     file is said as a warning.
@@ -111,7 +114,10 @@ def load(
         scheduler = replace(config.scheduler, timestep_spacing=timestep_spacing)
         config = replace(config, scheduler=scheduler)
     table = make_sampler(
-        config.scheduler.to_dict(), sampler=sampler, num_inference_steps=num_inference_steps
+        config.scheduler.to_dict(),
+        sampler=sampler,
+        num_inference_steps=num_inference_steps,
+        coefficients=family_of(config.network.to_dict()).COEFFICIENTS,
     )
     last = None if warm_start is None else tail(table, warm_start)
     precision = "float32" if precision == "auto" else precision
@@ -185,6 +191,7 @@ def make_model(
     def vector(values: tuple[float, ...]) -> Any:
         return np.array(values, dtype=np.float32)
 
+    obs_shift, action_shift = config.normalizer.obs.shift, config.normalizer.action.shift
     packed_pruner = None
     if pruner is not None and config.pruner is not None:
         hidden = config.pruner.hidden_dim
@@ -208,6 +215,8 @@ def make_model(
         obs_offset=vector(config.normalizer.obs.offset),
         action_scale=vector(config.normalizer.action.scale),
         action_offset=vector(config.normalizer.action.offset),
+        obs_shift=None if obs_shift is None else vector(obs_shift),
+        action_shift=None if action_shift is None else vector(action_shift),
         block_cost=np.array(config.costs, dtype=np.int64),
         tensors=tensors,
         pruner=packed_pruner,
@@ -303,7 +312,7 @@ def read_policy(
         if kind == "tsad":
             return read_folder(path)
         if kind == "lerobot":
-            raise lerobot_error(path)
+            return _with_notes(path, read_lerobot_folder(path))
         raise ValueError(
             f"source: expected a tsad folder, got {str(path)!r}, which has no {CONFIG_FILE}; make "
             "one with: tsad convert CHECKPOINT FOLDER"
@@ -319,9 +328,12 @@ def read_policy(
         raise ValueError(
             f"source: expected a tsad folder, got the file {str(path)!r}; give the folder it is in"
         )
-    converted = read_checkpoint(path, weights=weights)
+    return _with_notes(path, read_checkpoint(path, weights=weights))
+
+
+def _with_notes(path: Path, converted: Converted) -> tuple[PolicyConfig, Tensors, None]:
     for note in converted.notes:
-        warnings.warn(f"{path}: {note}", stacklevel=3)
+        warnings.warn(f"{path}: {note}", stacklevel=4)
     return converted.config, converted.tensors, None
 
 

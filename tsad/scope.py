@@ -14,18 +14,20 @@ class Row(NamedTuple):
 
 SCOPE = {
     "networks": Row(
-        "Diffusion Policy's transformer (time_as_cond, obs_as_cond)",
-        "UNet, DiT; vision encoders: give their features as observations",
+        "Diffusion Policy's transformer (time_as_cond, obs_as_cond), LeRobot's UNet",
+        "DiT; vision encoders (with LeRobot its own runs, elsewhere give features as observations)",
     ),
     "checkpoints": Row(
-        "Diffusion Policy's .ckpt (low-dimensional, hybrid image), tsad folders",
-        "LeRobot folders, other formats",
+        "Diffusion Policy's .ckpt (transformer), LeRobot folders without cameras, tsad folders",
+        "Diffusion Policy's UNet .ckpt, LeRobot's other policies, other formats",
     ),
     "samplers": Row(
         "DDPM, DDIM, DPM-Solver++, predicting the noise or the sample",
         "predicting velocity, flow matching, other schedulers",
     ),
-    "precisions": Row("float32, int16 (large matrices in 16 bits)", "float16, bfloat16"),
+    "precisions": Row(
+        "float32, int16, int8 (large matrices in 16 bits, their weights in 8)", "float16, bfloat16"
+    ),
     "devices": Row("CPU: AVX-512, AVX2, NEON or plain C", "CUDA and other GPUs"),
     "systems": Row("Linux on x86-64; on ARM64 tested in emulation", "macOS, Windows"),
     "Python": Row("3.10 to 3.13 with NumPy 1.26 or newer", "PyPy, builds without the GIL"),

@@ -70,8 +70,7 @@ class WarmPolicy(SparsePolicy):
         signal = sampler.alphas_cumprod[0]
         self._signal, self._noise = np.float32(np.sqrt(signal)), np.float32(np.sqrt(1 - signal))
         affine = cold._config.normalizer.action
-        self._scale = np.array(affine.scale, np.float32)
-        self._offset = np.array(affine.offset, np.float32)
+        self._normalise = affine.normalise
         self._previous = np.zeros((self.lanes, self.horizon, self.action_dim), np.float32)
         self._is_warm = np.zeros(self.lanes, bool)
         entropy = SeedSequence().entropy
@@ -137,7 +136,7 @@ class WarmPolicy(SparsePolicy):
             chunks[part] = call(obs[part], noise=given, lanes=lanes, return_horizon=True)
             for stage, milliseconds in policy._timings().items():
                 spent[stage] += milliseconds
-        self._previous[rows] = chunks * self._scale + self._offset
+        self._previous[rows] = self._normalise(chunks)
         self._is_warm[rows] = True
         self._spent = spent if rows else self._spent
         return chunks

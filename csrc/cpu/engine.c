@@ -307,7 +307,8 @@ tsad_status tsad_cpu_put(tsad_queue *queue, int place, tsad_part part, int reg, 
     for (int t = 0; t < from.rows; t++, to += tsad_pad(r->channels)) {
         const float *row = from.data + (size_t)t * (size_t)from.stride;
         for (int i = 0; i < from.channels; i++) {
-            to[i] = from.scale ? row[i] * from.scale[i] + from.offset[i] : row[i];
+            float x = from.shift ? row[i] - from.shift[i] : row[i];
+            to[i] = from.scale ? x * from.scale[i] + from.offset[i] : x;
         }
     }
     return TSAD_OK;
@@ -320,7 +321,8 @@ tsad_status tsad_cpu_get(tsad_queue *queue, int place, tsad_part part, int reg, 
     for (int t = 0; t < to.rows; t++, from += tsad_pad(r->channels)) {
         float *row = to.data + (size_t)t * (size_t)to.stride;
         for (int i = 0; i < to.channels; i++) {
-            row[i] = to.scale ? (from[i] - to.offset[i]) / to.scale[i] : from[i];
+            float x = to.scale ? (from[i] - to.offset[i]) / to.scale[i] : from[i];
+            row[i] = to.shift ? x + to.shift[i] : x;
         }
     }
     return TSAD_OK;

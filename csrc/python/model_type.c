@@ -15,6 +15,7 @@ static const char *const keywords[] = {
     "action_offset", "block_cost",    "tensors",     "pruner",
     "nodes",         "registers",     "backend",     "precision",
     "down_dims",     "kernel_size",   "n_groups",    "use_film_scale_modulation",
+    "obs_shift",     "action_shift",
 };
 static const char *const pruner_keywords[] = {"tensors", "hidden", "heads", "ff", "block_emb"};
 
@@ -95,7 +96,7 @@ static int take_string(PyObject *dict, const char *name, const char *fallback, c
 /* What a specification borrows while the model is built. */
 typedef struct source {
     edge_state *state;
-    edge_view view[11];
+    edge_view view[13];
     int n_views;
     PyObject *items[2]; /* lists of (name, array): network, pruner */
     tsad_tensor *tensors[2];
@@ -265,9 +266,11 @@ static int read_tables(source *s, PyObject *kw, tsad_model_spec *spec)
         {"obs_offset", &obs, &spec->obs_offset},
         {"action_scale", &action, &spec->action_scale},
         {"action_offset", &action, &spec->action_offset},
+        {"obs_shift", &obs, &spec->obs_shift}, /* optional from here on */
+        {"action_shift", &action, &spec->action_shift},
     };
-    for (int i = 0; i < 4 && !PyErr_Occurred(); i++) {
-        view = take_array(s, kw, affine[i].name, EDGE_FLOAT32, 1, affine[i].size, true);
+    for (int i = 0; i < 6 && !PyErr_Occurred(); i++) {
+        view = take_array(s, kw, affine[i].name, EDGE_FLOAT32, 1, affine[i].size, i < 4);
         *affine[i].out = view ? view->data : NULL;
     }
     view = PyErr_Occurred() ? NULL : take_array(s, kw, "block_cost", EDGE_INT64, 1, &any, true);

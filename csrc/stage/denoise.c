@@ -43,7 +43,8 @@ static tsad_status emit_actions(const tsad_gang *g, int i)
                       .channels = m->action_dim,
                       .stride = m->action_dim,
                       .scale = m->action_scale,
-                      .offset = m->action_offset};
+                      .offset = m->action_offset,
+                      .shift = m->action_shift};
     return m->backend->get(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows);
 }
 

@@ -20,7 +20,8 @@ tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, int n, const in
                           .channels = m->obs_dim,
                           .stride = m->obs_dim,
                           .scale = m->obs_scale,
-                          .offset = m->obs_offset};
+                          .offset = m->obs_offset,
+                          .shift = m->obs_shift};
         TSAD_TRY(m->backend->put(queue, i, TSAD_ENCODER, net->input, rows));
         runs[i] = (tsad_run){.lane = lanes[i], .part = TSAD_ENCODER, .program = &p->encode};
     }

@@ -17,6 +17,7 @@ from tsad.commands.common import (
     load_policy,
     planner_name,
 )
+from tsad.families import as_network, describe
 
 DESCRIPTION = "Say what this build and machine can do, and what is in a policy."
 
@@ -169,8 +170,7 @@ def _policy_rows(facts: dict[str, Any]) -> dict[str, Any]:
     shares = facts["mac_per_step"] or 1
     rows = {
         **{f"sha256 {name}": value for name, value in facts["files_sha256"].items()},
-        "network": f"{net['type']}, {net['n_layer']} layers, {net['n_head']} heads, "
-        f"width {net['n_emb']}",
+        "network": f"{net['type']}, {describe(as_network(net))}",
         "observation": f"{net['n_obs_steps']} steps x {net['obs_dim']}",
         "action": f"{net['n_action_steps']} of {net['horizon']} steps x {net['action_dim']}",
         "sampler": f"{sampler['type']}, {sampler['num_inference_steps']} of "

@@ -24,7 +24,9 @@ from tsad.checkpoint import (
     write_folder,
     write_pruner,
 )
+from tsad.config import FORMAT, FORMAT_VERSION, PolicyConfig
 from tsad.convert.diffusion_policy import Converted, read_checkpoint, read_pruner
+from tsad.convert.lerobot import read_lerobot
 from tsad.families import as_transformer
 from tsad.families import describe as describe_network
 from tsad.files import sha256
@@ -41,22 +43,26 @@ def convert(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Converts a Diffusion Policy checkpoint to a tsad folder.
+    """Converts a Diffusion Policy checkpoint, or LeRobot's folder of one, to a tsad folder.
 
-    ``source`` is a ``.ckpt`` of a low-dimensional or hybrid-image transformer policy, ``out`` the
-    folder to write. ``weights`` is ``"ema"``, the averaged ones, ``"raw"``, or ``"auto"``, those
-    that the run's own evaluation takes; ``dtype`` of the stored numbers is ``"float32"`` or
-    ``"float16"``. Returns a summary of JSON values. Raises ``FileExistsError`` if
-    ``out`` is there and ``overwrite`` is false or it is no tsad folder, ``FileNotFoundError``, or
-    ``ValueError`` naming what does not fit; nothing is written then.
+    ``source`` is a ``.ckpt`` of a low-dimensional or hybrid-image transformer policy, or the folder
+    of a LeRobot diffusion policy without cameras; ``out`` the folder to write. ``weights`` is
+    ``"ema"``, the averaged ones, ``"raw"``, or ``"auto"``, those that the run's own evaluation
+    takes; ``dtype`` of the stored numbers is ``"float32"`` or ``"float16"``. Returns a summary of
+    JSON values. Raises ``FileExistsError`` if ``out`` is there and ``overwrite`` is false or it is
+    no tsad folder, ``FileNotFoundError``, or ``ValueError`` naming what does not fit; nothing is
+    written then.
     """
     folder = Path(out)
     _check_out(folder, overwrite)
     path = Path(source)
     if path.is_dir():
-        raise _wrong_folder(path)
-    converted = read_checkpoint(path, weights=weights)
-    provenance = converted.config.provenance | {"source_sha256": sha256(path)}
+        if folder_kind(path) != "lerobot":
+            raise _wrong_folder(path)
+        converted, read_from = read_lerobot_folder(path), path / MODEL_FILE
+    else:
+        converted, read_from = read_checkpoint(path, weights=weights), path
+    provenance = converted.config.provenance | {"source_sha256": sha256(read_from)}
     config = replace(converted.config, provenance=provenance)
     read_presets(folder)  # a broken file is said before anything is written
     config = write_folder(folder, config, converted.tensors, dtype=dtype)
@@ -142,8 +148,6 @@ def _check_out(folder: Path, overwrite: bool) -> None:
 
 def _wrong_folder(path: Path) -> ValueError:
     kind = folder_kind(path)
-    if kind == "lerobot":
-        return lerobot_error(path)
     if kind == "tsad":
         return ValueError(f"{path}: expected a checkpoint to convert, got a tsad folder; load it")
     return ValueError(
@@ -164,12 +168,22 @@ def folder_kind(path: Path) -> str:
     return "tsad"
 
 
-def lerobot_error(path: Path) -> ValueError:
-    """Why a LeRobot checkpoint is refused."""
-    kind = read_json(path / CONFIG_FILE)["type"]
-    what = "its UNet is" if kind == "diffusion" else "this policy is"
-    return ValueError(
-        f"{path}: expected a tsad folder or a Diffusion Policy .ckpt, got a LeRobot checkpoint of "
-        f"type {str(kind)[:100]!r}; {what} not supported yet, use a transformer policy of "
-        "Diffusion Policy"
-    )
+def read_lerobot_folder(path: Path) -> Converted:
+    """A LeRobot diffusion policy without cameras, as a policy of tsad.
+
+    Raises ``ValueError`` for one with cameras, whose image encoder is LeRobot's, and what
+    `read_lerobot` raises. Weights are mapped from the file, not copied, where they are float32.
+    """
+    described = read_lerobot(path)
+    if described.cameras:
+        raise ValueError(
+            f"{path}: expected a policy without cameras, got one that sees "
+            f"{', '.join(described.cameras)}; its image encoder runs in LeRobot: there, "
+            "tsad.lerobot.accelerate(policy) speeds up the rest"
+        )
+    features = [{"name": f.name, "type": f.kind, "dim": f.dim} for f in described.features]
+    provenance = {"source": path.name, "weights": "lerobot", "features": features}
+    data = {"format": FORMAT, "format_version": FORMAT_VERSION} | described.policy
+    config = PolicyConfig.from_dict(data | {"provenance": provenance}, file=str(path / CONFIG_FILE))
+    tensors = {k: np.ascontiguousarray(v, np.float32) for k, v in described.tensors.items()}
+    return Converted(config, tensors, policy="LeRobot diffusion", notes=described.notes)

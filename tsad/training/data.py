@@ -279,9 +279,3 @@ def limits(values: Floats) -> Affine:
 def fit_normalizer(demonstrations: Demonstrations) -> NormalizerConfig:
     """Normaliser that maps the range of each observation and action number onto [-1, 1]."""
     return NormalizerConfig(limits(demonstrations.obs), limits(demonstrations.action))
-
-
-def normalise(values: Floats, affine: Affine) -> Floats:
-    """``values * scale + offset`` in float32."""
-    scale = np.array(affine.scale, np.float32)
-    return values * scale + np.array(affine.offset, np.float32)

@@ -66,7 +66,7 @@ class Twin:
     def condition(self, obs: NDArray[Any]) -> Tensor:
         """Normalised observations."""
         affine = self.config.normalizer.obs
-        scaled = np.asarray(obs, np.float64) * np.array(affine.scale) + np.array(affine.offset)
+        scaled = affine.normalise(obs, np.float64)
         return torch.from_numpy(scaled).to(self.dtype)
 
     def executed(self, rows: int) -> Tensor:

@@ -33,7 +33,6 @@ from tsad.training.data import (
     Demonstrations,
     fit_normalizer,
     load_demonstrations,
-    normalise,
     windows,
 )
 from tsad.training.network import TransformerForDiffusion, from_config
@@ -188,8 +187,8 @@ class _Data:
             inside.append(within | settings.count_padding)
             weights.append(np.full(len(index), share / len(index) if share else 1.0))
             start += len(part.obs)
-        obs = normalise(np.concatenate([p.obs for p in parts]), normalizer.obs)
-        action = normalise(np.concatenate([p.action for p in parts]), normalizer.action)
+        obs = normalizer.obs.normalise(np.concatenate([p.obs for p in parts]))
+        action = normalizer.action.normalise(np.concatenate([p.action for p in parts]))
         weight = np.concatenate(weights)
         return cls(
             torch.from_numpy(obs).to(device),

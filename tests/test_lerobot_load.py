@@ -1,0 +1,82 @@
+"""`tsad.load` and `tsad convert` on folders that LeRobot saved: raw observations to raw actions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lerobot_cases as lerobot
+import numpy as np
+import pytest
+from command_line import run
+
+import tsad
+from tsad.convert import convert
+
+
+def observation(policy: tsad.SparsePolicy, raw: dict[str, Any]) -> Any:
+    """LeRobot's features side by side, as the policy says."""
+    features = policy.config["provenance"]["features"]
+    return np.concatenate([raw[feature["name"]] for feature in features], -1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", lerobot.CASES)
+def test_actions_equal_lerobots(name: str) -> None:
+    policy, e = tsad.load(lerobot.FOLDER / name, lanes=2), lerobot.expected(name)
+    raw = {k.removeprefix("offline/raw/"): v for k, v in e.items() if k.startswith("offline/raw/")}
+    noise = lerobot.all_noise(e, "offline", policy.num_inference_steps)
+    got = policy(observation(policy, raw), noise=noise)
+    assert got.shape == e["offline/action_f64"].shape
+    error = np.abs(got - e["offline/action_f64"]).max()
+    assert error <= lerobot.TOLERANCE * lerobot.float32_error(name, "offline/action")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_converted_folder_gives_the_same_actions(tmp_path: Path) -> None:
+    name = lerobot.CASES[0]
+    facts = convert(lerobot.FOLDER / name, tmp_path / "policy")
+    assert facts["policy"] == "LeRobot diffusion" and facts["network"].startswith("UNet")
+    one, two = tsad.load(lerobot.FOLDER / name), tsad.load(tmp_path / "policy")
+    obs = np.random.default_rng(0).uniform(-1, 1, (one.n_obs_steps, one.obs_dim))
+    for policy in (one, two):
+        policy.reset(seed=1)
+    np.testing.assert_array_equal(one(obs.astype(np.float32)), two(obs.astype(np.float32)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_plans_and_settings_work_on_it() -> None:
+    policy = tsad.load(
+        lerobot.FOLDER / lerobot.CASES[0], sampler="ddim", num_inference_steps=4, precision="int8"
+    )
+    policy.sparsity = 0.5
+    policy.reset(seed=0)
+    obs = np.zeros((policy.n_obs_steps, policy.obs_dim), np.float32)
+    assert all(np.isfinite(policy(obs)).all() for _ in range(3))
+    assert policy.stats["sparsity"] >= 0.5
+
+
+def test_cameras_are_sent_to_lerobot(tmp_path: Path) -> None:
+    folder = lerobot.copy(lerobot.CASES[0], tmp_path / "policy")
+    config = json.loads((folder / "config.json").read_text())
+    config["input_features"]["observation.image"] = {"type": "VISUAL", "shape": [3, 96, 96]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as caught:
+        tsad.load(folder)
+    assert "tsad.lerobot.accelerate" in str(caught.value) or "cond_encoder" in str(caught.value)
+
+
+def test_another_kind_of_lerobot_policy_is_named(tmp_path: Path) -> None:
+    folder = lerobot.copy(lerobot.CASES[0], tmp_path / "policy")
+    lerobot.edit_json(folder / "config.json", type="act")
+    with pytest.raises(ValueError, match="type: expected a LeRobot policy of type .diffusion."):
+        tsad.load(folder)
+
+
+def test_the_command_converts_it(tmp_path: Path, capsys: Any) -> None:
+    folder = str(tmp_path / "policy")
+    code, out, _ = run(capsys, "convert", str(lerobot.FOLDER / lerobot.CASES[0]), folder)
+    assert code == 0 and "UNet" in out and (tmp_path / "policy" / "config.json").is_file()
+    code, out, _ = run(capsys, "info", folder)
+    assert code == 0 and "conv_residual" in out
