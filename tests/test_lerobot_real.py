@@ -1,0 +1,123 @@
+"""LeRobot itself, accelerated: needs Python 3.12 and LeRobot, which `.ci/lerobot` installs."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lerobot")
+
+import lerobot_cases as cases  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from tsad.lerobot import accelerate, is_accelerated, patch, plugin, restore  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def make(name: str) -> Any:
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+    return DiffusionPolicy.from_pretrained(cases.FOLDER / name).eval()
+
+
+def episode(policy: Any, seed: int = 0, calls: int = 12, lanes: int = 2) -> torch.Tensor:
+    """`select_action` once a tick, as lerobot-eval does."""
+    torch.manual_seed(seed)
+    policy.reset()
+    numbers = torch.Generator().manual_seed(5)
+    features = policy.config.input_features
+    made = []
+    for _ in range(calls):
+        batch = {
+            key: torch.rand((lanes, *feature.shape), generator=numbers) * 2 - 1
+            for key, feature in features.items()
+        }
+        with torch.inference_mode():
+            made.append(policy.select_action(batch))
+    return torch.stack(made)
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Any:
+    yield
+    patch.uninstall()
+    patch.on_first_chunk = None
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_the_same_actions_and_random_numbers(name: str) -> None:
+    policy = make(name)
+    expected = episode(policy)
+    state = torch.get_rng_state()
+    accelerate(policy)
+    got = episode(policy)
+    error = cases.float32_error(name, "sample/after_step")  # LeRobot's own, from float64
+    bound = max(2e-5, cases.TOLERANCE * error)
+    assert is_accelerated(policy) and (got - expected).abs().max() < bound
+    assert torch.equal(torch.get_rng_state(), state)
+    for twin in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert is_accelerated(twin) and torch.equal(episode(twin), got)
+    assert torch.equal(episode(restore(policy)), expected)
+
+
+def test_recorded_chunks_with_given_noise() -> None:
+    name = next(n for n in cases.CASES if n.startswith("ddim"))
+    policy, e = accelerate(make(name)), cases.expected(name)
+    with torch.inference_mode():
+        got = policy.diffusion.conditional_sample(
+            2,
+            global_cond=torch.from_numpy(e["sample/cond"]),
+            noise=torch.from_numpy(e["sample/noise"]),
+        )
+    error = np.abs(got.numpy() - e["sample/after_step_f64"][-1]).max()
+    assert error <= cases.TOLERANCE * cases.float32_error(name, "sample/after_step")
+
+
+def test_training_still_trains() -> None:
+    policy = accelerate(make(cases.CASES[0])).train()
+    c = policy.config
+    batch = {
+        key: torch.randn(2, c.n_obs_steps, *feature.shape)
+        for key, feature in c.input_features.items()
+    }
+    batch["action"] = torch.randn(2, c.horizon, *c.action_feature.shape)
+    batch["action_is_pad"] = torch.zeros(2, c.horizon, dtype=torch.bool)
+    loss, _ = policy.forward(batch)
+    loss.backward()
+    assert all(p.grad is not None for p in policy.diffusion.unet.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p -= 0.01 * p.grad
+    policy.eval()
+    plain = restore(copy.deepcopy(policy))
+    assert (episode(policy) - episode(plain)).abs().max() < 1e-4
+
+
+def test_a_sidecar_accelerates_without_code(tmp_path: Path) -> None:
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+    plugin.activate()
+    folder = cases.copy(cases.CASES[0], tmp_path / "policy")
+    (folder / plugin.SIDECAR).write_text("{}")
+    policy = DiffusionPolicy.from_pretrained(folder).eval()
+    policy.config.pretrained_path = folder  # as LeRobot's factory sets it
+    expected = episode(make(cases.CASES[0]))
+    assert (episode(policy) - expected).abs().max() < 1e-4 and is_accelerated(policy)
+
+
+def test_lerobot_finds_the_plugin() -> None:
+    names = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    if not any(name.lower().replace("-", "_") == "lerobot_policy_tsad" for name in names if name):
+        pytest.skip("the plugin is not installed")
+    assert "lerobot_policy_tsad" in names  # underscores and all, or LeRobot passes it by
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+    assert patch.on_first_chunk is not None
