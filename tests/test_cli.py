@@ -391,10 +391,26 @@ def test_bench(capsys, fake) -> None:
     for result in document["results"]:
         assert result["chunks"] >= 7 and result["stages_ms"]["denoise"]["p50"] == 0.7
         assert 0 < result["call_ms"]["p50"] <= result["call_ms"]["p90"] <= result["call_ms"]["p99"]
-    code, out, _ = run(capsys, "bench", "--chunks", "5")
-    assert code == 2  # 0.9 is more than this fake reaches
+    code, out, _ = run(capsys, "bench", "--chunks", "5", "--sparsity", "0.9")
+    assert code == 2  # it is more than this fake reaches
     code, out, _ = run(capsys, "bench", "--chunks", "5", "--sparsity", "0.5", "--lanes", "2")
     assert code == 0 and "denoise" in out and "2 lanes" in out
+
+
+def test_bench_takes_what_few_steps_allow(capsys) -> None:
+    """The default of 0.9, which nobody gave, is more than four steps can save."""
+    few = ["bench", "--sampler", "ddim", "--chunks", "1", "--json"]
+    for more, found in (
+        (["--steps", "4"], [0, 0.75]),
+        (["--steps", "1"], [0]),
+        (["--steps", "4", "--warm-start", "2"], [0, 0.5]),
+        (["--steps", "4", "--planner", "dense"], [0]),
+    ):
+        code, out, err = run(capsys, *few, *more)
+        assert code == 0, err
+        assert [row["sparsity"] for row in json.loads(out)["results"]] == found
+    code, _, err = run(capsys, *few, "--steps", "4", "--sparsity", "0.9")
+    assert code == 2 and "argument --sparsity: got 0.9" in err
 
 
 def test_bench_at_a_rate(capsys, fake) -> None:

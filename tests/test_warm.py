@@ -266,14 +266,14 @@ def test_a_refused_call_changes_nothing(change: dict[str, Any], message: str) ->
 
 def test_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, inside, go_on = make(), threading.Event(), threading.Event()
-    draw = policy._draw
+    draw = WarmPolicy._draw
 
     def slow(*args: Any) -> Any:
         inside.set()
         assert go_on.wait(10)
         return draw(*args)
 
-    monkeypatch.setattr(policy, "_draw", slow)
+    monkeypatch.setattr(WarmPolicy, "_draw", slow)
     obs = observations(policy, 0)
     thread = threading.Thread(target=policy, args=(obs,))
     thread.start()

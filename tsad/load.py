@@ -80,6 +80,7 @@ def load(
     fix; ``FileNotFoundError`` if ``source`` is a path to nothing; ``CheckpointError``, a
     ``ValueError``, for files that are truncated, foreign or do not fit.
     """
+    options = {name: value for name, value in locals().items() if name != "source"}
     lanes = _integer("lanes", lanes, 1, 2**20)
     threads = default_threads(threads, lanes)
     _check_device(device)
@@ -141,7 +142,8 @@ def load(
         policy = WarmPolicy(policy, model.tail(rows), last)
     if chosen is not None:
         _apply(policy, chosen)
-    policy._source = str(source) if source in bundled() else os.path.abspath(source)
+    place = str(source) if source in bundled() else os.path.abspath(source)
+    policy._loaded = place, {**options, "device": "cpu"}
     return policy
 
 

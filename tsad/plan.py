@@ -55,6 +55,17 @@ class Plan:
     Plans are equal when they do the same: names, costs and metadata don't count.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_blocks",
+        "_costs",
+        "_first",
+        "_metadata",
+        "_named",
+        "_sources",
+        "_types",
+    )
+
     def __init__(
         self,
         sources: ArrayLike,
@@ -91,7 +102,8 @@ class Plan:
         if not sources.any():  # all computed: the default
             return None
         plan: Plan = object.__new__(Plan)
-        plan.__dict__.update(self.__dict__)
+        plan._named, plan._blocks, plan._types = self._named, self._blocks, self._types
+        plan._costs = self._costs
         plan._sources, plan._first, plan._metadata = sources, None, {}
         plan._check_cells("first", None)
         return plan

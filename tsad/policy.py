@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from tsad.config import PolicyConfig
     from tsad.samplers import Sampler
 
+# What runs: planner, dial, one plan per lane (None: the pruner's), and whether the user fixed them.
+Choice = tuple["str | Planner", "float | None", "list[Plan] | None", bool]
+
 # Largest |difference| of normalised actions from the same policy in float64, same noise. Stated for
 # a dense plan; what a sparse plan loses is the method's, not the arithmetic's.
 ERROR_BOUNDS = {"float32": 1e-4, "int16": 2e-3, "int8": None}  # None: not measured
@@ -29,18 +35,37 @@ class SparsePolicy(_core.Policy):
     newest observation last; the result is float32 (lanes, n_action_steps, action_dim). With one
     lane, ``obs`` (n_obs_steps, obs_dim) gives (n_action_steps, action_dim). Keywords: ``out``
     writes into your array; ``noise`` (K, lanes, horizon, action_dim) replaces the policy's own, or
-    (lanes, horizon, action_dim) the initial sample alone; ``lanes=[...]`` runs a subset;
-    ``return_horizon`` returns all actions. Arrays are borrowed, never copied: NumPy, or anything
-    with DLPack (torch, JAX ...) in host memory. A refused call changes nothing.
+    (lanes, horizon, action_dim) the initial sample alone; ``lanes`` runs a subset, listed or marked
+    by a mask of one bool per lane; ``return_horizon`` returns all actions. Arrays are borrowed, not
+    copied: NumPy, or anything with DLPack (torch, JAX ...) in host memory; the result is of the
+    library of ``obs``. A refused call changes nothing.
 
     ``policy.sparsity = 0.95`` turns the dial, ``policy.plan = plan`` fixes a plan, and
     ``policy.reset(seed=0)`` starts an episode. A new policy is dense.
 
     One thread at a time: while a chunk runs, others get ``RuntimeError``, setters and `reset`
     included. The GIL is free meanwhile.
+
+    ``copy.copy`` and ``copy.deepcopy`` give a policy of its own that shares the immutable model.
+    ``pickle`` keeps what `tsad.load` was asked for, which is asked again where it is unpickled
+    (in another process, say): of the same files, then. Both keep plan, planner and dial. Neither
+    keeps the episode: the new policy is as after a `reset`, and its noise another.
     """
 
-    _source: str | None = None  # what `tsad.load` read it from: a bundled name, or a whole path
+    __slots__ = (
+        "__weakref__",
+        "_blocks",
+        "_config",
+        "_device",
+        "_dial",
+        "_fixed",
+        "_loaded",
+        "_planner",
+        "_plans",
+        "_precision",
+        "_sampler",
+        "_types",
+    )
 
     def __init__(
         self,
@@ -58,6 +83,7 @@ class SparsePolicy(_core.Policy):
         self._sampler = sampler
         self._device = device
         self._precision = precision
+        self._loaded: tuple[str, dict[str, Any]] | None = None  # source and options of `tsad.load`
         self._blocks = block_names(config.network)
         self._types = block_types(config.network)
         if len(self._blocks) != self.n_blocks or len(sampler.timesteps) != self.num_inference_steps:
@@ -134,10 +160,8 @@ class SparsePolicy(_core.Policy):
     def plan(self, plan: Plan | Sequence[Plan] | None) -> None:
         if plan is None:
             self._follow(self._planner, self._dial)
-            return
-        plans = self._bind(plan)
-        self._set_plans([self._arrays(item) for item in plans])
-        self._plans, self._fixed = plans, True
+        else:
+            self._adopt((self._planner, self._dial, self._bind(plan), True))
 
     def _end_of_dial(self, planner: str | Planner) -> float:
         return 0.0 if planner == "dense" else 1 - 1 / self.num_inference_steps
@@ -179,11 +203,17 @@ class SparsePolicy(_core.Policy):
             plans = self._bind(planners.uniform_sparse(self, dial))
         elif not isinstance(planner, str):
             plans = self._bind(planner(self, 0.0 if dial is None else dial))
+        self._adopt((planner, dial, plans, False))
+
+    def _adopt(self, choice: Choice) -> None:
+        """Run along these plans, or the pruner's; if the policy is busy, nothing has changed."""
+        planner, dial, plans, fixed = choice
         if plans is None:
             self._set_pruner(-1.0 if dial is None else dial)
         else:
+            plans = self._bind(plans)
             self._set_plans([self._arrays(plan) for plan in plans])
-        self._planner, self._dial, self._plans, self._fixed = planner, dial, plans, False
+        self._planner, self._dial, self._plans, self._fixed = planner, dial, plans, fixed
 
     # ---- plans
 
@@ -249,7 +279,64 @@ class SparsePolicy(_core.Policy):
             return chosen
         return self._make_plan(sources, None, None)
 
+    # ---- copies
+
+    def _choices(self) -> list[Choice]:
+        return [(self._planner, self._dial, self._plans, self._fixed)]
+
+    def _adopt_all(self, choices: list[Choice]) -> None:
+        self._adopt(choices[0])
+
+    def _be_twin_of(self, other: Any) -> None:
+        """Initialise as another policy of the same model."""
+        SparsePolicy.__init__(
+            self,
+            other.model,
+            config=other._config,
+            sampler=other._sampler,
+            lanes=other.lanes,
+            threads=other.threads,
+            device=other._device,
+            precision=other._precision,
+        )
+
+    def __copy__(self) -> SparsePolicy:
+        twin = type(self).__new__(type(self))
+        twin._be_twin_of(self)
+        twin._adopt_all(self._choices())
+        twin._loaded = self._loaded
+        _own(twin).update(_own(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparsePolicy:
+        memo[id(self)] = twin = copy.copy(self)
+        _own(twin).update(copy.deepcopy(_own(self), memo))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._loaded is None:
+            raise TypeError(
+                "policy: expected one that tsad.load made, to be loaded again where it is "
+                "unpickled, got one made otherwise; write its files (tsad.checkpoint.write_folder) "
+                "and load them, or copy.deepcopy it in this process"
+            )
+        return _load_again, (*self._loaded, self._choices())
+
     # ---- facts
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # a slot, a property, or of a subclass, which may have attributes of its own
+        kind = getattr(type(self), name, None)
+        known = hasattr(kind, "__set__") and getattr(kind, "fset", name) is not None
+        if hasattr(self, "__dict__") or (known and not inspect.isgetsetdescriptor(kind)):
+            super().__setattr__(name, value)
+            return
+        raise AttributeError(f"policy.{name}: {_advice(type(self), name, value)}")
+
+    @property
+    def _source(self) -> str | None:
+        """What `tsad.load` read it from: a bundled name, or a whole path."""
+        return None if self._loaded is None else self._loaded[0]
 
     @property
     def blocks(self) -> list[str]:
@@ -345,3 +432,32 @@ class SparsePolicy(_core.Policy):
             f"{self.n_action_steps} x {self.action_dim} of {self.horizon}, {lanes}, "
             f"{self._device} {self._precision} {self.backend}, {plan})"
         )
+
+
+def _own(policy: SparsePolicy) -> dict[str, Any]:
+    """The attributes that a subclass gave it."""
+    return getattr(policy, "__dict__", {})
+
+
+def _load_again(source: str, options: dict[str, Any], choices: list[Choice]) -> SparsePolicy:
+    """The policy that was pickled."""
+    from tsad.load import load
+
+    policy = load(source, **options)
+    policy._adopt_all(choices)
+    return policy
+
+
+def _advice(kind: type, name: str, value: Any) -> str:
+    """What to do instead of setting this attribute."""
+    from tsad.load import load
+
+    arguments = inspect.signature(load).parameters
+    if name in arguments:
+        return f"expected as an argument; use tsad.load(..., {name}={value!r:.80})"
+    if hasattr(kind, name):
+        return "expected to be read, not set; what a policy is stays as it was loaded"
+    settable = [key for key in dir(kind) if getattr(getattr(kind, key), "fset", None) is not None]
+    near = difflib.get_close_matches(name, [*settable, *arguments], 1)
+    fix = f"did you mean {near[0]!r}?" if near else "set one of these, or make a subclass"
+    return f"expected one of {', '.join(settable)}, got {name!r}; {fix}"

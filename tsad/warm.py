@@ -15,6 +15,7 @@ Sources: RTI-DP (arXiv 2508.05396), Falcon (2503.00339), here without its candid
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from tsad import _core
 from tsad.plan import REUSE_ROLLOUT, Plan
-from tsad.policy import SparsePolicy
+from tsad.policy import Choice, SparsePolicy
 
 if TYPE_CHECKING:
     from tsad.samplers import Sampler
@@ -53,6 +54,18 @@ class WarmPolicy(SparsePolicy):
     The two policies share one set of weights. A call takes and makes a few small arrays in Python,
     and ``out`` must be a NumPy array.
     """
+
+    __slots__ = (
+        "_cold",
+        "_is_warm",
+        "_lock",
+        "_noise",
+        "_normalise",
+        "_previous",
+        "_signal",
+        "_spent",
+        "_streams",
+    )
 
     def __init__(self, cold: SparsePolicy, model: _core.Model, sampler: Sampler) -> None:
         """``model`` is that of ``cold`` with ``sampler``, a `tail` of its steps, and no pruner."""
@@ -203,6 +216,18 @@ class WarmPolicy(SparsePolicy):
         # an episode has begun densely already, in the cold chunk
         follow = plan.first is None and not (sources == REUSE_ROLLOUT).any()
         return sources, sources if follow else first
+
+    # ---- copies
+
+    def _be_twin_of(self, other: Any) -> None:
+        WarmPolicy.__init__(self, copy.copy(other._cold), other.model, other._sampler)
+
+    def _choices(self) -> list[Choice]:
+        return [*super()._choices(), *self._cold._choices()]
+
+    def _adopt_all(self, choices: list[Choice]) -> None:
+        self._adopt(choices[0])
+        self._cold._adopt_all(choices[1:])
 
     # ---- what is given
 

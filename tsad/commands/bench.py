@@ -76,7 +76,8 @@ def add_parser(subparsers: Any) -> None:
         type=sparsity,
         nargs="+",
         metavar="S",
-        help="times these beside dense (default: 0.9; with --preset: none)",
+        help="times these beside dense (default: 0.9, less if the steps are few; with --preset: "
+        "none)",
     )
     add_preset(parser)
     parser.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
@@ -227,7 +228,7 @@ def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
     def dial(value: float) -> Callable[[], None]:
         return lambda: setattr(policy, "sparsity", value)
 
-    default = [] if args.preset else [0.9]
+    default = [] if args.preset else [min(0.9, policy.max_sparsity)]
     values = [value for value in args.sparsity or default if value > 0]
     for value in values:
         set_sparsity(policy, value)
