@@ -17,6 +17,18 @@ from tsad.samplers import make_sampler
 _MAP = ("shift", "scale", "offset")  # normalised = (raw - shift) * scale + offset
 
 
+def lane_numbers(lanes: ArrayLike | None, n: int) -> list[int]:
+    """Which of ``n`` lanes: all (None), the numbers given, or where a mask of n bools is true.
+
+    An empty list is none. ``IndexError``, ``ValueError``: there is no such lane, or one twice.
+    """
+    given = np.arange(n) if lanes is None else np.asarray(lanes).ravel()
+    numbers: list[int] = np.arange(n)[given if given.size else []].tolist()
+    if len(set(numbers)) < len(numbers) or (given < 0).any():
+        raise ValueError(f"lanes: expected distinct lanes from 0 to {n - 1}, got {lanes!r}")
+    return numbers
+
+
 class ReferencePolicy:
     """The four stages behind the interface of ``tsad.load(...)``, lane by lane.
 
@@ -58,9 +70,9 @@ class ReferencePolicy:
         self._rollouts: list[Rollout] = [{} for _ in range(lanes)]
         self._first = [True] * lanes
 
-    def reset(self, lanes: Sequence[int] | None = None) -> None:
+    def reset(self, lanes: ArrayLike | None = None) -> None:
         """Start of an episode for all lanes or the listed ones: earlier rollouts are forgotten."""
-        for lane in range(self.lanes) if lanes is None else lanes:
+        for lane in lane_numbers(lanes, self.lanes):
             self._rollouts[lane] = {}
             self._first[lane] = True
 
@@ -89,7 +101,7 @@ class ReferencePolicy:
         obs: ArrayLike,
         noise: ArrayLike,
         plan_sources: NDArray[Any] | Sequence[NDArray[Any]] | None = None,
-        lanes: Sequence[int] | None = None,
+        lanes: ArrayLike | None = None,
         return_horizon: bool = False,
         *,
         first: NDArray[Any] | Sequence[NDArray[Any]] | None = None,
@@ -103,7 +115,7 @@ class ReferencePolicy:
         all. Raises ``ValueError`` for wrong shapes and for a plan that reads a value that does not
         exist; then no lane has changed.
         """
-        rows = list(range(self.lanes)) if lanes is None else list(lanes)
+        rows = lane_numbers(lanes, self.lanes)
         obs, noise = np.asarray(obs), np.asarray(noise, self.dtype)
         self._check("obs", obs, (len(rows), self.network["n_obs_steps"], self.network["obs_dim"]))
         sample_shape = (self.network["horizon"], self.network["action_dim"])
@@ -126,7 +138,8 @@ class ReferencePolicy:
             self._rollouts[lane] = rollout
             self._first[lane] = False
         shift, scale, offset = self._maps["action"]
-        actions: Array = (np.stack(results) - offset) / scale + shift
+        actions: Array = np.reshape(results, (len(rows), *sample_shape))
+        actions = (actions - offset) / scale + shift
         start = self.network["n_obs_steps"] - 1
         executed = slice(start, start + self.network["n_action_steps"])
         return actions if return_horizon else actions[:, executed]

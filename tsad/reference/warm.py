@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tsad.reference.layers import Array
-from tsad.reference.policy import ReferencePolicy
+from tsad.reference.policy import ReferencePolicy, lane_numbers
 from tsad.samplers import tail
 
 
@@ -29,9 +29,9 @@ class WarmReference:
         self.warm.num_inference_steps = warm_start
         self._previous: list[Array | None] = [None] * self.cold.lanes  # (T, action_dim), normalised
 
-    def reset(self, lanes: Sequence[int] | None = None) -> None:
+    def reset(self, lanes: ArrayLike | None = None) -> None:
         """Start of an episode for all lanes or the listed ones."""
-        for lane in range(self.cold.lanes) if lanes is None else lanes:
+        for lane in lane_numbers(lanes, self.cold.lanes):
             self._previous[lane] = None
             self.warm.reset([lane])
 
@@ -41,7 +41,7 @@ class WarmReference:
         noise: ArrayLike,
         executed: Sequence[int],
         plan_sources: NDArray[Any] | None = None,
-        lanes: Sequence[int] | None = None,
+        lanes: ArrayLike | None = None,
         *,
         first: NDArray[Any] | None = None,
     ) -> Array:
@@ -52,12 +52,13 @@ class WarmReference:
         chunk. ``plan_sources`` (N, B) is followed by warm chunks, ``first`` by the first warm one;
         None is dense.
         """
+        rows = lane_numbers(lanes, self.cold.lanes)
         N, sampler = self.warm.num_inference_steps, self.warm.sampler
         signal = sampler.alphas_cumprod[0]
         dense = np.zeros((N, len(self.warm.blocks)), np.uint8)
         sources = dense if plan_sources is None else plan_sources
         results = []
-        for i, lane in enumerate(range(self.cold.lanes) if lanes is None else lanes):
+        for i, lane in enumerate(rows):
             z, before = np.array(noise, self.cold.dtype)[:, i : i + 1], self._previous[lane]
             own = np.asarray(obs)[i : i + 1]
             if before is None:
@@ -70,4 +71,4 @@ class WarmReference:
                 actions = self.warm(own, z, sources, [lane], return_horizon=True, first=first)
             self._previous[lane] = self.cold.normalise("action", actions[0])
             results.append(actions[0])
-        return np.stack(results)
+        return np.reshape(results, (len(rows), *np.shape(noise)[-2:]))
