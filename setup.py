@@ -8,6 +8,7 @@ Switches (environment variables, "1" is on):
 """
 
 import os
+import runpy
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,12 @@ def flags():
 
 class ParallelBuildExt(build_ext):
     """Compiles the files of an extension side by side."""
+
+    def run(self):
+        if sys.platform != "linux":
+            scope = runpy.run_path(str(Path(__file__).parent / "tsad" / "scope.py"))["scope"]
+            raise SystemExit(f"system: expected Linux, got {sys.platform} ({scope('systems')})")
+        super().run()
 
     def build_extension(self, ext):
         compile_all = self.compiler.compile

@@ -74,6 +74,7 @@ from tsad.families import (
     read_network,
 )
 from tsad.families.dpt import BLOCK_TYPES, NetworkConfig
+from tsad.scope import scope
 from tsad.section import (
     MAX_COST,
     MAX_DIM,
@@ -148,7 +149,7 @@ class SchedulerConfig:
     def from_dict(cls, data: Mapping[str, Any], *, file: str = "config.json") -> SchedulerConfig:
         """The checked ``scheduler`` object; ``ValueError`` names key, value and expectation."""
         section = Section(data, "scheduler", file)
-        kind = section.choice("type", SAMPLERS)
+        kind = section.choice("type", SAMPLERS, fix=f"choose one of these ({scope('samplers')})")
         train = section.integer("num_train_timesteps", 1, MAX_TIMESTEPS, 100)
         scheduler = cls(
             type=kind,
@@ -156,7 +157,12 @@ class SchedulerConfig:
             beta_schedule=section.choice("beta_schedule", BETA_SCHEDULES, "squaredcos_cap_v2"),
             beta_start=section.number("beta_start", 0.0, 1.0, 0.0001),
             beta_end=section.number("beta_end", 0.0, 1.0, 0.02),
-            prediction_type=section.choice("prediction_type", PREDICTION_TYPES, "epsilon"),
+            prediction_type=section.choice(
+                "prediction_type",
+                PREDICTION_TYPES,
+                "epsilon",
+                f"train the policy to predict one of these ({scope('samplers')})",
+            ),
             clip_sample=section.flag("clip_sample", kind != "dpmsolver++"),
             clip_sample_range=section.number("clip_sample_range", 0.0, 1e6, 1.0),
             variance_type=section.choice("variance_type", VARIANCE_TYPES, "fixed_small"),

@@ -21,6 +21,7 @@ from tsad.presets import Preset, check_clash, find_preset
 from tsad.reference.families import family_of
 from tsad.reference.layers import sinusoid
 from tsad.samplers import Sampler, make_sampler, tail
+from tsad.scope import scope
 
 if TYPE_CHECKING:
     from tsad import _core
@@ -87,7 +88,7 @@ def load(
     if precision not in PRECISIONS:
         raise ValueError(
             f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}; "
-            "choose one of these"
+            f"choose one of these ({scope('precisions')})"
         )
     config, tensors, pruner = read_policy(source, weights)
     chosen = None
@@ -343,12 +344,9 @@ def _check_device(device: Any) -> None:
     name = str(device)  # a torch.device too
     if name == "cpu":
         return
-    if name.partition(":")[0] == "cuda":
-        raise ValueError(
-            f'device: expected "cpu", got {name!r}; this version has no CUDA backend, leave the '
-            "argument out"
-        )
-    raise ValueError(f'device: expected "cpu", got {name!r}; leave the argument out')
+    raise ValueError(
+        f'device: expected "cpu", got {name!r}; leave the argument out ({scope("devices")})'
+    )
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

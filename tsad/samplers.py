@@ -39,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad.config import SAMPLERS, SchedulerConfig
+from tsad.scope import scope
 
 COLUMNS = ("a", "b", "r", "c", "d", "f", "g", "h")
 MIN_VARIANCE = 1e-20
@@ -84,18 +85,12 @@ def make_sampler(
     """
     given = dict(scheduler)
     given.setdefault("clip_sample", given.get("type") != "dpmsolver++")
-    if given.get("prediction_type") == "v_prediction":
-        raise ValueError(
-            'scheduler.prediction_type: expected one of "epsilon", "sample", got "v_prediction"; '
-            "velocity prediction is not supported: train the policy to predict the noise (epsilon) "
-            "or the sample"
-        )
     if sampler is not None:
         if sampler not in SAMPLERS:
             choices = ", ".join(f'"{name}"' for name in SAMPLERS)
             raise ValueError(
                 f"sampler: expected one of {choices}, got {sampler!r}; choose one of these, "
-                "or None for the sampler of the checkpoint"
+                f"or None for the sampler of the checkpoint ({scope('samplers')})"
             )
         given["type"] = sampler
     if num_inference_steps is not None:

@@ -35,7 +35,7 @@ SCOPE = {
 
 
 def scope(row: str) -> str:
-    """The row of a table in words, for the end of an error."""
+    """A row in words, for the end of an error."""
     return f"supported {row}: {SCOPE[row].supported}; not yet: {SCOPE[row].not_yet}"
 
 

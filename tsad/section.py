@@ -78,11 +78,17 @@ class Section:
             raise self.error(key, "true or false", value)
         return bool(value)
 
-    def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> str:
+    def choice(
+        self,
+        key: str,
+        choices: tuple[str, ...],
+        default: str | None = None,
+        fix: str = "choose one of these",
+    ) -> str:
         value = self.take(key, default)
         if not isinstance(value, str) or value not in choices:
             named = ", ".join(f'"{choice}"' for choice in choices)
-            raise self.error(key, f"one of {named}", value, "choose one of these")
+            raise self.error(key, f"one of {named}", value, fix)
         return value
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:

@@ -31,6 +31,7 @@ from tsad.families import as_transformer
 from tsad.families import describe as describe_network
 from tsad.files import sha256
 from tsad.presets import read_presets, stale_note
+from tsad.scope import scope
 
 __all__ = ["Converted", "convert", "convert_pruner", "read_checkpoint", "read_pruner"]
 
@@ -179,7 +180,7 @@ def read_lerobot_folder(path: Path) -> Converted:
         raise ValueError(
             f"{path}: expected a policy without cameras, got one that sees "
             f"{', '.join(described.cameras)}; its image encoder runs in LeRobot: there, "
-            "tsad.lerobot.accelerate(policy) speeds up the rest"
+            f"tsad.lerobot.accelerate(policy) speeds up the rest ({scope('checkpoints')})"
         )
     features = [{"name": f.name, "type": f.kind, "dim": f.dim} for f in described.features]
     provenance = {"source": path.name, "weights": "lerobot", "features": features}

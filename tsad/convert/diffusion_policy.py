@@ -28,6 +28,7 @@ from tsad.config import (
 from tsad.convert.pickle_machine import Placeholder
 from tsad.convert.settings import Settings, plain
 from tsad.convert.torch_file import TensorRef, TorchFile, describe
+from tsad.scope import scope
 
 WEIGHTS = ("auto", "ema", "raw")
 
@@ -199,12 +200,9 @@ def _policy_class(settings: Settings) -> str:
     name = target.rpartition(".")[2]
     if name in (_LOWDIM, _HYBRID):
         return name
-    reason = "expected one of the transformer policies"
-    if "unet" in target.lower():
-        reason = "UNet policies are not supported yet; expected one of the transformer policies"
     raise CheckpointError(
-        f"{settings.file}: cfg.policy._target_: {reason} {_LOWDIM}, {_HYBRID}, got {target!r}; "
-        "train one of these"
+        f"{settings.file}: cfg.policy._target_: expected one of the transformer policies "
+        f"{_LOWDIM}, {_HYBRID}, got {target!r}; train one of these ({scope('checkpoints')})"
     )
 
 
@@ -276,7 +274,7 @@ def _read_network(settings: Settings, policy: str, state: dict[str, Any]) -> Net
         if target.rpartition(".")[2] != _NETWORK:
             raise CheckpointError(
                 f"{settings.file}: cfg.policy.model._target_: expected {_NETWORK}, got {target!r}; "
-                "other networks are not supported"
+                f"train a policy with it ({scope('networks')})"
             )
     _check_policy_keys(settings)
     values = {key: get(f"{at}.{key}", default) for key, default in defaults.items()}
@@ -309,7 +307,7 @@ def _check_policy_keys(settings: Settings) -> None:
     if settings.get("policy.pred_action_steps_only", False):
         raise CheckpointError(
             f"{settings.file}: cfg.policy.pred_action_steps_only: expected false, got true; "
-            "policies that predict only the executed actions are not supported"
+            f"train a policy that predicts all of the horizon ({scope('networks')})"
         )
     for key in settings.keys("policy"):
         if key in _POLICY_KEYS:
@@ -359,8 +357,8 @@ def _check_masks(checkpoint: TorchFile, state: dict[str, Any], network: NetworkC
         if not right:
             raise CheckpointError(
                 f"{checkpoint.file}: model.{name}: expected the mask of causal_attn="
-                f"{network.causal_attn}, got {'none' if ref is None else 'another'}; attention "
-                "with other masks is not supported"
+                f"{network.causal_attn}, got {'none' if ref is None else 'another'}; train "
+                f"a policy with that mask ({scope('networks')})"
             )
 
 
@@ -397,7 +395,7 @@ def _read_scheduler(settings: Settings) -> dict[str, Any]:
     if kind is None:
         raise CheckpointError(
             f"{where}._target_: expected one of {', '.join(_SCHEDULERS)}, got {target!r}; "
-            "other schedulers are not supported"
+            f"train or save it with one of these ({scope('samplers')})"
         )
     scheduler: dict[str, Any] = {"type": kind, **_SCHEDULER_DEFAULTS}
     if kind == "dpmsolver++":
@@ -411,7 +409,7 @@ def _read_scheduler(settings: Settings) -> dict[str, Any]:
             expected = f"{_FIXED[key]!r}" if key in _FIXED else "no such setting"
             raise CheckpointError(
                 f"{where}.{key[:100]}: expected {expected}, got {str(value)[:100]!r}; it changes "
-                "the denoising loop in a way that is not supported"
+                f"the denoising loop ({scope('samplers')})"
             )
     steps = settings.get("policy.num_inference_steps")
     if steps is not None:

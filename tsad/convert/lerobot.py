@@ -31,6 +31,7 @@ from tsad.checkpoint import (
 from tsad.config import BETA_SCHEDULES, MAX_TIMESTEPS, PREDICTION_TYPES
 from tsad.convert.lerobot_processors import Map, Statistics, buffers, read_processors
 from tsad.families import unet1d
+from tsad.scope import scope
 from tsad.section import MAX_DIM, Section
 
 STATE, ENV_STATE, ACTION = "observation.state", "observation.environment_state", "action"
@@ -153,7 +154,10 @@ def _checked(config: Any, file: str) -> Section:
     kind = section.take("type")
     if kind != "diffusion":
         raise section.error(
-            "type", 'a LeRobot policy of type "diffusion"', kind, "convert such a one"
+            "type",
+            'a LeRobot policy of type "diffusion"',
+            kind,
+            f"convert such a one ({scope('checkpoints')})",
         )
     if config.get("use_peft"):
         fix = "merge the adapter into the model (merge_and_unload) and save it again"

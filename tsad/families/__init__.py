@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tsad.families import dpt, unet1d
+from tsad.scope import scope
 from tsad.section import Section, Shapes
 
 Network = dpt.NetworkConfig | unet1d.Unet1dConfig
@@ -18,7 +19,7 @@ NETWORK_TYPES = (dpt.TYPE, unet1d.TYPE)
 def read_network(data: Any, *, file: str = "config.json") -> Network:
     """The checked ``network`` object of a ``config.json``; ``ValueError`` names what is wrong."""
     section = Section(data, "network", file)
-    kind = section.choice("type", NETWORK_TYPES, dpt.TYPE)
+    kind = section.choice("type", NETWORK_TYPES, dpt.TYPE, f"use one ({scope('networks')})")
     if kind == unet1d.TYPE:
         return unet1d.Unet1dConfig.from_dict(data, file=file)
     return dpt.NetworkConfig.from_dict(data, file=file)
@@ -64,8 +65,8 @@ def as_transformer(network: Network, what: str) -> dpt.NetworkConfig:
     if isinstance(network, dpt.NetworkConfig):
         return network
     raise ValueError(
-        f"{what}: expected a network of type {dpt.TYPE!r}, got {network.type!r}; it is not "
-        "supported for this family yet"
+        f"{what}: expected a network of type {dpt.TYPE!r}, got {network.type!r}; use a "
+        "policy with such a network"
     )
 
 

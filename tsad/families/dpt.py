@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tsad.scope import scope
 from tsad.section import (
     MAX_DIM,
     MAX_HEADS,
@@ -95,7 +96,7 @@ class NetworkConfig:
             expected = f"at least n_obs_steps - 1 + n_action_steps = {last}, the last one executed"
             fix = "lower n_action_steps, or train a longer horizon"
             raise section.error("horizon", expected, network.horizon, fix)
-        fix = "other variants are not supported; train with time_as_cond=True and obs_as_cond=True"
+        fix = f"train with time_as_cond=True and obs_as_cond=True ({scope('networks')})"
         for key in ("time_as_cond", "obs_as_cond"):
             if not getattr(network, key):
                 raise section.error(key, "true", False, fix)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.scope import scope
+
 if TYPE_CHECKING:
     from tsad.plan import Plan
     from tsad.policy import SparsePolicy
@@ -40,7 +42,8 @@ class Settings:
         if self.precision not in PRECISIONS:
             choices = ", ".join(map(repr, PRECISIONS))
             raise ValueError(
-                f"precision: expected one of {choices}, got {self.precision!r}; choose one"
+                f"precision: expected one of {choices}, got {self.precision!r}; choose one "
+                f"({scope('precisions')})"
             )
         if self.sparsity is not None and self.plan is not None:
             raise ValueError("plan, sparsity: expected one of the two, got both; leave one out")

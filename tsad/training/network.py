@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsad.scope import scope
+
 _INIT_STD = 0.02
 
 
@@ -148,7 +150,9 @@ def from_config(
     """The network that the ``"network"`` part of a config.json describes, freshly initialised."""
     for key in ("time_as_cond", "obs_as_cond"):
         if not network.get(key, True):
-            raise ValueError(f"network.{key} is false; only true is supported")
+            raise ValueError(
+                f"network.{key}: expected true, got false; train with true ({scope('networks')})"
+            )
     sizes = ("horizon", "n_obs_steps", "obs_dim", "action_dim", "n_layer", "n_head", "n_emb")
     return TransformerForDiffusion(
         **{key: int(network[key]) for key in sizes},
