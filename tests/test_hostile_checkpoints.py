@@ -426,7 +426,7 @@ def test_compressed_entries(tmp_path: Path) -> None:
     """A zip bomb: 1000 times its size when inflated."""
     with zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"N" * 10**7 + b".")
-    with pytest.raises(CheckpointError, match="entries of at most"):
+    with pytest.raises(CheckpointError, match="parts claim|uncompressed"):
         read_checkpoint(tmp_path / "x.ckpt")
     with zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"N.")
@@ -447,7 +447,7 @@ def test_entries_that_share_their_bytes(tmp_path: Path) -> None:
             info.header_offset = archive.filelist[1].header_offset
             archive.filelist.append(info)
     (tmp_path / "x.ckpt").write_bytes(buffer.getvalue())
-    with pytest.raises(CheckpointError, match="entries of at most"):
+    with pytest.raises(CheckpointError, match="parts claim|uncompressed"):
         TorchFile(tmp_path / "x.ckpt")
 
 

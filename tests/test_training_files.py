@@ -213,7 +213,7 @@ def library_things() -> Any:
         pathlib.Path("a/b"),
         pathlib.PurePosixPath("a"),
         pathlib.PureWindowsPath("a"),
-        datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+        datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc),
         datetime.datetime.now(),
         datetime.timedelta(1),
         datetime.date(2026, 1, 2),

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tsad import _core
+from tsad.arrays import parse_header, read_npz
 from tsad.files import write_atomically
 
 COMPUTE, REUSE_TYPE, REUSE_STEP, REUSE_ROLLOUT, SKIP = range(5)
@@ -274,17 +273,12 @@ class Plan:
         """Read what `save` wrote. ``ValueError`` names the file and what is wrong with it."""
         advice = "expected a plan saved by Plan.save"
         try:
-            if Path(path).is_file() and not zipfile.is_zipfile(path):
-                raise ValueError("it is not an npz file")  # NumPy would advise to unpickle it
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            header = json.loads(str(arrays["header"]))
+            arrays = read_npz(path)
+            header = parse_header(arrays["header"])
             if header["format"] != FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
             version = header["version"]
-        except OSError:  # missing, not readable: says so itself
-            raise
-        except Exception as error:  # whatever a broken archive makes zip, zlib and NumPy raise
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{os.fspath(path)}: not a plan: {error}; {advice}") from error
         if version != FORMAT_VERSION:
             raise ValueError(

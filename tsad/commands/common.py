@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import hashlib
 import importlib
-import json
 import math
 import os
 import platform
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tsad.arrays import read_any_json
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 from tsad.files import output_file
 
@@ -217,7 +217,7 @@ def check_result(
     if overwrite or not there:
         return
     try:
-        old = json.loads((out / names[0]).read_text())
+        old = read_any_json(out / names[0])
         wrong = [key for key, value in facts.items() if old[key] != value]
     except (OSError, ValueError, KeyError, TypeError):
         wrong = ["content"]

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsad.arrays import read_any_json
 from tsad.commands.common import Progress, argument, files_sha256, load_policy
 from tsad.commands.eval import configure
 from tsad.files import write_json
@@ -54,7 +55,7 @@ def recorded_windows(path: str, most: int) -> NDArray[np.float32]:
 
 def _read_kept(file: Path) -> dict[str, dict[str, float]]:
     try:
-        kept = json.loads(file.read_text())
+        kept = read_any_json(file)
     except ValueError:
         kept = None
     if not isinstance(kept, dict) or not all(isinstance(row, dict) for row in kept.values()):

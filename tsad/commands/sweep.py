@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsad.arrays import read_any_json
 from tsad.commands import realtime
 from tsad.commands.common import (
     InterruptedRunError,
@@ -60,8 +61,8 @@ def read_settings(path: str) -> list[dict[str, Any]]:
     """The rows of a settings file, checked; UsageError says which is wrong."""
     with argument("--settings"):
         try:
-            rows = json.loads(Path(path).read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            rows = read_any_json(path)
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error})") from error
         if not isinstance(rows, list) or not rows:
             raise ValueError(f"{path}: expected a list of objects, one per setting")

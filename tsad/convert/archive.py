@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tsad.arrays import entries
 from tsad.checkpoint import CheckpointError
 from tsad.convert.pickle_machine import Vocabulary, read_pickle
 
@@ -93,7 +94,7 @@ class ZipArchive:
         self._stream = stream
         with self._guard("the archive"):
             self._zip = zipfile.ZipFile(stream)
-        self._entries = self._list_entries()
+            self._entries = entries(self._zip, stream.size)
         self._root = self._find_root()
         order = self._entry("byteorder", b"little")
         if order not in (b"little", b"big"):
@@ -111,20 +112,6 @@ class ZipArchive:
 
     def storage(self, key: str) -> bytes:
         return self._entry(f"data/{key}")
-
-    def _list_entries(self) -> dict[str, zipfile.ZipInfo]:
-        entries: dict[str, zipfile.ZipInfo] = {}
-        for info in self._zip.infolist():
-            if info.filename in entries:
-                raise CheckpointError(f"{self.file}: {info.filename}: expected once, got twice")
-            entries[info.filename] = info
-        total = sum(info.file_size for info in entries.values())
-        if total > self._stream.size:  # compressed, or entries that share their bytes
-            raise CheckpointError(
-                f"{self.file}: expected entries of at most {self._stream.size} bytes, the size of "
-                f"the file, got {total}; torch.save does not write such files"
-            )
-        return entries
 
     def _find_root(self) -> str:
         roots = [name[: -len("data.pkl")] for name in self._entries if name.endswith("/data.pkl")]

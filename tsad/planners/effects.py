@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import IO, Any
@@ -17,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.arrays import parse_header, read_npz
 from tsad.files import write_atomically
 from tsad.plan import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, SKIP, Plan
 from tsad.planners.base import PolicyFacts, budget, check_sparsity, make_plan
@@ -75,15 +75,12 @@ class Effects:
     def load(cls, path: str | os.PathLike[str]) -> Effects:
         """Read what `save` wrote. ``ValueError`` names the file and what is wrong with it."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            header = json.loads(str(arrays.pop("header")))
+            arrays = read_npz(path)
+            header = parse_header(arrays["header"])
             if header["format"] != FORMAT or header["version"] != FORMAT_VERSION:
                 raise ValueError(f"format {header['format']!r}, version {header['version']!r}")
             return cls(**{name: arrays[name] for name in _TABLES}, metadata=header["metadata"])
-        except OSError:
-            raise
-        except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{os.fspath(path)}: not a file of effects: {error}; expected what 'tsad plan "
                 "measure' wrote"

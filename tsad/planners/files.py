@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.arrays import read_npy
 from tsad.plan import REUSE_ROLLOUT, Plan
 from tsad.planners.base import PolicyFacts, make_plan, own_values
 
@@ -42,14 +43,12 @@ def import_plan(
         return Plan.load(path)
     try:
         if path.suffix == ".npy":
-            return _from_array(policy, np.load(path, allow_pickle=False), opcodes)
+            return _from_array(policy, read_npy(path), opcodes)
         text = path.read_text()
         if path.suffix == ".json" or text.lstrip().startswith("{") or "[[" in text.replace(" ", ""):
             return from_pairs(policy, _evo_pairs(json.loads(text)))
         return from_steps(policy, text)
-    except OSError:
-        raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{where}: not a schedule for this policy: {error}; expected EVO pairs (json), a step "
             "mask (text of 0 and 1), an array (npy) or a plan (npz)"

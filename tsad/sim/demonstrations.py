@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tsad.arrays import parse_header, read_npz
 from tsad.files import output_file, write_atomically
 from tsad.sim.results import ResultsError, check_free, differences, lock
 from tsad.sim.search import Demonstration
@@ -56,12 +56,20 @@ class Record:
 
     def _read(self) -> None:
         try:
-            with np.load(self.out, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            recorded = json.loads(str(arrays["settings"]))
+            arrays = read_npz(self.out)
+            recorded = parse_header(arrays["settings"])
             states, actions, seeds = (arrays[name] for name in ("state", "action", "seed"))
             ends, next_seed = arrays["episode_ends"], int(arrays["next_seed"])
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            if {states.ndim, actions.ndim} != {2} or {ends.ndim, seeds.ndim} != {1}:
+                raise ValueError("arrays of other shapes")
+            if {ends.dtype.kind, seeds.dtype.kind} - {"i", "u"} or len(ends) != len(seeds):
+                raise ValueError("ends and seeds that are no integers, or not as many")
+            if {states.dtype, actions.dtype} != {np.dtype(np.float32)}:
+                raise ValueError("states and actions that are not float32")
+            steps = np.diff(ends.astype(np.int64), prepend=0)
+            if not len(ends) or (steps <= 0).any() or {len(states), len(actions)} != {ends[-1]}:
+                raise ValueError("ends of episodes that are none")
+        except (ValueError, KeyError, TypeError) as error:
             raise ResultsError(f"{self.out}: not a file of 'tsad generate' ({error})") from error
         changed = differences(recorded, self.settings)
         if changed:

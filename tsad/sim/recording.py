@@ -10,8 +10,7 @@ whichever sampler asks, and `denoising_inputs` runs it.
 from __future__ import annotations
 
 import hashlib
-import json
-import zipfile
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.arrays import read_any_json, read_npz
 from tsad.files import make_folder, output_folder, write_atomically, write_json
 from tsad.samplers import make_sampler
 from tsad.sim.results import ResultsError, differences
@@ -141,15 +141,18 @@ def save_episode(folder: Path, number: int, obs: Floats, actions: Floats, **fact
 
 def numbers(folder: Path, kind: str) -> set[int]:
     """The episodes that have a file of the kind: "npz" finished, "part" not."""
-    return {int(path.stem.partition("-")[2]) for path in folder.glob(f"episode-*.{kind}")}
+    found = (re.fullmatch(rf"episode-(\d{{5,9}})\.{kind}", path.name) for path in folder.iterdir())
+    return {int(name[1]) for name in found if name}
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS_FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = read_any_json(path)
         if content["format"] != FORMAT or content["format_version"] not in READABLE:
             raise ValueError(f"format {content['format']!r} {content['format_version']!r}")
+        if not isinstance(content["settings"], dict):
+            raise ValueError("its settings are no JSON object")
     except FileNotFoundError:
         raise ResultsError(
             f"{folder}: no {FACTS_FILE} in it; expected a folder made by 'tsad collect' or "
@@ -168,23 +171,35 @@ def read_collection(folder: Path) -> tuple[dict[str, Any], list[Recorded]]:
     """
     settings = _read_facts(folder)["settings"]
     finished = numbers(folder, "npz")
-    seen = {number: read_episode(folder, number, "obs") for number in finished}
+    seen = {
+        number: _checked(read_episode(folder, number, "obs"), episode_path(folder, number))
+        for number in finished
+    }
     for number in numbers(folder, "part") - finished:
-        rows = read_part(part_path(folder, number))
+        path = part_path(folder, number)
+        rows = read_part(path)
         if rows is not None:
-            seen[number] = np.ascontiguousarray(rows["obs"])
+            seen[number] = _checked(np.ascontiguousarray(rows["obs"]), path)
     if not seen:
         raise ResultsError(f"{folder}: no episodes in it; record some")
     return settings, [Recorded(n, seen[n], "simulator" in settings) for n in sorted(seen)]
+
+
+def _checked(obs: NDArray[Any], path: Path) -> NDArray[Any]:
+    if obs.ndim != 3 or not obs.size or obs.dtype.kind != "f" or not np.isfinite(obs).all():
+        raise ResultsError(
+            f"{path}: obs: expected finite numbers (C, n_obs_steps, obs_dim), got {obs.dtype} of "
+            f"shape {obs.shape}; delete it, collect again"
+        )
+    return obs
 
 
 def read_episode(folder: Path, number: int, name: str) -> NDArray[Any]:
     """One array of a finished episode; ResultsError if there is none."""
     path = episode_path(folder, number)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            array: NDArray[Any] = file[name]
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        array = read_npz(path, (name,))[name]
+    except (KeyError, ValueError) as error:
         raise ResultsError(f"{path}: broken ({error}); delete it, collect again") from error
     return array
 
@@ -205,7 +220,11 @@ def read_part(path: Path) -> NDArray[Any] | None:
         with path.open("rb") as stream:
             chunk = np.lib.format.read_array(stream, allow_pickle=False).dtype
             content = stream.read()
-    except (ValueError, EOFError, FileNotFoundError):  # not even begun, or just finished
+        if not {"obs", "actions"} <= set(chunk.names or ()) or not chunk.itemsize:
+            raise ValueError("no chunks")
+    except FileNotFoundError:  # just finished
+        return None
+    except Exception:  # not even begun; NumPy raises errors of many kinds
         return None
     whole = len(content) // chunk.itemsize
     return np.frombuffer(content, chunk, whole) if whole else None

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.arrays import read_any_json
 from tsad.files import Lock, named, output_file, write_atomically, write_json
 from tsad.sim.rollout import Episode
 
@@ -164,15 +165,33 @@ def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[s
     return found
 
 
+_REAL = (int, float)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "seed": (int,),
+    "score": _REAL,
+    "success": (bool,),
+    "steps": (int,),
+    "chunks": (int,),
+    "chunk_ms_mean": _REAL,
+    "chunk_ms_max": _REAL,
+}
+
+
 def _episode(fields: Any, where: str) -> Episode:
     try:
-        return Episode(**fields)
+        episode = Episode(**fields)
     except TypeError as error:
         raise ResultsError(f"{where}: not an episode ({error})") from error
+    for name, kinds in _KINDS.items():
+        value = getattr(episode, name)
+        if type(value) not in kinds or (isinstance(value, int) and abs(value) >= 2**63):
+            raise ResultsError(f"{where}: not an episode (its {name})")
+    return episode
 
 
 def _check_format(header: Any, path: Path) -> None:
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    good = isinstance(header, dict) and header.get("format") == FORMAT
+    if not good or not isinstance(header.get("settings"), dict):
         raise ResultsError(f"{path}: not a results file of 'tsad eval'")
     if header.get("format_version") != FORMAT_VERSION:
         raise ResultsError(
@@ -184,11 +203,14 @@ def _check_format(header: Any, path: Path) -> None:
 def read_results(path: Path) -> tuple[dict[str, Any], list[Episode]]:
     """Settings and episodes of a finished run; ResultsError if the file is not one."""
     try:
-        content = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = read_any_json(path)
+    except ValueError as error:
         raise ResultsError(f"{path}: not a results file of 'tsad eval' ({error})") from error
     _check_format(content, path)
-    return content["settings"], [_episode(fields, str(path)) for fields in content["episodes"]]
+    rows = content.get("episodes")
+    if not isinstance(rows, list):
+        raise ResultsError(f"{path}: episodes: expected a list of them, got {rows!r:.100}")
+    return content["settings"], [_episode(fields, str(path)) for fields in rows]
 
 
 def _read_partial(path: Path) -> tuple[dict[str, Any], list[Episode]]:
@@ -199,7 +221,7 @@ def _read_partial(path: Path) -> tuple[dict[str, Any], list[Episode]]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ResultsError(f"{path}: line {number} is broken ({error}); delete it") from error
     if not rows:
         raise ResultsError(f"{path}: holds no settings; delete it")
@@ -302,7 +324,7 @@ class Journal:
             )
         # of a finished run; what a run that was told to replace another finds there is not its own
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            content = json.loads(out.read_text())
+            content = read_any_json(out)
             if not differences(content["settings"], self.settings):
                 self.looks = content.get("looks", [])
         self.episodes = {episode.seed: episode for episode in episodes}

@@ -17,7 +17,6 @@ import hashlib
 import importlib
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -28,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad._extras import MissingExtraError
+from tsad.arrays import read_any_json, read_npz
 from tsad.config import Affine, NormalizerConfig
 from tsad.files import sha256
 
@@ -99,7 +99,9 @@ def load_demonstrations(
             raise DataError(f"{file}: has 'obs', so keypoints are not used; leave them out")
         obs = _matrix(arrays, "obs", file)
     elif "state" in arrays:
-        obs = state_observations(_matrix(arrays, "state", file), local_keypoints(keypoints))
+        obs = state_observations(
+            _matrix(arrays, "state", file), local_keypoints(keypoints), f"{file}: state"
+        )
     else:
         raise DataError(
             f"{file}: expected an array 'obs' (N, obs_dim), or 'state' (N, {STATE_DIM}) of Push-T, "
@@ -131,20 +133,13 @@ def _coverage(arrays: Mapping[str, NDArray[Any]], file: Path) -> Floats:
 
 
 def _read_npz(file: Path) -> dict[str, NDArray[Any]]:
-    wanted = ("obs", "state", "action", "episode_ends")
     try:
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("one array, not an archive of named arrays")
-        with archive:
-            arrays = {name: archive[name] for name in archive.files if name in wanted}
-            others = {name: np.empty(0) for name in archive.files if name not in wanted}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        return read_npz(file, ("obs", "state", "action", "episode_ends"))
+    except (ValueError, OSError) as error:
         raise DataError(
             f"{file}: expected an npz file without pickled objects, got another ({error}); "
             "write it with numpy.savez"
         ) from None
-    return arrays | others
 
 
 def _read_zarr(folder: Path) -> dict[str, NDArray[Any]]:
@@ -216,9 +211,9 @@ def local_keypoints(path: str | os.PathLike[str] | None = None) -> NDArray[np.fl
     source = resources.files("tsad").joinpath("assets/pusht/keypoints.json")
     key = "local_keypoints_block_frame_px"
     try:
-        text = source.read_text() if path is None else Path(path).read_text()
-        points = np.asarray(json.loads(text)[key], np.float64)
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(source.read_text()) if path is None else read_any_json(path)
+        points = np.asarray(content[key], np.float64)
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise DataError(
             f"{path}: expected JSON with '{key}', a list of [x, y], got another ({error!r})"
         ) from None
@@ -227,11 +222,11 @@ def local_keypoints(path: str | os.PathLike[str] | None = None) -> NDArray[np.fl
     return points
 
 
-def state_observations(state: Floats, local: NDArray[np.float64]) -> Floats:
+def state_observations(state: Floats, local: NDArray[np.float64], where: str = "state") -> Floats:
     """Observations (N, 2 n + 2) of Push-T states (N, 5): n keypoints x, y, then the agent's."""
     if state.shape[1] != STATE_DIM:
         raise DataError(
-            f"state: expected shape (N, {STATE_DIM}): agent x, y, block x, y, angle; got "
+            f"{where}: expected shape (N, {STATE_DIM}): agent x, y, block x, y, angle; got "
             f"{state.shape}; give other layouts as 'obs'"
         )
     cos, sin = np.cos(state[:, 4], dtype=np.float64), np.sin(state[:, 4], dtype=np.float64)
