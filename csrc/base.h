@@ -1,4 +1,4 @@
-/* base.h: statuses and memory, for every layer below the edge. */
+/* base.h: statuses, numbers and memory, for every layer below the edge. */
 #pragma once
 
 #include <stdbool.h>
@@ -25,6 +25,11 @@ tsad_status tsad_fail(tsad_status status, const char *format, ...);
             return try_status;                                                                     \
         }                                                                                          \
     } while (0)
+
+/* ---- numbers.c -------------------------------------------------------------------------- */
+
+/* Where x is first NaN or beyond `limit` in magnitude; n: nowhere. */
+size_t tsad_first_beyond(const float *x, size_t n, float limit);
 
 /* ---- arena.c ---------------------------------------------------------------------------- */
 

@@ -2,6 +2,7 @@
 #include "clock.h"
 #include "stage/stage.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -17,6 +18,14 @@ static int64_t lap(tsad_desk *desk, int timer, int64_t since)
     int64_t now = tsad_now();
     desk->ns[timer] += now - since;
     return now;
+}
+
+/* memory of a lane -> scores that can be compared */
+static tsad_status prune(const tsad_policy *p, tsad_queue *queue, int lane, float *scores)
+{
+    size_t n = (size_t)p->model->n_steps * (size_t)p->model->n_blocks * 4;
+    TSAD_TRY(tsad_prune(p, queue, lane, scores));
+    return tsad_first_beyond(scores, n, FLT_MAX) < n ? TSAD_NOT_FINITE : TSAD_OK;
 }
 
 static tsad_status run_gang(void *context, tsad_queue *queue, int rank, int first, int n)
@@ -35,7 +44,9 @@ static tsad_status run_gang(void *context, tsad_queue *queue, int rank, int firs
     for (int i = 0; i < n; i++) {
         tsad_lane *lane = tsad_gang_lane(&g, i);
         if (lane->planner == TSAD_PRUNER_PLAN && lane->chunk > 0) {
-            TSAD_TRY(tsad_prune(p, queue, tsad_gang_index(&g, i), desk->scores));
+            tsad_status status = prune(p, queue, tsad_gang_index(&g, i), desk->scores);
+            lane->overflow = status == TSAD_NOT_FINITE ? "pruner's scores" : NULL;
+            TSAD_TRY(status);
             t = lap(desk, TSAD_PRUNE, t);
         }
         tsad_plan(p, desk, lane);
@@ -47,18 +58,45 @@ static tsad_status run_gang(void *context, tsad_queue *queue, int rank, int firs
     return status;
 }
 
-static tsad_status check_finite(const char *name, const float *x, size_t n)
+/* ---- what is refused ------------------------------------------------------------------------- */
+
+/* n rows of observations, as the network sees them */
+static tsad_status check_obs(const tsad_model *m, const float *obs, int n)
 {
-    for (size_t i = 0; i < n; i++) {
-        if (!isfinite(x[i])) {
-            return tsad_fail(TSAD_ARGUMENT, "%s: expected finite numbers, got %g at flat index %zu",
-                             name, (double)x[i], i);
+    int O = m->obs_dim;
+    size_t numbers = (size_t)n * (size_t)m->n_obs_steps * (size_t)O;
+    for (size_t i = 0; i < numbers; i++) {
+        size_t j = i % (size_t)O, step = i / (size_t)O;
+        float raw = m->obs_shift ? obs[i] - m->obs_shift[j] : obs[i];
+        float x = raw * m->obs_scale[j] + m->obs_offset[j];
+        if (!(fabsf(x) <= TSAD_MAX_MAGNITUDE)) {
+            return tsad_fail(TSAD_ARGUMENT,
+                             "obs: expected magnitudes up to %g after normalising, got %g (raw %g) "
+                             "at row %zu, observation step %zu, element %zu; the network can't "
+                             "represent that, check where it is from",
+                             (double)TSAD_MAX_MAGNITUDE, (double)x, (double)obs[i],
+                             step / (size_t)m->n_obs_steps, step % (size_t)m->n_obs_steps, j);
         }
     }
     return TSAD_OK;
 }
 
-static tsad_status check_call(const tsad_policy *p, const tsad_call *call)
+/* a sample (T, A) of denoising step k and row i */
+static tsad_status check_sample(const tsad_model *m, const char *name, const float *x, int k, int i)
+{
+    size_t A = (size_t)m->action_dim, n = (size_t)m->horizon * A;
+    size_t at = tsad_first_beyond(x, n, TSAD_MAX_MAGNITUDE);
+    if (at == n) {
+        return TSAD_OK;
+    }
+    return tsad_fail(TSAD_ARGUMENT,
+                     "%s: expected magnitudes up to %g, got %g at denoising step %d, row %d, "
+                     "action %zu, element %zu; the network can't represent that, check where it "
+                     "is from",
+                     name, (double)TSAD_MAX_MAGNITUDE, (double)x[at], k, i, at / A, at % A);
+}
+
+tsad_status tsad_policy_check(const tsad_policy *p, const tsad_call *call)
 {
     const tsad_model *m = p->model;
     if (call->n_lanes < 1 || call->n_lanes > p->n_lanes) {
@@ -71,23 +109,73 @@ static tsad_status check_call(const tsad_policy *p, const tsad_call *call)
                              p->n_lanes - 1, call->lanes[i]);
         }
     }
-    if (!call->noise && (m->adds_noise || !call->initial)) {
-        return tsad_fail(TSAD_ARGUMENT, "noise: this sampler needs it");
+    TSAD_TRY(check_obs(m, call->obs, call->n_lanes));
+    size_t row = (size_t)m->horizon * (size_t)m->action_dim;
+    for (int i = 0; i < call->n_lanes; i++) {
+        const float *noise = call->noise ? call->noise + (size_t)i * call->noise_lane : NULL;
+        const float *initial = call->initial ? call->initial + (size_t)i * row : noise;
+        if (initial) {
+            TSAD_TRY(check_sample(m, "noise", initial, 0, i));
+        }
+        for (int k = 1; noise && k < m->n_steps && m->adds_noise; k++) {
+            TSAD_TRY(check_sample(m, "noise", noise + (size_t)k * call->noise_step, k, i));
+        }
     }
-    size_t n = (size_t)call->n_lanes * (size_t)m->n_obs_steps * (size_t)m->obs_dim;
-    return check_finite("obs", call->obs, n);
+    return TSAD_OK;
+}
+
+/* ---- a call ---------------------------------------------------------------------------------- */
+
+static void deliver(const tsad_policy *p, const tsad_call *call)
+{
+    const tsad_model *m = p->model;
+    size_t A = (size_t)m->action_dim, all = (size_t)m->horizon * A;
+    size_t from = call->whole_horizon ? 0 : (size_t)(m->n_obs_steps - 1) * A;
+    size_t n = call->whole_horizon ? all : (size_t)m->n_action_steps * A;
+    for (size_t i = 0; i < (size_t)call->n_lanes; i++) {
+        memcpy(call->actions + i * n, p->actions + i * all + from, sizeof(float) * n);
+    }
+}
+
+/* Nobody has seen the actions that any of its lanes would go on from, so all of them are reset. */
+static tsad_status abandon(tsad_policy *p, const tsad_call *call, tsad_status status)
+{
+    int failed = -1;
+    for (int i = 0; i < call->n_lanes; i++) {
+        int lane = call->lanes[i];
+        failed = failed < 0 && p->lanes[lane].overflow ? lane : failed;
+        tsad_policy_reset(p, lane);
+    }
+    return failed < 0 ? status
+                      : tsad_fail(TSAD_NOT_FINITE,
+                                  "lane %d: the %s are not finite: the network overflowed on this "
+                                  "observation and noise, check them and the weights; nothing is "
+                                  "returned, and the lanes of this call start anew, as after "
+                                  "reset()",
+                                  failed, p->lanes[failed].overflow);
 }
 
 tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
 {
-    TSAD_TRY(check_call(p, call));
+    if (!call->noise && (p->model->adds_noise || !call->initial)) {
+        return tsad_fail(TSAD_ARGUMENT, "noise: this sampler needs it");
+    }
+    TSAD_TRY(tsad_policy_check(p, call));
     int64_t start = tsad_now();
     job j = {.policy = p, .call = call};
     for (int i = 0; i < p->n_threads; i++) { /* not every thread need come */
         memset(p->desks[i].ns, 0, sizeof p->desks[i].ns);
     }
+    for (int i = 0; i < call->n_lanes; i++) {
+        p->lanes[call->lanes[i]].overflow = NULL;
+    }
     int queues = 1, came = 0;
-    TSAD_TRY(p->model->backend->each(p->engine, call->n_lanes, false, run_gang, &j, &queues));
+    tsad_status status =
+        p->model->backend->each(p->engine, call->n_lanes, false, run_gang, &j, &queues);
+    if (status != TSAD_OK) {
+        return abandon(p, call, status);
+    }
+    deliver(p, call);
     for (int i = 0; i < queues; i++) {
         came += p->desks[i].ns[TSAD_DENOISE] > 0;
     }
@@ -133,6 +221,12 @@ static tsad_status predict_one(void *context, tsad_queue *queue, int rank, int f
         TSAD_TRY(m->backend->run(queue, &run, 1, a->step, a->step + 1));
         rows.data = a->out + (size_t)i * floats;
         TSAD_TRY(m->backend->get(queue, 0, TSAD_DENOISER, net->output, rows));
+        if (tsad_first_beyond(rows.data, floats, FLT_MAX) < floats) {
+            return tsad_fail(TSAD_NOT_FINITE,
+                             "row %d: the network overflowed on this sample and observation; "
+                             "check them and the weights",
+                             i);
+        }
     }
     return TSAD_OK;
 }
@@ -144,7 +238,11 @@ tsad_status tsad_policy_predict_noise(tsad_policy *p, int n, const float *sample
     if (step < 0 || step >= m->n_steps) {
         return tsad_fail(TSAD_ARGUMENT, "step: expected 0 to %d, got %d", m->n_steps - 1, step);
     }
-    TSAD_TRY(check_finite("obs", obs, (size_t)n * (size_t)m->n_obs_steps * (size_t)m->obs_dim));
+    TSAD_TRY(check_obs(m, obs, n));
+    for (int i = 0; i < n; i++) {
+        const float *x = sample + (size_t)i * (size_t)m->horizon * (size_t)m->action_dim;
+        TSAD_TRY(check_sample(m, "sample", x, step, i));
+    }
     alone a = {.policy = p, .sample = sample, .obs = obs, .step = step, .out = out};
     int queues;
     return n ? m->backend->each(p->engine, n, true, predict_one, &a, &queues) : TSAD_OK;
@@ -157,7 +255,11 @@ static tsad_status score_one(void *context, tsad_queue *queue, int rank, int fir
     int lane = p->n_lanes;
     (void)first, (void)n;
     TSAD_TRY(tsad_encode(p, queue, 1, &lane, a->obs));
-    return tsad_prune(p, queue, lane, p->desks[rank].scores);
+    tsad_status status = prune(p, queue, lane, p->desks[rank].scores);
+    return status != TSAD_NOT_FINITE
+               ? status
+               : tsad_fail(status, "the pruner overflowed on this observation; check it and the "
+                                   "weights");
 }
 
 tsad_status tsad_policy_pruner_scores(tsad_policy *p, const float *obs, float *out)
@@ -166,7 +268,7 @@ tsad_status tsad_policy_pruner_scores(tsad_policy *p, const float *obs, float *o
     if (!m->has_pruner) {
         return tsad_fail(TSAD_ARGUMENT, "this policy has no pruner");
     }
-    TSAD_TRY(check_finite("obs", obs, (size_t)m->n_obs_steps * (size_t)m->obs_dim));
+    TSAD_TRY(check_obs(m, obs, 1));
     alone a = {.policy = p, .obs = obs};
     int queues;
     TSAD_TRY(m->backend->each(p->engine, 1, true, score_one, &a, &queues));

@@ -59,12 +59,65 @@ static tsad_status check_spec(const tsad_model_spec *s)
                              (long long)s->block_cost[b]);
         }
     }
-    for (int a = 0; a < s->action_dim; a++) {
-        if (s->action_scale[a] == 0 || !isfinite(s->action_scale[a])) {
+    return TSAD_OK;
+}
+
+static tsad_status check_numbers(const char *name, const float *x, size_t n)
+{
+    size_t at = x ? tsad_first_beyond(x, n, TSAD_MAX_MAGNITUDE) : n;
+    return at == n ? TSAD_OK
+                   : tsad_fail(TSAD_ARGUMENT,
+                               "%s: expected numbers of magnitude up to %g, got %g at flat index "
+                               "%zu; a network can't represent that",
+                               name, (double)TSAD_MAX_MAGNITUDE, (double)x[at], at);
+}
+
+static tsad_status check_tensors(const tsad_tensor *tensors, int n)
+{
+    for (int i = 0; i < n; i++) {
+        size_t size = 1;
+        for (int d = 0; d < tensors[i].n_dims; d++) {
+            size *= (size_t)tensors[i].shape[d];
+        }
+        TSAD_TRY(check_numbers(tensors[i].name, tensors[i].data, size));
+    }
+    return TSAD_OK;
+}
+
+static tsad_status check_tables(const tsad_model_spec *s)
+{
+    size_t O = (size_t)s->obs_dim, A = (size_t)s->action_dim, K = (size_t)s->n_steps;
+    TSAD_TRY(check_numbers("obs_scale", s->obs_scale, O));
+    TSAD_TRY(check_numbers("obs_offset", s->obs_offset, O));
+    TSAD_TRY(check_numbers("action_scale", s->action_scale, A));
+    TSAD_TRY(check_numbers("action_offset", s->action_offset, A));
+    TSAD_TRY(check_numbers("obs_shift", s->obs_shift, O));
+    TSAD_TRY(check_numbers("action_shift", s->action_shift, A));
+    for (size_t a = 0; a < A; a++) {
+        if (fabsf(s->action_scale[a]) < 1 / TSAD_MAX_MAGNITUDE) {
             return tsad_fail(TSAD_ARGUMENT,
-                             "action_scale[%d]: expected a finite number that is "
-                             "not 0 (actions are divided by it), got %g",
-                             a, (double)s->action_scale[a]);
+                             "action_scale[%zu]: expected a magnitude of at least %g (actions are "
+                             "divided by it), got %g",
+                             a, 1 / (double)TSAD_MAX_MAGNITUDE, (double)s->action_scale[a]);
+        }
+    }
+    TSAD_TRY(check_numbers("time_emb", s->time_emb, K * (size_t)s->n_emb));
+    if (s->n_pruner_tensors) {
+        size_t n = (size_t)s->n_blocks * (size_t)s->pruner_hidden;
+        TSAD_TRY(check_numbers("block_emb", s->block_emb, n));
+    }
+    return TSAD_OK;
+}
+
+static tsad_status check_sampler(const float *sampler, int n_steps)
+{
+    for (int i = 0; i < n_steps * TSAD_SAMPLER_COLUMNS; i++) {
+        int k = i / TSAD_SAMPLER_COLUMNS, column = i % TSAD_SAMPLER_COLUMNS;
+        bool range = column == 2; /* infinite where nothing is clipped */
+        if (range ? !(sampler[i] >= 0) : !(fabsf(sampler[i]) <= TSAD_MAX_MAGNITUDE)) {
+            return tsad_fail(TSAD_ARGUMENT, "sampler: expected %s at step %d, column %d, got %g",
+                             range ? "0 or more" : "a magnitude up to 1e12", k, column,
+                             (double)sampler[i]);
         }
     }
     return TSAD_OK;
@@ -75,6 +128,7 @@ static tsad_status copy_sampler(tsad_model *m, const float *sampler, int n_steps
     m->n_steps = n_steps;
     m->adds_noise = false;
     m->sampler = NULL;
+    TSAD_TRY(check_sampler(sampler, n_steps));
     TSAD_TRY(tsad_copy_floats(&m->sampler, sampler, (size_t)n_steps * TSAD_SAMPLER_COLUMNS));
     for (int k = 1; k <= n_steps; k++) {
         m->adds_noise |= m->sampler[k * TSAD_SAMPLER_COLUMNS - 1] != 0;
@@ -173,6 +227,9 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
         return tsad_fail(TSAD_ARGUMENT, "backend '%s' is unknown or not usable on this CPU",
                          wanted ? wanted : "auto");
     }
+    TSAD_TRY(check_tables(spec));
+    TSAD_TRY(check_tensors(spec->tensors, spec->n_tensors));
+    TSAD_TRY(check_tensors(spec->pruner_tensors, spec->n_pruner_tensors));
     m->precision = spec->precision;
     TSAD_TRY(copy_tables(spec, m));
     if (strcmp(spec->family, "diffusion_policy_transformer") == 0) {

@@ -50,6 +50,8 @@ static void layout(tsad_policy *p, tsad_arena *arena)
     p->noise = TSAD_CARVE(
         arena, float,
         (size_t)p->n_lanes *(size_t)m->n_steps *(size_t)m->horizon *(size_t)m->action_dim);
+    p->actions =
+        TSAD_CARVE(arena, float, (size_t)p->n_lanes *(size_t)m->horizon *(size_t)m->action_dim);
     p->last_of_block = TSAD_CARVE(arena, int32_t, m->n_blocks);
     p->dense_plan = TSAD_CARVE(arena, uint8_t, cells);
     p->filled = TSAD_CARVE(arena, uint8_t, cells);

@@ -19,6 +19,7 @@ typedef struct tsad_lane {
     tsad_sums_use sums_use; /* in the running chunk */
     tsad_planner_kind planner;
     tsad_lane_stats stats;
+    const char *overflow; /* what of the running chunk is not finite, NULL: nothing */
 } tsad_lane;
 
 /* What one queue's stages write on, on the host. */
@@ -41,6 +42,7 @@ struct tsad_policy {
     tsad_desk *desks; /* n_threads */
     tsad_program dense, encode, prune;
     float *noise;           /* (L, K, T, A) */
+    float *actions;         /* (L, T, A) of the running call, until all its lanes are done */
     int32_t *last_of_block; /* (B) scratch of the planner outside chunks */
     uint8_t *dense_plan;    /* (K, B) zeros */
     uint8_t *filled;        /* (K, B) scratch of tsad_policy_set_plan */

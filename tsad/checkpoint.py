@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from tsad.config import PolicyConfig, Shapes, network_shapes, pruner_shapes
 from tsad.files import make_folder, write_atomically, write_together
+from tsad.section import MAX_MAGNITUDE
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -166,13 +167,14 @@ def check_tensors(tensors: Mapping[str, Shaped], shapes: Shapes, file: str) -> N
 
 
 def check_finite(tensors: Mapping[str, NDArray[Any]], file: str) -> None:
-    """Refuses NaN and Inf: ``CheckpointError`` names the first tensor and place."""
+    """Refuses what no network can represent, NaN and Inf too: ``CheckpointError`` says where."""
     for name, value in tensors.items():
-        if not np.isfinite(value).all():
-            index = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
+        good = np.abs(value) <= MAX_MAGNITUDE
+        if not good.all():
+            index = tuple(int(i) for i in np.argwhere(~good)[0])
             raise CheckpointError(
-                f"{file}: {name}: expected finite float32 numbers, got {value[index]} at "
-                f"{list(index)}; the training diverged or the file is damaged"
+                f"{file}: {name}: expected finite numbers of magnitude up to {MAX_MAGNITUDE:g}, "
+                f"got {value[index]} at {list(index)}; the training diverged or the file is damaged"
             )
 
 

@@ -80,6 +80,7 @@ from tsad.section import (
     MAX_DIM,
     MAX_HEADS,
     MAX_HORIZON,
+    MAX_MAGNITUDE,
     MAX_TIMESTEPS,
     MAX_WIDTH,
     Section,
@@ -235,10 +236,9 @@ class NormalizerConfig:
             part.done()
         section.done()
         for i, scale in enumerate(maps["action"].scale):
-            # float32 is what the inverse is computed in
-            if abs(scale) < float(np.finfo(np.float32).tiny):
-                path = f"action.scale[{i}]"
-                raise section.error(path, "a number other than 0", scale, "use 1 for no scaling")
+            if abs(scale) < 1 / MAX_MAGNITUDE:  # actions are divided by it
+                expected = f"a magnitude of at least {1 / MAX_MAGNITUDE:g}"
+                raise section.error(f"action.scale[{i}]", expected, scale, "1 is no scaling")
         return cls(maps["obs"], maps["action"])
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,7 +38,10 @@ class SparsePolicy(_core.Policy):
     (lanes, horizon, action_dim) the initial sample alone; ``lanes`` runs a subset, listed or marked
     by a mask of one bool per lane; ``return_horizon`` returns all actions. Arrays are borrowed, not
     copied: NumPy, or anything with DLPack (torch, JAX ...) in host memory; the result is of the
-    library of ``obs``. A refused call changes nothing.
+    library of ``obs``. A refused call changes nothing. Observations whose normalised magnitude
+    passes 1e12 are refused: the network can't represent them. If it overflows all the same, the
+    call raises ``RuntimeError`` and returns nothing, and its lanes start anew, as after `reset`;
+    only their streams of noise have gone on.
 
     ``policy.sparsity = 0.95`` turns the dial, ``policy.plan = plan`` fixes a plan, and
     ``policy.reset(seed=0)`` starts an episode. A new policy is dense.

@@ -18,6 +18,7 @@ MAX_HEADS = 256
 MAX_WIDTH = 16384
 MAX_TIMESTEPS = 100_000
 MAX_COST = 2**53  # float64 counts exactly up to here
+MAX_MAGNITUDE = 1e12  # of a number that goes into a network: TSAD_MAX_MAGNITUDE in csrc/tsad.h
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -102,8 +103,8 @@ class Section:
             raise self.error(key, f"a list of {count} numbers", got, "give one per dimension")
         for i, number in enumerate(value):
             bad = isinstance(number, bool) or not isinstance(number, int | float | np.number)
-            if bad or not math.isfinite(np.float32(_clamp(number))):
-                raise self.error(f"{key}[{i}]", "a finite float32 number", number)
+            if bad or not abs(_clamp(number)) <= MAX_MAGNITUDE:
+                raise self.error(f"{key}[{i}]", f"a finite number up to {MAX_MAGNITUDE:g}", number)
         return tuple(float(number) for number in value)
 
     def done(self) -> None:
@@ -139,7 +140,6 @@ def _show(value: Any) -> str:
 def _clamp(number: Any) -> float:
     """A JSON integer may be too large for a float; make it infinite, which the caller refuses."""
     try:
-        value = float(number)
+        return float(number)
     except OverflowError:
         return math.inf
-    return value if abs(value) <= float(np.finfo(np.float32).max) else math.inf

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from tsad import _core
 from tsad.plan import REUSE_ROLLOUT, Plan
 from tsad.policy import Choice, SparsePolicy
+from tsad.section import MAX_MAGNITUDE
 
 if TYPE_CHECKING:
     from tsad.samplers import Sampler
@@ -112,9 +113,11 @@ class WarmPolicy(SparsePolicy):
             n, one, given = len(rows), (self.n_obs_steps, self.obs_dim), obs
             obs = _array("obs", obs, [(n, *one), *([one] if self.lanes == n == 1 else [])])
             drop = obs.ndim == 2
+            _check_magnitude("obs", self._config.normalizer.obs.normalise(obs, float))
             sample = (n, self.horizon, self.action_dim)
             if noise is not None:
                 noise = _array("noise", noise, [(self._cold.num_inference_steps, *sample), sample])
+                _check_magnitude("noise", noise)
             moved = self._moved(executed, n)
             start = 0 if return_horizon else self.n_obs_steps - 1
             stop = self.horizon if return_horizon else start + self.n_action_steps
@@ -122,7 +125,11 @@ class WarmPolicy(SparsePolicy):
                 shape = (n, stop - start, self.action_dim)
                 _check_out(out, shape[1:] if drop else shape)
 
-            chunks = self._run(obs.reshape(n, *one), noise, rows, moved)
+            try:
+                chunks = self._run(obs.reshape(n, *one), noise, rows, moved)
+            except BaseException:  # nobody sees these chunks, so nothing may go on from them
+                self._forget(rows)
+                raise
             actions = chunks[:, start:stop].copy()[0 if drop else slice(None)]
             if out is None:
                 return _core._hand(actions, given)
@@ -179,8 +186,7 @@ class WarmPolicy(SparsePolicy):
         with self._alone():
             rows, seed = self._cold._lanes(lanes), _core._plain(seed, "seed")
             self._cold.reset(rows, seed)  # refuses what is wrong with the seed
-            super().reset(rows)
-            self._is_warm[rows] = False
+            self._forget(rows)
             if seed is None:
                 return
             for row, lane in enumerate(rows):
@@ -191,6 +197,11 @@ class WarmPolicy(SparsePolicy):
                     else SeedSequence(index(seed[row]))
                 )
                 self._streams[lane] = Generator(PCG64(own))
+
+    def _forget(self, rows: list[int]) -> None:
+        self._cold.reset(rows)
+        super().reset(rows)
+        self._is_warm[rows] = False
 
     # ---- one thread at a time
 
@@ -281,6 +292,18 @@ def _array(name: str, value: Any, shapes: list[tuple[int, ...]]) -> Floats:
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: expected finite numbers, got nan or inf; check where it is from")
     return array
+
+
+def _check_magnitude(name: str, value: NDArray[Any]) -> None:
+    """As the core, but before any noise is drawn."""
+    good = np.abs(value) <= MAX_MAGNITUDE
+    if not good.all():
+        index = [int(i) for i in np.argwhere(~good)[0]]
+        raise ValueError(
+            f"{name}: expected magnitudes up to {MAX_MAGNITUDE:g}, observations normalised, got "
+            f"{value[tuple(index)]:g} at {name}{index}; the network can't represent that, check "
+            "where it is from"
+        )
 
 
 def _check_out(out: Any, shape: tuple[int, ...]) -> None:

@@ -141,6 +141,13 @@ static inline float tsad_row_scale(float square, float *unit)
     return TSAD_ROW_LENGTH / length;
 }
 
+/* What a LayerNorm or GroupNorm multiplies by; NaN where the squares overflowed, so that it is
+ * seen. */
+static inline float tsad_norm_scale(float variance)
+{
+    return 1 / sqrtf(variance + 1e-5f) + (variance - variance);
+}
+
 /* floats of room for `rows` rows of n activations in 16 bits */
 static inline size_t tsad_rounded_floats(int rows, int n)
 {

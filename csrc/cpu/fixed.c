@@ -279,7 +279,7 @@ static void prune_spread(const context *c, const tsad_node *node)
         float *y = reg(c, node->out) + k * ld;
         for (size_t i = 0; i < n; i++) {
             float sum = x[i] + table[i];
-            y[i] = sum > 0 ? sum : 0;
+            y[i] = sum < 0 ? 0 : sum; /* NaN stays */
         }
     }
 }

@@ -117,7 +117,7 @@ static void ref_layernorm(const float *x, int ld, int rows, int n, float *y)
         for (int i = 0; i < n; i++) {
             variance += (from[i] - mean) * (from[i] - mean);
         }
-        float scale = 1 / sqrtf(variance / (float)n + 1e-5f);
+        float scale = tsad_norm_scale(variance / (float)n);
         for (int i = 0; i < n; i++) {
             to[i] = (from[i] - mean) * scale;
         }
@@ -140,7 +140,7 @@ static void ref_groupnorm(float *x, int ld, int rows, int n, const tsad_after *a
             square += (double)v * v;
         }
     }
-    float scale = 1 / sqrtf((float)(square / (rows * n)) + 1e-5f);
+    float scale = tsad_norm_scale((float)(square / (rows * n)));
     for (int t = 0; t < rows; t++) {
         for (int i = 0; i < n; i++) {
             float v = (x[t * ld + i] - mean) * scale * after->gain[i] + after->shift[i];

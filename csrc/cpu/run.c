@@ -63,6 +63,7 @@ static void update_sample(const context *c)
             int at = i * ld + j;
             float x0 = a * x[at] + b * e[at];
             x0 = x0 > r ? r : x0 < -r ? -r : x0;
+            /* the range hides nothing: where e is infinite f e is NaN, also if f is 0 */
             float next = cx0 * x0 + d * x[at] + f * e[at] + g * previous[at];
             x[at] = z ? next + h * z[i * A + j] : next;
             previous[at] = x0;

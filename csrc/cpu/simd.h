@@ -35,11 +35,11 @@ ALWAYS_INLINE vf select_vf(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (
 ALWAYS_INLINE vf lower(vf a, vf b) { return select_vf(a < b, a, b); }
 ALWAYS_INLINE vf upper(vf a, vf b) { return select_vf(a > b, a, b); }
 
-/* exp, 2 units in the last place; 0 below -87 */
+/* exp, 2 units in the last place; 0 below -87, NaN of NaN (which the bounds let through) */
 ALWAYS_INLINE vf exponential(vf x)
 {
     const vf magic = V_SET1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    vf clamped = upper(lower(x, V_SET1(88.0f)), V_SET1(-87.0f));
+    vf clamped = upper(V_SET1(-87.0f), lower(V_SET1(88.0f), x));
     vf shifted = V_FMA(clamped, V_SET1(1.44269504f), magic);
     vf n = shifted - magic;
     vf r = V_FMA(n, V_SET1(-0.693145752f), clamped);
@@ -268,7 +268,7 @@ static void path(layernorm)(const float *x, int ld, int rows, int n, float *y)
         for (int i = whole; i < n; i++) {
             rest += (from[i] - mean) * (from[i] - mean);
         }
-        float scale = 1 / sqrtf((V_TOTAL(square) + rest) / (float)n + 1e-5f);
+        float scale = tsad_norm_scale((V_TOTAL(square) + rest) / (float)n);
         for (int i = 0; i < whole; i += W) {
             store(to + i, (load(from + i) - centre) * V_SET1(scale));
         }
@@ -305,7 +305,7 @@ static void path(groupnorm)(float *x, int ld, int rows, int n, const tsad_after 
 {
     float count = (float)rows * (float)n;
     float mean = group_sum(false, 0, x, ld, rows, n) / count;
-    float unit = 1 / sqrtf(group_sum(true, mean, x, ld, rows, n) / count + 1e-5f);
+    float unit = tsad_norm_scale(group_sum(true, mean, x, ld, rows, n) / count);
     const float *scale = after->scale, *move = after->move;
     for (int t = 0; t < rows; t++) {
         float *row = x + (size_t)t * (size_t)ld;

@@ -120,28 +120,19 @@ static int borrow_noise(edge_policy *self, chunk *c, PyObject *noise)
 
 /* Draw what the caller did not give. Per chunk and lane that is standard_normal((K, T, A)), or its
  * first row alone where the sampler adds no noise. Needs no GIL. */
-static void draw(edge_policy *self, const chunk *c, tsad_call *call)
+static void draw(edge_policy *self, tsad_call *call)
 {
     const tsad_model_info *info = &self->info;
     size_t row = (size_t)info->horizon * (size_t)info->action_dim;
     size_t n = info->adds_noise ? row * (size_t)info->n_steps : row;
-    if (c->noise_given) {
-        call->noise = c->noise.data;
-        call->noise_step = row * (size_t)c->n_lanes;
-        call->noise_lane = row;
+    if (call->noise || (call->initial && !info->adds_noise)) {
         return;
-    }
-    if (c->initial_given) {
-        call->initial = c->noise.data;
-        if (!info->adds_noise) {
-            return;
-        }
     }
     float *buffer = tsad_policy_noise_buffer(self->policy);
     call->noise = buffer;
     call->noise_step = row;
     call->noise_lane = row * (size_t)info->n_steps;
-    for (int i = 0; i < c->n_lanes; i++) {
+    for (int i = 0; i < call->n_lanes; i++) {
         edge_stream *stream = &self->streams[self->lanes[i]];
         edge_stream_normal(stream, n, buffer + (size_t)i * call->noise_lane);
     }
@@ -152,25 +143,34 @@ static int run(edge_policy *self, const chunk *c)
     if (!c->n_lanes) {
         return 0;
     }
+    size_t row = (size_t)self->info.horizon * (size_t)self->info.action_dim;
     tsad_call call = {
         .lanes = self->lanes,
         .n_lanes = c->n_lanes,
         .obs = c->obs.data,
+        .noise = c->noise_given ? c->noise.data : NULL,
+        .noise_step = row * (size_t)c->n_lanes,
+        .noise_lane = row,
+        .initial = c->initial_given ? c->noise.data : NULL,
         .actions = c->data,
         .whole_horizon = c->whole_horizon,
     };
     PyThreadState *thread = PyEval_SaveThread(); /* leaves the GIL */
     MARK(begin);
-    draw(self, c, &call);
-    tsad_status status = tsad_policy_step(self->policy, &call);
+    tsad_status status = tsad_policy_check(self->policy, &call);
+    bool refused = status != TSAD_OK;
+    if (!refused) {
+        draw(self, &call);
+        status = tsad_policy_step(self->policy, &call);
+    }
     MARK(end);
     PyEval_RestoreThread(thread);
+    for (int i = 0; i < c->n_lanes && !refused; i++) {
+        self->ran[self->lanes[i]] = status == TSAD_OK; /* else the core has reset it */
+    }
     if (status != TSAD_OK) {
         edge_raise(status);
         return -1;
-    }
-    for (int i = 0; i < c->n_lanes; i++) {
-        self->ran[self->lanes[i]] = 1;
     }
     return 0;
 }

@@ -1,6 +1,8 @@
 /* denoise.c: noise -> actions along the lanes' programs. */
 #include "stage.h"
 
+#include <float.h>
+
 /* remember when each slot was last written */
 static void note_writes(const tsad_model *m, tsad_lane *lane)
 {
@@ -30,22 +32,25 @@ static tsad_status begin(const tsad_gang *g, int i)
     return m->backend->put(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows);
 }
 
-/* the i-th lane's normalised sample -> executed or all actions in raw units */
+/* The i-th lane's normalised sample -> all actions in raw units. A slot that is not finite has made
+ * the sample so, and that stays. */
 static tsad_status emit_actions(const tsad_gang *g, int i)
 {
     const tsad_model *m = g->policy->model;
-    bool whole = g->call->whole_horizon;
-    int n = whole ? m->horizon : m->n_action_steps;
-    size_t floats = (size_t)n * (size_t)m->action_dim;
-    tsad_rows rows = {.data = g->call->actions + (size_t)(g->row + i) * floats,
-                      .first = whole ? 0 : m->n_obs_steps - 1,
-                      .rows = n,
+    size_t floats = (size_t)m->horizon * (size_t)m->action_dim;
+    tsad_rows rows = {.data = g->policy->actions + (size_t)(g->row + i) * floats,
+                      .rows = m->horizon,
                       .channels = m->action_dim,
                       .stride = m->action_dim,
                       .scale = m->action_scale,
                       .offset = m->action_offset,
                       .shift = m->action_shift};
-    return m->backend->get(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows);
+    TSAD_TRY(m->backend->get(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows));
+    if (tsad_first_beyond(rows.data, floats, FLT_MAX) < floats) {
+        tsad_gang_lane(g, i)->overflow = "actions";
+        return TSAD_NOT_FINITE;
+    }
+    return TSAD_OK;
 }
 
 tsad_status tsad_denoise(const tsad_gang *g)

@@ -30,5 +30,5 @@ void tsad_plan(const tsad_policy *p, tsad_desk *desk, tsad_lane *lane);
 void tsad_sums_begin(tsad_lane *lane, bool room);
 /* After tsad_plan: whether this chunk makes them, has them, or goes without. */
 void tsad_sums_choose(tsad_lane *lane);
-/* Runs the lanes' programs from noise to actions. */
+/* Runs the lanes' programs from noise to actions, which wait in the policy's memory. */
 tsad_status tsad_denoise(const tsad_gang *g);
