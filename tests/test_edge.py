@@ -469,7 +469,6 @@ def test_a_policy_keeps_its_model_and_is_collected() -> None:
     assert sys.getrefcount(model) == references
     obs, noise = observations(policy, 0), noises(policy, 1)
     expected = policy(obs, noise=noise)
-    policy.myself = policy  # type: ignore[attr-defined]  # a cycle
     ghost = weakref.ref(policy)
     del policy
     gc.collect()

@@ -82,14 +82,16 @@ def reference_inputs(sampler: str | None, steps: int, obs: Any, noise: Any) -> A
     policy = reference.ReferencePolicy(
         case, random_tensors(case["network"], 0), sampler=sampler, num_inference_steps=steps
     )
-    entered, embed = [], reference.embed
+    from tsad.reference import dpt
+
+    entered, embed = [], dpt.embed
 
     def watched(w: Any, sample: Any) -> Any:
         entered.append(sample)
         return embed(w, sample)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "embed", watched)
+        patch.setattr(dpt, "embed", watched)
         for each, z in zip(obs, noise, strict=True):
             policy.reset()
             policy(each[None], z[:, None])

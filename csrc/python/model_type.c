@@ -549,7 +549,7 @@ PyDoc_STRVAR(
     "      sampler, time_emb=None, obs_scale, obs_offset, action_scale, action_offset,\n"
     "      block_cost, tensors, pruner=None, nodes=None, registers=None, backend=None,\n"
     "      precision='float32', down_dims=None, kernel_size=0, n_groups=0,\n"
-    "      use_film_scale_modulation=False)\n--\n\n"
+    "      use_film_scale_modulation=False, obs_shift=None, action_shift=None)\n--\n\n"
     "An immutable model, shared by policies: weights packed for one backend, rewritten tables,\n"
     "sampler. The arguments are those of struct tsad_model_spec in csrc/tsad.h; arrays are read\n"
     "by the constructor alone. Only family 'nodes' may leave out sizes of layers and time_emb.");
