@@ -52,7 +52,8 @@ from tsad.files import write_atomically, write_json  # noqa: E402
 from tsad.plan import SOURCE_NAMES  # noqa: E402
 from tsad.planners.base import budget, full, make_plan  # noqa: E402
 from tsad.planners.search import ChunkError, Found, Search  # noqa: E402
-from tsad.sim.recording import Recorded, names_of, read_collection  # noqa: E402
+from tsad.sim.observations import read_observations  # noqa: E402
+from tsad.sim.recording import Recorded, names_of  # noqa: E402
 
 DIRECTIONS = {
     "type": (REUSE_TYPE,),
@@ -162,6 +163,8 @@ def rollout_cycle(
     counts as the oldest of them.
     """
     K, B = effects.skip.shape
+    if not effects.knows_rollouts:
+        raise ValueError("effects: of single observations; measure them on successive chunks")
     costs = np.tile(np.asarray(policy.block_costs, np.int64), K)
     known = effects.rollout.astype(np.float64)
     ages = np.minimum(np.arange(turns - 1 if turns else K), len(known) - 1)
@@ -442,7 +445,7 @@ def search_and_report(
     policy = load_policy(args, facts, args.lanes, args.precision)
     error = ChunkError(
         policy,
-        [(episode.obs[part], episode.noise(policy)[part]) for episode, part in chosen],
+        [(episode.obs[part], episode.noise(policy, part)) for episode, part in chosen],
         reference=load_policy(args, facts, args.lanes),
         counts_first=False,
     )
@@ -473,12 +476,18 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     effects = planners.Effects.load(args.effects)
     facts = effects.metadata
-    settings, episodes = read_collection(args.data)
-    other_settings, others = read_collection(args.others)
+    alone = load_policy(args, facts, 1)
+    settings, episodes = read_observations(args.data, alone)
+    other_settings, others = read_observations(args.others, alone)
     others = others[: args.episodes]
     chosen = pick(episodes, args.windows * args.length, args.length, args.seed)
     chosen = [(each, part) for each, part in chosen if len(each.obs[part]) == args.length]
     chosen = chosen[: len(chosen) // args.lanes * args.lanes]
+    if not chosen or all(len(episode.obs) == 1 for episode in others):
+        raise ValueError(
+            f"data, others: expected {args.lanes} windows (--lanes) of {args.length} successive "
+            "chunks (--length), and episodes of two; record longer ones"
+        )
     seeds, tested = names_of([episode for episode, _ in chosen]), names_of(others)
     check_apart({args.effects: facts["seeds"], str(args.data): seeds}, tested)
     hashes = same_weights(args, facts, settings, other_settings)

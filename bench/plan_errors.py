@@ -37,7 +37,8 @@ from tsad.commands.plan import pick  # noqa: E402
 from tsad.files import write_json  # noqa: E402
 from tsad.planners.search import ChunkError  # noqa: E402
 from tsad.sim.frontier import rank_correlation  # noqa: E402
-from tsad.sim.recording import names_of, read_collection  # noqa: E402
+from tsad.sim.observations import read_observations  # noqa: E402
+from tsad.sim.recording import names_of  # noqa: E402
 
 Name = int | str  # of an episode
 
@@ -154,7 +155,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("effects", help="of tsad plan measure")
-    parser.add_argument("data", type=Path, help="of tsad collect, other seeds")
+    parser.add_argument(
+        "data", type=Path, help="other episodes of tsad collect or tsad.Recorder, or arrays"
+    )
     parser.add_argument("--policy", default="pusht")
     parser.add_argument("--observations", type=int, default=500, metavar="N")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.93, 0.95, 0.97])
@@ -177,7 +180,7 @@ def check_apart(seen: dict[str, list[Name]], tested: list[Name]) -> None:
         both = [name for name in tested if name in set(seeds)]
         if both:
             raise ValueError(
-                f"{name} was made with the episodes {both[:5]} that are to test it; collect others "
+                f"{name} was made with the episodes {both[:5]} that are to test it; record others "
                 "(tsad collect --first-seed)"
             )
 
@@ -185,7 +188,7 @@ def check_apart(seen: dict[str, list[Name]], tested: list[Name]) -> None:
 def same_weights(args: argparse.Namespace, *made: dict[str, Any]) -> dict[str, str]:
     """The hashes of the policy's files; ValueError if what was made is of others."""
     hashes = files_sha256(args.policy)
-    if any(facts["files_sha256"] != hashes for facts in made):
+    if any(facts.get("files_sha256", hashes) != hashes for facts in made):  # arrays don't say
         raise ValueError("effects, observations and policy are not of the same weights")
     return hashes
 
@@ -210,14 +213,14 @@ def main(argv: list[str] | None = None) -> int:
     effects = planners.Effects.load(args.effects)
     facts = effects.metadata
     given = {name: Plan.load(path) for name, _, path in (item.partition("=") for item in args.plan)}
-    settings, episodes = read_collection(args.data)
+    policy = load_policy(args, facts, args.lanes)
+    settings, episodes = read_observations(args.data, policy)
     seen = {args.effects: facts["seeds"]}
     seen |= {name: plan.metadata.get("seeds", []) for name, plan in given.items()}
     check_apart(seen, names_of(episodes))
     hashes = same_weights(args, facts, settings)
-    policy = load_policy(args, facts, args.lanes)
     chosen = pick(episodes, args.observations, 1, 0)
-    windows = [(episode.obs[part], episode.noise(policy)[part]) for episode, part in chosen]
+    windows = [(episode.obs[part], episode.noise(policy, part)) for episode, part in chosen]
     windows = windows[: len(windows) // args.lanes * args.lanes]
     error = ChunkError(policy, windows)
     document: dict[str, Any] = {

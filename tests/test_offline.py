@@ -57,7 +57,26 @@ def test_chunks_before_run_where_they_matter() -> None:
     policy.reset()
     policy.plan = Plan(sources)
     assert offline.rms(offline.actions(policy, changed), found) > 1e-3
-    assert offline.needs_past(make_policy(pruner=True))
+    pruned = make_policy(pruner=True)
+    assert not offline.needs_past(pruned)  # dense as yet
+    pruned.sparsity = 0.5
+    assert offline.needs_past(pruned)
+    pruned.plan = planners.uniform(policy, 2)
+    assert not offline.needs_past(pruned)
+
+
+def test_single_observations_do_where_nothing_came_before() -> None:
+    policy = make_policy(lanes=2)
+    given = windows(policy, 3)
+    policy.plan = planners.uniform(policy, 2)
+    alone = offline.actions(policy, given[:, 1:], 2)
+    np.testing.assert_array_equal(alone, offline.actions(policy, given, 2))
+    sources = np.zeros((8, 6), np.uint8)
+    sources[3:] = REUSE_ROLLOUT
+    policy.reset()
+    policy.plan = Plan(sources)
+    with pytest.raises(ValueError, match="windows: expected two consecutive observations"):
+        offline.actions(policy, given[:, 1:], 2)
 
 
 def test_energy_tells_distributions_apart() -> None:
@@ -93,10 +112,9 @@ def test_the_distance_of_a_plan_is_that_of_its_draws() -> None:
     assert distance.groups == 2 and sum(seen) == 4 * 5
     assert distance(planners.dense(policy)) == 0  # the same noise, the same actions
     plan = planners.uniform(policy, 3)
-    pairs = np.stack([given, given], axis=1)
-    right = [offline.actions(reference, pairs[i : i + 2], 5) for i in (0, 2)]
+    right = [offline.actions(reference, given[i : i + 2, None], 5) for i in (0, 2)]
     policy.plan = plan
-    found = [offline.actions(policy, pairs[i : i + 2], 5) for i in (0, 2)]
+    found = [offline.actions(policy, given[i : i + 2, None], 5) for i in (0, 2)]
     wanted = offline.energy(np.concatenate(found), np.concatenate(right))
     assert distance([plan]) == pytest.approx(wanted) and wanted > 0
     assert distance.chunks(plan, 1).shape == (2,)

@@ -13,6 +13,7 @@ from command_line import run
 from policies import make_policy
 
 from tsad import reference, sim
+from tsad.reference import dpt
 from tsad.sim import recording
 from tsad.sim.results import ResultsError
 
@@ -82,16 +83,14 @@ def reference_inputs(sampler: str | None, steps: int, obs: Any, noise: Any) -> A
     policy = reference.ReferencePolicy(
         case, random_tensors(case["network"], 0), sampler=sampler, num_inference_steps=steps
     )
-    from tsad.reference import dpt
+    entered, predict = [], dpt.predict
 
-    entered, embed = [], dpt.embed
-
-    def watched(w: Any, sample: Any) -> Any:
+    def watched(w: Any, network: Any, sample: Any, *rest: Any) -> Any:
         entered.append(sample)
-        return embed(w, sample)
+        return predict(w, network, sample, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpt, "embed", watched)
+        patch.setattr(dpt, "predict", watched)
         for each, z in zip(obs, noise, strict=True):
             policy.reset()
             policy(each[None], z[:, None])

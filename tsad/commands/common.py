@@ -142,6 +142,15 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# For the descriptions of commands that read them.
+OBSERVATIONS = """\
+Recorded observations are a folder of tsad collect or of tsad.Recorder (a loop of your own), or
+arrays of your own in an npz, npy or zarr file, raw units: 'obs' (N, n_obs_steps, obs_dim), what the
+policy is called with, of successive chunks if there is 'episode_ends' (E,), one past the last of
+each episode; or 'obs' (N, obs_dim), every step, with 'episode_ends', as demonstrations are."""
+OBSERVATIONS_HELP = "recorded observations: a folder, or arrays of your own; see above"
+
+
 def add_preset(parser: Any) -> None:
     """The option that names a preset, for commands that `use_preset`."""
     parser.add_argument(

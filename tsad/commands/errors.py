@@ -34,23 +34,34 @@ def most_windows(draws: int) -> int:
     return max(min(MOST_WINDOWS, MOST_CHUNKS // draws), LEAST_WINDOWS)
 
 
-def recorded_windows(path: str, most: int) -> NDArray[np.float32]:
-    """(W, 2, n_obs_steps, obs_dim) consecutive observations of a collection, all episodes in turn.
+def recorded_windows(path: str, policy: SparsePolicy, most: int) -> NDArray[np.float32]:
+    """(W, 2, n_obs_steps, obs_dim) consecutive observations, all episodes in turn.
 
-    UsageError if it is none, or has no two consecutive chunks.
+    (W, 1, n_obs_steps, obs_dim) if there are single ones alone; UsageError if there are none.
     """
     import numpy as np
 
     from tsad.commands.plan import pick
-    from tsad.sim.recording import read_collection
+    from tsad.sim.observations import read_observations
 
     with argument("--observations"):
-        _, episodes = read_collection(Path(path))
+        _, episodes = read_observations(path, policy)
         picked = [episode.obs[part] for episode, part in pick(episodes, 10**9, 2, 0)]
-        pairs = [obs for obs in picked if len(obs) == 2][:most]
-        if not pairs:
-            raise ValueError(f"{path}: no episode of two chunks in it; collect longer ones")
-        return np.stack(pairs)
+    pairs = [obs for obs in picked if len(obs) == 2]
+    return np.stack((pairs or picked)[:most])
+
+
+def unknown(windows: NDArray[np.float32] | None, policy: SparsePolicy) -> bool:
+    """Whether the policy's chunks depend on the one before, and single observations are known."""
+    from tsad.sim.offline import needs_past
+
+    return windows is not None and windows.shape[1] == 1 and needs_past(policy)
+
+
+SINGLE = (
+    "chunks depend on the one before, and --observations are single ones; give successive "
+    "observations ('episode_ends')"
+)
 
 
 def _read_kept(file: Path) -> dict[str, dict[str, float]]:
@@ -68,7 +79,7 @@ class Errors:
 
     ``action_rms`` is to the dense float32 policy with the same sampler, warm start and noise;
     ``distance`` (of two draws or more) to the ``reference`` setting, dense and float32: see
-    `tsad.sim.offline`.
+    `tsad.sim.offline`. None for a setting that these observations say nothing of: `unknown`.
     """
 
     def __init__(
@@ -85,12 +96,12 @@ class Errors:
         self._dense: dict[Any, Floats] = {}  # by sampler, steps, spacing, warm start
         seen = hashlib.sha256(windows.tobytes()).hexdigest()
         self._facts = {"files_sha256": files_sha256(source), "windows": seen, "draws": draws}
-        self._kept: dict[str, dict[str, float]] = {}
+        self._kept: dict[str, dict[str, float | None]] = {}
         if file.exists():
             with argument("--out"):
                 self._kept = _read_kept(file)
 
-    def of(self, args: argparse.Namespace, name: str) -> dict[str, float]:
+    def of(self, args: argparse.Namespace, name: str) -> dict[str, float | None]:
         """The errors of one setting; ``name`` is shown while they are measured."""
         from tsad.warm import WarmPolicy
 
@@ -102,6 +113,8 @@ class Errors:
             "backend": policy.backend,
             **configure(policy, args),
         }
+        if unknown(self._windows, policy):
+            return dict.fromkeys(("action_rms", *("distance", "spread") * (self._draws > 1)))
         if isinstance(policy, WarmPolicy):
             facts["warm_start"] = policy.num_inference_steps
         if self._draws > 1:
@@ -124,12 +137,12 @@ class Errors:
 
     def _measure(
         self, policy: SparsePolicy, args: argparse.Namespace, name: str
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         from tsad.sim import offline
 
         own = self._dense_actions(args)
         found = self._run(policy, f"{name}, errors")
-        errors = {"action_rms": offline.rms(found, own)}
+        errors: dict[str, float | None] = {"action_rms": offline.rms(found, own)}
         if self._draws > 1:
             reference = self._dense_actions(self._reference)
             errors["distance"] = offline.energy(found, reference)

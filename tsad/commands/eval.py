@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tsad._extras import package_versions
 from tsad.commands import jobs, realtime
 from tsad.commands.common import (
+    OBSERVATIONS,
     Formatter,
     InterruptedRunError,
     Progress,
@@ -57,6 +58,8 @@ any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision"
 "noise", "preset", "realtime", "latency", "warm_start". Then --out is a folder with a file per
 setting; the same command goes on with what is missing. The first is the baseline of all; the
 intervals hold for all rows together.
+
+{OBSERVATIONS}
 
 {realtime.HELP}"""
 
@@ -142,8 +145,8 @@ def add_parser(subparsers: Any) -> None:
     )
     output.add_argument(
         "--observations",
-        metavar="DIR",
-        help="with --settings: a folder of 'tsad collect', to report the error of actions on",
+        metavar="DATA",
+        help="with --settings: report the error of actions on these; see above",
     )
     output.add_argument(
         "--draws",
@@ -167,7 +170,7 @@ def _check_arguments(args: argparse.Namespace) -> Path | None:
     if args.observations is not None and args.settings is None:
         raise UsageError("argument --observations: needs --settings FILE")
     if args.draws > 1 and args.observations is None:
-        raise UsageError("argument --draws: needs --observations DIR")
+        raise UsageError("argument --draws: needs --observations DATA")
     realtime.check(args, "--latency")
     if args.resume and args.overwrite:
         raise UsageError("argument --resume: not together with --overwrite")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.commands.common import (
+    OBSERVATIONS,
+    OBSERVATIONS_HELP,
     Formatter,
     InterruptedRunError,
     Progress,
@@ -159,7 +161,8 @@ def _action(
 
 
 def _add_data(parser: Any, chunks: int) -> None:
-    parser.add_argument("--data", required=True, metavar="DIR", help="a folder of 'tsad collect'")
+    parser.description += f"\n\n{OBSERVATIONS}"
+    parser.add_argument("--data", required=True, metavar="DATA", help=OBSERVATIONS_HELP)
     parser.add_argument(
         "--chunks",
         type=positive_int,
@@ -197,12 +200,13 @@ def _check_facts(name: str, path: str, found: Any, wanted: dict[str, Any]) -> No
         )
 
 
-def _recorded(args: argparse.Namespace) -> list[Recorded]:
-    from tsad.sim.recording import read_collection
+def _recorded(args: argparse.Namespace, policy: SparsePolicy) -> list[Recorded]:
+    from tsad.sim.observations import read_observations
 
     with argument("--data"):
-        settings, episodes = read_collection(Path(args.data))
-    _check_facts("--data", args.data, settings, {"files_sha256": files_sha256(args.source)})
+        settings, episodes = read_observations(args.data, policy)
+    if settings:  # of arrays nobody knows who saw them
+        _check_facts("--data", args.data, settings, {"files_sha256": files_sha256(args.source)})
     return episodes
 
 
@@ -280,14 +284,14 @@ def _measure(args: argparse.Namespace) -> int:
     from tsad.training import sensitivity
 
     policy = load_policy(args.source, args, name="POLICY", lanes=1)
-    episodes = _recorded(args)
+    episodes = _recorded(args, policy)
     if args.threads:
         torch.set_num_threads(args.threads)
     length = 8
     chosen = pick(episodes, args.chunks, length, args.seed)
     windows = (
         sensitivity.Window(obs, denoising_inputs(policy, obs, noise))
-        for obs, noise in ((e.obs[part], e.noise(policy)[part]) for e, part in chosen)
+        for obs, noise in ((e.obs[part], e.noise(policy, part)) for e, part in chosen)
     )
     config, tensors, _ = read_policy(args.source)
     twin = sensitivity.Twin(config, tensors, make_sampler(policy.config["scheduler"]))
@@ -303,8 +307,18 @@ def _measure(args: argparse.Namespace) -> int:
             progress=lambda done: progress.update(n=done),
         )
     write_result(args.out, effects.write, overwrite=args.overwrite)
-    summary = {"out": args.out, "chunks": total, "episodes": len(facts["seeds"])}
-    print(json.dumps(summary) if args.json else f"{args.out}: {total} chunks")
+    summary = {
+        "out": args.out,
+        "chunks": total,
+        "episodes": len(facts["seeds"]),
+        "knows_rollouts": effects.knows_rollouts,
+    }
+    alone = (
+        "; no chunk has one before it, so what reusing an earlier chunk does is not known: for "
+        "that, give successive ones (episode_ends)"
+    )
+    alone = "" if effects.knows_rollouts else alone
+    print(json.dumps(summary) if args.json else f"{args.out}: {total} chunks{alone}")
     return 0
 
 
@@ -374,7 +388,7 @@ def _search(args: argparse.Namespace) -> int:
         )
     if args.draws is not None and args.draws < 2:
         raise UsageError("argument --draws: got 1, expected 2 or more: scatter is compared")
-    episodes = _recorded(args)
+    episodes = _recorded(args, probe)
     chosen = pick(episodes, args.chunks, 1, args.seed)
     error, shown = _objective(args, chosen)
     with argument("--start"):
@@ -433,7 +447,7 @@ def _objective(
             reference = load_policy(args.source, more, name="--against", lanes=lanes)
     if args.draws is None:
         power = 1.0 if args.against is None else 0.5
-        windows = [(episode.obs[part], episode.noise(policy)[part]) for episode, part in chosen]
+        windows = [(episode.obs[part], episode.noise(policy, part)) for episode, part in chosen]
         whole = windows[: len(windows) // lanes * lanes]
         error = ChunkError(policy, whole, reference=reference, power=power)
         return error, lambda value: value ** (0.5 / power)

@@ -22,7 +22,14 @@ from tsad.commands.common import (
     table,
     use_preset,
 )
-from tsad.commands.errors import ERRORS_FILE, Errors, most_windows, recorded_windows
+from tsad.commands.errors import (
+    ERRORS_FILE,
+    SINGLE,
+    Errors,
+    most_windows,
+    recorded_windows,
+    unknown,
+)
 from tsad.commands.eval import configure, evaluate, policy_source, seeds_of
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 from tsad.files import make_folder, output_folder, write_json
@@ -118,7 +125,7 @@ def passes(policy: SparsePolicy) -> float | None:
     return float(policy.num_inference_steps * (1 - policy.sparsity))
 
 
-def _row(document: Mapping[str, Any], policy: SparsePolicy, errors: Mapping[str, float]) -> Any:
+def _row(document: Mapping[str, Any], policy: SparsePolicy, errors: Mapping[str, Any]) -> Any:
     summary = document["summary"]
     return {
         "settings": document["settings"],
@@ -187,6 +194,7 @@ class Sweep:
         self._arguments: dict[str, argparse.Namespace] = {}
         self._settings: dict[str, dict[str, Any]] = {}
         self._errors: Errors | None = None
+        self.windows: NDArray[np.float32] | None = None
         self.rows: dict[str, Any] = {}
         self.episodes: dict[str, list[Episode]] = {}
         self.add(settings)
@@ -217,15 +225,29 @@ class Sweep:
         """A row as it was given."""
         return self._settings[name]
 
-    def measure(self, windows: NDArray[np.float32] | None, draws: int) -> None:
+    def measure(self, observations: str | None, draws: int) -> None:
         """From now on `play` and `error` report errors of actions on these."""
-        if windows is not None:
-            make_folder(self._out)
-            first = next(iter(self._arguments.values()))
-            file = self._out / ERRORS_FILE
-            self._errors = Errors(self._source, windows, draws=draws, reference=first, file=file)
+        if observations is None:
+            return
+        first = next(iter(self._arguments.values()))
+        policy = self.load(first, "--settings")
+        self.windows = recorded_windows(observations, policy, most_windows(draws))
+        make_folder(self._out)
+        file = self._out / ERRORS_FILE
+        self._errors = Errors(self._source, self.windows, draws=draws, reference=first, file=file)
 
-    def error(self, name: str) -> dict[str, float]:
+    def unmeasured(self) -> list[str]:
+        """The rows whose errors single observations don't tell."""
+        if self.windows is None or self.windows.shape[1] > 1:
+            return []
+        rows = self._arguments.items()
+        return [name for name, own in rows if unknown(self.windows, self.load(own, name))]
+
+    def leave_out(self, name: str) -> None:
+        """Without this row."""
+        del self._arguments[name], self._settings[name]
+
+    def error(self, name: str) -> dict[str, float | None]:
         """Errors of a row's actions; {} where nothing is recorded to measure them on."""
         return {} if self._errors is None else self._errors.of(self._arguments[name], name)
 
@@ -256,11 +278,8 @@ def run(args: argparse.Namespace) -> int:
 
     out = _check(args)
     settings = read_settings(args.settings)
-    windows = None
-    if args.observations is not None:
-        windows = recorded_windows(args.observations, most_windows(args.draws))
     sweep = Sweep(args, settings, Path(args.settings).resolve().parent, out)
-    sweep.measure(windows, args.draws)
+    sweep.measure(args.observations, args.draws)
     sweep.play()
     rows, seeds = sweep.rows, seeds_of(args)
     compared = compare_all(sweep.episodes, settings[0]["name"]) if len(settings) > 1 else None
@@ -279,5 +298,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.simulator}, {seed_range([seeds[0], seeds[-1]])}, policy {policy_source(args)}"
         )
         print(_table(rows, compared or {"rows": {}}))
+        for name in sweep.unmeasured():
+            print(f"no errors of {name}: its {SINGLE}")
         print(f"written to {args.out}")
     return 0

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tsad.commands import jobs
 from tsad.commands.bench import Clock, observations
 from tsad.commands.common import (
+    OBSERVATIONS,
+    OBSERVATIONS_HELP,
     Formatter,
     Progress,
     UsageError,
@@ -28,15 +30,12 @@ from tsad.commands.common import (
     seed_range,
     table,
 )
-from tsad.commands.errors import most_windows, recorded_windows
+from tsad.commands.errors import SINGLE
 from tsad.commands.eval import configure, policy_source, seeds_of
 from tsad.commands.sweep import Sweep, number, passes, read_settings
 from tsad.files import make_folder, output_folder, write_json
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from tsad import SparsePolicy
 
 FORMAT, FORMAT_VERSION = "tsad-tune", 1
@@ -53,7 +52,7 @@ INT16 = 0.6  # of the time of float32: a guess, before anything is timed
 WARM_STEPS, WARM_STARTS = 8, (("leading", 4, None), ("trailing", 4, "1010"))
 SPARSE_FEW = ((16, 0.75), (16, 0.875), (8, 0.5), (8, 0.75), (4, 0.5))
 
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Plays a policy with many settings over the same seeds, times each afterwards, and shows the
 frontier: the least loss at every time. The first setting, dense, is what all are compared with.
 Time is that of as many actions as the first executes of a chunk: a setting that executes half of
@@ -77,7 +76,9 @@ own spread): what is kept is "fast", by --within in these units. With both, tune
 that figure ranks the settings by what they lose in closed loop.
 
 Scores don't mind a busy machine, times do: run the same command again when it is quiet. Episodes
-and errors are kept in --out, and only times are taken again."""
+and errors are kept in --out, and only times are taken again.
+
+{OBSERVATIONS}"""
 
 EPILOG = """\
 examples:
@@ -127,7 +128,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="X",
         help="what may be lost: of the score, or without a simulator of distance (default: 0.03)",
     )
-    parser.add_argument("--observations", metavar="DIR", help="a folder of 'tsad collect'")
+    parser.add_argument("--observations", metavar="DATA", help=OBSERVATIONS_HELP)
     parser.add_argument(
         "--draws",
         type=positive_int,
@@ -217,7 +218,7 @@ def _check(args: argparse.Namespace) -> Path:
     if args.simulator is None:
         if args.observations is None:
             raise UsageError(
-                "argument SIMULATOR: expected a simulator, or --observations DIR to do without"
+                "argument SIMULATOR: expected a simulator, or --observations DATA to do without"
             )
         if args.policy is None:
             raise UsageError("argument --policy: without a simulator, expected a policy")
@@ -315,9 +316,7 @@ def _shown_offline(sweep: Sweep, name: str) -> bool:
     }
 
 
-def _time(
-    sweep: Sweep, args: argparse.Namespace, windows: NDArray[np.float32] | None
-) -> dict[str, Any]:
+def _time(sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds per chunk of every setting, in turns: the fastest round's median, and all's."""
     clocks = []
     for name, own in sweep.arguments().items():
@@ -328,8 +327,8 @@ def _time(
 
         clocks.append(Clock(name, policy, setup))
     obs = observations(clocks[0].policy, CHUNKS_PER_ROUND)
-    if windows is not None:
-        obs = windows[:CHUNKS_PER_ROUND, 1][:, None]
+    if sweep.windows is not None:
+        obs = sweep.windows[:CHUNKS_PER_ROUND, -1][:, None]
     with Progress(args.rounds * len(clocks), "times", unit="rounds") as progress:
         for _ in range(args.rounds):
             for clock in clocks:
@@ -457,6 +456,7 @@ def _words(document: dict[str, Any]) -> list[str]:
     from tsad.sim.frontier import busy
 
     lines = ["* nothing is both faster and better"]
+    lines += [f"no errors of {name}: its {SINGLE}" for name in document["unmeasured"]]
     rows, within = document["rows"], document["within"]
     for preset, name in document["presets"].items():
         if name is None:
@@ -533,13 +533,14 @@ def run(args: argparse.Namespace) -> int:
     run_of |= {"format": FORMAT, "asked": [row["name"] for row in settings]}
     with argument("--out"):
         check_result(out, (RESULT, PICTURE), run_of, overwrite=args.overwrite)
-    windows = None
-    if args.observations is not None:
-        windows = recorded_windows(args.observations, most_windows(args.draws))
     sweep = Sweep(args, settings, folder, out)
-    sweep.measure(windows, args.draws)
-    rows = _score(sweep, args)
+    sweep.measure(args.observations, args.draws)
     own_grid = args.settings is None
+    for name in sweep.unmeasured() if args.simulator is None else ():
+        if not own_grid or len(sweep.arguments()) == 1:
+            raise UsageError(f"argument --settings: {name}: its {SINGLE}, or leave it out")
+        sweep.leave_out(name)
+    rows = _score(sweep, args)
     n = sweep.load(next(iter(sweep.arguments().values())), "--settings").n_action_steps
     if own_grid if args.int16 is None else args.int16:
         _again(sweep, rows, args, n, "int16", {"precision": "int16"})
@@ -548,7 +549,8 @@ def run(args: argparse.Namespace) -> int:
     if n > 1 and (fewer if args.fewer_actions is None else args.fewer_actions):
         _again(sweep, rows, args, n, f"{n // 2}-actions", {"n_action_steps": n // 2})
         rows = _score(sweep, args)
-    document = _document(sweep, rows, _time(sweep, args, windows), args) | run_of
+    document = _document(sweep, rows, _time(sweep, args), args) | run_of
+    document["unmeasured"] = sweep.unmeasured()
     write_json(make_folder(out) / RESULT, document)
     if args.save:
         _save(sweep, rows, document["presets"], args)

@@ -39,7 +39,8 @@ class Effects:
     ``kind``      (K, B, B)       block b (middle) takes the value of block c of its type: of the
                                   same step if c < b, else of the step before; NaN for other types
     ``skip``      (K, B)          nothing is added
-    ``rollout``   (A, K, B)       the value of the same cell 1 .. A chunks ago
+    ``rollout``   (A, K, B)       the value of the same cell 1 .. A chunks ago; NaN where no
+                                  measured chunk has one so long before it
 
     For the published rules: ``alike`` (B, K, K) cosine similarity of outputs, ``changes`` (B,) mean
     L1 distance between two steps, ``first_layer`` (K, K) relative L1 of the first layer's residual
@@ -86,6 +87,11 @@ class Effects:
                 "measure' wrote"
             ) from error
 
+    @property
+    def knows_rollouts(self) -> bool:
+        """Whether chunks were measured that have another before them."""
+        return not np.isnan(self.rollout[0]).all()
+
     def losses(self, coherent: bool = True) -> Floats:
         """(B, K, K + 1) for `Segments`: what reuse loses from i to j.
 
@@ -124,7 +130,15 @@ class Effects:
 
         Blocks are taken as independent. A value from a block of the same type that is older than
         ``kind`` knows counts as that block's value, aged by its ``pair``.
+
+        Raises:
+            ValueError: it reads an earlier chunk, and single ones were measured.
         """
+        if not self.knows_rollouts and (plan.sources == REUSE_ROLLOUT).any():
+            raise ValueError(
+                "plan: reads earlier chunks, but the effects are of single observations; measure "
+                "them on successive chunks of episodes"
+            )
         loss, K = self.losses(coherent), len(plan.sources)
         total = 0.0
         types = plan.types or plan.blocks

@@ -25,7 +25,7 @@ def needs_past(policy: Any) -> bool:
     plans = policy.plan if isinstance(policy.plan, list) else [policy.plan]
     return (
         isinstance(policy, WarmPolicy)
-        or policy.planner == "pruner"
+        or policy._plans is None  # a pruner decides, from one chunk to the next
         or any(
             plan.sources.any()
             and (plan.first is None or not np.array_equal(plan.first.sources, plan.sources))
@@ -56,12 +56,21 @@ def actions(
     Args:
         policy: as it is set; its lanes are reset.
         windows: (W, 2, n_obs_steps, obs_dim): two consecutive observations, raw units. The second
-            one's actions are returned; the first runs before it where it matters (`needs_past`).
+            one's actions are returned; the first runs before it where it matters (`needs_past`),
+            and need not be there where it does not: (W, 1, n_obs_steps, obs_dim).
         draws: of noise, for each window.
         progress: called with the number of results just added.
+
+    Raises:
+        ValueError: the chunk before matters, and its observation is not there.
     """
     policy.reset()  # then `plan` is what will run
     begin = 0 if needs_past(policy) else 1
+    if windows.shape[1] < 2 - begin:
+        raise ValueError(
+            "windows: expected two consecutive observations, as a chunk depends on the one before, "
+            f"got {windows.shape[1]}; give successive ones"
+        )
     config = policy.config
     scale = np.array(config["normalizer"]["action"]["scale"], np.float64)
     jobs = [(w, m) for w in range(len(windows)) for m in range(draws)]
@@ -71,7 +80,7 @@ def actions(
         lanes = list(range(len(batch)))
         policy.reset(lanes=lanes)
         for chunk in range(begin, 2):
-            obs = np.stack([windows[w, chunk] for w, _ in batch])
+            obs = np.stack([windows[w, chunk - 2] for w, _ in batch])
             drawn = np.stack([noise(policy, w, m, chunk) for w, m in batch], axis=1)
             result = policy(obs, noise=drawn, lanes=lanes)
         found.append((result * scale).reshape(len(batch), -1))
@@ -153,9 +162,8 @@ class Distance:
         if draws < 2:
             raise ValueError(f"draws: expected at least 2, got {draws}")
         self.policy, self._draws = policy, draws
-        # `actions` takes pairs, of which the first is only run by plans that are refused here
-        pairs = np.stack([windows, windows], axis=1).astype(np.float32)
-        self._groups = [pairs[i : i + group] for i in range(0, len(pairs), group)]
+        alone = windows[:, None].astype(np.float32)  # plans that need the past are refused
+        self._groups = [alone[i : i + group] for i in range(0, len(alone), group)]
         self._right = [actions(reference, part, draws, progress) for part in self._groups]
         self._spread = float(np.mean([_apart(right, right).mean() for right in self._right]))
         if not self._spread > 0:

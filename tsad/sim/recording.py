@@ -56,18 +56,22 @@ class Recorded:
             return self.number
         return hashlib.sha256(np.ascontiguousarray(self.obs).tobytes()).hexdigest()[:16]
 
-    def noise(self, policy: Any) -> Floats:
-        """(C, K, horizon, action_dim), float32: of each chunk, as a lane draws it for the policy.
+    def noise(self, policy: Any, part: slice = slice(None)) -> Floats:
+        """(C, K, horizon, action_dim), float32: of the chunks of a part, as a lane draws it.
 
         `tsad.sim.rollouts` gives a lane the same in the episode of this seed. Zeros after the
         initial sample if the policy's sampler adds none.
         """
         sampler = make_sampler(policy.config["scheduler"])
-        shape = (len(self.obs), len(sampler.timesteps), policy.horizon, policy.action_dim)
-        noise = np.zeros(shape, np.float32)
-        drawn = noise if sampler.adds_noise else noise[:, :1]
+        begin, end, _ = part.indices(len(self.obs))
+        shape = (len(sampler.timesteps), policy.horizon, policy.action_dim)
+        noise = np.zeros((end - begin, *shape), np.float32)
         generator = np.random.Generator(np.random.PCG64(noise_seed(self.number)))
-        drawn[:] = generator.standard_normal(drawn.shape, np.float32)
+        for chunk in range(end):
+            drawn = shape if sampler.adds_noise else (1, *shape[1:])
+            z = generator.standard_normal(drawn, np.float32)
+            if chunk >= begin:
+                noise[chunk - begin, : len(z)] = z
         return noise
 
 

@@ -92,22 +92,15 @@ def load_demonstrations(
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"{file}: expected an npz file or a zarr folder, found nothing")
-    arrays = _read_zarr(file) if file.is_dir() else _read_npz(file)
+    arrays = read_arrays(file)
     action = _matrix(arrays, "action", file)
     if "obs" in arrays:
         if keypoints is not None:
             raise DataError(f"{file}: has 'obs', so keypoints are not used; leave them out")
         obs = _matrix(arrays, "obs", file)
-    elif "state" in arrays:
-        obs = state_observations(
-            _matrix(arrays, "state", file), local_keypoints(keypoints), f"{file}: state"
-        )
     else:
-        raise DataError(
-            f"{file}: expected an array 'obs' (N, obs_dim), or 'state' (N, {STATE_DIM}) of Push-T, "
-            f"got only {_names(arrays)}; save the observations as 'obs'"
-        )
-    ends = _episode_ends(arrays, file, len(obs))
+        obs = observations_of_states(arrays, file, keypoints)
+    ends = episode_ends(arrays, file, len(obs))
     if len(action) != len(obs):
         raise DataError(
             f"{file}: expected as many actions as observations, {len(obs)}, got {len(action)}; "
@@ -121,6 +114,20 @@ def load_demonstrations(
     return Demonstrations(obs, action, ends, file.name, hashed, covered)
 
 
+def observations_of_states(
+    arrays: Mapping[str, NDArray[Any]],
+    file: Path,
+    keypoints: str | os.PathLike[str] | None = None,
+) -> Floats:
+    """The observations (N, obs_dim) of Push-T's ``state``, for a file that has no ``obs``."""
+    if "state" not in arrays:
+        raise DataError(
+            f"{file}: expected an array 'obs' (N, obs_dim), or 'state' (N, {STATE_DIM}) of Push-T, "
+            f"got only {_names(arrays)}; save the observations as 'obs'"
+        )
+    return state_observations(_matrix(arrays, "state", file), local_keypoints(keypoints))
+
+
 def _coverage(arrays: Mapping[str, NDArray[Any]], file: Path) -> Floats:
     if "state" not in arrays:
         raise DataError(
@@ -130,6 +137,11 @@ def _coverage(arrays: Mapping[str, NDArray[Any]], file: Path) -> Floats:
     from tsad.sim import pusht
 
     return pusht.coverage(_matrix(arrays, "state", file))
+
+
+def read_arrays(file: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz file or a zarr folder; of others than the known the names alone."""
+    return _read_zarr(file) if file.is_dir() else _read_npz(file)
 
 
 def _read_npz(file: Path) -> dict[str, NDArray[Any]]:
@@ -171,11 +183,20 @@ def _matrix(arrays: Mapping[str, NDArray[Any]], key: str, file: Path) -> Floats:
         raise DataError(
             f"{file}: expected an array '{key}' (N, {key}_dim), got only {_names(arrays)}; add it"
         )
-    value = arrays[key]
-    if value.ndim != 2 or 0 in value.shape or value.dtype.kind not in "fiu":
+    if arrays[key].ndim != 2:
         raise DataError(
-            f"{file}: {key}: expected numbers of shape (N, {key}_dim), got {value.dtype} of shape "
-            f"{value.shape}; flatten each step's numbers into one row"
+            f"{file}: {key}: expected numbers of shape (N, {key}_dim), got {arrays[key].dtype} of "
+            f"shape {arrays[key].shape}; flatten each step's numbers into one row"
+        )
+    return floats(arrays[key], key, file)
+
+
+def floats(value: NDArray[Any], key: str, file: Path) -> Floats:
+    """An array of a file as float32, row after row; DataError if it is none, or not finite."""
+    if 0 in value.shape or value.dtype.kind not in "fiu":
+        raise DataError(
+            f"{file}: {key}: expected some real numbers, got {value.dtype} of shape {value.shape}; "
+            "save it with .astype(np.float32)"
         )
     with np.errstate(over="ignore"):
         matrix = np.ascontiguousarray(value, np.float32)
@@ -185,7 +206,8 @@ def _matrix(arrays: Mapping[str, NDArray[Any]], key: str, file: Path) -> Floats:
     return matrix
 
 
-def _episode_ends(arrays: Mapping[str, NDArray[Any]], file: Path, n: int) -> NDArray[np.int64]:
+def episode_ends(arrays: Mapping[str, NDArray[Any]], file: Path, n: int) -> NDArray[np.int64]:
+    """The ends (E,) of the episodes of n steps, checked."""
     if "episode_ends" not in arrays:
         raise DataError(
             f"{file}: expected an array 'episode_ends' (E,), got only {_names(arrays)}; "
