@@ -483,13 +483,13 @@ def main(argv: list[str] | None = None) -> int:
     chosen = pick(episodes, args.windows * args.length, args.length, args.seed)
     chosen = [(each, part) for each, part in chosen if len(each.obs[part]) == args.length]
     chosen = chosen[: len(chosen) // args.lanes * args.lanes]
+    seeds, tested = names_of([episode for episode, _ in chosen]), names_of(others)
+    check_apart({args.effects: facts["seeds"], str(args.data): seeds}, tested)
     if not chosen or all(len(episode.obs) == 1 for episode in others):
         raise ValueError(
             f"data, others: expected {args.lanes} windows (--lanes) of {args.length} successive "
             "chunks (--length), and episodes of two; record longer ones"
         )
-    seeds, tested = names_of([episode for episode, _ in chosen]), names_of(others)
-    check_apart({args.effects: facts["seeds"], str(args.data): seeds}, tested)
     hashes = same_weights(args, facts, settings, other_settings)
     search_settings = {
         "windows": len(chosen),

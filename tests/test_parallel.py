@@ -31,7 +31,7 @@ LOAD = {"sampler": "ddim", "num_inference_steps": 2, "lanes": 2, "threads": 1}
 @pytest.fixture(autouse=True)
 def tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TABLES_OWNER", str(os.getpid()))
-    monkeypatch.setattr(sim, "_REGISTRY", dict(sim._REGISTRY))
+    monkeypatch.setattr(sim.simulators, "_REGISTRY", dict(sim.simulators._REGISTRY))
     sim.register("table", "fakes:Table")
     sim.register("broken", "fakes:BrokenTable")
     sim.register("deadly", "fakes:DeadlyTable")

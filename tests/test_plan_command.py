@@ -134,7 +134,7 @@ def test_what_does_not_belong_together_is_refused(
         ([*make, *SAMPLER], "--effects: the method 'effects' needs"),
         ([*make, "--effects", str(recorded / "lost"), *SAMPLER], "--effects"),
         ([*make, "--effects", effects, *SAMPLER, "--sparsity", "0.9"], "--sparsity: expected 0 to"),
-        ([*measure, *SAMPLER, *lost], "--data: .*made by 'tsad collect'"),
+        ([*measure, *SAMPLER, *lost], "--data: got .*lost', where nothing is"),
         ([*search, "--start", plan, *other], "--start: expected 5 steps"),
         ([*search, "--start", plan, *SAMPLER, "--sparsity", "0.7"], "--start: expected a sparsity"),
         (

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tsad import cli
+from tsad.sim.recording import read_collection
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 if not BENCH.is_dir():
@@ -66,3 +67,21 @@ def test_the_table(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     assert "random cells 2" in capsys.readouterr().out
     with pytest.raises(ValueError, match="that are to test it"):
         plan_errors.main([effects, seen])
+
+    # plain arrays: whoever made effects of them is told apart by what was seen
+    arrays = {}
+    for folder in (seen, others):
+        _, episodes = read_collection(Path(folder))
+        ends = np.cumsum([len(episode.obs) for episode in episodes])
+        arrays[folder] = f"{folder}.npz"
+        np.savez(arrays[folder], obs=np.concatenate([e.obs for e in episodes]), episode_ends=ends)
+    command = ["plan", "measure", "pusht", "--data", arrays[seen], "--out", f"{effects}.npz"]
+    assert cli.main([*command, "--chunks", "10", *SAMPLER]) == 0
+    argv = [f"{effects}.npz", arrays[others], "--lanes", "5", "--cells", "0", "--sparsity", "0.5"]
+    assert plan_errors.main([*argv, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["observations"] == 10 and all(isinstance(s, str) for s in found["seeds"])
+    assert found["plans"]["uniform"]["0.5"]["error"]["rms"] > 0
+    argv[1] = arrays[seen]
+    with pytest.raises(ValueError, match="that are to test it"):
+        plan_errors.main(argv)

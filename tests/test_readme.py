@@ -84,6 +84,8 @@ def said(name: str, pattern: str, *values: float) -> None:
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "tests" / "fixtures" / "lerobot" / "ddpm_three_levels", "FOLDER")
+    if page.name == "own_robot.md":
+        return  # its blocks need what its commands made: tests/test_own_robot.py
     for block in code(page, "python"):
         if "gym_pusht" not in block and "lerobot.policies" not in block:
             exec(compile(block, page.name, "exec"), {})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import Table
-from policies import observations, save_policy
+from policies import make_policy, observations, save_policy
 
 import tsad
 from tsad import sim
@@ -99,8 +101,27 @@ def test_arrays_of_others_and_a_lane_without_its_axis(tiny: str, folder: Path) -
     with tsad.Recorder(policy, folder) as recorder:
         recorder(obs)
         actions = recorder(torch.from_numpy(obs) * 2)
-        recorder(obs, out=np.empty_like(actions))
-    np.testing.assert_array_equal(seen(folder)[0], [obs, 2 * obs, obs])
+        assert isinstance(actions, torch.Tensor)  # as the policy's
+        recorder(torch._neg_view(torch.from_numpy(obs)))  # whose memory holds other numbers
+        recorder(obs, out=np.empty(actions.shape, np.float32))
+        for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="a Recorder writes a folder and can't be copied"):
+                duplicate(recorder)
+    np.testing.assert_array_equal(seen(folder)[0], [obs, 2 * obs, -obs, obs])
+
+
+def test_masks_of_lanes(tiny: str, folder: Path) -> None:
+    policy = tsad.load(tiny, lanes=3, **LOAD)
+    obs = observations(policy, 0, 3)
+    with tsad.Recorder(policy, folder) as recorder:
+        recorder(obs)
+        recorder.reset(lanes=np.array([False, True, False]))
+        recorder(obs[:2], lanes=[True, True, False])
+        recorder.reset(lanes=np.flatnonzero([False] * 3))  # nobody's
+        recorder(obs[:1] + 1, lanes=np.int64(2))
+    found = {number: len(episode) for number, episode in seen(folder).items()}
+    assert found == {0: 2, 1: 1, 2: 2, 3: 1}
+    np.testing.assert_array_equal(seen(folder)[2], [obs[2], obs[0] + 1])
 
 
 def test_a_warm_start_and_a_simulator(tiny: str, folder: Path) -> None:
@@ -193,8 +214,10 @@ def test_a_folder_is_gone_on_with(tiny: str, folder: Path, tmp_path: Path) -> No
     with pytest.raises(OSError, match=r"notes\.txt"):
         tsad.Recorder(policy, tmp_path / "full" / "notes.txt" / "deeper")
     for wrong in (tsad.Recorder, None, lambda obs: obs):
-        with pytest.raises(TypeError, match=r"policy: expected one that tsad\.load made, got "):
+        with pytest.raises(TypeError, match=r"policy: expected one of tsad\.load, got "):
             tsad.Recorder(wrong, tmp_path / "new")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got SparsePolicy made otherwise; save the observations"):
+        tsad.Recorder(make_policy(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

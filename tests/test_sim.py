@@ -231,14 +231,19 @@ def test_torn_last_line_is_run_again(tmp_path) -> None:
 
 def test_other_settings_are_refused_by_name(tmp_path) -> None:
     out = tmp_path / "r.json"
-    Journal(out, SETTINGS).close()
+    journal = Journal(out, SETTINGS)
+    journal.append(episode(1, 0.5))
+    journal.close()
     before = results.partial_path(out).read_bytes()
     with pytest.raises(ResultsError, match=r"sparsity: the file has 0\.9, this run 0\.5; fix"):
         Journal(out, {**SETTINGS, "sparsity": 0.5}, resume=True)
     with pytest.raises(ResultsError, match=r"--resume goes on with it, --overwrite starts anew"):
         Journal(out, SETTINGS)
     assert results.partial_path(out).read_bytes() == before
-    assert Journal(out, {**SETTINGS, "sparsity": 0.5}, overwrite=True).episodes == {}
+    again = Journal(out, {**SETTINGS, "sparsity": 0.5}, overwrite=True)
+    assert again.episodes == {}
+    again.close()  # without an episode nothing is left to go on with
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": 1}', b"\xff\xfe", b"null"])

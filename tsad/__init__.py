@@ -45,10 +45,14 @@ __version__: str
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Recorder":  # not everybody's
+    if name == "Recorder":  # not everybody's, as `sim`
         from tsad.recorder import Recorder
 
         return Recorder
+    if name == "sim":
+        from importlib import import_module
+
+        return import_module("tsad.sim")
     if name != "__version__":
         raise AttributeError(f"module 'tsad' has no attribute {name!r}")
     from importlib.metadata import PackageNotFoundError, version  # slow to import

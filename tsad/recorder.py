@@ -71,8 +71,9 @@ class Recorder:
     def __init__(self, policy: SparsePolicy, folder: str | os.PathLike[str]) -> None:
         source = policy._source if isinstance(policy, SparsePolicy) else None
         if source is None:
+            made = " made otherwise" if isinstance(policy, SparsePolicy) else ""
             raise TypeError(
-                f"policy: expected one that tsad.load made, got {type(policy).__name__}; save the "
+                f"policy: expected one of tsad.load, got {type(policy).__name__}{made}; save the "
                 "observations of others as arrays: np.savez(file, obs=..., episode_ends=...)"
             )
         path = Path(folder)
@@ -149,12 +150,15 @@ class Recorder:
         self.close()
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__slots__:  # of one that is not made yet
+        if name in self.__slots__ or name.startswith("__"):  # of one not made yet; of protocols
             raise AttributeError(name)
         return getattr(self._policy, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._policy, name, value)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Recorder writes a folder and can't be copied or pickled; its policy can")
 
     def __repr__(self) -> str:
         return f"Recorder({self._policy!r}, {str(self._writer.folder)!r})"

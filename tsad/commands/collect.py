@@ -7,21 +7,23 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad._extras import package_versions
 from tsad.commands.common import (
     Formatter,
-    InterruptedRunError,
     Progress,
     UsageError,
     add_policy_options,
     add_simulator,
     argument,
+    check_policy,
     check_simulator,
     files_sha256,
     load_policy,
     natural,
+    playing,
+    policy_source,
     positive_int,
     seed_range,
+    simulator_settings,
 )
 from tsad.files import output_folder
 
@@ -41,7 +43,8 @@ EPILOG = """\
 examples:
   tsad collect pusht --out recorded                          8 episodes, about 300 chunks, 0.1 MB
   tsad collect pusht --out recorded --episodes 40 --lanes 8  32 more
-  tsad collect pusht --out mine --policy runs/mine --sampler ddim --steps 16"""
+  tsad collect pusht --out mine --policy runs/mine --sampler ddim --steps 16
+  tsad collect --simulator robot:make --policy runs/mine --out mine    robot.py, of your own"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -94,15 +97,16 @@ def _record(
 
     kept = total - len(todo)
     try:
-        with Progress(total, f"{simulator}, recording", unit="episodes", done=kept) as progress:
+        with (
+            playing(lambda: f"{kept} episodes are kept; the same command goes on"),
+            Progress(total, f"{simulator}, recording", unit="episodes", done=kept) as progress,
+        ):
             for episode in sim.rollouts(policy, environments, todo, on_chunk=keep):
                 obs, actions = map(np.stack, zip(*chunks.pop(episode.seed), strict=True))
                 facts = {"score": episode.score, "success": episode.success}
                 save_episode(out, episode.seed, obs, actions, **facts)
                 kept += 1
                 progress.update(f"{episode.chunks} chunks, score {episode.score:.2f}")
-    except KeyboardInterrupt:
-        raise InterruptedRunError(f"{kept} episodes are kept; the same command goes on") from None
     finally:
         for environment in environments:
             environment.close()
@@ -110,10 +114,9 @@ def _record(
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from tsad import sim
     from tsad.sim import recording
 
-    check_simulator(args.simulator)
+    check_simulator(args)
     seeds = list(range(args.first_seed, args.first_seed + args.episodes))
     if seeds[-1] not in recording.SEEDS:
         raise UsageError(
@@ -122,14 +125,11 @@ def run(args: argparse.Namespace) -> int:
         )
     with argument("--out"):
         output_folder(args.out)
-    environment = sim.make(args.simulator)
-    source = args.simulator if args.policy is None else args.policy
+    source = policy_source(args)
     policy = load_policy(source, args, name="--policy", lanes=min(args.lanes, args.episodes))
-    with argument("--policy"):
-        sim.check(policy, environment)
+    check_policy(args, policy)
     settings = {
-        "simulator": args.simulator,
-        "packages": package_versions(sim.facts(args.simulator).packages),
+        **simulator_settings(args.simulator),
         "files_sha256": files_sha256(source),
         "sampler": policy.config["scheduler"]["type"],
         "num_inference_steps": policy.num_inference_steps,

@@ -12,11 +12,12 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tsad._extras import MissingExtraError, package_versions
 from tsad.arrays import read_any_json
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 from tsad.files import output_file
@@ -237,9 +238,18 @@ def check_result(
         )
 
 
-def add_simulator(parser: argparse.ArgumentParser) -> None:
-    """The simulator and the policy that plays in it."""
-    parser.add_argument("simulator", metavar="SIMULATOR", help="the simulator: pusht")
+def add_simulator(parser: argparse.ArgumentParser, *, without: str = "") -> None:
+    """The simulator and the policy that plays in it; ``without``: what runs if there is none."""
+    parser.add_argument(
+        "simulator", metavar="SIMULATOR", nargs="?", help=f"the simulator: pusht{without}"
+    )
+    parser.add_argument(
+        "--simulator",
+        dest="own_simulator",
+        metavar="MODULE:FACTORY",
+        help="one of your own: FACTORY() of MODULE, which is here or installed, makes a "
+        "tsad.sim.Environment (docs/own_robot.md)",
+    )
     parser.add_argument(
         "--policy",
         metavar="SRC",
@@ -247,15 +257,87 @@ def add_simulator(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_simulator(name: str) -> None:
-    """UsageError if there is no such simulator."""
+def check_simulator(args: argparse.Namespace) -> None:
+    """Finds the simulator of `add_simulator`; UsageError if there is no such one."""
+    from tsad import sim
+    from tsad.sim.simulators import register_own
+
+    own = args.own_simulator
+    if own is not None:
+        if args.simulator not in (None, own):
+            raise UsageError(
+                f"argument --simulator: got {own!r} beside {args.simulator!r}; name one simulator"
+            )
+        if ":" in own or own not in sim.names():
+            with argument("--simulator"):
+                register_own(own, Path.cwd())
+        args.simulator = own
+    if args.simulator is None:
+        raise UsageError(
+            f"argument SIMULATOR: expected one of {', '.join(sim.names())}, or your own with "
+            "--simulator MODULE:FACTORY"
+        )
+    if args.simulator not in sim.names():
+        raise UsageError(
+            f"argument SIMULATOR: unknown simulator {args.simulator!r}; expected one of "
+            f"{', '.join(sim.names())}, or your own with --simulator MODULE:FACTORY"
+        )
+    if own is not None and args.policy is None:
+        raise UsageError(
+            f"argument --policy: expected a policy for the simulator {own!r}: a tsad folder or a "
+            "checkpoint"
+        )
+
+
+def policy_source(args: argparse.Namespace) -> str:
+    """The policy that is asked for: --policy, or the simulator's bundled one."""
+    return str(args.simulator if args.policy is None else args.policy)
+
+
+def check_policy(args: argparse.Namespace, policy: SparsePolicy) -> None:
+    """UsageError if the simulator of `check_simulator` can't be made, or the policy doesn't fit."""
     from tsad import sim
 
-    if name not in sim.names():
-        raise UsageError(
-            f"argument SIMULATOR: unknown simulator {name!r}; expected one of "
-            f"{', '.join(sim.names())}"
-        )
+    with argument("SIMULATOR" if args.own_simulator is None else "--simulator"):
+        environment = sim.make(args.simulator)
+    try:
+        with argument("--policy"):
+            sim.check(policy, environment)
+        if getattr(args, "realtime", None) is not None and not hasattr(environment, "rest_action"):
+            raise UsageError(
+                f"argument --realtime: the simulator {args.simulator!r} has no rest_action, and "
+                "with a delay nothing else is known to do at first; give it one "
+                "(tsad.sim.Environment)"
+            )
+    finally:
+        environment.close()
+
+
+def simulator_settings(name: str) -> dict[str, Any]:
+    """What decides the results of a simulator: its name, versions, and the hash of your own."""
+    from tsad import sim
+
+    found = sim.facts(name)
+    settings = {"simulator": name, "packages": package_versions(found.packages)}
+    return settings | ({"simulator_sha256": found.source_sha256} if found.source_sha256 else {})
+
+
+@contextlib.contextmanager
+def playing(kept: Callable[[], str]) -> Iterator[None]:
+    """However playing inside ends, the error says what was kept."""
+    from tsad.sim.parallel import WorkerError
+    from tsad.sim.simulators import describe
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(kept()) from None
+    except WorkerError as error:
+        raise WorkerError(f"{error}; {kept()}") from None
+    except (UsageError, MissingExtraError, MemoryError):
+        raise
+    except Exception as error:  # a simulator may be anybody's
+        raise RuntimeError(f"{describe(error)}; {kept()}") from error
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -64,7 +64,7 @@ SINGLE = (
 )
 
 
-def _read_kept(file: Path) -> dict[str, dict[str, float]]:
+def _read_kept(file: Path) -> dict[str, dict[str, float | None]]:
     try:
         kept = read_any_json(file)
     except ValueError:

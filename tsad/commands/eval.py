@@ -11,12 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad._extras import package_versions
 from tsad.commands import jobs, realtime
 from tsad.commands.common import (
     OBSERVATIONS,
     Formatter,
-    InterruptedRunError,
     Progress,
     UsageError,
     add_overwrite,
@@ -25,6 +23,7 @@ from tsad.commands.common import (
     add_simulator,
     add_warm_start,
     argument,
+    check_policy,
     check_simulator,
     cpu_name,
     files_sha256,
@@ -33,10 +32,13 @@ from tsad.commands.common import (
     plan_of,
     plan_sha256,
     planner_name,
+    playing,
+    policy_source,
     positive_int,
     sampler_name,
     seed_range,
     set_sparsity,
+    simulator_settings,
     sparsity,
     use_preset,
 )
@@ -75,6 +77,7 @@ examples:
   tsad eval pusht --seeds 500 --settings sweep.json --out sweep    many settings, one table
   tsad eval pusht --realtime 50 --n-action-steps 4                 a robot that doesn't wait
   tsad eval pusht --seeds 500 --out dense.json --jobs 8            in eight processes
+  tsad eval --simulator robot:make --policy runs/mine              robot.py, a simulator of your own
   tsad eval pusht --seeds 500 --out dense.json --ray               on a Ray cluster"""
 
 
@@ -164,7 +167,7 @@ def _check_arguments(args: argparse.Namespace) -> Path | None:
     from tsad.files import output_file
     from tsad.sim.results import check_free
 
-    check_simulator(args.simulator)
+    check_simulator(args)
     if args.plan is not None and (args.sparsity is not None or args.planner is not None):
         raise UsageError("argument --plan: a fixed plan leaves nothing to --sparsity or --planner")
     if args.observations is not None and args.settings is None:
@@ -222,13 +225,11 @@ def configure(policy: SparsePolicy, args: argparse.Namespace) -> dict[str, Any]:
 def _settings(policy: SparsePolicy, source: str, args: argparse.Namespace) -> dict[str, Any]:
     """All that decides an episode's result; a run resumes only where these are equal."""
     import tsad
-    from tsad import sim
     from tsad.warm import WarmPolicy
 
     settings: dict[str, Any] = {
         "tsad": tsad.__version__,
-        "simulator": args.simulator,
-        "packages": package_versions(sim.facts(args.simulator).packages),
+        **simulator_settings(args.simulator),
         "files_sha256": files_sha256(source),
         "sampler": policy.config["scheduler"]["type"],
         "num_inference_steps": policy.config["scheduler"]["num_inference_steps"],
@@ -266,6 +267,8 @@ def _here(
 def _kept(journal: Journal) -> str:
     if journal.out is None:
         return "nothing was kept; --out FILE keeps episodes"
+    if not journal.episodes:
+        return "no episode was finished"
     return f"{len(journal.episodes)} episodes are kept; the same command with --resume goes on"
 
 
@@ -277,8 +280,6 @@ def _play(
     workers: jobs.Workers | None,
 ) -> None:
     """Play the seeds that are left, keeping each episode as it ends."""
-    from tsad.sim.parallel import WorkerError
-
     options = {
         "n_action_steps": args.n_action_steps,
         "noise_stream": args.noise,
@@ -292,19 +293,15 @@ def _play(
     dense = policy.sparsity == 0
     plan = "dense" if dense else f"sparsity {_percent(policy.sparsity)}"
     label = getattr(args, "label", None) or f"{args.simulator}, {plan}"  # of a sweep's row
-    try:
-        with (
-            contextlib.closing(played),
-            Progress(args.seeds, label, unit="episodes", done=done) as progress,
-        ):
-            for episode in played:
-                journal.append(episode)
-                scores = [kept.score for kept in journal.episodes.values()]
-                progress.update(f"score {sum(scores) / len(scores):.3f}")
-    except KeyboardInterrupt:
-        raise InterruptedRunError(_kept(journal)) from None
-    except WorkerError as error:
-        raise WorkerError(f"{error}; {_kept(journal)}") from None
+    with (
+        playing(lambda: _kept(journal)),
+        contextlib.closing(played),
+        Progress(args.seeds, label, unit="episodes", done=done) as progress,
+    ):
+        for episode in played:
+            journal.append(episode)
+            scores = [kept.score for kept in journal.episodes.values()]
+            progress.update(f"score {sum(scores) / len(scores):.3f}")
 
 
 def _document(
@@ -397,11 +394,6 @@ def _paired(args: argparse.Namespace, episodes: list[Any], baseline: list[Any]) 
     return {"baseline": args.baseline, **compare(episodes, baseline)}
 
 
-def policy_source(args: argparse.Namespace) -> str:
-    """The policy that is asked for: --policy, or the simulator's bundled one."""
-    return str(args.simulator if args.policy is None else args.policy)
-
-
 def seeds_of(args: argparse.Namespace) -> list[int]:
     """The seeds that are asked for."""
     from tsad import sim
@@ -419,11 +411,10 @@ def evaluate(
 
     seeds = seeds_of(args)
     # Everything that can be refused is refused here, before a file is touched or time is spent.
-    environment = sim.make(args.simulator)
     source = policy_source(args)
     policy = load_policy(source, args, name="--policy", lanes=min(args.lanes, args.seeds))
+    check_policy(args, policy)
     with argument("--policy"):
-        sim.check(policy, environment)
         sim.check_executed(policy, args.n_action_steps)
     workers = jobs.workers_of(args, policy)
     settings = {**_settings(policy, source, args), **realtime.settings(args, source, out)}

@@ -11,22 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from tsad.commands.common import (
     Formatter,
-    InterruptedRunError,
     Progress,
     UsageError,
     add_overwrite,
     add_policy_options,
     add_simulator,
     argument,
+    check_policy,
     check_simulator,
     files_sha256,
     load_policy,
+    playing,
+    policy_source,
     positive_int,
     sampler_name,
+    simulator_settings,
 )
 
 if TYPE_CHECKING:
+    from tsad import SparsePolicy
     from tsad.sim.demonstrations import Record
+    from tsad.sim.search import Search
 
 DESCRIPTION = """\
 Make demonstrations that a policy can learn precision from: its own samples, chosen with hindsight.
@@ -37,7 +42,8 @@ the better half replaces the worse. The particles that succeed first become demo
 
 What comes of a seed depends on it and the settings alone. OUT is an npz file that `tsad
 train-policy` reads, whole at any time; after Ctrl-C --resume goes on. Keep its seeds apart from
-those that a policy is chosen and scored on."""
+those that a policy is chosen and scored on. A simulator of your own needs two methods more, to be
+copied: those of tsad.sim.search.Searchable."""
 
 EPILOG = """\
 examples:
@@ -107,7 +113,7 @@ def _check_arguments(args: argparse.Namespace) -> Path:
     from tsad.files import output_file
     from tsad.sim.results import check_free
 
-    check_simulator(args.simulator)
+    check_simulator(args)
     if args.resume and args.overwrite:
         raise UsageError("argument --resume: not together with --overwrite")
     if not args.out.endswith(".npz"):
@@ -120,58 +126,75 @@ def _check_arguments(args: argparse.Namespace) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    import tsad
     from tsad import sim
-    from tsad.sim.demonstrations import Record
-    from tsad.sim.search import Search, Searchable, Searcher
+    from tsad.sim.search import Search
 
     out = _check_arguments(args)
     with argument("the search"):
         names = ("particles", "start", "interval", "chunks", "winners", "execute", "last")
         search = Search(**{name: getattr(args, name) for name in names})
-    source = args.simulator if args.policy is None else args.policy
-    policy = load_policy(source, args, name="--policy", lanes=search.particles)
-    made = [sim.make(args.simulator) for _ in range(search.particles)]
-    environments = [environment for environment in made if isinstance(environment, Searchable)]
-    if not environments:
+    policy = load_policy(policy_source(args), args, name="--policy", lanes=search.particles)
+    check_policy(args, policy)
+    environments: list[Any] = [sim.make(args.simulator) for _ in range(search.particles)]
+    try:
+        record = _search(args, search, policy, environments, out)
+    finally:
+        for environment in environments:
+            environment.close()
+    _report(record, args)
+    return 0
+
+
+def _search(
+    args: argparse.Namespace,
+    search: Search,
+    policy: SparsePolicy,
+    environments: list[Any],
+    out: Path,
+) -> Record:
+    import tsad
+    from tsad.sim.demonstrations import Record
+    from tsad.sim.search import Searcher
+
+    missing = [name for name in ("snapshot", "restore") if not hasattr(environments[0], name)]
+    if missing:
         raise UsageError(
-            f"argument SIMULATOR: {args.simulator!r} can't be copied; give it the methods of "
-            "tsad.sim.search.Searchable"
+            f"argument SIMULATOR: {args.simulator!r} can't be copied: it has no "
+            f"{' and no '.join(missing)}; give it the methods of tsad.sim.search.Searchable"
         )
     with argument("--policy"):
         searcher = Searcher(policy, environments, search)
     settings = {
         "tsad": tsad.__version__,
-        "simulator": args.simulator,
+        **{k: v for k, v in simulator_settings(args.simulator).items() if k != "packages"},
         "first_seed": args.seeds[0],
-        "files_sha256": files_sha256(source),
+        "files_sha256": files_sha256(policy_source(args)),
         "sampler": sampler_name(policy),
         "precision": policy.precision,
         "search": asdict(search),
     }
+    states = "state" if hasattr(environments[0], "state") else "obs"
     with argument("--out"):
-        record = Record(out, settings, resume=args.resume, overwrite=args.overwrite)
+        record = Record(out, settings, states=states, resume=args.resume, overwrite=args.overwrite)
     todo = [seed for seed in args.seeds if seed >= record.next_seed]
+
+    def kept() -> str:
+        record.save()
+        return f"{record.text()} are kept; the same command with --resume goes on"
+
+    done = len(args.seeds) - len(todo)
     try:
-        with Progress(
-            len(args.seeds), args.simulator, unit="seeds", done=len(args.seeds) - len(todo)
-        ) as progress:
+        with (
+            playing(kept),
+            Progress(len(args.seeds), args.simulator, unit="seeds", done=done) as progress,
+        ):
             for seed in todo:
                 record.add(seed, searcher(seed))
                 progress.update(f"{record.text()}")
-    except KeyboardInterrupt:
-        record.save()
-        raise InterruptedRunError(
-            f"{record.text()} are kept; the same command with --resume goes on"
-        ) from None
-    else:
         record.save()
     finally:
         record.close()
-        for environment in environments:
-            environment.close()
-    _report(record, args)
-    return 0
+    return record
 
 
 def _report(record: Record, args: argparse.Namespace) -> None:

@@ -14,10 +14,12 @@ from tsad.commands.common import (
     InterruptedRunError,
     UsageError,
     argument,
+    check_policy,
     check_result,
     check_simulator,
     is_mask,
     load_policy,
+    policy_source,
     seed_range,
     table,
     use_preset,
@@ -30,7 +32,7 @@ from tsad.commands.errors import (
     recorded_windows,
     unknown,
 )
-from tsad.commands.eval import configure, evaluate, policy_source, seeds_of
+from tsad.commands.eval import configure, evaluate, seeds_of
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 from tsad.files import make_folder, output_folder, write_json
 
@@ -166,7 +168,7 @@ def number(value: float | None, digits: int) -> str:
 
 def _check(args: argparse.Namespace) -> Path:
 
-    check_simulator(args.simulator)
+    check_simulator(args)
     if args.out is None:
         raise UsageError("argument --settings: needs --out DIR, a file per setting goes there")
     if args.seeds < 2:
@@ -198,6 +200,9 @@ class Sweep:
         self.rows: dict[str, Any] = {}
         self.episodes: dict[str, list[Episode]] = {}
         self.add(settings)
+        if args.simulator is not None:
+            first = next(iter(self._arguments.values()))
+            check_policy(args, self.load(first, "--policy"))
 
     def add(self, settings: list[dict[str, Any]]) -> None:
         """Further rows."""
@@ -253,7 +258,6 @@ class Sweep:
 
     def play(self) -> None:
         """Play what is missing of every row that has not been."""
-        from tsad.sim.parallel import WorkerError
         from tsad.sim.results import read_results
 
         make_folder(self._out)
@@ -264,7 +268,7 @@ class Sweep:
             own.label = f"{number} of {len(self._arguments)}, {name}"
             try:
                 document, policy = evaluate(own, path)
-            except (InterruptedRunError, WorkerError) as stop:
+            except (InterruptedRunError, RuntimeError) as stop:
                 text = str(stop).replace("command with --resume", "command")  # a sweep always does
                 raise type(stop)(f"setting {name}: {text}") from None
             self.rows[name] = _row(document, policy, self.error(name))

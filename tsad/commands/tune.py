@@ -17,6 +17,7 @@ from tsad.commands.common import (
     Progress,
     UsageError,
     add_overwrite,
+    add_simulator,
     argument,
     check_result,
     check_simulator,
@@ -25,13 +26,14 @@ from tsad.commands.common import (
     load_policy,
     natural,
     plan_of,
+    policy_source,
     positive_int,
     sampler_name,
     seed_range,
     table,
 )
 from tsad.commands.errors import SINGLE
-from tsad.commands.eval import configure, policy_source, seeds_of
+from tsad.commands.eval import configure, seeds_of
 from tsad.commands.sweep import Sweep, number, passes, read_settings
 from tsad.files import make_folder, output_folder, write_json
 
@@ -98,14 +100,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=Formatter,
     )
-    parser.add_argument(
-        "simulator", metavar="SIMULATOR", nargs="?", help="pusht; none: --observations alone"
-    )
-    parser.add_argument(
-        "--policy",
-        metavar="SRC",
-        help="bundled name, tsad folder or checkpoint (default: the simulator's bundled policy)",
-    )
+    add_simulator(parser, without="; without one, --observations alone")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
     parser.add_argument("--settings", metavar="FILE", help="instead of the default grid, JSON")
     parser.add_argument(
@@ -215,7 +210,7 @@ def default_grid(policy: SparsePolicy) -> list[dict[str, Any]]:
 
 
 def _check(args: argparse.Namespace) -> Path:
-    if args.simulator is None:
+    if args.simulator is None and args.own_simulator is None:
         if args.observations is None:
             raise UsageError(
                 "argument SIMULATOR: expected a simulator, or --observations DATA to do without"
@@ -225,7 +220,7 @@ def _check(args: argparse.Namespace) -> Path:
         if args.draws < 2:
             raise UsageError("argument --draws: expected 2 or more without a simulator")
     else:
-        check_simulator(args.simulator)
+        check_simulator(args)
         if args.seeds < 2:
             raise UsageError("argument --seeds: expected 2 or more: settings are compared")
     with argument("--out"):

@@ -1,8 +1,9 @@
 """Demonstrations on disk: the npz file of `tsad generate`, which `tsad train-policy` reads.
 
-Arrays: ``state`` (N, state_dim) and ``action`` (N, action_dim), float32, all episodes end to end;
-``episode_ends`` (E,), one past the last step of each; ``seed`` (E,); ``next_seed`` (), where a run
-goes on; ``settings`` (), JSON of all that decides what comes of a seed.
+Arrays: ``state`` (N, state_dim), or ``obs`` (N, obs_dim) of a simulator that tells no state, and
+``action`` (N, action_dim), float32, all episodes end to end; ``episode_ends`` (E,), one past the
+last step of each; ``seed`` (E,); ``next_seed`` (), where a run goes on; ``settings`` (), JSON of
+all that decides what comes of a seed.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ class Record:
         out: Path,
         settings: Mapping[str, Any],
         *,
+        states: str = "state",
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.out, self.settings = output_file(out, overwrite=True), dict(settings)
+        self._states = states
         self.next_seed = int(settings["first_seed"])
         self.demonstrations: list[Demonstration] = []
         self.steps = self.seeds_won = 0
@@ -58,7 +61,7 @@ class Record:
         try:
             arrays = read_npz(self.out)
             recorded = parse_header(arrays["settings"])
-            states, actions, seeds = (arrays[name] for name in ("state", "action", "seed"))
+            states, actions, seeds = (arrays[name] for name in (self._states, "action", "seed"))
             ends, next_seed = arrays["episode_ends"], int(arrays["next_seed"])
             if {states.ndim, actions.ndim} != {2} or {ends.ndim, seeds.ndim} != {1}:
                 raise ValueError("arrays of other shapes")
@@ -100,7 +103,7 @@ class Record:
         if not self.demonstrations:
             return
         arrays: dict[str, Any] = {
-            "state": np.concatenate([d.states for d in self.demonstrations]),
+            self._states: np.concatenate([d.states for d in self.demonstrations]),
             "action": np.concatenate([d.actions for d in self.demonstrations]),
             "episode_ends": np.cumsum([len(d.actions) for d in self.demonstrations]),
             "seed": np.array([d.seed for d in self.demonstrations]),

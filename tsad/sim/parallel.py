@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +22,7 @@ from typing import Any
 
 from tsad._extras import package_versions, require
 from tsad.sim.rollout import Episode, rollouts
+from tsad.sim.simulators import describe
 
 # Of a batch of seeds: its episodes, or what went wrong.
 Outcome = list[Episode] | str
@@ -76,11 +76,7 @@ class Player:
             environments = self._environments[: len(seeds)]
             return list(rollouts(self._policy, environments, seeds, **self._work.options))
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            return (
-                f"in the episodes {seeds}: {type(error).__name__}: {error} "
-                f"({where.filename}, line {where.lineno})"
-            )
+            return f"in the episodes {seeds}: {describe(error)}"
 
     def _load(self) -> None:
         import tsad

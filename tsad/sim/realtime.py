@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from tsad.sim import Environment
+from tsad.sim.simulators import Environment, rest
 
 MOST_HZ, MOST_MS = 1e6, 1e6
 
@@ -61,16 +59,10 @@ class Delay:
         self._acting: NDArray[np.float32] = np.empty((0, 0), np.float32)
 
     def start(self, environment: Environment) -> None:
-        """An episode begins: nothing is ready. ValueError if the environment cannot rest."""
+        """An episode begins: nothing is ready. SimulatorError if the environment cannot rest."""
         if self.delay == 0:
             return
-        rest: Any = getattr(environment, "rest_action", None)
-        if rest is None:
-            raise ValueError(
-                f"environments: the simulator '{environment.name}' has no rest_action, and with a "
-                "delay nothing else is known to do at first; give it one (tsad.sim.Environment)"
-            )
-        self._acting = np.array(rest(), np.float32)[None]
+        self._acting = rest(environment)[None]
 
     def ask(self, chunk: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
         """The `period` actions from the tick on that `chunk` (n, action_dim) is asked for."""

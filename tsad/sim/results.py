@@ -288,6 +288,7 @@ class Journal:
         self.episodes: dict[int, Episode] = {}
         self.looks: list[Any] = []  # of the finished file that this run goes on with
         self._file: Any = None
+        self._began = False  # whether there may be an episode on disk
         self._lock: Lock | None = None
         if self.out is None:
             return
@@ -311,7 +312,7 @@ class Journal:
         rows = [header, *(asdict(episode) for episode in self.episodes.values())]
         partial = partial_path(out)
         write_atomically(partial, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._file = open(str(partial), "ab")
+        self._file, self._began = open(str(partial), "ab"), bool(self.episodes)
 
     def _take(self, out: Path, existing: Path) -> None:
         """Go on with what is there."""
@@ -331,6 +332,7 @@ class Journal:
 
     def append(self, episode: Episode) -> None:
         """Keep one finished episode, on disk before this returns."""
+        self._began = True
         if self._file is not None:
             with named(self._file.name):
                 self._file.write(json.dumps(asdict(episode)).encode() + b"\n")
@@ -346,10 +348,15 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Nothing more comes; what is kept stays, and another run may go on."""
+        """Nothing more comes; what is kept stays, and another run may go on.
+
+        Of a run without an episode nothing stays: there is nothing to go on with.
+        """
         if self._file is not None:
             with contextlib.suppress(OSError):  # a disk that was full for `append` still is
                 self._file.close()
             self._file = None
+            if self.out is not None and not self._began:
+                partial_path(self.out).unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.release()

@@ -10,16 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tsad.sim.realtime import Delay
+from tsad.sim.simulators import Environment, first_observation, stepped
 from tsad.warm import WarmPolicy
-
-if TYPE_CHECKING:
-    from tsad.sim import Environment, Step
 
 
 class Policy(Protocol):
@@ -93,14 +91,14 @@ class _Lane:
         self.seed, self.score, self.success, self.steps, self.asked = seed, 0.0, False, 0, 0
         self.chunk_ms: list[float] = []
         # Before the start nothing was seen: the first observation stands in, as in training.
-        self.window[:] = self.environment.reset(seed)
+        self.window[:] = first_observation(self.environment, seed)
         self.delay.start(self.environment)
 
     def act(self, chunk: NDArray[np.float32], on_step: OnStep | None) -> bool:
         """Go on to the next chunk with this one; True when the episode is over."""
         self.asked = self.steps
         for action in self.delay.ask(chunk):
-            step: Step = self.environment.step(action)
+            step = stepped(self.environment, action)
             self.window[:-1] = self.window[1:]
             self.window[-1] = step.obs
             self.steps += 1
@@ -171,6 +169,7 @@ def rollouts(
     Raises:
         ValueError: the policy does not fit the simulator, has too few lanes, or returns fewer than
             `n_action_steps`; `delay` is negative, or the simulator has no `rest_action` for it.
+        SimulatorError: a ValueError: of what the simulator gives.
         RuntimeError: an action is not finite.
     """
     if not 1 <= len(environments) <= policy.lanes:

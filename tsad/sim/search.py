@@ -10,21 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.sim import Environment, FloatArray, check
-from tsad.sim.rollout import Policy
+from tsad.sim.rollout import Policy, check
+from tsad.sim.simulators import Environment, FloatArray, first_observation, stepped
 
 
-@runtime_checkable
 class Searchable(Environment, Protocol):
-    """A simulated world that can be copied."""
+    """A simulated world that can be copied.
 
-    def state(self) -> NDArray[np.float32]:
-        """What a demonstration records of the moment, float32 (state_dim,)."""
+    If it has a method `state`, demonstrations record what that returns, float32 (state_dim,), else
+    the observation.
+    """
 
     def snapshot(self) -> tuple[Any, ...]:
         """All that the coming steps depend on."""
@@ -85,10 +85,11 @@ class _Particle:
 
     def act(self, actions: NDArray[np.float32]) -> None:
         """Execute a chunk (n, action_dim), up to success."""
+        state = getattr(self.environment, "state", None)
         for action in actions:
-            self.states.append(self.environment.state())
+            self.states.append(self.window[-1] if state is None else state())
             self.actions.append(action.copy())
-            step = self.environment.step(action)
+            step = stepped(self.environment, action)
             self.window = np.concatenate([self.window[1:], step.obs[None]])
             self.score, self.success = step.score, step.success
             if step.success or len(self.actions) >= self.environment.max_steps:
@@ -148,7 +149,7 @@ class Searcher:
 
     def _particle(self, lane: int, seed: int) -> _Particle:
         environment = self.environments[lane]
-        first = environment.reset(seed)
+        first = first_observation(environment, seed)
         # Before the start nothing was seen: the first observation stands in, as in training.
         return _Particle(environment, np.stack([first] * self.policy.n_obs_steps))
 

@@ -195,7 +195,7 @@ def floats(value: NDArray[Any], key: str, file: Path) -> Floats:
     """An array of a file as float32, row after row; DataError if it is none, or not finite."""
     if 0 in value.shape or value.dtype.kind not in "fiu":
         raise DataError(
-            f"{file}: {key}: expected some real numbers, got {value.dtype} of shape {value.shape}; "
+            f"{file}: {key}: expected numbers, got {value.dtype} of shape {value.shape}; "
             "save it with .astype(np.float32)"
         )
     with np.errstate(over="ignore"):
