@@ -75,9 +75,11 @@ def test_help_of_everything_has_examples(capsys) -> None:
 
 
 def test_no_command_and_wrong_command(capsys) -> None:
-    for argv in ([], ["evaluate"], ["eval"], ["eval", "pusht", "--seed", "x"]):
+    for argv in ([], ["evaluate"], ["eval", "pusht", "--seed", "x"]):
         code, out, err = run(capsys, *argv)
         assert code == 2 and out == "" and "usage: tsad" in err
+    code, out, err = run(capsys, "eval")
+    assert code == 2 and out == "" and "argument SIMULATOR: expected one of pusht" in err
 
 
 def test_module_runs() -> None:
