@@ -165,7 +165,9 @@ def test_failures_beyond_the_user_exit_1(capsys, monkeypatch, fake) -> None:
 
     monkeypatch.setattr(FakePushT, "__call__", fail)
     code, out, err = run(capsys, "eval", "pusht", "--seeds", "1")
-    assert code == 1 and out == "" and err == "tsad eval: error: the device fell off the bus\n"
+    assert code == 1 and out == ""
+    assert err.startswith("tsad eval: error: RuntimeError: the device fell off the bus (")
+    assert "test_cli.py, line" in err and "nothing was kept; --out FILE keeps episodes" in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="terminals")

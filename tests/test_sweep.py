@@ -200,7 +200,7 @@ def test_ctrl_c_names_the_setting(capsys: Any, tmp_path: Path, monkeypatch: Any)
 
     monkeypatch.setattr(sim, "rollouts", interrupted)
     code, _, err = run(capsys, *command)
-    assert code == 130 and "setting a: 0 episodes are kept; the same command goes on" in err
+    assert code == 130 and "interrupted; setting a: no episode was finished" in err
 
 
 @pytest.mark.parametrize(
