@@ -228,8 +228,6 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
                          wanted ? wanted : "auto");
     }
     TSAD_TRY(check_tables(spec));
-    TSAD_TRY(check_tensors(spec->tensors, spec->n_tensors));
-    TSAD_TRY(check_tensors(spec->pruner_tensors, spec->n_pruner_tensors));
     m->precision = spec->precision;
     TSAD_TRY(copy_tables(spec, m));
     if (strcmp(spec->family, "diffusion_policy_transformer") == 0) {
@@ -244,6 +242,9 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
                          "'nodes', got '%s'",
                          spec->family);
     }
+    /* after the shapes, which say how many numbers there are */
+    TSAD_TRY(check_tensors(spec->tensors, spec->n_tensors));
+    TSAD_TRY(check_tensors(spec->pruner_tensors, spec->n_pruner_tensors));
     if (tsad_denoiser(m)->n_blocks != spec->n_blocks) {
         return tsad_fail(TSAD_SHAPE, "block_cost: expected %d entries, one per block, got %d",
                          tsad_denoiser(m)->n_blocks, spec->n_blocks);
