@@ -17,7 +17,7 @@ from dlpack_maker import Producer, array
 from policies import make_policy, observations
 from test_warm import make as make_warm
 
-from tsad import _core
+from tsad import Plan, _core
 
 F = np.float32
 FUZZ = Path(__file__).parent / "fuzz"
@@ -39,6 +39,14 @@ def test_masked_arrays_are_refused() -> None:
             message = r"obs: expected plain numbers, got a masked array.*use obs.filled\(value\)"
             with pytest.raises(TypeError, match=message):
                 policy(masked)
+
+
+def test_a_plan_of_a_masked_array_is_refused() -> None:
+    for masked in (np.ma.array([[0, 2]], mask=[[0, 1]]), np.ma.array([[0, 0]])):
+        with pytest.raises(TypeError, match=r"sources: .*masked array.*use sources.filled\("):
+            Plan(masked)
+        with pytest.raises(TypeError, match=r"first: .*masked array.*use first.filled\("):
+            Plan(np.zeros((1, 2), int), first=masked)
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass")
@@ -191,43 +199,58 @@ def is_readable(tensor: Any, sizes: Any, strides: Any) -> bool:
     )
 
 
-def test_random_capsules() -> None:
-    """Whatever is accepted may be read; nothing here reads it (`_borrow` only looks)."""
-    random = np.random.default_rng(0)
-    accepted = 0
-    for _ in range(2000):
-        x = array(tuple(random.integers(0, 4, random.integers(0, 9))))
-        producer = Producer(x, versioned=bool(random.integers(2)))
-        sizes = (ctypes.c_int64 * 8)(*x.shape)
-        own = [math.prod(x.shape[i + 1 :]) for i in range(x.ndim)]
-        strides = (ctypes.c_int64 * 8)(*own)
+def random_capsule(random: Any) -> tuple[Any, list[int], list[int], Any]:
+    """A producer with up to three lies, its sizes and strides, and the array behind it."""
+    x = array(tuple(random.integers(0, 4, random.integers(0, 9))))
+    producer = Producer(x, versioned=bool(random.integers(2)))
+    own = [math.prod(x.shape[i + 1 :]) for i in range(x.ndim)]
+    sizes, strides = (ctypes.c_int64 * 8)(*x.shape), (ctypes.c_int64 * 8)(*own)
+    tensor = producer.tensor
+    tensor.shape, tensor.strides = sizes, strides
+    for _ in range(random.integers(0, 4)):
+        kind = random.integers(4)
+        if kind == 0:
+            field = str(random.choice(list(FIELDS)))
+            setattr(tensor, field, FIELDS[field][random.integers(len(FIELDS[field]))])
+        elif kind == 1:
+            setattr(tensor, "shape" if random.integers(2) else "strides", None)
+        else:
+            numbers = sizes if kind == 2 else strides
+            numbers[random.integers(8)] = SIGNED[random.integers(len(SIGNED))]
+    return producer, list(sizes), list(strides), x
+
+
+def check_random_capsules(seed: int, n: int) -> int:
+    """How many were accepted. `_borrow` only looks; what lies in the array is read as well."""
+    random, accepted = np.random.default_rng(seed), 0
+    for _ in range(n):
+        producer, sizes, strides, x = random_capsule(random)
         tensor = producer.tensor
-        tensor.shape, tensor.strides = sizes, strides
-        for _ in range(random.integers(0, 4)):
-            kind = random.integers(4)
-            if kind == 0:
-                field = str(random.choice(list(FIELDS)))
-                setattr(tensor, field, FIELDS[field][random.integers(len(FIELDS[field]))])
-            elif kind == 1:
-                pointer = "shape" if random.integers(2) else "strides"
-                setattr(tensor, pointer, None)
-            else:
-                numbers = sizes if kind == 2 else strides
-                numbers[random.integers(8)] = SIGNED[random.integers(len(SIGNED))]
-        expected = is_readable(tensor, list(sizes), list(strides))
         try:
             seen = _core._borrow(producer)
-            got = True
         except (TypeError, ValueError):
-            got = False
-        assert got == expected, (tensor.ndim, list(sizes), list(strides), tensor.data)
-        if got:
+            seen = None
+        expected = is_readable(tensor, sizes, strides)
+        assert (seen is not None) == expected, (tensor.ndim, sizes, strides, tensor.data)
+        if seen is not None:
             accepted += 1
             assert seen["shape"] == tuple(sizes[: tensor.ndim])
-            empty = 0 in seen["shape"]
-            assert seen["ptr"] == (0 if empty else (tensor.data or 0) + tensor.byte_offset)
-        assert producer.deleted == producer.exports == 1
-    assert 250 < accepted < 1750
+            begin = (tensor.data or 0) + tensor.byte_offset
+            assert seen["ptr"] == (0 if 0 in seen["shape"] else begin)
+            first, bytes_ = x.ctypes.data, 4 * math.prod(seen["shape"])
+            inside = first <= begin and begin + bytes_ <= first + x.nbytes
+            if seen["dtype"] == "float32" and (inside or not bytes_):
+                at = (begin - first) // 4
+                flat = x.ravel()[at : at + bytes_ // 4]
+                got = _core._copy(producer, "x")
+                assert got.shape == seen["shape"]
+                np.testing.assert_array_equal(got.ravel(), flat)
+        assert producer.deleted == producer.exports > 0
+    return accepted
+
+
+def test_random_capsules() -> None:
+    assert 250 < check_random_capsules(0, 2000) < 1750
 
 
 @pytest.mark.skipif(not CORE.is_dir(), reason="needs the source tree")

@@ -310,6 +310,11 @@ def _rebuild(
 
 
 def _check_sources(name: str, sources: ArrayLike) -> Sources:
+    if isinstance(sources, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: expected plain integers, got a masked array, whose mask would be lost; use "
+            f"{name}.filled(value)"
+        )
     array = np.asarray(sources)
     if array.dtype.kind not in "iu":
         raise TypeError(

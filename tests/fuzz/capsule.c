@@ -4,12 +4,8 @@
  * says, numbers in a block of their own, so that AddressSanitizer sees a read too far. The verdict
  * is compared with one of 128-bit integers, and what is accepted and lies in the block is read.
  *
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -Icsrc/python
- * \ tests/fuzz/capsule.c csrc/python/dlpack_check.c -o fuzz-capsule
- *   ./fuzz-capsule -max_total_time=600 fuzz-corpus tests/fuzz/capsule
- *
- * Without libFuzzer (-DALONE, any compiler) it runs the files that it is given and deterministic
- * changes of them: ./fuzz-capsule ROUNDS FILE...
+ * README.md has the command. Without libFuzzer (-DALONE, any compiler) it runs the files that it
+ * is given and deterministic changes of them: fuzz-capsule ROUNDS FILE...
  */
 #include "dlpack.h"
 
