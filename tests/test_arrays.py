@@ -178,6 +178,62 @@ def test_broken_archives(tmp_path: Path) -> None:
             read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        np.array([0x110000, 0x30], "<u4").view("<U2").reshape(()),
+        np.array("[" * 100_000),
+        np.array("[]"),
+        np.array(["{}"]),
+        np.array(b"{}"),
+        np.array(3),
+    ],
+    ids=["no code point", "deep", "list", "dimension", "bytes", "number"],
+)
+def test_headers(tmp_path: Path, header: Any) -> None:
+    """Of the first, str() makes a string that Python itself fails on later."""
+    for dtype in (header.dtype, header.dtype.newbyteorder()):
+        np.savez(tmp_path / "x.npz", header=header.astype(dtype), sources=np.zeros((2, 3), int))
+        for load in (Plan.load, Effects.load):
+            with pytest.raises(ValueError, match=r"x\.npz: not a"):
+                load(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("key", ["blocks", "types"])
+def test_names_in_plans_are_lists(tmp_path: Path, key: str) -> None:
+    Plan(np.zeros((2, 3), int)).save(tmp_path / "x.npz")
+    arrays = dict(np.load(tmp_path / "x.npz"))
+    header = json.loads(str(arrays["header"])) | {key: "abc"}
+    np.savez(tmp_path / "x.npz", **arrays | {"header": np.array(json.dumps(header))})
+    with pytest.raises(ValueError, match=rf"x\.npz: not a plan: {key}: expected 3 strings"):
+        Plan.load(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("skip", np.zeros((4, 3, 1))),
+        ("skip", np.zeros((0, 3))),
+        ("skip", np.zeros((4, 3), int)),
+        ("pair", np.zeros((3, 4))),
+        ("segment", np.zeros((3, 4, 4))),
+        ("kind", np.zeros((3, 4, 4))),
+        ("outputs", np.array("text")),
+        ("rollout", np.zeros((2, 4, 2))),
+    ],
+)
+def test_tables_of_effects_fit_each_other(tmp_path: Path, name: str, value: Any) -> None:
+    shapes = {"pair": (3, 4, 4), "segment": (3, 4, 5), "kind": (4, 3, 3), "skip": (4, 3)}
+    shapes |= {"rollout": (2, 4, 3), "alike": (3, 4, 4), "changes": (3,), "first_layer": (4, 4)}
+    tables = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    tables |= {"inputs": np.zeros(4), "outputs": np.zeros(4)}
+    Effects(**tables, metadata={}).save(tmp_path / "x.npz")
+    assert Effects.load(tmp_path / "x.npz").rollout.shape == (2, 4, 3)
+    Effects(**tables | {name: value}, metadata={}).save(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match=rf"x\.npz: not a file of effects: {name}: "):
+        Effects.load(tmp_path / "x.npz")
+
+
 def test_every_reader_names_the_broken_file(tmp_path: Path) -> None:
     path = archive(tmp_path / "x.npz", {"header.npy": BROKEN_ARRAYS["zeros in the header"]})
     (tmp_path / "collection.json").write_text(

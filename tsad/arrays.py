@@ -63,10 +63,14 @@ def read_any_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(content.decode("utf-8"))
 
 
-def parse_header(text: object) -> dict[str, Any]:
+def parse_header(array: NDArray[Any]) -> dict[str, Any]:
     """The JSON object that this package's npz files have as their array ``header``."""
     with _faults():
-        header = json.loads(str(text))
+        if array.dtype.kind != "U" or array.ndim:
+            raise ValueError("its header is no text")
+        # not str(array), which makes strings of code points that there are not
+        content = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        header = json.loads(content.decode("utf-32-le").rstrip("\0"))
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
     return header

@@ -339,7 +339,7 @@ def _check_sources(name: str, sources: ArrayLike) -> Sources:
 def _check_names(name: str, names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
     if names is None:
         return None
-    names = tuple(names)
+    names = () if isinstance(names, str) else tuple(names)
     if len(names) != count or not all(isinstance(item, str) for item in names):
         raise ValueError(
             f"{name}: expected {count} strings, one per block, got {len(names)}; pass policy.{name}"

@@ -17,7 +17,7 @@ import cases
 import checkpoints
 import numpy as np
 import torch
-from targets import BLOCKS, COLLECTION, NETWORK, POLICY, RUN, STEPS
+from targets import BLOCKS, COLLECTION, LEROBOT, NETWORK, POLICY, RUN, STATISTICS, STEPS
 
 from tsad import Plan
 from tsad.checkpoint import safetensors_bytes
@@ -173,6 +173,9 @@ def files() -> dict[str, dict[str, bytes]]:
             "good": npz(obs=np.ones((3, 2)), **demonstrations),
             "good-state": npz(state=state, **demonstrations),
         },
+        "lerobot": {"good": LEROBOT["config.json"]},
+        "lerobot-processor": {"good": LEROBOT["policy_preprocessor.json"]},
+        "lerobot-statistics": {"good": LEROBOT[STATISTICS]},
         "keypoints": {"good": text({"local_keypoints_block_frame_px": [[1, 2], [3, 4.5]]})},
     }
 

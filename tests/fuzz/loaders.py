@@ -43,10 +43,15 @@ def main(argv: list[str]) -> None:
             counts["seconds"] = round(time.monotonic() - begun, 1)
             Path(statistics).write_text(json.dumps(counts) + "\n")
 
-    def mutated(content: bytes, most: int, seed: int) -> bytes:
-        return mutate(content, most, random.Random(seed), atheris.Mutate)
-
     corpus = here / "corpus" / name
+    seeds = [path.read_bytes() for path in sorted(corpus.iterdir())]
+
+    def mutated(content: bytes, most: int, seed: int) -> bytes:
+        draw = random.Random(seed)
+        if draw.random() < 0.3:  # what is broken in many places says little of any
+            content = draw.choice(seeds)
+        return mutate(content, most, draw, atheris.Mutate)
+
     if not any(not option.startswith("-") for option in options):
         options = [*options, str(corpus)]
     limits = ["-timeout=30", "-rss_limit_mb=2500", "-max_len=65536"]

@@ -7,8 +7,8 @@ finding: another exception, a hang, a gigabyte of memory. `check` runs one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from tsad.checkpoint import read_json, read_safetensors
 from tsad.commands import sweep
 from tsad.commands.common import UsageError
 from tsad.config import NetworkConfig, PolicyConfig
-from tsad.convert import read_checkpoint, read_pruner
+from tsad.convert import read_checkpoint, read_lerobot_folder, read_pruner
 from tsad.convert.settings import Settings
 from tsad.planners.effects import Effects
 from tsad.planners.files import import_plan
@@ -153,15 +153,29 @@ def keypoints(path: Path) -> None:
     training.local_keypoints(path)
 
 
+def lerobot(path: Path) -> None:
+    converted = read_lerobot_folder(path.parent)
+    PolicyConfig.from_dict(converted.config.to_dict())
+
+
 @dataclass(frozen=True)
 class Target:
     """A loader, the name that its file needs, and what else its folder needs."""
 
     load: Callable[[Path], None]
     file: str
-    beside: tuple[tuple[str, bytes], ...] = ()
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
+def lerobot_files() -> dict[str, bytes]:
+    """A small policy of LeRobot, from the fixtures of the tests."""
+    folder = Path(__file__).parents[1] / "fixtures" / "lerobot" / "ddim_sample_bias_k3_half"
+    names = ("config.json", "model.safetensors", *(p.name for p in folder.glob("policy_*")))
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+LEROBOT = lerobot_files()
+STATISTICS = "policy_preprocessor_step_3_normalizer_processor.safetensors"
 COLLECTION = b'{"format": "tsad-collection", "format_version": 2, "settings": {}}'
 TARGETS: dict[str, Target] = {
     "checkpoint": Target(checkpoint, "x.ckpt"),
@@ -179,11 +193,14 @@ TARGETS: dict[str, Target] = {
     "results": Target(eval_results, "results.json"),
     "partial": Target(eval_partial, "results.json.partial"),
     "collection": Target(collection, "collection.json"),
-    "episode": Target(episode, "episode-00000.npz", (("collection.json", COLLECTION),)),
-    "part": Target(episode, "episode-00000.part", (("collection.json", COLLECTION),)),
+    "episode": Target(episode, "episode-00000.npz", {"collection.json": COLLECTION}),
+    "part": Target(episode, "episode-00000.part", {"collection.json": COLLECTION}),
     "generated": Target(generated, "demonstrations.npz"),
     "demonstrations": Target(demonstrated, "demonstrations.npz"),
     "keypoints": Target(keypoints, "keypoints.json"),
+    "lerobot": Target(lerobot, "config.json", LEROBOT),
+    "lerobot-processor": Target(lerobot, "policy_preprocessor.json", LEROBOT),
+    "lerobot-statistics": Target(lerobot, STATISTICS, LEROBOT),
 }
 
 
@@ -191,9 +208,9 @@ def check(name: str, content: bytes, folder: Path) -> str:
     """Loads a file of these bytes; "" or the documented error. AssertionError is a finding too."""
     target = TARGETS[name]
     path = folder / target.file
-    for other, bytes_ in target.beside:
+    for other, file in target.beside.items():
         if not (folder / other).exists():
-            (folder / other).write_bytes(bytes_)
+            (folder / other).write_bytes(file)
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -80,7 +80,11 @@ class Effects:
             header = parse_header(arrays["header"])
             if header["format"] != FORMAT or header["version"] != FORMAT_VERSION:
                 raise ValueError(f"format {header['format']!r}, version {header['version']!r}")
-            return cls(**{name: arrays[name] for name in _TABLES}, metadata=header["metadata"])
+            tables = {name: arrays[name] for name in _TABLES}
+            _check_shapes(tables)
+            if not isinstance(header["metadata"], dict):
+                raise ValueError("its metadata is no JSON object")
+            return cls(**tables, metadata=header["metadata"])
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{os.fspath(path)}: not a file of effects: {error}; expected what 'tsad plan "
@@ -175,6 +179,34 @@ class Effects:
 
 
 _TABLES = tuple(field.name for field in fields(Effects) if field.name != "metadata")
+
+
+# K steps, B blocks, J = K + 1, A chunks ago
+_SHAPES = {
+    "pair": "BKK",
+    "segment": "BKJ",
+    "kind": "KBB",
+    "skip": "KB",
+    "rollout": "AKB",
+    "alike": "BKK",
+    "changes": "B",
+    "first_layer": "KK",
+    "inputs": "K",
+    "outputs": "K",
+}
+
+
+def _check_shapes(tables: Mapping[str, NDArray[Any]]) -> None:
+    """``ValueError`` if the tables of a file do not fit each other."""
+    sizes: dict[str, int] = {}
+    for name in ("skip", *_TABLES):
+        table, letters = tables[name], _SHAPES[name]
+        if table.ndim == len(letters):
+            sizes |= {k: n for k, n in zip(letters, table.shape, strict=True) if k not in sizes}
+            sizes["J"] = sizes["K"] + 1
+        wanted = tuple(sizes.get(letter) for letter in letters)
+        if table.shape != wanted or table.dtype.kind != "f" or 0 in tables["skip"].shape:
+            raise ValueError(f"{name}: {table.dtype} of shape {table.shape}")
 
 
 class EffectPlanner:

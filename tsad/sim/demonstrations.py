@@ -62,9 +62,11 @@ class Record:
             arrays = read_npz(self.out)
             recorded = parse_header(arrays["settings"])
             states, actions, seeds = (arrays[name] for name in (self._states, "action", "seed"))
-            ends, next_seed = arrays["episode_ends"], int(arrays["next_seed"])
+            ends, next_seed = arrays["episode_ends"], arrays["next_seed"].item()
             if {states.ndim, actions.ndim} != {2} or {ends.ndim, seeds.ndim} != {1}:
                 raise ValueError("arrays of other shapes")
+            if not isinstance(next_seed, int):
+                raise ValueError("a next_seed that is no integer")
             if {ends.dtype.kind, seeds.dtype.kind} - {"i", "u"} or len(ends) != len(seeds):
                 raise ValueError("ends and seeds that are no integers, or not as many")
             if {states.dtype, actions.dtype} != {np.dtype(np.float32)}:
