@@ -17,6 +17,7 @@ from command_line import run
 import tsad
 from tsad import cli, files
 from tsad.commands.common import Progress
+from tsad.plot import save_plan
 
 pytest.importorskip("gym_pusht")
 pytest.importorskip("torch")
@@ -206,16 +207,25 @@ def test_what_is_no_file(command: Command, work: list[str]) -> None:
 
 
 @pytest.fixture
-def full_disk(monkeypatch: Any) -> None:
-    """Only an empty file can be written, as on a disk that is full."""
+def full_disk_at(monkeypatch: Any) -> list[str]:
+    """Of files of these names only empty ones can be written; of all, if "" is among them."""
+    names: list[str] = []
+    plain = files._beside
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    beside = files._beside
-    monkeypatch.setattr(
-        files, "_beside", lambda to, content=b"": beside(to, content if content == b"" else full)
-    )
+    def beside(target: Path, content: Any = b"") -> Any:
+        fails = content != b"" and ("" in names or target.name in names)
+        return plain(target, full if fails else content)
+
+    monkeypatch.setattr(files, "_beside", beside)
+    return names
+
+
+@pytest.fixture
+def full_disk(full_disk_at: list[str]) -> None:
+    full_disk_at.append("")
 
 
 @writes_a_file
@@ -335,3 +345,57 @@ def test_a_full_disk_keeps_the_old_files(command: Command, monkeypatch: Any, req
     code, _, err = command("folder", *more.get(command.name, ["--overwrite"]))
     assert code in (1, 2) and "can't be written: No space left on device" in err, err
     assert before == {path.name: path.read_bytes() for path in Path("folder").iterdir()}
+
+
+# ---- Python
+
+
+def some_effects(material: Path) -> Any:
+    from tsad.planners import Effects
+
+    path = material / "effects.npz"
+    if not path.exists():
+        command = FILES["measure"].replace("recorded", f"{material}/recorded")
+        assert cli.main(command.replace("OUT", str(path)).split()) == 0
+    return Effects.load(path)
+
+
+SAVES: dict[str, Any] = {
+    "plan": lambda m, path, **o: tsad.Plan.load(m / "plan.npz").save(path, **o),
+    "effects": lambda m, path, **o: some_effects(m).save(path, **o),
+    "picture": lambda m, path, **o: save_plan(tsad.Plan.load(m / "plan.npz"), path, **o),
+}
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+def test_saving_is_as_numpys_but_whole(save: Any, material: Path, tmp_path: Path) -> None:
+    """A file is replaced, as np.savez does, unless that is not wanted; a link is followed."""
+    out, link = tmp_path / "out.png", tmp_path / "link.png"
+    link.symlink_to(out)
+    save(material, link)
+    content = out.read_bytes()
+    out.write_bytes(b"old")
+    with pytest.raises(FileExistsError, match="overwrite=True in Python"):
+        save(material, link, overwrite=False)
+    assert out.read_bytes() == b"old"
+    save(material, str(out))
+    assert len(out.read_bytes()) == len(content) and link.is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null", tmp_path, tmp_path / "no" / "x.png"):
+        with pytest.raises(OSError, match="is a device|is a folder|does not exist; make it"):
+            save(material, path)
+    assert sorted(os.listdir(tmp_path)) == ["link.png", "out.png", "pipe"]
+
+
+def test_a_policy_is_replaced_as_a_whole(tmp_path: Path, full_disk_at: list[str]) -> None:
+    """New weights never lie under an old configuration."""
+    from test_load import a_folder
+
+    folder = a_folder(tmp_path / "policy")
+    config, tensors, _ = tsad.checkpoint.read_folder(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    full_disk_at.append("config.json")
+    doubled = {name: 2 * value for name, value in tensors.items()}
+    with pytest.raises(OSError, match="config.json' can't be written: No space left"):
+        tsad.checkpoint.write_folder(folder, config, doubled, dtype="float32")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
