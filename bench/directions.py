@@ -54,6 +54,7 @@ from tsad.planners.base import budget, full, make_plan  # noqa: E402
 from tsad.planners.search import ChunkError, Found, Search  # noqa: E402
 from tsad.sim.observations import read_observations  # noqa: E402
 from tsad.sim.recording import Recorded, names_of  # noqa: E402
+from tsad.statistics import LEAST_EPISODES  # noqa: E402
 
 DIRECTIONS = {
     "type": (REUSE_TYPE,),
@@ -314,7 +315,9 @@ class Episodes:
         sums = np.array([(each.sum(), len(each)) for each in found])
         drawn = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
         totals = sums[drawn].sum(axis=1)
-        interval = np.quantile(np.sqrt(totals[:, 0] / totals[:, 1]), (0.025, 0.975)).tolist()
+        roots = np.sqrt(totals[:, 0] / totals[:, 1])
+        known = len(sums) >= LEAST_EPISODES
+        interval = np.quantile(roots, (0.025, 0.975)).tolist() if known else None
         return {**describe(errors), "interval": interval, "rms_of_chunks": spans}
 
 
@@ -355,7 +358,7 @@ def report(document: dict[str, Any]) -> str:
                     name,
                     f"{float(asked):.0%}",
                     f"{error['rms']:.4f}",
-                    "{:.4f} to {:.4f}".format(*error["interval"]),
+                    "{:.4f} to {:.4f}".format(*error["interval"]) if error["interval"] else "",
                     f"{error['median']:.4f}",
                     str(found["age"]["oldest"]),
                 ]

@@ -16,16 +16,9 @@ from typing import Any
 
 import numpy as np
 
-# How many chunks a percentile needs, so that it is not just the largest value.
-ENOUGH = {50: 1, 90: 10, 99: 100}
+from tsad.statistics import percentile
+
 PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino", "onnxscript", "tsad-policy")
-
-
-def percentile(values: Sequence[float], q: int) -> float | None:
-    """The q-th percentile; None where there are too few values to tell."""
-    if len(values) < ENOUGH[q]:
-        return None
-    return float(np.percentile(np.asarray(values, np.float64), q))
 
 
 def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:

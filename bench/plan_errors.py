@@ -39,6 +39,7 @@ from tsad.planners.search import ChunkError  # noqa: E402
 from tsad.sim.frontier import rank_correlation  # noqa: E402
 from tsad.sim.observations import read_observations  # noqa: E402
 from tsad.sim.recording import names_of  # noqa: E402
+from tsad.statistics import percentile  # noqa: E402
 
 Name = int | str  # of an episode
 
@@ -47,13 +48,13 @@ DIAL = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
 SINGLE = {"reuse_step": REUSE_STEP, "reuse_type": REUSE_TYPE, "skip": SKIP}
 
 
-def describe(errors: np.ndarray) -> dict[str, float]:
+def describe(errors: np.ndarray) -> dict[str, float | None]:
     """Of mean squared errors per chunk: the root of their mean, and quantiles of their roots."""
     roots = np.sqrt(errors)
     return {
         "rms": float(np.sqrt(errors.mean())),
         "median": float(np.median(roots)),
-        "p90": float(np.quantile(roots, 0.9)),
+        "p90": percentile(roots, 90),
         "max": float(roots.max()),
     }
 

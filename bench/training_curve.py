@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def plot(rows: Sequence[Point], out: Path) -> None:
     minutes = [row["minutes"] for row in rows]
     for name, color, marker in (("score", "#0072B2", "o"), ("success", "#D55E00", "s")):
         means = [row[name]["mean"] for row in rows]
-        low, high = zip(*(row[name]["interval95"] for row in rows), strict=True)
+        nothing = (math.nan, math.nan)  # of too few episodes
+        low, high = zip(*(row[name]["interval95"] or nothing for row in rows), strict=True)
         ax.plot(minutes, means, color=color, marker=marker, label=name)
         ax.fill_between(minutes, low, high, color=color, alpha=0.15, linewidth=0)
     ax.set(ylim=(0, 1), xlabel="minutes of training", ylabel="mean of the episodes")

@@ -106,7 +106,8 @@ def record(folder: Path, first: int, settings: dict[str, Any]) -> None:
         save_episode(folder, seed, obs, np.zeros((4, 8, 2), np.float32))
 
 
-def test_the_table(tmp_path: Path, capsys: Any) -> None:
+def test_the_table(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(directions, "LEAST_EPISODES", 2)
     facts = {
         "files_sha256": files_sha256("pusht"),
         "sampler": "ddim",
@@ -139,7 +140,10 @@ def test_the_table(tmp_path: Path, capsys: Any) -> None:
     assert rows["rollout, in turn"]["age"] == {"oldest": 1, "mean": 1.0}
     kept = state.read_bytes()
     assert directions.main([*argv, "--episodes", "1"]) == 0  # has nothing to search for any more
-    assert state.read_bytes() == kept and json.loads(out.read_text())["report"]["chunks"] == 3
+    assert state.read_bytes() == kept
+    one = json.loads(out.read_text())
+    assert one["report"]["chunks"] == 3
+    assert all(row["error"]["interval"] is None for row in one["directions"]["0.5"].values())
     with pytest.raises(ValueError, match="--state: .* is of other settings"):
         directions.main([*argv, "--seed", "1"])
     argv[argv.index("--tries") + 1] = "6"
