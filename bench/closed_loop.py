@@ -29,6 +29,7 @@ import tsad  # noqa: E402
 from tsad import sim  # noqa: E402
 from tsad.files import write_json  # noqa: E402
 from tsad.sim.results import compare, summarise  # noqa: E402
+from tsad.statistics import LEAST_EPISODES  # noqa: E402
 
 
 def play(name: str, policy: Any, seeds: list[int]) -> list[sim.Episode]:
@@ -69,8 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peer", default="eager", help="of bench/peers.py (default: eager)")
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    if args.seeds < 2 or args.threads < 1 or (args.lanes is not None and args.lanes < 1):
-        parser.error("--seeds, --threads, --lanes: expected at least 2 seeds, 1 thread, 1 lane")
+    least = LEAST_EPISODES  # or there is no interval
+    if args.seeds < least or args.threads < 1 or (args.lanes is not None and args.lanes < 1):
+        parser.error(
+            f"--seeds, --threads, --lanes: expected at least {least} seeds, 1 thread, 1 lane"
+        )
     import peers
 
     first = sim.facts("pusht").first_seed

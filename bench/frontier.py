@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tsad.commands.common import span
 from tsad.load import policy_folder
 from tsad.plot_frontier import FAMILIES, family, save_frontier
 from tsad.presets import read_presets
@@ -39,8 +40,7 @@ def line(document: dict[str, Any], name: str) -> str:
     cells += [f"{row['cell_sparsity']:.0%}", f"{row['score']['mean']:.3f}"]
     cells += [f"{row['success']['mean']:.3f}"]
     if "mean_difference" in row:
-        low, high = row["simultaneous"]
-        cells += [f"{row['mean_difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"]
+        cells += [f"{row['mean_difference']:+.3f}", span(row["simultaneous"])]
     else:
         cells += ["", ""]
     if document["drawn"]:
@@ -71,9 +71,8 @@ def sweep(document: dict[str, Any]) -> str:
             cells += ["", "", ""]
         else:
             mean, away = other["mean_difference"], 1.959964 * other["standard_error"]
-            low, high = other["simultaneous"]
-            cells += [f"{mean:+.3f}", f"{mean - away:+.3f} to {mean + away:+.3f}"]
-            cells += [f"{low:+.3f} to {high:+.3f}"]
+            alone = [mean - away, mean + away] if other["simultaneous"] else None
+            cells += [f"{mean:+.3f}", span(alone), span(other["simultaneous"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

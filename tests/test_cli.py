@@ -93,7 +93,7 @@ def test_help_needs_no_optional_package() -> None:
     """The whole parser is built without any package of an extra."""
     code = (
         "import sys\n"
-        "for name in ('torch', 'matplotlib', 'tqdm', 'PIL', 'gymnasium', 'gym_pusht', 'pymunk'):\n"
+        "for name in ('torch', 'matplotlib', 'rich', 'PIL', 'gymnasium', 'gym_pusht', 'pymunk'):\n"
         "    sys.modules[name] = None\n"
         "from tsad.cli import build_parser; build_parser()\n"
     )
@@ -173,7 +173,7 @@ def test_failures_beyond_the_user_exit_1(capsys, monkeypatch, fake) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="terminals")
 @pytest.mark.parametrize("size", [(24, 100), (0, 0)])
 def test_progress_bar_on_a_terminal_of_any_size(size) -> None:
-    pytest.importorskip("tqdm")
+    pytest.importorskip("rich")
     import fcntl
     import pty
     import struct
@@ -394,7 +394,8 @@ def test_bench(capsys, fake) -> None:
     assert code == 0 and [r["sparsity"] for r in document["results"]] == [0.0, 0.5, 0.75]
     for result in document["results"]:
         assert result["chunks"] >= 7 and result["stages_ms"]["denoise"]["p50"] == 0.7
-        assert 0 < result["call_ms"]["p50"] <= result["call_ms"]["p90"] <= result["call_ms"]["p99"]
+        call = result["call_ms"]
+        assert 0 < call["p50"] <= call["p90"] <= call["max"] and call["p99"] is None  # of 10 calls
     code, out, _ = run(capsys, "bench", "--chunks", "5", "--sparsity", "0.9")
     assert code == 2  # it is more than this fake reaches
     code, out, _ = run(capsys, "bench", "--chunks", "5", "--sparsity", "0.5", "--lanes", "2")

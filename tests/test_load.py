@@ -174,7 +174,7 @@ def test_loading_imports_numpy_only() -> None:
     code = (
         "import sys, tsad\n"
         "tsad.load('pusht', num_inference_steps=2)\n"
-        "heavy = {'torch', 'safetensors', 'omegaconf', 'dill', 'diffusers', 'matplotlib', 'tqdm'}\n"
+        "heavy = {'torch', 'safetensors', 'omegaconf', 'dill', 'diffusers', 'matplotlib', 'rich'}\n"
         "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -317,7 +317,7 @@ def test_import_needs_numpy_only() -> None:
     program = """
 import sys
 import tsad
-optional = {"torch", "matplotlib", "tqdm", "gymnasium", "safetensors", "PIL", "pymunk", "diffusers"}
+optional = {"torch", "matplotlib", "rich", "gymnasium", "safetensors", "PIL", "pymunk", "diffusers"}
 loaded = optional & {name.partition(".")[0] for name in sys.modules}
 assert not loaded, loaded
 assert callable(tsad.load) and tsad.__version__

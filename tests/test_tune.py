@@ -15,7 +15,8 @@ from command_line import run
 import tsad
 from tsad.commands import tune
 from tsad.presets import PRESETS_FILE, Preset, model_sha256, read_presets, save_presets
-from tsad.sim import frontier
+from tsad.sim import frontier, results
+from tsad.statistics import LEAST_EPISODES
 
 # ---- what settings are worth
 
@@ -38,7 +39,7 @@ def test_as_many_seeds_as_said_show_that_nothing_is_lost() -> None:
     draws = rng.normal(0, 0.2, (4000, n))
     half = 1.96 * draws.std(axis=1, ddof=1) / math.sqrt(n)
     assert 0.87 < (draws.mean(axis=1) - half > -margin).mean() < 0.93
-    assert frontier.seeds_needed([0.0, 0.0, 0.0], 0.01) == 2
+    assert frontier.seeds_needed([0.0, 0.0, 0.0], 0.01) == LEAST_EPISODES
     for wrong in ([1.0], np.zeros((3, 2))):
         with pytest.raises(ValueError, match="differences: expected two or more"):
             frontier.seeds_needed(wrong, 0.01)
@@ -97,6 +98,7 @@ def short(monkeypatch: Any) -> None:
     monkeypatch.setattr(PushT, "max_steps", 24)
     monkeypatch.setattr(tune, "CHUNKS_PER_ROUND", 2)
     monkeypatch.setattr(tune, "LEAST_SEEDS", 3)
+    monkeypatch.setattr(results, "LEAST_EPISODES", 3)
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -131,9 +133,15 @@ def test_tune_in_a_simulator(capsys: Any, folder: Path) -> None:
     assert policy.num_inference_steps == found["settings"][fastest]["steps"]
     assert policy.precision == found["settings"][fastest].get("precision", "float32")
 
-    # too few seeds prove nothing
-    code, out, err = run(capsys, *command(folder, "pusht", "--seeds", "2", "--json"))
-    assert code == 0 and set(json.loads(out)["presets"]) == {"fast"}, err
+    # too few seeds prove nothing, and nothing is chosen by them
+    code, out, err = run(capsys, *command(folder, "pusht", "--seeds", "2"))
+    assert code == 0 and "no preset is chosen: 2 seeds, it takes 3" in out, err
+    known = json.loads((folder / "tuned" / "tune.json").read_text())
+    assert known["presets"] == {} and known["rows"]["half"]["simultaneous"] is None
+    before = (folder / "policy" / "presets.json").read_bytes()
+    code, out, err = run(capsys, *command(folder, "pusht", "--seeds", "2", "--save"))
+    assert code == 2 and "argument --save: got 2 seeds, it takes 3" in err
+    assert (folder / "policy" / "presets.json").read_bytes() == before
 
     # again: nothing is played, times are taken anew; text and picture
     code, out, err = run(capsys, *command(folder, "pusht", "--seeds", "3", "--lanes", "3"))
@@ -217,7 +225,7 @@ def test_tune_without_a_simulator(capsys: Any, folder: Path) -> None:
         (["--out", "x"], "SIMULATOR: expected a simulator, or --observations"),
         (["--observations", "x", "--out", "x"], "--policy: without a simulator"),
         (["chess", "--out", "x"], "unknown simulator 'chess'"),
-        (["pusht", "--out", "x", "--seeds", "1"], "--seeds: expected 2 or more"),
+        (["pusht", "--out", "x", "--seeds", "1"], "--seeds: got 1, expected 2 or more"),
         (["pusht", "--out", "x", "--within", "0"], "--within: got '0', expected a number above 0"),
         (["pusht", "--out", "x", "--within", "nan"], "--within: got 'nan'"),
         (["pusht", "--out", __file__], "is a file, expected a folder"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -19,10 +20,10 @@ from tsad.commands.common import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
-    Formatter,
     InterruptedRunError,
     UsageError,
 )
+from tsad.commands.parser import Formatter, Parser
 
 COMMANDS = (
     "demo",
@@ -67,42 +68,60 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="tsad", description=DESCRIPTION, epilog=EPILOG, formatter_class=Formatter
-    )
+    parser = Parser(prog="tsad", description=DESCRIPTION, epilog=EPILOG, formatter_class=Formatter)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     subparsers = parser.add_subparsers(
-        dest="command", metavar="COMMAND [OPTIONS]", required=True, title="commands"
+        dest="command", metavar="COMMAND", required=True, title="commands"
     )
     for name in COMMANDS:
         importlib.import_module(f"tsad.commands.{name}").add_parser(subparsers)
     return parser
 
 
-def _complain(args: argparse.Namespace, message: object) -> None:
-    print(f"tsad {args.command}: error: {message}", file=sys.stderr)
+def _prepare(name: str) -> None:
+    """Make a standard stream take any text, whatever the terminal; a closed one leads nowhere."""
+    stream = getattr(sys, name)
+    if stream is None:
+        setattr(sys, name, io.StringIO())
+    elif hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_output() -> None:
+    """Drop what can't be written to standard output: Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Wrong options leave by SystemExit(2)."""
-    args = build_parser().parse_args(argv)
+    for name in ("stdout", "stderr"):
+        _prepare(name)
+    prog = "tsad"
     try:
-        return int(args.run(args))
+        try:
+            args = build_parser().parse_args(argv)
+            prog = args.prog
+            return int(args.run(args))
+        finally:
+            sys.stdout.flush()  # here, where it can fail
     except UsageError as error:
-        _complain(args, error)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except (KeyboardInterrupt, InterruptedRunError) as error:
         detail = f"; {error}" if str(error) else ""
-        print(f"\ntsad {args.command}: interrupted{detail}", file=sys.stderr)
+        print(f"\n{prog}: interrupted{detail}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has left (`tsad show ... | head`); nothing to tell it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has left (`tsad show ... | head`)
+        _give_up_output()
         return EXIT_FAILURE
     except (MissingExtraError, OSError, RuntimeError, MemoryError) as error:
-        _complain(args, str(error) or type(error).__name__)
+        print(f"{prog}: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        _give_up_output()
         return EXIT_FAILURE
 
 

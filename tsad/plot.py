@@ -49,8 +49,8 @@ def title(plan: Plan) -> str:
     steps, blocks = plan.sources.shape
     computed = int((plan.sources == 0).sum())
     return (
-        f"{steps} steps x {blocks} blocks · sparsity {plan.sparsity:.1%} of the cost, "
-        f"{plan.cell_sparsity:.1%} of the cells · {computed:,} of {plan.sources.size:,} computed"
+        f"{steps} steps x {blocks} blocks, sparsity {plan.sparsity:.1%} of the cost, "
+        f"{plan.cell_sparsity:.1%} of the cells; {computed:,} of {plan.sources.size:,} computed"
     )
 
 

@@ -87,7 +87,7 @@ def plot_frontier(document: Mapping[str, Any], ax: Any) -> Any:
         kind = "dense" if name == baseline else family(setting)
         mark, color, label = FAMILIES[kind]
         small = setting.get("precision") == "int16"
-        if played and name != baseline:
+        if row.get("simultaneous"):  # of enough seeds, and not the baseline
             low, high = (-value for value in row["simultaneous"])
             ax.plot([busy(rows, name)] * 2, [low, high], color=color, linewidth=0.7, alpha=0.4)
         ax.plot(

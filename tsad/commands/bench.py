@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,18 +23,20 @@ from tsad.commands.common import (
     noted,
     planner_name,
     positive_int,
+    preset_note,
+    real,
     sampler_name,
     set_sparsity,
     sparsity,
     table,
 )
+from tsad.statistics import ENOUGH, percentile
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
 
 STAGES = ("encode", "prune", "plan", "denoise", "total")
 ROUNDS = 5
-PERCENTILES = (50, 90, 99)
 
 DESCRIPTION = """\
 Time chunks and their stages (encode, prune, plan, denoise) on this machine, dense and sparse.
@@ -87,7 +88,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--paced",
-        type=rate,
+        type=real(lambda hz: 0 < hz <= 1e4, "calls a second, above 0 and up to 10000; e.g. 10"),
         metavar="HZ",
         help="call at this rate, as a robot does: cores rest in between (default: back to back)",
     )
@@ -95,19 +96,6 @@ def add_parser(subparsers: Any) -> None:
     add_policy_options(parser)
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.set_defaults(run=run)
-
-
-def rate(text: str) -> float:
-    """An argument in Hz."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1e4:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected calls a second, above 0 and up to 10000; e.g. 10"
-        )
-    return value
 
 
 def observations(policy: SparsePolicy, n: int) -> NDArray[np.float32]:
@@ -172,9 +160,9 @@ class Clock:
             "cell_sparsity": float(self.plan.cell_sparsity),
             "passes": float(self.plan.cost) * policy.num_inference_steps,
             "chunks": len(self.wall) * policy.lanes,
-            "call_ms": _percentiles(self.wall),
+            "call_ms": percentiles(self.wall),
             "first_call_ms": float(np.median(self.first)),
-            "stages_ms": {stage: _percentiles(self.stages[stage]) for stage in STAGES},
+            "stages_ms": {stage: percentiles(self.stages[stage]) for stage in STAGES},
             "chunks_per_second": per_second,
             "actions_per_second": per_second * policy.n_action_steps,
         }
@@ -186,9 +174,9 @@ def _call(policy: SparsePolicy, obs: NDArray[np.float32]) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def _percentiles(values: list[float]) -> dict[str, float]:
-    numbers = np.percentile(values, PERCENTILES)
-    return {f"p{p}": float(v) for p, v in zip(PERCENTILES, numbers, strict=True)}
+def percentiles(values: list[float]) -> dict[str, float | None]:
+    """p50, p90 and p99, None where there are too few to tell, and the largest."""
+    return {**{f"p{q}": percentile(values, q) for q in ENOUGH}, "max": max(values)}
 
 
 def _milliseconds(value: float) -> str:
@@ -197,10 +185,13 @@ def _milliseconds(value: float) -> str:
 
 def _report(document: dict[str, Any]) -> str:
     results = document["results"]
-    rows = [["ms, p50 / p90 / p99", *(r["name"] for r in results)]]
+    calls = results[0]["chunks"] // document["lanes"]
+    shown = [f"p{q}" for q in ENOUGH if calls >= ENOUGH[q]]
+    shown += [] if "p99" in shown else ["max"]
+    rows = [[f"ms, {' / '.join(shown)}", *(r["name"] for r in results)]]
 
     def three(values: dict[str, float]) -> str:
-        return " / ".join(_milliseconds(values[f"p{p}"]) for p in PERCENTILES)
+        return " / ".join(_milliseconds(values[name]) for name in shown)
 
     for stage in STAGES[:-1]:
         rows.append([stage, *(three(r["stages_ms"][stage]) for r in results)])
@@ -218,12 +209,15 @@ def _report(document: dict[str, Any]) -> str:
         f"{lanes} lane{'s' if lanes > 1 else ''}\n"
         f"{document['cpu']}, {document['backend']}, threads {document['threads']}"
         f"{'' if paced is None else f', called at {paced:g} Hz'}\n\n{table(rows)}"
+        + ("" if "p99" in shown else f"\n{calls} calls: a p99 takes {ENOUGH[99]} (--chunks)")
     )
 
 
 def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
     """Dense, the sparsities, and the preset."""
     import tsad
+    from tsad.load import policy_folder
+    from tsad.presets import find_preset
 
     def dial(value: float) -> Callable[[], None]:
         return lambda: setattr(policy, "sparsity", value)
@@ -243,7 +237,9 @@ def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
                 threads=args.threads,
                 preset=args.preset,
             )
+            preset = find_preset(policy_folder(args.policy), args.preset, args.policy)
         clocks.append(Clock(args.preset, chosen, lambda: None))
+        args.preset_note = preset_note(preset.name, preset.measured)
     return clocks
 
 
@@ -276,4 +272,6 @@ def run(args: argparse.Namespace) -> int:
         "results": [clock.facts() for clock in clocks],
     }
     print(json.dumps(document, indent=1) if args.json else _report(document))
+    if args.preset and args.preset_note and not args.json:
+        print(args.preset_note)
     return 0

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.commands.common import (
+    EpisodeProgress,
     Formatter,
-    Progress,
     UsageError,
     add_policy_options,
     add_simulator,
@@ -94,19 +94,21 @@ def _record(
     def keep(chunk: sim.Chunk) -> None:
         for seed, obs, actions in zip(chunk.seeds, chunk.obs, chunk.actions, strict=True):
             chunks[seed].append((obs, actions))
+        progress.chunks(len(chunk.seeds))
 
     kept = total - len(todo)
+    longest = -(-environments[0].max_steps // policy.n_action_steps)
+    progress = EpisodeProgress(total, f"{simulator}, recording", longest=longest, done=kept)
     try:
-        with (
-            playing(lambda: f"{kept} episodes are kept; the same command goes on"),
-            Progress(total, f"{simulator}, recording", unit="episodes", done=kept) as progress,
-        ):
+        with playing(lambda: f"{kept} episodes are kept; the same command goes on"), progress:
             for episode in sim.rollouts(policy, environments, todo, on_chunk=keep):
                 obs, actions = map(np.stack, zip(*chunks.pop(episode.seed), strict=True))
                 facts = {"score": episode.score, "success": episode.success}
                 save_episode(out, episode.seed, obs, actions, **facts)
                 kept += 1
-                progress.update(f"{episode.chunks} chunks, score {episode.score:.2f}")
+                progress.episode(
+                    episode.chunks, f"{episode.chunks} chunks, score {episode.score:.2f}"
+                )
     finally:
         for environment in environments:
             environment.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib
 import math
 import os
 import platform
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsad._extras import MissingExtraError, package_versions
 from tsad.arrays import read_any_json
+from tsad.commands.parser import Formatter as Formatter
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 from tsad.files import output_file
 
@@ -34,13 +34,6 @@ class UsageError(Exception):
 
 class InterruptedRunError(Exception):
     """Ctrl-C, with a message that says what was kept and how to go on."""
-
-
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and examples; room for long option names."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30)
 
 
 # The library's messages begin with the name of its own argument; here it has another.
@@ -63,15 +56,18 @@ OPTIONS = {
 
 
 @contextlib.contextmanager
-def argument(name: str) -> Iterator[None]:
-    """Errors of the library inside are the user's: they name the argument, without a traceback."""
+def argument(name: str, options: Mapping[str, str] = OPTIONS) -> Iterator[None]:
+    """Errors of the library inside are the user's: they name the argument, without a traceback.
+
+    `options` are the names of the library's own arguments here.
+    """
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
         text = str(error)
         inner, colon, rest = text.partition(": ")
-        if colon and inner in OPTIONS:
-            name, text = OPTIONS[inner] or name, rest
+        if colon and inner in options:
+            name, text = options[inner] or name, rest
         raise UsageError(f"argument {name}: {text}") from error
 
 
@@ -84,40 +80,44 @@ def noted() -> Iterator[None]:
         print(f"note: {note.message}", file=sys.stderr)
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
-    return value
+def integer(least: int, most: int) -> Callable[[str], int]:
+    """An argparse type: an integer of a range."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            most_words = f" and at most {most}" if value > most else ""
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, expected an integer of at least {least}{most_words}"
+            )
+        return value
+
+    return parse
 
 
-def natural(text: str) -> int:
-    """An argparse type: an integer of at least 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
-    return value
+def real(fits: Callable[[float], bool], expected: str) -> Callable[[Any], float]:
+    """An argparse type: a finite number that fits."""
+
+    def parse(text: Any) -> float:
+        try:
+            value = float(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value) or not fits(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+        return value
+
+    return parse
 
 
-def sparsity(text: str) -> float:
-    """An argparse type: a number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected a number from 0 (dense) to 1, the share of the cost not "
-            "computed; e.g. 0.9"
-        )
-    return value
+positive_int, natural = integer(1, 10**6), integer(0, 2**62)
+sparsity = real(
+    lambda value: 0 <= value <= 1,
+    "a number from 0 (dense) to 1, the share of the cost not computed; e.g. 0.9",
+)
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +155,9 @@ OBSERVATIONS_HELP = "recorded observations: a folder, or arrays of your own; see
 def add_preset(parser: Any) -> None:
     """The option that names a preset, for commands that `use_preset`."""
     parser.add_argument(
-        "--preset", metavar="NAME", help="a measured setting of the policy: tsad info lists them"
+        "--preset",
+        metavar="NAME",
+        help="a measured setting of the policy: tsad info lists them, and where they were timed",
     )
 
 
@@ -207,6 +209,26 @@ def use_preset(args: argparse.Namespace, source: str, name: str | None) -> None:
     args.n_action_steps, args.warm_start = preset.n_action_steps, preset.warm_start
     args.planner, args.sparsity = preset.planner, preset.sparsity
     args.plan = None if preset.plan is None else str(preset.plan)
+    args.preset_note = preset_note(name, preset.measured)
+
+
+def timed_on(measured: Mapping[str, Any]) -> str:
+    """A preset's time and the processor that it is of, in words; empty without a time."""
+    milliseconds, cpu = measured.get("milliseconds"), measured.get("cpu")
+    if milliseconds is None:
+        return ""
+    where = "on an unknown processor" if cpu is None else f"on {cpu}"
+    threads = measured.get("threads")
+    where += "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
+    here = cpu_name()
+    other = "" if cpu in (None, here) else f" (not here: {here})"
+    return f"{milliseconds:.2f} ms a chunk {where}{other}"
+
+
+def preset_note(name: str, measured: Mapping[str, Any]) -> str:
+    """A line for reports of what a preset was chosen for; empty if nothing was measured."""
+    text = timed_on(measured)
+    return f"preset {name} was timed at {text}" if text else ""
 
 
 def add_overwrite(parser: Any, what: str = "an existing --out") -> None:
@@ -294,8 +316,11 @@ def policy_source(args: argparse.Namespace) -> str:
     return str(args.simulator if args.policy is None else args.policy)
 
 
-def check_policy(args: argparse.Namespace, policy: SparsePolicy) -> None:
-    """UsageError if the simulator of `check_simulator` can't be made, or the policy doesn't fit."""
+def check_policy(args: argparse.Namespace, policy: SparsePolicy) -> int:
+    """UsageError if the simulator of `check_simulator` can't be made, or the policy doesn't fit.
+
+    Returns its longest episode, in steps.
+    """
     from tsad import sim
 
     with argument("SIMULATOR" if args.own_simulator is None else "--simulator"):
@@ -309,6 +334,7 @@ def check_policy(args: argparse.Namespace, policy: SparsePolicy) -> None:
                 "with a delay nothing else is known to do at first; give it one "
                 "(tsad.sim.Environment)"
             )
+        return int(environment.max_steps)
     finally:
         environment.close()
 
@@ -417,11 +443,14 @@ def plan_sha256(plan: Plan) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's marketing name, as well as this system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    """The processor's marketing name, family and model, as well as this system tells them.
+
+    A guest may be told "AMD EPYC", which half a dozen generations are.
+    """
+    with contextlib.suppress(OSError, KeyError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+        return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
     return platform.processor() or platform.machine()
 
 
@@ -443,6 +472,18 @@ def seed_range(seeds: Sequence[int]) -> str:
     return f"seed {seeds[0]}" if seeds[0] == seeds[-1] else f"seeds {seeds[0]} to {seeds[-1]}"
 
 
+def span(interval: Sequence[float] | None) -> str:
+    """An interval of differences in a table; empty where there are too few to tell."""
+    return "" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}"
+
+
+def too_few(n: int, what: str) -> str:
+    """Why there is no interval of ``n`` of them."""
+    from tsad.statistics import LEAST_EPISODES
+
+    return f"no 95 % interval: {n} {what}, it takes {LEAST_EPISODES}"
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text: the first to the left, the others to the right; row 0 is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -459,41 +500,71 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 class Progress:
     """A progress bar on standard error; in a log file, a line now and then."""
 
-    LOG_SECONDS = 15.0
+    LOG_SECONDS, BAR_SECONDS = 15.0, 0.1
 
     def __init__(self, total: int, label: str, *, unit: str, done: int = 0) -> None:
         self.total, self.label, self.unit, self.done = total, label, unit, done
+        self._note, self._part = "", 0.0
         self._begin = self._said = time.monotonic()
         self._bar: Any = None
-        if sys.stderr.isatty():
-            # tqdm comes with the extras; without it the lines of a log do.
+        if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+            # rich comes with the extras; without it the lines of a log do.
             with contextlib.suppress(ModuleNotFoundError):
-                # Some terminals (in containers, say) claim a size of 0 x 0; tqdm would be silent.
-                known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
-                self._bar = importlib.import_module("tqdm").tqdm(
-                    total=total,
-                    initial=done,
-                    desc=label,
-                    unit=f" {unit}",
-                    file=sys.stderr,
-                    dynamic_ncols=known,
-                    ncols=None if known else 80,
-                    nrows=None if known else 24,
-                )
+                self._bar = self._rich()
+
+    def _rich(self) -> Any:
+        from rich import console, progress
+
+        def text(form: str) -> progress.TextColumn:
+            return progress.TextColumn(form, markup=False)
+
+        bar = progress.Progress(
+            text("{task.description}"),
+            progress.BarColumn(),
+            text("{task.percentage:.0f}% {task.fields[done]}/{task.total} {task.fields[unit]}"),
+            progress.TimeRemainingColumn(elapsed_when_finished=True),
+            text("{task.fields[note]}"),
+            console=console.Console(file=sys.stderr),
+            # Nothing happens between two updates: what runs there may be timed.
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        bar.add_task(
+            self.label,
+            total=self.total,
+            completed=self.done,
+            done=self.done,
+            unit=self.unit,
+            note="",
+        )
+        bar.start()
+        return bar
 
     def update(self, note: str = "", n: int = 1) -> None:
         """`n` more are done; `note` is shown beside."""
-        self.done += n
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(n)
+        self.done, self._note = self.done + n, note
+        self._show()
+
+    def part(self, part: float) -> None:
+        """So much of further ones is done, in their unit: of many at once, their sum."""
+        self._part = part
+        self._show()
+
+    def _show(self) -> None:
+        now, ready = time.monotonic(), self.done >= self.total
+        wait = self.LOG_SECONDS if self._bar is None else self.BAR_SECONDS
+        if now - self._said < wait and not ready:
             return
-        now = time.monotonic()
-        if now - self._said >= self.LOG_SECONDS or self.done == self.total:
-            self._said = now
-            text = f"{self.label}: {self.done} of {self.total} {self.unit}"
-            note = f", {note}" if note else ""
-            print(f"{text}, {now - self._begin:.0f} s{note}", file=sys.stderr, flush=True)
+        self._said = now
+        position = min(self.done + self._part, self.total)
+        if self._bar is not None:
+            self._bar.update(0, completed=position, done=self.done, note=self._note, refresh=True)
+            return
+        share = "" if ready else f" ({position / self.total:.0%})"
+        note = f", {self._note}" if self._note else ""
+        text = f"{self.label}: {self.done} of {self.total} {self.unit}{share}"
+        print(f"{text}, {now - self._begin:.0f} s{note}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -505,4 +576,23 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._bar.stop()
+
+
+class EpisodeProgress(Progress):
+    """Of episodes; chunks of those under way count, by how many the longest episode has."""
+
+    def __init__(self, total: int, label: str, *, longest: int, done: int = 0) -> None:
+        super().__init__(total, label, unit="episodes", done=done)
+        self._longest, self._chunks = longest, 0
+
+    def chunks(self, n: int) -> None:
+        """So many more were played."""
+        self._chunks += n
+        self.part(self._chunks / self._longest)
+
+    def episode(self, chunks: int, note: str) -> None:
+        """One of so many chunks, all counted before, has ended."""
+        self._chunks -= chunks
+        self._part = self._chunks / self._longest
+        self.update(note)

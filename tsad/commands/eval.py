@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from tsad.commands import jobs, realtime
 from tsad.commands.common import (
     OBSERVATIONS,
+    EpisodeProgress,
     Formatter,
-    Progress,
     UsageError,
     add_overwrite,
     add_policy_options,
@@ -40,6 +40,7 @@ from tsad.commands.common import (
     set_sparsity,
     simulator_settings,
     sparsity,
+    too_few,
     use_preset,
 )
 
@@ -278,30 +279,32 @@ def _play(
     todo: list[int],
     journal: Journal,
     workers: jobs.Workers | None,
+    max_steps: int,
 ) -> None:
     """Play the seeds that are left, keeping each episode as it ends."""
+    delay = journal.settings.get("realtime", {}).get("ticks", 0)
     options = {
         "n_action_steps": args.n_action_steps,
         "noise_stream": args.noise,
-        "delay": journal.settings.get("realtime", {}).get("ticks", 0),
+        "delay": delay,
     }
-    if workers is None:
-        played = _here(policy, args.simulator, args.lanes, todo, options)
-    else:
-        played = jobs.play(workers, policy, policy_source(args), args, todo, options)
+    longest = -(-max_steps // max(args.n_action_steps or policy.n_action_steps, delay))
     done = args.seeds - len(todo)
     dense = policy.sparsity == 0
     plan = "dense" if dense else f"sparsity {_percent(policy.sparsity)}"
     label = getattr(args, "label", None) or f"{args.simulator}, {plan}"  # of a sweep's row
-    with (
-        playing(lambda: _kept(journal)),
-        contextlib.closing(played),
-        Progress(args.seeds, label, unit="episodes", done=done) as progress,
-    ):
+    progress = EpisodeProgress(args.seeds, label, longest=longest, done=done)
+    if workers is None:
+        options["on_chunk"] = lambda chunk: progress.chunks(len(chunk.seeds))
+        played = _here(policy, args.simulator, args.lanes, todo, options)
+    else:
+        source = policy_source(args)
+        played = jobs.play(workers, policy, source, args, todo, options, progress.chunks)
+    with playing(lambda: _kept(journal)), contextlib.closing(played), progress:
         for episode in played:
             journal.append(episode)
             scores = [kept.score for kept in journal.episodes.values()]
-            progress.update(f"score {sum(scores) / len(scores):.3f}")
+            progress.episode(episode.chunks, f"score {sum(scores) / len(scores):.3f}")
 
 
 def _document(
@@ -338,12 +341,15 @@ def _document(
     }
 
 
-def _interval(values: list[float]) -> str:
-    return f"95 % interval {values[0]:.3f} to {values[1]:.3f}"
-
-
-def _plus_minus(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.3f} (standard error)"
+def _sure(row: Mapping[str, Any], n: int, what: str) -> str:
+    """How far a mean of ``n`` is known, in words that follow it."""
+    interval = row["interval95"]
+    if interval is None:
+        return f", {too_few(n, what)}"
+    return (
+        f" +- {row['standard_error']:.3f} (standard error), "
+        f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
+    )
 
 
 def _percent(sparsity: float | None) -> str:
@@ -363,15 +369,14 @@ def _beside(run: Mapping[str, Any]) -> str:
 def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
     summary, settings, run_ = document["summary"], document["settings"], document["run"]
     score, success, times = summary["score"], summary["success"], summary["chunk_ms"]
-    count = round(success["mean"] * summary["episodes"])
+    n = summary["episodes"]
+    count, what = round(success["mean"] * n), f"episode{'s' if n > 1 else ''}"
     lines = [
         f"{settings['simulator']}, {seed_range([summary['first_seed'], summary['last_seed']])}, "
         f"policy {run_['policy']} ({sampler_name(policy)}), planner {settings['planner']}, "
         f"sparsity {_percent(settings['sparsity'])}",
-        f"score    {score['mean']:.3f}{_plus_minus(score['standard_error'])}, "
-        f"{_interval(score['interval95'])}",
-        f"success  {success['mean']:.3f} ({count} of {summary['episodes']}), "
-        f"{_interval(success['interval95'])}",
+        f"score    {score['mean']:.3f}{_sure(score, n, what)}",
+        f"success  {success['mean']:.3f} ({count} of {n}){_sure(success, n, what)}",
         f"chunk    {times['mean']:.2f} ms mean, {times['max']:.2f} ms largest, over "
         f"{summary['chunks']} chunks{_beside(run_)}",
         *realtime.report(settings),
@@ -382,8 +387,7 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
         for name in ("score", "success"):
             row = paired[name]
             lines.append(
-                f"{name:<8} {row['mean_difference']:+.3f}{_plus_minus(row['standard_error'])}, "
-                f"{_interval(row['interval95'])}"
+                f"{name:<8} {row['mean_difference']:+.3f}{_sure(row, paired['pairs'], 'pairs')}"
             )
     return "\n".join(lines)
 
@@ -413,7 +417,7 @@ def evaluate(
     # Everything that can be refused is refused here, before a file is touched or time is spent.
     source = policy_source(args)
     policy = load_policy(source, args, name="--policy", lanes=min(args.lanes, args.seeds))
-    check_policy(args, policy)
+    max_steps = check_policy(args, policy)
     with argument("--policy"):
         sim.check_executed(policy, args.n_action_steps)
     workers = jobs.workers_of(args, policy)
@@ -423,7 +427,7 @@ def evaluate(
     try:
         todo = [seed for seed in seeds if seed not in journal.episodes]
         if todo:
-            _play(policy, args, todo, journal, workers)
+            _play(policy, args, todo, journal, workers, max_steps)
         document = _document(policy, args, journal, seeds, workers)
         if baseline is not None:
             document["paired"] = _paired(args, [journal.episodes[seed] for seed in seeds], baseline)
@@ -447,6 +451,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(document, indent=1))
     else:
         print(_report(document, policy))
+        if args.preset is not None and args.preset_note:
+            print(args.preset_note)
         if out is not None:
             print(f"written to {args.out}")
     return 0

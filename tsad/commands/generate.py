@@ -24,6 +24,7 @@ from tsad.commands.common import (
     playing,
     policy_source,
     positive_int,
+    real,
     sampler_name,
     simulator_settings,
 )
@@ -59,9 +60,9 @@ def _range(text: str) -> range:
         seeds = range(int(first), int(last))
     except ValueError:
         seeds = range(0)
-    if not seeds or seeds[0] < 0:
+    if not seeds or seeds[0] < 0 or len(seeds) > 10**6:
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected A:B, the seeds A to B-1; e.g. 20000:21000"
+            f"got {text!r}, expected A:B, the seeds A to B-1, a million at most; e.g. 20000:21000"
         )
     return seeds
 
@@ -83,7 +84,12 @@ def add_parser(subparsers: Any) -> None:
     search = parser.add_argument_group("the search")
     for name, kind, default, text in (
         ("particles", positive_int, 8, "copies of the world"),
-        ("start", float, 0.6, "score from which on there are particles"),
+        (
+            "start",
+            real(lambda score: 0 <= score < 1, "a score from 0 up to 1"),
+            0.6,
+            "score from which on there are particles",
+        ),
         ("interval", positive_int, 2, "chunks between two selections"),
         ("chunks", positive_int, 24, "longest search"),
         ("winners", positive_int, 3, "demonstrations of a seed at most"),
@@ -130,8 +136,8 @@ def run(args: argparse.Namespace) -> int:
     from tsad.sim.search import Search
 
     out = _check_arguments(args)
-    with argument("the search"):
-        names = ("particles", "start", "interval", "chunks", "winners", "execute", "last")
+    names = ("particles", "start", "interval", "chunks", "winners", "execute", "last")
+    with argument("--particles", {name: f"--{name}" for name in names}):
         search = Search(**{name: getattr(args, name) for name in names})
     policy = load_policy(policy_source(args), args, name="--policy", lanes=search.particles)
     check_policy(args, policy)

@@ -16,6 +16,7 @@ from tsad.commands.common import (
     files_sha256,
     load_policy,
     planner_name,
+    timed_on,
 )
 from tsad.families import as_network, describe
 
@@ -153,9 +154,9 @@ def _preset_lines(presets: list[dict[str, Any]]) -> list[str]:
         elif not preset["usable"]:
             text += f"; refused: made for other weights, {preset['model_sha256'][:8]}"
         else:
-            milliseconds, other = measured.get("milliseconds"), measured.get("mean_difference")
-            text += "" if milliseconds is None else f"; {milliseconds:.2f} ms a chunk"
-            text += "" if other is None else f", score {other:+.3f} to dense"
+            time, other = timed_on(measured), measured.get("mean_difference")
+            text += f"; {time}" if time else ""
+            text += "" if other is None else f"; score {other:+.3f} to dense"
         files.setdefault(preset["file"], {})[preset["name"]] = text
     return [line for file, rows in files.items() for line in _lines(f"presets in {file}", rows)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tsad.commands.common import UsageError, load_options, plan_of, positive_int
@@ -67,8 +67,12 @@ def play(
     args: argparse.Namespace,
     todo: list[int],
     options: Mapping[str, Any],
+    on_chunks: Callable[[int], None],
 ) -> Generator[Episode, None, None]:
-    """The episodes of `todo`, by workers that do as `policy` would; `options` of `rollouts`."""
+    """The episodes of `todo`, by workers that do as `policy` would; `options` of `rollouts`.
+
+    `on_chunks` is told how many chunks more were played.
+    """
     from tsad import sim
     from tsad.load import bundled
     from tsad.sim import parallel
@@ -87,4 +91,4 @@ def play(
         options=options,
         identity=parallel.identity(policy, sim.facts(args.simulator).packages),
     )
-    return parallel.play(work, todo, workers.jobs, ray=workers.ray)
+    return parallel.play(work, todo, workers.jobs, ray=workers.ray, on_chunks=on_chunks)

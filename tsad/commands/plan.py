@@ -23,6 +23,7 @@ from tsad.commands.common import (
     load_policy,
     natural,
     positive_int,
+    real,
     sparsity,
 )
 from tsad.files import output_file, write_result
@@ -100,7 +101,11 @@ def add_parser(subparsers: Any) -> None:
         "--sparsity", type=sparsity, metavar="S", help="at least (default: the least of --start)"
     )
     search.add_argument(
-        "--minutes", type=_minutes, default=5.0, metavar="X", help="how long (default: 5)"
+        "--minutes",
+        type=real(lambda minutes: 0 <= minutes < 1e6, "minutes, 0 or more"),
+        default=5.0,
+        metavar="X",
+        help="how long (default: 5)",
     )
     search.add_argument(
         "--against",
@@ -132,22 +137,21 @@ def add_parser(subparsers: Any) -> None:
     )
 
 
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected minutes, 0 or more")
-    return value
-
-
 def _action(
     actions: Any, name: str, text: str, run: Any, *, method: bool = False, file: bool = False
 ) -> Any:
-    parser = actions.add_parser(name, help=text, description=text, formatter_class=Formatter)
+    shown = [line for line in EPILOG.splitlines() if f"plan {name}" in line]
+    parser = actions.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog="\n".join(["examples:", *shown]),
+        formatter_class=Formatter,
+    )
     if method:
-        parser.add_argument("method", choices=METHODS, help="the planner")
+        parser.add_argument(
+            "method", metavar="METHOD", choices=METHODS, help=f"one of {', '.join(METHODS)}"
+        )
     if file:
         parser.add_argument("file", metavar="FILE", help="json, text, npy or npz")
     parser.add_argument("source", metavar="POLICY", help="bundled name, tsad folder or checkpoint")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tsad.commands.bench import Clock, observations
-from tsad.commands.common import Progress, UsageError, argument, load_policy
+from tsad.commands.common import Progress, UsageError, argument, load_policy, real
 from tsad.sim.realtime import MOST_HZ, MOST_MS, delay_ticks
+
+# argparse types, and the check of the same keys in a settings file
+hertz = real(lambda value: 0 < value <= MOST_HZ, f"ticks a second, above 0 and up to {MOST_HZ:g}")
+milliseconds = real(lambda value: 0 <= value <= MOST_MS, f"milliseconds, 0 to {MOST_MS:g}")
 
 ROUNDS, CHUNKS = 5, 10  # chunks of a round; the median of the quietest round counts
 
@@ -38,24 +41,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="of a chunk, to 0.1 ms (default: measured here, now)",
     )
-
-
-def _number(most: float, fits: Callable[[float], bool], expected: str) -> Callable[[Any], float]:
-    def parse(text: Any) -> float:
-        try:
-            value = float(text)
-        except (ValueError, OverflowError):
-            value = -1.0
-        if not (fits(value) and value <= most):
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected} {most:g}")
-        return value
-
-    return parse
-
-
-# argparse types, and the check of the same keys in a settings file
-hertz = _number(MOST_HZ, lambda value: value > 0, "ticks a second, above 0 and up to")
-milliseconds = _number(MOST_MS, lambda value: value >= 0, "milliseconds, 0 to")
 
 
 def check(args: argparse.Namespace, name: str) -> None:

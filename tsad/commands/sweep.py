@@ -21,7 +21,9 @@ from tsad.commands.common import (
     load_policy,
     policy_source,
     seed_range,
+    span,
     table,
+    too_few,
     use_preset,
 )
 from tsad.commands.errors import (
@@ -35,6 +37,7 @@ from tsad.commands.errors import (
 from tsad.commands.eval import configure, evaluate, seeds_of
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 from tsad.files import make_folder, output_folder, write_json
+from tsad.statistics import LEAST_EPISODES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,7 +149,7 @@ def _table(rows: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
     lines = [[*head, *["distance", "spread"] * distance, "difference", "95 % together"]]
     for name, row in rows.items():
         other = compared["rows"].get(name)
-        interval = "" if other is None else "{:+.3f} to {:+.3f}".format(*other["simultaneous"])
+        interval = "" if other is None else span(other["simultaneous"])
         line = [
             name,
             number(row["passes"], 2),
@@ -304,5 +307,7 @@ def run(args: argparse.Namespace) -> int:
         print(_table(rows, compared or {"rows": {}}))
         for name in sweep.unmeasured():
             print(f"no errors of {name}: its {SINGLE}")
+        if compared is not None and compared["pairs"] < LEAST_EPISODES:
+            print(too_few(compared["pairs"], "seeds"))
         print(f"written to {args.out}")
     return 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,10 @@ from tsad.commands.common import (
     Progress,
     UsageError,
     argument,
+    integer,
     natural,
     positive_int,
+    real,
 )
 from tsad.files import output_folder
 from tsad.presets import stale_note
@@ -47,17 +51,12 @@ examples:
   tsad eval pusht --policy policy                                  then see what it is good for"""
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number") from None
-
+_number, _steps = real(lambda value: True, "a number"), integer(1, 10**9)
 
 # option, type, help; the defaults are those of tsad.training.train.Settings
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("minutes", _number, "train that long"),
-    ("steps", positive_int, "train that many steps"),
+    ("steps", _steps, "train that many steps"),
     ("horizon", positive_int, "actions predicted at once (default: 16)"),
     ("n-obs-steps", positive_int, "observations seen (default: 2)"),
     ("n-action-steps", positive_int, "actions executed of those predicted (default: 8)"),
@@ -106,21 +105,23 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--threads", type=positive_int, metavar="T", help="of torch on the CPU")
     parser.add_argument(
         "--report-every",
-        type=positive_int,
+        type=_steps,
         default=250,
         metavar="N",
         help="measure the errors every N steps (default: 250)",
     )
     parser.add_argument(
         "--keep-every",
-        type=positive_int,
+        type=_steps,
         metavar="N",
         help="keep the policy of every N steps in DIR/step-..., to score them",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     group = parser.add_argument_group("settings", argument_default=argparse.SUPPRESS)
     for name, kind, text in SETTINGS:
-        metavar = "DIR" if name == "init" else "N" if kind in (positive_int, natural) else "X"
+        metavar = (
+            "DIR" if name == "init" else "N" if kind in (positive_int, _steps, natural) else "X"
+        )
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     group.add_argument(
         "--prediction-type", choices=("epsilon", "sample"), help="predict noise or actions"
@@ -190,14 +191,37 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Errors of the training inside name the option; those that no option is at fault for, DATA."""
+    options = {name.replace("-", "_"): f"--{name}" for name, _, _ in SETTINGS}
+    options |= {name: f"--{name}" for name in ("shares", "coverage", "precision")}
+    options |= {"minutes, steps": "--minutes", "validation episodes": "--val-episodes"}
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = str(error).removeprefix("settings: ")
+        name, _, rest = text.partition(": ")
+        where, text = (options[name], rest) if name in options else ("DATA", text)
+        raise UsageError(f"argument {where}: {text}") from error
+
+
 def _make(args: argparse.Namespace, settings: Settings) -> Trainer:
+    from tsad.checkpoint import read_folder
+    from tsad.training.data import local_keypoints
     from tsad.training.train import Trainer
 
     with argument("DATA"):
         for path in args.data:
             if not Path(path).exists():
                 raise FileNotFoundError(f"{path!r} does not exist")
-    try:
+    if args.keypoints is not None:
+        with argument("--keypoints"):
+            local_keypoints(args.keypoints)
+    if settings.init:
+        with argument("--init"):
+            read_folder(settings.init)
+    with _named():
         return Trainer(
             args.data,
             args.out,
@@ -206,8 +230,6 @@ def _make(args: argparse.Namespace, settings: Settings) -> Trainer:
             device=args.device,
             licence=args.licence,
         )
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
 
 
 def _fresh(args: argparse.Namespace) -> Trainer:
@@ -220,10 +242,8 @@ def _fresh(args: argparse.Namespace) -> Trainer:
             f"argument --out: {args.out!r} exists and isn't empty; choose another folder, or go on "
             "with the training in it by --resume"
         )
-    try:
+    with _named():
         settings = Settings(**_given(args))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     return _make(args, settings)
 
 
@@ -244,13 +264,11 @@ def _resumed(args: argparse.Namespace) -> Trainer:
                 f"argument {option}: got {value}, but the training in {args.out} has "
                 f"{getattr(settings, name)}; leave it out, or begin anew in another folder"
             )
-    try:
+    with _named():
         budget = {name: given[name] for name in BUDGET if name in given}
         settings = replace(settings, **budget)
         trainer = _make(args, settings)
         trainer.restore(state)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     return trainer
 
 

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tsad.statistics import LEAST_EPISODES
+
 # Of the standard normal: 97.5 %, and 90 %.
 _Z_CONFIDENCE, _Z_POWER = 1.959964, 1.281552
+LEAST_ROWS = 5  # of a rank correlation
 
 Numbers = Mapping[str, float]
 
@@ -45,6 +48,7 @@ def seeds_needed(differences: ArrayLike, margin: float) -> int:
 
     ``differences`` (n,) of paired scores, from a pilot. A 95 % interval of the mean difference then
     lies above -margin with 90 % power (normal approximation, one side: Chow, Shao and Wang 2008).
+    At least as many as it takes for an interval.
     """
     values = np.asarray(differences, np.float64)
     if values.ndim != 1 or len(values) < 2:
@@ -52,7 +56,7 @@ def seeds_needed(differences: ArrayLike, margin: float) -> int:
     if not margin > 0:
         raise ValueError(f"margin: expected a number above 0, got {margin}")
     wanted = float(((_Z_CONFIDENCE + _Z_POWER) * values.std(ddof=1) / margin) ** 2)
-    return max(2, math.ceil(wanted))
+    return max(LEAST_EPISODES, math.ceil(wanted))
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -72,11 +76,15 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def correlations(rows: Mapping[str, Any], baseline: str, errors: Sequence[str]) -> dict[str, Any]:
-    """How well each offline error ranks the rows by closed-loop loss, the baseline left out."""
+    """How well each offline error ranks the rows by closed-loop loss, the baseline left out.
+
+    None of fewer than five rows: four that are shuffled are in order one time in 24.
+    """
     found = {}
     for error in errors:
         names = [n for n in rows if n != baseline and rows[n].get(error) is not None]
         losses = [rows[baseline]["score"]["mean"] - rows[n]["score"]["mean"] for n in names]
         value = rank_correlation([rows[n][error] for n in names], losses)
-        found[error] = {"rows": len(names), "rank_correlation": None if value != value else value}
+        known = len(names) >= LEAST_ROWS and not math.isnan(value)
+        found[error] = {"rows": len(names), "rank_correlation": value if known else None}
     return found

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -21,12 +21,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from tsad._extras import package_versions, require
-from tsad.sim.rollout import Episode, rollouts
+from tsad.sim.rollout import Chunk, Episode, rollouts
 from tsad.sim.simulators import describe
 
 # Of a batch of seeds: its episodes, or what went wrong.
 Outcome = list[Episode] | str
 Outcomes = Generator[Outcome, None, None]
+
+TELL_SECONDS = 0.5
 
 
 class WorkerError(RuntimeError):
@@ -67,6 +69,7 @@ class Player:
         self._work, self._facts = work, facts
         self._policy: Any = None
         self._environments: list[Any] = []
+        self.on_chunk: Callable[[Chunk], None] | None = None
 
     def play(self, seeds: list[int]) -> Outcome:
         """The episodes of `seeds`; an exception as text, for not every one can be pickled."""
@@ -74,7 +77,8 @@ class Player:
             if self._policy is None:
                 self._load()
             environments = self._environments[: len(seeds)]
-            return list(rollouts(self._policy, environments, seeds, **self._work.options))
+            options = {**self._work.options, "on_chunk": self.on_chunk}
+            return list(rollouts(self._policy, environments, seeds, **options))
         except Exception as error:
             return f"in the episodes {seeds}: {describe(error)}"
 
@@ -99,13 +103,21 @@ class Player:
 
 
 def play(
-    work: Work, seeds: Sequence[int], jobs: int, *, ray: bool = False
+    work: Work,
+    seeds: Sequence[int],
+    jobs: int,
+    *,
+    ray: bool = False,
+    on_chunks: Callable[[int], None] | None = None,
 ) -> Generator[Episode, None, None]:
     """As `tsad.sim.rollouts`, in `jobs` processes; `close` it to end them before its end.
 
     Episodes come in an order that depends on the workers; those of a batch, as many as a worker
     has lanes, together. With `ray` the processes are actors of the Ray cluster that `ray_cpus`
     connected to, `threads` CPUs each; it needs tsad and the policy's files on its machines.
+
+    `on_chunks` is told now and then how many chunks more were played, by processes of this machine;
+    those of an episode before it comes.
 
     Raises:
         WorkerError: a worker raised an exception, or was killed.
@@ -115,8 +127,9 @@ def play(
     batches = [list(seeds[i : i + size]) for i in range(0, len(seeds), size)]
     if not batches:
         return
-    pool = _on_ray if ray else _on_processes
-    with contextlib.closing(pool(work, min(jobs, len(batches)), batches)) as outcomes:
+    jobs = min(jobs, len(batches))
+    played = _on_ray(work, jobs, batches) if ray else _on_processes(work, jobs, batches, on_chunks)
+    with contextlib.closing(played) as outcomes:
         for outcome in outcomes:
             if isinstance(outcome, str):
                 raise WorkerError(f"a worker failed {outcome}")
@@ -128,7 +141,9 @@ def play(
 _player: Player | None = None
 
 
-def _on_processes(work: Work, jobs: int, batches: list[list[int]]) -> Outcomes:
+def _on_processes(
+    work: Work, jobs: int, batches: list[list[int]], on_chunks: Callable[[int], None] | None
+) -> Outcomes:
     from tsad import sim
 
     # Not fork: the engine, and whoever calls this, may have threads.
@@ -136,8 +151,9 @@ def _on_processes(work: Work, jobs: int, batches: list[list[int]]) -> Outcomes:
     # Workers end when the other end of this pipe is closed, as it is by the death of its owner.
     line, owner = context.Pipe(duplex=False)
     player = Player(work, sim.facts(work.simulator))
-    executor = ProcessPoolExecutor(jobs, context, _enter, (player, line))
-    left = iter(batches)
+    chunks = context.Value("q", 0)
+    executor = ProcessPoolExecutor(jobs, context, _enter, (player, line, chunks))
+    left, told = iter(batches), 0
 
     def hand_out(count: int) -> set[Future[Outcome]]:
         return {executor.submit(_play, batch) for batch in islice(left, count)}
@@ -146,7 +162,11 @@ def _on_processes(work: Work, jobs: int, batches: list[list[int]]) -> Outcomes:
         with _interrupts_held():
             futures = hand_out(2 * jobs)  # one to play and one that waits, so that nobody does
         while futures:
-            done, futures = wait(futures, return_when=FIRST_COMPLETED)
+            done, futures = wait(futures, TELL_SECONDS, FIRST_COMPLETED)
+            if on_chunks is not None:
+                now = chunks.value
+                on_chunks(now - told)
+                told = now
             futures |= hand_out(len(done))
             for future in done:
                 yield future.result()
@@ -175,9 +195,15 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _enter(player: Player, line: Connection) -> None:
-    """Start of a worker process."""
+def _enter(player: Player, line: Connection, chunks: Any) -> None:
+    """Start of a worker process; it adds to `chunks` those that it plays."""
     global _player
+
+    def count(chunk: Chunk) -> None:
+        with chunks.get_lock():
+            chunks.value += len(chunk.seeds)
+
+    player.on_chunk = count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_owner, args=(line,), daemon=True).start()
     _player = player

@@ -21,10 +21,17 @@ from numpy.typing import NDArray
 from tsad.arrays import read_any_json
 from tsad.files import Lock, named, output_file, write_atomically, write_json
 from tsad.sim.rollout import Episode
+from tsad.statistics import (
+    LEAST_EPISODES,
+    mean_interval,
+    proportion_interval,
+    resampled_means,
+    with_ends,
+)
 
 FORMAT = "tsad-eval"
 FORMAT_VERSION = 1
-RESAMPLES = 10_000
+SCORES = (0.0, 1.0)  # the ends of their scale, `tsad.sim.Step`
 
 
 class ResultsError(ValueError):
@@ -34,26 +41,6 @@ class ResultsError(ValueError):
 def partial_path(out: Path) -> Path:
     """Where the episodes of an unfinished run are kept."""
     return out.with_name(out.name + ".partial")
-
-
-def _bootstrap(values: NDArray[np.float64]) -> list[float]:
-    """95 % percentile interval of the mean, from resamples drawn with a fixed seed."""
-    rng = np.random.default_rng(0)
-    blocks = 50  # not all resamples at once: thousands of episodes would take gigabytes
-    means = [
-        values[rng.integers(0, len(values), (RESAMPLES // blocks, len(values)))].mean(axis=1)
-        for _ in range(blocks)
-    ]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return [float(low), float(high)]
-
-
-def _wilson(successes: int, n: int) -> list[float]:
-    """95 % score interval of a proportion: unlike the bootstrap's, it is honest at 0 and at n."""
-    z = 1.959964
-    centre = (successes + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * float(np.sqrt(successes * (n - successes) / n + z * z / 4))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
 def _standard_error(values: NDArray[np.float64]) -> float | None:
@@ -67,7 +54,7 @@ def _mean(values: Sequence[float]) -> float | None:
 def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
     """Mean, standard error and 95 % interval of score and success, and the time per chunk.
 
-    The score's interval is a bootstrap over episodes, the success rate's is Wilson's.
+    Intervals (`tsad.statistics`) are None where there are too few episodes.
     """
     if not episodes:
         return {"episodes": 0}
@@ -80,12 +67,12 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
         "score": {
             "mean": float(scores.mean()),
             "standard_error": _standard_error(scores),
-            "interval95": _bootstrap(scores),
+            "interval95": mean_interval(scores, SCORES),
         },
         "success": {
             "mean": float(success.mean()),
             "standard_error": _standard_error(success),
-            "interval95": _wilson(int(success.sum()), len(success)),
+            "interval95": proportion_interval(int(success.sum()), len(success)),
         },
         "steps_to_success": _mean([episode.steps for episode in episodes if episode.success]),
         "chunks": int(chunks.sum()),
@@ -97,7 +84,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 
 def compare(episodes: Sequence[Episode], baseline: Sequence[Episode]) -> dict[str, Any]:
-    """Differences to a baseline over the seeds that both have: mean, error, bootstrap interval."""
+    """Differences to a baseline over the seeds that both have: mean, error, interval or None."""
     other = {episode.seed: episode for episode in baseline}
     pairs = [(episode, other[episode.seed]) for episode in episodes if episode.seed in other]
     if not pairs:
@@ -108,7 +95,7 @@ def compare(episodes: Sequence[Episode], baseline: Sequence[Episode]) -> dict[st
         answer[name] = {
             "mean_difference": float(values.mean()),
             "standard_error": _standard_error(values),
-            "interval95": _bootstrap(values),
+            "interval95": mean_interval(values),
         }
     return answer
 
@@ -120,8 +107,9 @@ def compare_all(
 
     Seeds are paired and resampled together for all rows; the intervals are d +- q s, s a row's
     standard error, q the quantile of the largest |d* - d| / s over the rows (a studentised maximum,
-    Romano and Wolf 2005): with probability `level` all of them hold. Only seeds that all rows have
-    count.
+    Romano and Wolf 2005): with probability `level` all of them hold. As in `tsad.statistics` the
+    ends of each row are among what is resampled, and of too few seeds the intervals are None. Only
+    seeds that all rows have count.
     """
     by_seed = {name: {e.seed: e.score for e in episodes} for name, episodes in rows.items()}
     seeds = sorted(set.intersection(*(set(scores) for scores in by_seed.values())))
@@ -129,28 +117,22 @@ def compare_all(
         raise ResultsError("the rows have fewer than two seeds in common; play the same seeds")
     names = [name for name in rows if name != baseline]
     right = np.array([by_seed[baseline][seed] for seed in seeds])
-    paired = np.array([[by_seed[name][seed] for seed in seeds] for name in names]) - right
-    means = paired.mean(axis=1)
-    errors = paired.std(axis=1, ddof=1) / np.sqrt(len(seeds))
-    moved = errors > 0  # a row equal to the baseline in every seed has nothing to estimate
-    rng, largest = np.random.default_rng(0), np.zeros(RESAMPLES)
-    for i in range(RESAMPLES if moved.any() else 0):
-        drawn = paired[moved][:, rng.integers(0, len(seeds), len(seeds))].mean(axis=1)
-        largest[i] = (np.abs(drawn - means[moved]) / errors[moved]).max()
-    width = float(np.quantile(largest, level))
-    return {
-        "baseline": baseline,
-        "pairs": len(seeds),
-        "level": level,
-        "rows": {
-            name: {
-                "mean_difference": float(mean),
-                "standard_error": float(error),
-                "simultaneous": [float(mean - width * error), float(mean + width * error)],
-            }
-            for name, mean, error in zip(names, means, errors, strict=True)
-        },
+    scores = [[by_seed[name][seed] for seed in seeds] for name in names]
+    paired = np.reshape(scores, (len(names), len(seeds))) - right
+    found: dict[str, Any] = {
+        name: {"mean_difference": float(row.mean()), "standard_error": _standard_error(row)}
+        for name, row in zip(names, paired, strict=True)
     }
+    intervals: list[Any] = [None] * len(names)
+    if names and len(seeds) >= LEAST_EPISODES:
+        wide = with_ends(paired)
+        means, errors = wide.mean(axis=1), wide.std(axis=1, ddof=1) / np.sqrt(wide.shape[1])
+        largest = (np.abs(resampled_means(wide) - means) / errors).max(axis=1)
+        away = float(np.quantile(largest, level)) * errors
+        intervals = np.stack([means - away, means + away], axis=1).tolist()
+    for name, interval in zip(names, intervals, strict=True):
+        found[name]["simultaneous"] = interval
+    return {"baseline": baseline, "pairs": len(seeds), "level": level, "rows": found}
 
 
 def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
