@@ -23,7 +23,7 @@ from typing import Any
 
 from tsad.commands.common import span
 from tsad.load import policy_folder
-from tsad.plot_frontier import FAMILIES, family, save_frontier
+from tsad.plot.frontier import FAMILIES, family, save_frontier
 from tsad.presets import read_presets
 from tsad.sim.frontier import busy
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsad.plot import save_figure
-from tsad.plot_frontier import apart
+from tsad.plot.frontier import apart
 
 FORMAT = "tsad-bench"
 FORMAT_VERSION = 1

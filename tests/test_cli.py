@@ -360,7 +360,7 @@ def test_show(capsys, tmp_path) -> None:
 
 
 def test_show_folds_long_plans(tmp_path) -> None:
-    from tsad.commands.show import render
+    from tsad.plot.text import render
 
     plan = tsad.Plan(np.zeros((95, 6), np.uint8), blocks=FakePushT.blocks)
     text = render(plan, width=60, color=False)

@@ -1,4 +1,4 @@
-"""tsad/plot.py and tsad/plot_frontier.py: pictures say what the data say, and can be read."""
+"""tsad/plot/: pictures say what the data say, and can be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import tsad
-from tsad import plot, plot_frontier
+from tsad import plot
+from tsad.plot import frontier as plot_frontier
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb  # noqa: E402

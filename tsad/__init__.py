@@ -55,10 +55,7 @@ def __getattr__(name: str) -> Any:
         return import_module("tsad.sim")
     if name != "__version__":
         raise AttributeError(f"module 'tsad' has no attribute {name!r}")
-    from importlib.metadata import PackageNotFoundError, version  # slow to import
+    from tsad._extras import version  # slow to import
 
-    try:
-        globals()["__version__"] = version("tsad-policy")
-    except PackageNotFoundError:  # a source tree, built in place
-        globals()["__version__"] = "0+unknown"
+    globals()["__version__"] = version()
     return globals()["__version__"]

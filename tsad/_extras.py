@@ -40,3 +40,8 @@ def package_versions(packages: Sequence[str]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
+
+
+def version() -> str:
+    """That of tsad."""
+    return package_versions(["tsad-policy"]).get("tsad-policy", "0+unknown")  # built in place

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tsad import policy as policies
 from tsad.checkpoint import CONFIG_FILE, MODEL_FILE, PRUNER_FILE, Tensors, read_folder
 from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
 from tsad.convert import Converted, folder_kind, read_checkpoint, read_lerobot_folder
@@ -25,7 +26,6 @@ from tsad.scope import scope
 
 if TYPE_CHECKING:
     from tsad import _core
-    from tsad.policy import SparsePolicy
 
 PRECISIONS = ("auto", "float32", "int16", "int8")
 MAX_THREADS = 64  # the team's size in csrc/cpu/team.c
@@ -47,7 +47,7 @@ def load(
     preset: str | None = None,
     warm_start: int | None = None,
     weights: str = "auto",
-) -> SparsePolicy:
+) -> policies.SparsePolicy:
     """A policy, ready to run.
 
     ``source`` is the name of a bundled policy (``"pusht"``; a folder of that name is
@@ -124,10 +124,7 @@ def load(
     last = None if warm_start is None else tail(table, warm_start)
     precision = "float32" if precision == "auto" else precision
     model = make_model(config, tensors, pruner, table, precision=precision)
-    # the policy is part of the compiled core; reading and converting files work without it
-    from tsad.policy import SparsePolicy
-
-    policy = SparsePolicy(
+    policy = policies.SparsePolicy(
         model,
         config=config,
         sampler=table,
@@ -148,6 +145,9 @@ def load(
     return policy
 
 
+policies.load = load
+
+
 def _fewer_actions(config: PolicyConfig, n: int) -> PolicyConfig:
     most = config.network.n_action_steps
     if n > most:
@@ -158,7 +158,7 @@ def _fewer_actions(config: PolicyConfig, n: int) -> PolicyConfig:
     return replace(config, network=replace(config.network, n_action_steps=n))
 
 
-def _apply(policy: SparsePolicy, preset: Preset) -> None:
+def _apply(policy: policies.SparsePolicy, preset: Preset) -> None:
     """The preset's plan, or its planner and dial."""
     plan = preset.load_plan()
     try:

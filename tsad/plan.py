@@ -216,7 +216,7 @@ class Plan:
 
     def render(self, *, width: int = 120, color: bool = False) -> str:
         """The plan as text, a line per block, folded to `width` columns; `color` for terminals."""
-        from tsad.commands.show import render
+        from tsad.plot.text import render
 
         return render(self, width=width, color=color)
 

@@ -442,19 +442,19 @@ def _own(policy: SparsePolicy) -> dict[str, Any]:
     return getattr(policy, "__dict__", {})
 
 
+# `tsad.load`, which is above this module, puts itself here
+load: Any = None
+
+
 def _load_again(source: str, options: dict[str, Any], choices: list[Choice]) -> SparsePolicy:
     """The policy that was pickled."""
-    from tsad.load import load
-
-    policy = load(source, **options)
+    policy: SparsePolicy = load(source, **options)
     policy._adopt_all(choices)
     return policy
 
 
 def _advice(kind: type, name: str, value: Any) -> str:
     """What to do instead of setting this attribute."""
-    from tsad.load import load
-
     arguments = inspect.signature(load).parameters
     if name in arguments:
         return f"expected as an argument; use tsad.load(..., {name}={value!r:.80})"

@@ -576,7 +576,7 @@ def _saved(chosen: dict[str, str | None], args: argparse.Namespace) -> list[str]
 
 def _report(document: dict[str, Any], out: Path, args: argparse.Namespace) -> str:
     from tsad._extras import MissingExtraError
-    from tsad.plot_frontier import save_frontier
+    from tsad.plot.frontier import save_frontier
 
     seeds = document["seeds"]
     where = "recorded observations" if seeds is None else f"{args.simulator}, {seed_range(seeds)}"

@@ -20,7 +20,8 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tsad._extras import package_versions, require
+from tsad._extras import package_versions, require, version
+from tsad.load import load
 from tsad.sim.rollout import Chunk, Episode, rollouts
 from tsad.sim.simulators import describe
 
@@ -57,9 +58,7 @@ class Work:
 
 def identity(policy: Any, packages: Sequence[str]) -> dict[str, str]:
     """What must be equal wherever the same results are wanted: versions, and the kernels' path."""
-    import tsad
-
-    return {"tsad": tsad.__version__, "backend": policy.backend, **package_versions(packages)}
+    return {"tsad": version(), "backend": policy.backend, **package_versions(packages)}
 
 
 class Player:
@@ -83,13 +82,12 @@ class Player:
             return f"in the episodes {seeds}: {describe(error)}"
 
     def _load(self) -> None:
-        import tsad
         from tsad import sim
 
         work = self._work
         sim.register(work.simulator, **self._facts._asdict())  # the caller's may not be ours
         self._environments = [sim.make(work.simulator) for _ in range(work.load["lanes"])]
-        policy = tsad.load(work.source, **work.load)
+        policy = load(work.source, **work.load)
         ours = identity(policy, self._facts.packages)
         for name, wanted in work.identity.items():
             if ours.get(name) != wanted:

@@ -17,7 +17,7 @@ from tsad._extras import require
 from tsad.files import write_atomically
 
 if TYPE_CHECKING:
-    from tsad import Plan
+    from tsad.plan import Plan
 
 # By source code: compute, reuse_type, reuse_step, reuse_rollout, skip.
 SOURCE_MEANINGS = (
