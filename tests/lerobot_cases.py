@@ -16,6 +16,9 @@ from tsad.convert.lerobot import Description
 
 FOLDER = Path(__file__).parent / "fixtures" / "lerobot"
 CASES = sorted(path.name for path in FOLDER.iterdir() if (path / "case.json").exists())
+DIT_CASES = sorted(  # of make_dit.py; names are relative to FOLDER
+    f"../lerobot_dit/{path.parent.name}" for path in FOLDER.glob("../lerobot_dit/*/case.json")
+)
 EPISODES = [name for name in CASES if "episode/action" in np.load(FOLDER / name / "expected.npz")]
 # of LeRobot's own float32 distance from the same policy in float64
 TOLERANCE = 4.0

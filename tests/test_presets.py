@@ -203,7 +203,7 @@ def test_conversion_keeps_presets_and_says_so(tmp_path: Path, capsys: Any) -> No
         ({"name": "../up"}, "name: expected letters"),
         ({"name": None}, "name: expected this key"),
         ({"model_sha256": "2ba0801a"}, "model_sha256: expected 64 hexadecimal digits"),
-        ({"sampler": "euler"}, "sampler: expected one of"),
+        ({"sampler": "heun"}, "sampler: expected one of"),
         ({"num_inference_steps": 0}, "num_inference_steps: expected an integer"),
         ({"precision": "int4"}, "precision: expected one of"),
         ({"n_action_steps": "2"}, "n_action_steps: expected an integer"),

@@ -264,7 +264,7 @@ def test_arguments_override_the_checkpoint():
 @pytest.mark.parametrize(
     ("keys", "arguments", "words"),
     [
-        ({"type": "euler"}, {}, ["scheduler.type", '"ddpm", "ddim", "dpmsolver++"', "'euler'"]),
+        ({"type": "heun"}, {}, ["scheduler.type", '"ddpm", "ddim", "dpmsolver++"', "'heun'"]),
         ({}, {"sampler": "ddpmm"}, ["sampler", '"ddpm", "ddim", "dpmsolver++"', "'ddpmm'"]),
         ({}, {"num_inference_steps": 101}, ["num_inference_steps", "1 to 100", "101"]),
         ({}, {"num_inference_steps": 0}, ["num_inference_steps", "1 to 100", "0"]),
@@ -303,3 +303,51 @@ def test_a_largest_offset_named_in_an_error_works():
             make_sampler(config)
         most = int(str(error.value).split("at most ")[1].split()[0])
         assert make_sampler(config | {"steps_offset": most}).timesteps[0] == 99
+
+
+# Flow matching
+
+
+def test_euler_steps_follow_the_field():
+    """The ODE x' = e(t) with e of its own at each time, on LeRobot's float32 grid."""
+    for K in (1, 3, 10, 100):
+        sampler = make_sampler({"type": "euler", "num_inference_steps": K})
+        grid = torch.linspace(0, 1, K + 1)
+        np.testing.assert_array_equal(sampler.timesteps, grid[:-1].double().numpy())
+        e = np.random.default_rng(K).standard_normal((K, 4, 6))
+        x, _ = run_ours(sampler, e, np.ones((1, 4, 6)))
+        expected = torch.ones(4, 6, dtype=torch.float64)
+        for k in range(K):
+            expected = expected + (grid[k + 1] - grid[k]).item() * torch.tensor(e[k])
+        np.testing.assert_allclose(x, expected.numpy(), rtol=0, atol=1e-14)
+        assert sampler.prediction_type == "velocity" and not sampler.adds_noise
+
+
+def test_the_mixture_of_a_flow_is_that_of_its_straight_path():
+    """With the true velocity of one pair, every sample on the way is their mixture."""
+    sampler = make_sampler({"type": "euler", "num_inference_steps": 8})
+    data, noise = np.random.default_rng(0).standard_normal((2, 5))
+    x = noise
+    for k, (a, b, r, c, d, f, g, h) in enumerate(sampler.table):
+        signal, level = sampler.mixture(k)
+        np.testing.assert_allclose(x, signal * data + level * noise, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(a * x + b * (data - noise), data, rtol=0, atol=1e-6)
+        assert np.isinf(r) and (c, g, h) == (0, 0, 0)
+        x = d * x + f * (data - noise)
+    np.testing.assert_allclose(x, data, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "override", "message"),
+    [
+        ({"type": "euler"}, {"sampler": "ddim"}, 'sampler: expected one of "euler", got .ddim.'),
+        ({"type": "ddpm"}, {"sampler": "euler"}, 'sampler: expected one of "ddpm".*got .euler.'),
+        ({"type": "euler", "prediction_type": "epsilon"}, {}, 'expected one of "velocity"'),
+        ({"type": "ddpm", "prediction_type": "velocity"}, {}, 'expected one of "epsilon"'),
+        ({"type": "euler", "clip_sample": True}, {}, "unknown key 'clip_sample'"),
+        ({"type": "euler"}, {"num_inference_steps": 0}, "num_inference_steps: expected an integer"),
+    ],
+)
+def test_velocities_and_the_rest_are_not_mixed(keys, override, message):
+    with pytest.raises(ValueError, match=message):
+        make_sampler(keys, **override)

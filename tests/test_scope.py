@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lerobot_cases
 import numpy as np
 import pytest
 from cases import config
@@ -37,6 +38,17 @@ def lerobot(kind: str) -> Callable[[Path], Any]:
     def load(folder: Path) -> Any:
         (folder / "config.json").write_text(json.dumps({"type": kind}))
         return tsad.load(folder)
+
+    return load
+
+
+def lerobot_dit(key: str, value: Any) -> Callable[[Path], Any]:
+    """Loads a multi_task_dit of flow matching whose settings say so."""
+
+    def load(folder: Path) -> Any:
+        copied = lerobot_cases.copy("../lerobot_dit/flow_euler_mha_positions", folder / "dit")
+        lerobot_cases.edit_json(copied / "config.json", **{key: value})
+        return tsad.load(copied)
 
     return load
 
@@ -76,9 +88,10 @@ REFUSED = [
     ("samplers", changed("scheduler", "prediction_type", "v_prediction")),
     ("samplers", changed("scheduler", "type", "flow_matching")),
     ("samplers", lambda _: make_sampler(config("tiny")["scheduler"], sampler="pndm")),
-    ("networks", changed("network", "type", "dit")),
+    ("networks", changed("network", "type", "mamba")),
     ("networks", changed("network", "time_as_cond", False)),
     ("networks", twin),
+    ("samplers", lerobot_dit("integration_method", "rk4")),
     ("checkpoints", lerobot("act")),
     ("checkpoints", checkpoint("policy._target_", "a.DiffusionUnetImagePolicy")),
     ("networks", checkpoint("policy.model._target_", "a.Mamba")),

@@ -220,7 +220,7 @@ def test_ctrl_c_names_the_setting(capsys: Any, tmp_path: Path, monkeypatch: Any)
         ([{"name": "a", "stepps": 4}], "unknown key 'stepps'; known are name, sampler"),
         ([{"name": "a", "steps": "4"}], "steps: expected int, got '4'"),
         ([{"name": "a", "sparsity": True}], "sparsity: expected float, got True"),
-        ([{"name": "a", "sampler": "euler"}], "sampler: expected one of"),
+        ([{"name": "a", "sampler": "heun"}], "sampler: expected one of"),
         ([{"name": "a", "plan": "x.npz", "sparsity": 0.5}], "a plan leaves nothing"),
         ([{"name": "a", "plan": "lost.npz"}], "lost.npz"),
         ([{"name": "a", "n_action_steps": 9}], "expected 1 to 8"),

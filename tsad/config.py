@@ -9,16 +9,18 @@ name, and keys without a default must be there.
 
 ``network``                  the denoising network; ``type`` names its family, whose module has the
                              other keys: ``"diffusion_policy_transformer"`` (default:
-                             ``tsad/families/dpt.py``) or ``"unet1d"``
+                             ``tsad/families/dpt.py``), ``"unet1d"`` or ``"dit"``
 
 ``scheduler``                the denoising loop, with the meaning of the diffusers classes:
-  ``type``                   ``"ddpm"``, ``"ddim"`` (eta 0) or ``"dpmsolver++"`` (2M: order 2,
-                             midpoint)
+  ``type``                   ``"ddpm"``, ``"ddim"`` (eta 0), ``"dpmsolver++"`` (2M: order 2,
+                             midpoint), or ``"euler"``: flow matching, which has no other keys than
+                             ``prediction_type`` and ``num_inference_steps``
   ``num_train_timesteps``    timesteps of training (default 100)
   ``beta_schedule``          ``"linear"``, ``"scaled_linear"``, ``"squaredcos_cap_v2"`` (default)
   ``beta_start``             first and last beta (default 0.0001 and 0.02);
   ``beta_end``               ``squaredcos_cap_v2`` ignores them
-  ``prediction_type``        what the network predicts: ``"epsilon"`` (default) or ``"sample"``
+  ``prediction_type``        what the network predicts: ``"epsilon"`` (default) or ``"sample"``;
+                             ``"euler"`` has ``"velocity"`` alone
   ``clip_sample``            whether the predicted sample is clipped (default true, but false for
                              ``"dpmsolver++"``, as in diffusers) ...
   ``clip_sample_range``      ... to plus and minus this, in normalised units (default 1.0)
@@ -28,7 +30,8 @@ name, and keys without a default must be there.
   ``steps_offset``           added to each timestep of the leading spacing (default 0)
   ``set_alpha_to_one``       DDIM: whether alpha past the last step is 1 (default) or that of
                              timestep 0
-  ``num_inference_steps``    K, network evaluations per chunk (default ``num_train_timesteps``)
+  ``num_inference_steps``    K, network evaluations per chunk (default ``num_train_timesteps``,
+                             with ``"euler"`` 100)
 
 ``normalizer``               ``x_normalised = (x - shift) * scale + offset``, number by number:
   ``obs``, ``action``        each ``{"scale": [...], "offset": [...], "shift": [...]}``, ``obs_dim``
@@ -36,8 +39,8 @@ name, and keys without a default must be there.
 
 ``cost``                     cost of a cell of each block; sparsity is counted in it
   ``version``, ``unit``      always 1 and ``"MAC"``: multiply-accumulates, after exact rewrites
-  ``blocks``                 one integer per block, 3 per layer: self-attention, cross-attention,
-                             feed-forward. Without ``cost`` it is ``block_costs(network)``
+  ``blocks``                 one integer per block, in order of execution. Without ``cost`` it is
+                             ``block_costs(network)``
 
 ``pruner``                   only with ``pruner.safetensors``
   ``type``                   ``"transformer"`` (default), the paper's one layer (arXiv 2605.13316),
@@ -120,9 +123,11 @@ FORMAT = "tsad"
 FORMAT_VERSION = 1
 COST_VERSION = 1
 
-SAMPLERS = ("ddpm", "ddim", "dpmsolver++")
+EULER = "euler"
+SAMPLERS = ("ddpm", "ddim", "dpmsolver++", EULER)
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample")
+VELOCITY = "velocity"  # what Euler steps of flow matching need
 PRUNER_TYPES = ("transformer", "mlp")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
@@ -151,6 +156,15 @@ class SchedulerConfig:
         """The checked ``scheduler`` object; ``ValueError`` names key, value and expectation."""
         section = Section(data, "scheduler", file)
         kind = section.choice("type", SAMPLERS, fix=f"choose one of these ({scope('samplers')})")
+        if kind == EULER:
+            fix = f"a network that predicts velocities is sampled by it alone ({scope('samplers')})"
+            scheduler = cls(
+                type=kind,
+                prediction_type=section.choice("prediction_type", (VELOCITY,), VELOCITY, fix),
+                num_inference_steps=section.integer("num_inference_steps", 1, MAX_TIMESTEPS, 100),
+            )
+            section.done()
+            return scheduler
         train = section.integer("num_train_timesteps", 1, MAX_TIMESTEPS, 100)
         scheduler = cls(
             type=kind,
@@ -176,7 +190,10 @@ class SchedulerConfig:
         return scheduler
 
     def to_dict(self) -> dict[str, Any]:
-        """The ``scheduler`` object of ``config.json``, every key present."""
+        """The ``scheduler`` object of ``config.json``, every key that its type has present."""
+        if self.type == EULER:
+            keys = ("type", "prediction_type", "num_inference_steps")
+            return {key: getattr(self, key) for key in keys}
         return asdict(self)
 
 

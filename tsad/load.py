@@ -13,14 +13,15 @@ import numpy as np
 
 from tsad import policy as policies
 from tsad.checkpoint import CONFIG_FILE, MODEL_FILE, PRUNER_FILE, Tensors, read_folder
-from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
+from tsad.config import EULER, TIMESTEP_SPACINGS, PolicyConfig
 from tsad.convert import Converted, folder_kind, read_checkpoint, read_lerobot_folder
 from tsad.families import Network
+from tsad.families.dit import DitConfig
 from tsad.families.unet1d import Unet1dConfig
 from tsad.files import sha256
 from tsad.presets import Preset, check_clash, find_preset
 from tsad.reference.families import family_of
-from tsad.reference.layers import sinusoid
+from tsad.reference.layers import rotation, sinusoid
 from tsad.samplers import Sampler, make_sampler, tail
 from tsad.scope import scope
 
@@ -112,6 +113,11 @@ def load(
             raise ValueError(
                 f"timestep_spacing: expected one of {', '.join(map(repr, TIMESTEP_SPACINGS))}, got "
                 f"{timestep_spacing!r}; choose one of these, or None for that of the checkpoint"
+            )
+        if config.scheduler.type == EULER:
+            raise ValueError(
+                f"timestep_spacing: expected None, as flow matching has one grid of times, got "
+                f"{timestep_spacing!r}; leave it out"
             )
         scheduler = replace(config.scheduler, timestep_spacing=timestep_spacing)
         config = replace(config, scheduler=scheduler)
@@ -240,6 +246,17 @@ def _family_arguments(net: Network, sampler: Sampler) -> dict[str, Any]:
             "kernel_size": net.kernel_size,
             "n_groups": net.n_groups,
             "use_film_scale_modulation": net.use_film_scale_modulation,
+        }
+    if isinstance(net, DitConfig):
+        dim = net.timestep_embed_dim
+        turns = rotation(net.horizon, net.head_dim, net.rope_base) if net.use_rope else None
+        return {
+            "n_emb": dim,
+            "time_emb": sinusoid(sampler.timesteps, dim, np.float32, angles=np.float32),
+            "n_layers": net.num_layers,
+            "n_heads": net.num_heads,
+            "hidden_dim": net.hidden_dim,
+            "rotation": turns,
         }
     return {
         "n_layers": net.n_layer,

@@ -352,8 +352,9 @@ class SparsePolicy(_core.Policy):
         return list(self._types)
 
     @property
-    def timesteps(self) -> NDArray[np.int64]:
-        """Training timestep of each denoising step, (K,), noisiest first."""
+    def timesteps(self) -> NDArray[Any]:
+        """Training timestep of each denoising step, (K,), noisiest first; int64, of flow matching
+        float64 times from 0 (noise) on."""
         return np.array(self._sampler.timesteps)
 
     @property

@@ -1,4 +1,4 @@
-"""Samplers: one table of coefficients for DDPM, DDIM and DPM-Solver++(2M).
+"""Samplers: one table of coefficients for DDPM, DDIM, DPM-Solver++(2M) and Euler steps of a flow.
 
 A row of the table is one network evaluation. With e the network's output, x the sample, z the noise
 of that row and x0_previous the x0 of the row before, a row (a, b, r, c, d, f, g, h) says
@@ -14,6 +14,11 @@ cumulative product are float32 tables like there, coefficients are float64. Sour
 diffusers computes the coefficients of DDPM and DDIM in float32 too. Where the noise is small that
 shows: 1 - A_t / A_(t-1) at beta = 1e-4 is wrong by up to 3e-4 of itself, and a chunk by 1e-5.
 ``coefficients=np.float32`` gives those numbers, to equal LeRobot.
+
+Flow matching has its sample at time t from noise (0) to data (1), t data + (1 - t) noise, and the
+network predicts the velocity data - noise; an Euler step is x + (t_next - t) e, as in LeRobot's
+``multi_task_dit``, whose grid of times is float32. Runge-Kutta steps of fourth order are no rows of
+this form: from what one row leaves the last can't have the first one's e.
 
 Four cases where diffusers gives no usable result, and what happens here instead:
 
@@ -38,15 +43,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.config import SAMPLERS, SchedulerConfig
+from tsad.config import EULER, SAMPLERS, VELOCITY, SchedulerConfig
 from tsad.scope import scope
+from tsad.section import MAX_TIMESTEPS
 
 COLUMNS = ("a", "b", "r", "c", "d", "f", "g", "h")
 MIN_VARIANCE = 1e-20
 
 Float = NDArray[np.float64]
 Shares = NDArray[np.floating[Any]]  # of the type that coefficients are computed in
-Int = NDArray[np.int64]
+Times = NDArray[Any]  # int64, of flow matching float64
 
 
 @dataclass(frozen=True)
@@ -54,17 +60,25 @@ class Sampler:
     """A denoising loop of K network evaluations."""
 
     name: str
-    """``"ddpm"``, ``"ddim"`` or ``"dpmsolver++"``."""
-    timesteps: Int
-    """(K,) training timestep of each row, noisiest first."""
+    """``"ddpm"``, ``"ddim"``, ``"dpmsolver++"`` or ``"euler"``."""
+    timesteps: Times
+    """(K,) training timestep of each row, noisiest first; of ``"euler"`` times from 0 on."""
     table: Float
     """(K, 8) rows of coefficients in the order of ``COLUMNS``."""
     adds_noise: bool
     """Whether any row has h != 0. The last row never has."""
     prediction_type: str
-    """What the network's output is: ``"epsilon"`` or ``"sample"``."""
+    """What the network's output is: ``"epsilon"``, ``"sample"`` or ``"velocity"``."""
     alphas_cumprod: Float
     """(K,) share of signal in the variance of the sample that each row gets."""
+
+    def mixture(self, row: int) -> tuple[float, float]:
+        """How much of the data, and how much noise, is in the sample that a row gets."""
+        if self.prediction_type == VELOCITY:
+            time = float(self.timesteps[row])
+            return time, 1 - time
+        share = float(self.alphas_cumprod[row])
+        return math.sqrt(share), math.sqrt(1 - share)
 
 
 def make_sampler(
@@ -84,19 +98,17 @@ def make_sampler(
     Raises ``ValueError`` naming the key, the value, the choices and the fix.
     """
     given = dict(scheduler)
-    given.setdefault("clip_sample", given.get("type") != "dpmsolver++")
+    if given.get("type") != EULER:
+        given.setdefault("clip_sample", given.get("type") != "dpmsolver++")
     if sampler is not None:
-        if sampler not in SAMPLERS:
-            choices = ", ".join(f'"{name}"' for name in SAMPLERS)
-            raise ValueError(
-                f"sampler: expected one of {choices}, got {sampler!r}; choose one of these, "
-                f"or None for the sampler of the checkpoint ({scope('samplers')})"
-            )
+        _check_sampler(sampler, given.get("type") == EULER)
         given["type"] = sampler
     if num_inference_steps is not None:
         given["num_inference_steps"] = _check_steps(num_inference_steps, given)
     config = SchedulerConfig.from_dict(given, file="scheduler")
 
+    if config.type == EULER:
+        return _euler(config.num_inference_steps)
     timesteps = _timesteps(config)
     alphas_cumprod = _alphas_cumprod(config)
     used = alphas_cumprod[timesteps]
@@ -141,7 +153,7 @@ def tail(sampler: Sampler, warm_start: int) -> Sampler:
 
 
 def _freeze(
-    name: str, timesteps: Int, table: Float, prediction_type: str, alphas_cumprod: Float
+    name: str, timesteps: Times, table: Float, prediction_type: str, alphas_cumprod: Float
 ) -> Sampler:
     for array in (timesteps, table, alphas_cumprod):
         array.setflags(write=False)
@@ -149,12 +161,27 @@ def _freeze(
     return Sampler(name, timesteps, table, adds_noise, prediction_type, alphas_cumprod)
 
 
+def _check_sampler(sampler: Any, flow: bool) -> None:
+    fitting = [name for name in SAMPLERS if (name == EULER) == flow]
+    if sampler not in fitting:
+        choices = ", ".join(f'"{name}"' for name in fitting)
+        why = "what this network predicts, velocities or not, is for these"
+        raise ValueError(
+            f"sampler: expected one of {choices}, got {sampler!r}; choose one of these "
+            f"{f'({why}) ' if sampler in SAMPLERS else ''}"
+            f"or None for the sampler of the checkpoint ({scope('samplers')})"
+        )
+
+
 def _check_steps(steps: Any, given: Mapping[str, Any]) -> int:
     train = given.get("num_train_timesteps", SchedulerConfig.num_train_timesteps)
+    what = "num_train_timesteps"
+    if given.get("type") == EULER:
+        train, what = MAX_TIMESTEPS, "there is no sense in more"
     whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
     if not whole or not 1 <= steps <= train:
         raise ValueError(
-            f"num_inference_steps: expected an integer from 1 to {train} (num_train_timesteps), "
+            f"num_inference_steps: expected an integer from 1 to {train} ({what}), "
             f"got {steps!r}; choose one in this range, or None for the number of the checkpoint"
         )
     return int(steps)
@@ -199,7 +226,7 @@ def _alphas_cumprod(config: SchedulerConfig) -> Float:
     return products.astype(np.float64)
 
 
-def _timesteps(config: SchedulerConfig) -> Int:
+def _timesteps(config: SchedulerConfig) -> Times:
     """Training timesteps in loop order, noisiest first (arXiv 2305.08891, table 2)."""
     train, steps = config.num_train_timesteps, config.num_inference_steps
     # DPM-Solver++ counts the noise-free end as one more point of the grid.
@@ -231,6 +258,21 @@ def _timesteps(config: SchedulerConfig) -> Int:
 # Tables
 
 
+def _euler(steps: int) -> Sampler:
+    """x + (t_next - t) e on an even grid of times; x0, which nothing here uses, is at time 1."""
+    grid = _linspace32(0, 1, steps + 1)
+    times = grid[:-1].astype(np.float64)
+    table = np.zeros((steps, len(COLUMNS)))
+    column = dict(zip(COLUMNS, table.T, strict=True))
+    column["a"][:] = 1
+    column["b"][:] = 1 - times
+    column["r"][:] = np.inf
+    column["d"][:] = 1
+    column["f"][:] = np.diff(grid)
+    share = times**2 / (times**2 + (1 - times) ** 2)
+    return _freeze(EULER, times, table, VELOCITY, share)
+
+
 def _fill_x0(config: SchedulerConfig, signal: Shares) -> Float:
     """A table with a, b and r filled: x0 from the sample and the network's output."""
     table = np.zeros((len(signal), len(COLUMNS)))
@@ -247,7 +289,7 @@ def _fill_x0(config: SchedulerConfig, signal: Shares) -> Float:
 
 
 def _fill_ddpm(
-    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Shares, column: dict[str, Float]
+    config: SchedulerConfig, timesteps: Times, alphas_cumprod: Shares, column: dict[str, Float]
 ) -> None:
     """Posterior mean and deviation between neighbouring timesteps of the list."""
     now = alphas_cumprod[timesteps]
@@ -269,7 +311,7 @@ def _fill_ddpm(
 
 
 def _fill_ddim(
-    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Shares, column: dict[str, Float]
+    config: SchedulerConfig, timesteps: Times, alphas_cumprod: Shares, column: dict[str, Float]
 ) -> None:
     """Deterministic (eta 0); the direction comes from the network's output, not from clipped x0."""
     now = alphas_cumprod[timesteps]
@@ -286,7 +328,7 @@ def _fill_ddim(
 
 
 def _fill_dpmsolver(
-    config: SchedulerConfig, timesteps: Int, alphas_cumprod: Shares, column: dict[str, Float]
+    config: SchedulerConfig, timesteps: Times, alphas_cumprod: Shares, column: dict[str, Float]
 ) -> None:
     """Second order from the x0 of two rows; first order in the first row and the last."""
     signal = np.append(alphas_cumprod[timesteps], 1.0)

@@ -14,16 +14,17 @@ class Row(NamedTuple):
 
 SCOPE = {
     "networks": Row(
-        "Diffusion Policy's transformer (time_as_cond, obs_as_cond), LeRobot's UNet",
-        "DiT; vision encoders (with LeRobot its own runs, elsewhere give features as observations)",
+        "Diffusion Policy's transformer (time_as_cond, obs_as_cond), LeRobot's UNet and DiT",
+        "vision encoders (with LeRobot its own runs, elsewhere give features as observations)",
     ),
     "checkpoints": Row(
-        "Diffusion Policy's .ckpt (transformer), LeRobot folders without cameras, tsad folders",
+        "Diffusion Policy's .ckpt (transformer), LeRobot folders (diffusion without cameras, "
+        "multi_task_dit), tsad folders",
         "Diffusion Policy's UNet .ckpt, LeRobot's other policies, other formats",
     ),
     "samplers": Row(
-        "DDPM, DDIM, DPM-Solver++, predicting the noise or the sample",
-        "predicting velocity, flow matching, other schedulers",
+        "DDPM, DDIM, DPM-Solver++, predicting the noise or the sample; flow matching's Euler steps",
+        "Runge-Kutta steps, v-prediction, other schedulers",
     ),
     "precisions": Row(
         "float32, int16, int8 (large matrices in 16 bits, their weights in 8)", "float16, bfloat16"

@@ -5,11 +5,12 @@ starts at row K - N of the loop with
 
     x = sqrt(alphas_cumprod) shifted + sqrt(1 - alphas_cumprod) noise
 
-at the noise level of that row. ``shifted`` is the lane's previous chunk, all of its horizon, in
-normalised units, moved by the actions executed since: index j is what index j + executed was, and
-the last action fills the end. So the past of the chunk is what was executed, and the fewer actions
-are executed the more of it is known: of a horizon of 10 with 2 observations, 8 executed leave one
-action of the future, 4 leave five. ``WarmReference`` in ``tsad.reference`` is the specification.
+at the noise level of that row (of flow matching, at time t: t shifted + (1 - t) noise).
+``shifted`` is the lane's previous chunk, all of its horizon, in normalised units, moved by the
+actions executed since: index j is what index j + executed was, and the last action fills the end.
+So the past of the chunk is what was executed, and the fewer actions are executed the more of it is
+known: of a horizon of 10 with 2 observations, 8 executed leave one action of the future, 4 leave
+five. ``WarmReference`` in ``tsad.reference`` is the specification.
 Sources: RTI-DP (arXiv 2508.05396), Falcon (2503.00339), here without its candidates.
 """
 
@@ -81,8 +82,7 @@ class WarmPolicy(SparsePolicy):
             device=cold.device,
             precision=cold.precision,
         )
-        signal = sampler.alphas_cumprod[0]
-        self._signal, self._noise = np.float32(np.sqrt(signal)), np.float32(np.sqrt(1 - signal))
+        self._signal, self._noise = (np.float32(part) for part in sampler.mixture(0))
         affine = cold._config.normalizer.action
         self._normalise = affine.normalise
         self._previous = np.zeros((self.lanes, self.horizon, self.action_dim), np.float32)

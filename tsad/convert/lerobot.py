@@ -1,5 +1,8 @@
 """Policies that LeRobot saved: the folder of ``save_pretrained``, of versions 0.3 to 0.6.
 
+Of type ``diffusion``, a UNet, and of type ``multi_task_dit``, a DiT. What a ``multi_task_dit``
+conditions its network on comes from CLIP, which stays LeRobot's: an observation is that condition.
+
 ``read_lerobot`` describes such a folder in plain terms, without LeRobot or PyTorch: the network's
 settings and its tensors, mapped from the file, the sampler, the maps between raw units and the
 network's, and the features that an observation is made of. Keys of ``config.json`` that are not
@@ -28,17 +31,27 @@ from tsad.checkpoint import (
     map_safetensors,
     read_json,
 )
-from tsad.config import BETA_SCHEDULES, MAX_TIMESTEPS, PREDICTION_TYPES
-from tsad.convert.lerobot_processors import Map, Statistics, buffers, read_processors
-from tsad.families import unet1d
+from tsad.config import BETA_SCHEDULES, EULER, MAX_TIMESTEPS, PREDICTION_TYPES, VELOCITY
+from tsad.convert.lerobot_processors import (
+    POSTPROCESSOR_FILE,
+    Map,
+    Statistics,
+    buffers,
+    read_postprocessor,
+    read_processors,
+)
+from tsad.families import dit, unet1d
 from tsad.scope import scope
-from tsad.section import MAX_DIM, Section
+from tsad.section import MAX_DIM, Section, Shapes
 
 STATE, ENV_STATE, ACTION = "observation.state", "observation.environment_state", "action"
 CHECKPOINT_FOLDER = "pretrained_model"
 
 _COMPILED = "_orig_mod."  # torch.compile puts it into the names of what it wraps
 _UNET, _ENCODER = "diffusion.unet.", "diffusion.rgb_encoder"
+_DIT, _CLIP = "noise_predictor.", "observation_encoder."
+_CLIP_PARTS = tuple(f"{_CLIP}{n}." for n in ("text_encoder", "vision_encoder", "vision_encoders"))
+TASK, LANGUAGE = "task", "LANGUAGE"
 _OLD_BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 _NOISE_SCHEDULERS = {"DDPM": "ddpm", "DDIM": "ddim"}
 _NETWORK_KEYS = (
@@ -51,6 +64,18 @@ _NETWORK_KEYS = (
     "diffusion_step_embed_dim",
     "use_film_scale_modulation",
 )
+_DIT_KEYS = (
+    "horizon",
+    "n_obs_steps",
+    "n_action_steps",
+    "hidden_dim",
+    "num_layers",
+    "num_heads",
+    "timestep_embed_dim",
+    "use_rope",
+    "rope_base",
+    "use_positional_encoding",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +84,8 @@ class Feature:
 
     name: str
     kind: str
-    """LeRobot's type: ``"STATE"``, ``"ENV"``, or ``"VISUAL"`` for what an encoder makes of it."""
+    """LeRobot's type: ``"STATE"``, ``"ENV"``, or, of what an encoder makes of it, ``"VISUAL"`` or
+    ``"LANGUAGE"``."""
     dim: int
 
 
@@ -68,7 +94,7 @@ class Description:
     """A policy out of a LeRobot folder."""
 
     family: str
-    """The network's family: ``"unet1d"``."""
+    """The network's family: ``"unet1d"`` or ``"dit"``."""
     policy: dict[str, Any]
     """``network``, ``scheduler`` and ``normalizer``, as ``tsad.reference.ReferencePolicy`` takes.
 
@@ -105,24 +131,22 @@ def read_lerobot(path: str | os.PathLike[str]) -> Description:
     file = folder / CONFIG_FILE
     config = read_json(file)
     section = _checked(config, str(file))
+    if config["type"] == "multi_task_dit":
+        return _read_dit(folder, config, section)
     features, action_dim, extra = _features(config, section)
     n = {key: section.take(key) for key in _NETWORK_KEYS}
     n |= {"obs_dim": sum(f.dim for f in features), "action_dim": action_dim, "type": unet1d.TYPE}
     network = unet1d.Unet1dConfig.from_dict(n, name="", file=str(file)).to_dict()
     notes = [f"{name}: not read, as LeRobot's diffusion policy does not" for name in extra]
-    most = network["horizon"] - network["n_obs_steps"] + 1
-    if network["n_action_steps"] > most:
-        notes.append(
-            f"n_action_steps: {network['n_action_steps']} reach beyond the horizon; {most} are "
-            "executed, as LeRobot does without a word"
-        )
-        network["n_action_steps"] = most
+    _clamp_actions(network, notes)
     scheduler = _scheduler(section)
 
     model = folder / MODEL_FILE
     tensors = _plain_names(map_safetensors(model), str(model), notes)
     cameras = any(feature.kind == "VISUAL" for feature in features)
-    unet = _network_tensors(tensors, network, str(model), cameras=cameras)
+    beside = (*_OLD_BUFFERS, _ENCODER) if cameras else _OLD_BUFFERS
+    wanted = {f"{_UNET}{name}": shape for name, shape in unet1d.shapes(network).items()}
+    unet = _network_tensors(tensors, wanted, str(model), _UNET, beside)
     statistics, renamed = _read_statistics(folder, config, tensors, features, notes)
     normalizer = _normalizer(statistics, features, action_dim, notes)
     return Description(
@@ -134,6 +158,108 @@ def read_lerobot(path: str | os.PathLike[str]) -> Description:
         renamed=renamed,
         notes=notes,
     )
+
+
+def _clamp_actions(network: dict[str, Any], notes: list[str]) -> None:
+    most = network["horizon"] - network["n_obs_steps"] + 1
+    if network["n_action_steps"] > most:
+        notes.append(
+            f"n_action_steps: {network['n_action_steps']} reach beyond the horizon; {most} are "
+            "executed, as LeRobot does without a word"
+        )
+        network["n_action_steps"] = most
+
+
+def _read_dit(folder: Path, config: Mapping[str, Any], section: Section) -> Description:
+    """A ``multi_task_dit``: its noise predictor, and of the rest what the condition is made of."""
+    notes: list[str] = []
+    model = folder / MODEL_FILE
+    tensors = _plain_names(map_safetensors(model), str(model), notes)
+    n = {key: section.take(key) for key in _DIT_KEYS}
+    outputs = _read_features(section, "output_features")
+    if outputs.get(ACTION, ("", ()))[0] != "ACTION":
+        raise section.error("output_features", f"{ACTION} of type ACTION", list(outputs))
+    action_dim = _length(section, ACTION, outputs[ACTION][1])
+    # settings first: the condition's width is read off the network with some of them
+    n |= {"obs_dim": 1, "action_dim": action_dim, "type": dit.TYPE}
+    network = dit.DitConfig.from_dict(n, name="", file=section.file).to_dict()
+    features = _dit_features(section, network, tensors, str(model))
+    network["obs_dim"] = sum(f.dim for f in features)
+    _clamp_actions(network, notes)
+    wanted = {f"{_DIT}{name}": shape for name, shape in dit.shapes(network).items()}
+    found = _network_tensors(tensors, wanted, str(model), _DIT, _CLIP_PARTS)
+    parts = sorted({name.split(".")[1] for name in tensors if name.startswith(_CLIP_PARTS)})
+    left = sum(name.startswith(_CLIP_PARTS) for name in tensors)
+    notes.append(
+        f"{_CLIP}*: {left} tensors ({', '.join(parts)}) not read, CLIP stays LeRobot's: an "
+        "observation is what its observation_encoder.encode(batch) returns, n_obs_steps rows of "
+        f"{network['obs_dim']}"
+    )
+    after = read_postprocessor(folder)
+    modes = config.get("normalization_mapping")
+    mode = modes.get("ACTION", "IDENTITY") if isinstance(modes, Mapping) else "IDENTITY"
+    if after is None and mode != "IDENTITY":
+        raise CheckpointError(
+            f"{folder}: expected {POSTPROCESSOR_FILE}, which says the actions' units, found none; "
+            "save the processors beside the policy"
+        )
+    obs = Map.identity(network["obs_dim"])
+    action = Map.identity(action_dim)
+    if after is not None:
+        action = after.map_of(ACTION, "ACTION", action_dim, notes)
+    return Description(
+        family=dit.TYPE,
+        policy={
+            "network": network,
+            "scheduler": _dit_scheduler(section),
+            "normalizer": {"obs": obs.to_dict(), "action": action.to_dict()},
+        },
+        tensors=found,
+        features=tuple(features),
+        config=dict(config),
+        notes=notes,
+    )
+
+
+def _dit_features(
+    section: Section, network: dict[str, Any], tensors: Mapping[str, NDArray[Any]], file: str
+) -> list[Feature]:
+    """What LeRobot's encoder puts side by side; how wide CLIP's part is, the network knows."""
+    inputs = _read_features(section, "input_features")
+    if inputs.get(STATE, ("", ()))[0] != "STATE":
+        fix = "LeRobot's multi_task_dit needs the robot's state"
+        raise section.error("input_features", f"{STATE} of type STATE", list(inputs), fix)
+    state = Feature(STATE, "STATE", _length(section, STATE, inputs[STATE][1]))
+    task = Feature(TASK, LANGUAGE, network["hidden_dim"])
+    cameras = [name for name, (kind, _) in inputs.items() if kind == "VISUAL"]
+    key = f"{_DIT}transformer_blocks.0.adaLN_modulation.1.weight"
+    weight = tensors.get(key)
+    columns = weight.shape[1] if weight is not None and weight.ndim == 2 else 0
+    obs_dim, rest = divmod(columns - network["timestep_embed_dim"], network["n_obs_steps"])
+    images = obs_dim - state.dim - task.dim
+    fits = images == 0 if not cameras else images > 0 and images % len(cameras) == 0
+    if rest or not fits:
+        per = f"{network['timestep_embed_dim']} of the time and {network['n_obs_steps']} times "
+        per += f"{state.dim} of the state, {task.dim} of the task"
+        per += f" and the same of {len(cameras)} images" if cameras else ""
+        got = "no such matrix" if not columns else f"{columns}"
+        raise CheckpointError(
+            f"{file}: {key}: expected as many columns as the condition has numbers, {per}, got "
+            f"{got}; the model and config.json are not of one policy"
+        )
+    each = images // len(cameras) if cameras else 0
+    return [state, *(Feature(name, "VISUAL", each) for name in cameras), task]
+
+
+def _dit_scheduler(section: Section) -> dict[str, Any]:
+    if section.choice("objective", ("diffusion", "flow_matching")) == "diffusion":
+        return _scheduler(section)
+    method = section.take("integration_method")
+    if method != "euler":
+        fix = f"set it to euler, whose steps are shorter ({scope('samplers')})"
+        raise section.error("integration_method", '"euler"', method, fix)
+    steps = section.integer("num_integration_steps", 1, MAX_TIMESTEPS)
+    return {"type": EULER, "prediction_type": VELOCITY, "num_inference_steps": steps}
 
 
 class _Section(Section):
@@ -152,10 +278,10 @@ def _checked(config: Any, file: str) -> Section:
     """``config.json`` of a policy that can be read; the rest of its keys may be anything."""
     section = _Section(config, "", file)
     kind = section.take("type")
-    if kind != "diffusion":
+    if kind not in ("diffusion", "multi_task_dit"):
         raise section.error(
             "type",
-            'a LeRobot policy of type "diffusion"',
+            'a LeRobot policy of type "diffusion" or "multi_task_dit"',
             kind,
             f"convert such a one ({scope('checkpoints')})",
         )
@@ -258,11 +384,16 @@ def _plain_names(
 
 
 def _network_tensors(
-    tensors: Mapping[str, NDArray[Any]], network: dict[str, Any], file: str, *, cameras: bool
+    tensors: Mapping[str, NDArray[Any]],
+    wanted: Shapes,
+    file: str,
+    prefix: str,
+    beside: tuple[str, ...],
 ) -> dict[str, NDArray[Any]]:
-    """The network's tensors by their own names, after checking that all of the file's are known."""
-    beside = (*_OLD_BUFFERS, _ENCODER) if cameras else _OLD_BUFFERS
-    wanted = {f"{_UNET}{name}": shape for name, shape in unet1d.shapes(network).items()}
+    """The network's tensors by their own names, after checking that all of the file's are known.
+
+    ``beside``: how names of the rest begin.
+    """
     try:
         check_tensors({k: v for k, v in tensors.items() if not k.startswith(beside)}, wanted, file)
     except CheckpointError as error:
@@ -276,7 +407,7 @@ def _network_tensors(
                 f"{file}: {name}: expected numbers of type F16, BF16, F32 or F64, got "
                 f"{tensors[name].dtype}; save the model in one of these"
             )
-    found = {name.removeprefix(_UNET): tensors[name] for name in wanted}
+    found = {name.removeprefix(prefix): tensors[name] for name in wanted}
     check_finite(found, file)
     return found
 

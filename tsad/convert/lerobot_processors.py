@@ -150,6 +150,13 @@ def read_processors(folder: Path) -> tuple[Statistics, Statistics, dict[str, str
     return before, after, renamed
 
 
+def read_postprocessor(folder: Path) -> Statistics | None:
+    """Statistics of the way out alone; None for a folder without that processor."""
+    if not (folder / POSTPROCESSOR_FILE).is_file():
+        return None
+    return _read_processor(folder / POSTPROCESSOR_FILE, "unnormalizer_processor")[0]
+
+
 def _read_processor(path: Path, wanted: str) -> tuple[Statistics, dict[str, str]]:
     data = read_json(path)
     steps = data.get("steps") if isinstance(data, Mapping) else None

@@ -5,7 +5,7 @@ speed; the C core and every backend must equal it. Source: "Test-time Sparsity f
 Action Diffusion", arXiv 2605.13316. Read in this order:
 
 ``layers``     linear maps, norms, activations, attention
-``dpt``        a family: Diffusion Policy's transformer
+``dpt``        a family: Diffusion Policy's transformer; ``unet1d``, ``dit`` are others
 ``families``   what a family has to offer; how to add one
 ``chunk``      one chunk of any family: steps, sources, caches
 ``pruner``     the published pruner, which chooses the sources

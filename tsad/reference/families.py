@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tsad.reference import dpt, unet1d
+from tsad.reference import dit, dpt, unet1d
 from tsad.reference.layers import Array, Network, Tensors, Value, dense
 
 
@@ -28,7 +28,7 @@ class Family(Protocol):
         """The type of each block; those of one type can stand in for each other."""
 
     def encode(self, w: Tensors, network: Network, timesteps: ArrayLike, obs: Array) -> Array:
-        """What conditions the network at training timesteps (...): an array (..., ...).
+        """What conditions the network at timesteps (...): an array (..., ...).
 
         ``obs`` (..., n_obs_steps, obs_dim) is normalised.
         """
@@ -42,7 +42,11 @@ class Family(Protocol):
         """
 
 
-FAMILIES: dict[str, Family] = {"diffusion_policy_transformer": dpt, "unet1d": unet1d}
+FAMILIES: dict[str, Family] = {
+    "diffusion_policy_transformer": dpt,
+    "unet1d": unet1d,
+    "dit": dit,
+}
 
 
 def family_of(network: Mapping[str, Any]) -> Family:

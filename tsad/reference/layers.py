@@ -31,10 +31,15 @@ def linear(x: Array, w: Tensors, name: str) -> Array:
     return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
 
-def layer_norm(x: Array, w: Tensors, name: str) -> Array:
+def standardise(x: Array, eps: float) -> Array:
+    """Layer norm without scale and shift."""
     centred: Array = x - x.mean(-1, keepdims=True)
-    variance: Array = (centred**2).mean(-1, keepdims=True)
-    return centred / np.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    deviation: Array = np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+    return centred / deviation
+
+
+def layer_norm(x: Array, w: Tensors, name: str) -> Array:
+    return standardise(x, 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def softmax(x: Array) -> Array:
@@ -49,6 +54,15 @@ _erf = np.frompyfunc(math.erf, 1, 1)
 def gelu(x: Array) -> Array:
     erf: Array = np.asarray(_erf(x * math.sqrt(0.5)), x.dtype)
     return x * 0.5 * (1 + erf)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """PyTorch's ``approximate="tanh"``."""
+    return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x: Array) -> Array:
+    return x * np.exp(-np.logaddexp(0, -x))
 
 
 def mish(x: Array) -> Array:
@@ -77,11 +91,43 @@ def sinusoid(
     return np.concatenate([np.sin(angle), np.cos(angle)], -1).astype(angles).astype(dtype)
 
 
+def rotation(length: int, dim: int, base: float) -> Array:
+    """Of rotary positions: (length, dim), ``dim / 2`` cosines of each, then the sines.
+
+    Rounded as PyTorch modules in float32 round on the way.
+    """
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    power = (np.float64(base) ** exponent.astype(np.float64)).astype(np.float32)
+    angle = np.arange(length, dtype=np.float32)[:, None] * (np.float32(1) / power)
+    wide = angle.astype(np.float64)
+    table: Array = np.concatenate([np.cos(wide), np.sin(wide)], -1).astype(np.float32)
+    return table
+
+
+def rotate(x: Array, table: Array) -> Array:
+    """``x`` (..., T, dim) turned by `rotation`'s table: channel i with channel i + dim / 2."""
+    cos, sin = np.split(table.astype(x.dtype), 2, -1)
+    a, b = np.split(x, 2, -1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 def attention(
-    query: Array, source: Array, w: Tensors, name: str, n_head: int, mask: Array | float = 0.0
+    query: Array,
+    source: Array,
+    w: Tensors,
+    name: str,
+    n_head: int,
+    mask: Array | float = 0.0,
+    *,
+    packed: tuple[str, str] = ("in_proj_weight", "in_proj_bias"),
+    turns: Array | None = None,
 ) -> Array:
-    """Multi-head attention of ``query`` (..., Q, d) to ``source`` (..., N, d); ``mask`` (Q, N)."""
-    weight, bias = w[f"{name}.in_proj_weight"], w[f"{name}.in_proj_bias"]
+    """Multi-head attention of ``query`` (..., Q, d) to ``source`` (..., N, d); ``mask`` (Q, N).
+
+    ``packed`` names weight and bias of queries, keys and values together; ``turns`` is a `rotation`
+    of queries and keys.
+    """
+    weight, bias = (w[f"{name}.{part}"] for part in packed)
     w_q, w_k, w_v = np.split(weight, 3)
     b_q, b_k, b_v = np.split(bias, 3)
 
@@ -91,6 +137,8 @@ def attention(
     q = heads(query @ w_q.T + b_q)
     k = heads(source @ w_k.T + b_k)
     v = heads(source @ w_v.T + b_v)
+    if turns is not None:
+        q, k = rotate(q, turns), rotate(k, turns)
     scores = q @ np.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1]) + mask
     mixed = np.moveaxis(softmax(scores) @ v, -3, -2)
     return linear(mixed.reshape(query.shape), w, f"{name}.out_proj")

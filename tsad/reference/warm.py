@@ -54,7 +54,7 @@ class WarmReference:
         """
         rows = lane_numbers(lanes, self.cold.lanes)
         N, sampler = self.warm.num_inference_steps, self.warm.sampler
-        signal = sampler.alphas_cumprod[0]
+        signal, level = sampler.mixture(0)
         dense = np.zeros((N, len(self.warm.blocks)), np.uint8)
         sources = dense if plan_sources is None else plan_sources
         results = []
@@ -67,7 +67,7 @@ class WarmReference:
             else:
                 moved = np.concatenate([before, np.repeat(before[-1:], executed[i], 0)])
                 z = z[-N:]
-                z[0] = np.sqrt(signal) * moved[executed[i] :] + np.sqrt(1 - signal) * z[0]
+                z[0] = signal * moved[executed[i] :] + level * z[0]
                 actions = self.warm(own, z, sources, [lane], return_horizon=True, first=first)
             self._previous[lane] = self.cold.normalise("action", actions[0])
             results.append(actions[0])
