@@ -102,6 +102,8 @@ static tsad_status check_tables(const tsad_model_spec *s)
         }
     }
     TSAD_TRY(check_numbers("time_emb", s->time_emb, K * (size_t)s->n_emb));
+    size_t head = s->n_heads ? (size_t)(s->hidden_dim / s->n_heads) : 0;
+    TSAD_TRY(check_numbers("rotation", s->rotation, (size_t)s->horizon * head));
     if (s->n_pruner_tensors) {
         size_t n = (size_t)s->n_blocks * (size_t)s->pruner_hidden;
         TSAD_TRY(check_numbers("block_emb", s->block_emb, n));
@@ -234,11 +236,13 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
         TSAD_TRY(tsad_net_dpt(spec, m));
     } else if (strcmp(spec->family, "unet1d") == 0) {
         TSAD_TRY(tsad_net_unet1d(spec, m));
+    } else if (strcmp(spec->family, "dit") == 0) {
+        TSAD_TRY(tsad_net_dit(spec, m));
     } else if (strcmp(spec->family, "nodes") == 0) {
         TSAD_TRY(tsad_net_nodes(spec, m));
     } else {
         return tsad_fail(TSAD_ARGUMENT,
-                         "family: expected 'diffusion_policy_transformer', 'unet1d' or "
+                         "family: expected 'diffusion_policy_transformer', 'unet1d', 'dit' or "
                          "'nodes', got '%s'",
                          spec->family);
     }

@@ -91,6 +91,7 @@ static inline const tsad_net *tsad_denoiser(const tsad_model *m) { return &m->ne
 
 tsad_status tsad_net_dpt(const tsad_model_spec *spec, tsad_model *model);
 tsad_status tsad_net_unet1d(const tsad_model_spec *spec, tsad_model *model);
+tsad_status tsad_net_dit(const tsad_model_spec *spec, tsad_model *model);
 tsad_status tsad_net_nodes(const tsad_model_spec *spec, tsad_model *model);
 /* time_memory (K, D): the encoder's output for the time tokens; NULL if it runs per step */
 tsad_status tsad_net_pruner(const tsad_model_spec *spec, tsad_model *model,
@@ -98,3 +99,27 @@ tsad_status tsad_net_pruner(const tsad_model_spec *spec, tsad_model *model,
 tsad_status tsad_net_pruner_mlp(const tsad_model_spec *spec, tsad_model *model,
                                 const float *time_memory);
 tsad_status tsad_net_closed(tsad_model *model); /* from the plain matrices */
+
+/* ---- terms.c ----------------------------------------------------------------------------- */
+
+/* Linear layers of the activated condition [time (n_emb), observations]; borrowed tensors. */
+typedef struct tsad_terms {
+    int n_layers, n_terms;
+    const float **weight, **bias; /* torch's, (rows, n_emb + n_obs_steps * obs_dim) and (rows) */
+    int *rows;
+} tsad_terms;
+
+/* The embedding of a step's time code, as far as into those layers. */
+typedef struct tsad_time_mlp {
+    const char *first, *second; /* linear layers, n_emb -> hidden -> n_emb */
+    int hidden;
+    double (*between)(double), (*after)(double); /* activations; the condition's own included */
+} tsad_time_mlp;
+
+tsad_status tsad_terms_begin(tsad_terms *t, int max_layers);
+void tsad_terms_free(tsad_terms *t);
+tsad_status tsad_terms_add(tsad_terms *t, const tsad_model_spec *s, const char *name, int rows);
+/* The encoder, which makes the lane's terms of the observations, and the table of the steps'.
+ * `act`: the condition's activation. */
+tsad_status tsad_terms_finish(const tsad_terms *t, const tsad_model_spec *s,
+                              const tsad_time_mlp *mlp, tsad_activation act, tsad_model *model);

@@ -104,13 +104,16 @@ typedef enum tsad_precision { TSAD_FLOAT32, TSAD_INT16, TSAD_INT8 } tsad_precisi
 
 /* Everything a model is made of; borrowed for the call. */
 typedef struct tsad_model_spec {
-    const char *family; /* "diffusion_policy_transformer", "unet1d", or "nodes": an explicit list */
+    const char *family; /* "diffusion_policy_transformer", "unet1d", "dit", or "nodes", a list */
     int horizon, n_obs_steps, n_action_steps, obs_dim, action_dim;
-    int n_emb; /* D: of the transformer; of a UNet's code of the time */
+    int n_emb; /* D: of the transformer; of others' code of the time */
     int n_layers, n_heads, n_cond_layers, causal;
     /* family "unet1d" only: LeRobot's names */
     const int32_t *down_dims; /* (n_levels) */
     int n_levels, kernel_size, n_groups, use_film_scale_modulation;
+    /* family "dit" only */
+    int hidden_dim;
+    const float *rotation; /* (horizon, hidden_dim / n_heads): cosines, then sines; NULL: none */
 
     int n_steps;
     const float *sampler;  /* (K, 8) */

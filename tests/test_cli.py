@@ -125,7 +125,7 @@ def test_missing_extra_is_named(capsys, monkeypatch, fake) -> None:
         (["eval", "pusht", "--device", "tpu"], ["argument --device: ", "'tpu'"]),
         (["eval", "pusht", "--steps", "-4"], ["argument --steps", "'-4'"]),
         (["eval", "pusht", "--first-seed", "-1"], ["argument --first-seed", "'-1'"]),
-        (["eval", "pusht", "--sampler", "euler"], ["argument --sampler", "euler", "ddim"]),
+        (["eval", "pusht", "--sampler", "heun"], ["argument --sampler", "heun", "ddim"]),
         (["eval", "pusht", "--resume"], ["argument --resume", "--out"]),
         (["eval", "pusht", "--out", "no/such/r.json"], ["argument --out", "no/such"]),
         (["eval", "pusht", "--out", "."], ["argument --out", "folder"]),

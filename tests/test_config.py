@@ -142,7 +142,7 @@ def test_provenance_is_copied() -> None:
         ("network.time_as_cond", False, "network.time_as_cond: expected true"),
         ("network.obs_as_cond", False, "network.obs_as_cond: expected true"),
         ("network.n_heads", 4, 'did you mean "n_head"'),
-        ("scheduler.type", "euler", '"ddpm", "ddim", "dpmsolver++", got \'euler\''),
+        ("scheduler.type", "heun", '"dpmsolver++", "euler", got \'heun\''),
         ("scheduler.beta_schedule", "sigmoid", "scheduler.beta_schedule"),
         ("scheduler.beta_start", 0, "scheduler.beta_start"),
         ("scheduler.beta_end", float("nan"), "scheduler.beta_end"),

@@ -268,7 +268,7 @@ def test_names_with_and_without_what_compiling_adds(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"type": "act"}, "type: expected a LeRobot policy of type \"diffusion\", got 'act'"),
+        ({"type": "act"}, 'type: expected .* "diffusion" or "multi_task_dit", got \'act\''),
         ({"type": ...}, "type: expected this key"),
         ({"use_peft": True}, "use_peft: expected a policy without adapters"),
         ({"noise_scheduler_type": "EDM"}, '"DDPM", "DDIM", got \'EDM\''),

@@ -114,7 +114,7 @@ SHAPES = {
     "mha": Shape(use_rope=False, positions=True),
     "no_positions": Shape(use_rope=False, num_heads=1, hidden_dim=7, n_obs_steps=1),
     "both": Shape(positions=True, rope_base=100.0, horizon=5, num_heads=3, hidden_dim=30),
-    "narrow": Shape(hidden_dim=6, num_heads=3, n_emb=4, horizon=1, num_layers=1),
+    "narrow": Shape(hidden_dim=6, num_heads=3, n_emb=4, horizon=1, n_obs_steps=1, num_layers=1),
 }
 
 

@@ -51,6 +51,8 @@ class Model:
         use_film_scale_modulation: bool = False,
         obs_shift: _Array | None = None,
         action_shift: _Array | None = None,
+        hidden_dim: int = 0,
+        rotation: _Array | None = None,
     ) -> None: ...
     def tail(self, sampler: _Array, /) -> Model: ...
     @property

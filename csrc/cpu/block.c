@@ -41,6 +41,23 @@ typedef struct operand {
     tsad_rounded rounded;
 } operand;
 
+/* queries and keys of one lane's heads by their positions */
+static void rotate(const float *turns, float *qkv, int ld, int tokens, int heads, int head_dim)
+{
+    int half = head_dim / 2;
+    for (int t = 0; t < tokens; t++) {
+        const float *cosine = turns + (size_t)t * (size_t)head_dim, *sine = cosine + half;
+        for (int h = 0; h < 2 * heads; h++) { /* keys follow queries */
+            float *x = qkv + (size_t)t * (size_t)ld + h * head_dim;
+            for (int i = 0; i < half; i++) {
+                float a = x[i], b = x[i + half];
+                x[i] = a * cosine[i] - b * sine[i];
+                x[i + half] = b * cosine[i] + a * sine[i];
+            }
+        }
+    }
+}
+
 /* part p of a split block for n lanes' rows together, into y */
 static void block_part(const context *c, int n, const tsad_node *node, int p, const operand *input,
                        float *work, float *y)
@@ -62,6 +79,10 @@ static void block_part(const context *c, int n, const tsad_node *node, int p, co
         int width = first->n_out / 3, heads = node->n_heads / packed->n_parts;
         size_t lane = (size_t)T * (size_t)tsad_pad(width);
         for (int i = 0; i < n; i++) {
+            if (node->table) {
+                rotate(node->table, work + (size_t)(i * T) * (size_t)ld, ld, T, heads,
+                       width / heads);
+            }
             c->k->attention(work + (size_t)(i * T) * (size_t)ld, ld, T, heads, width / heads,
                             node->causal, next + (size_t)i * lane, tsad_pad(width));
         }
@@ -132,6 +153,31 @@ static void own_parts(const context *c, int n, const tsad_node *node, int begin,
     }
 }
 
+const float *tsad_cpu_gate(const context *c, const tsad_node *node)
+{
+    int channels = c->net->registers[node->out].channels;
+    if (!node->modulated) {
+        return node->table + (size_t)c->step * (size_t)channels;
+    }
+    float *gate = c->w->terms + 2 * c->w->engine->branch_channels;
+    tsad_cpu_terms(c, node->term + 2 * channels, channels, gate);
+    return gate;
+}
+
+/* rows of a lane's normalised input, moved and scaled by its terms */
+static void modulate(const context *c, const tsad_node *node, float *x)
+{
+    const tsad_register *in = &c->net->registers[node->in];
+    float *move = c->w->terms, *scale = move + c->w->engine->branch_channels;
+    tsad_cpu_terms(c, node->term, in->channels, move);
+    tsad_cpu_terms(c, node->term + in->channels, in->channels, scale);
+    for (int t = 0; t < in->tokens; t++, x += tsad_pad(in->channels)) {
+        for (int i = 0; i < in->channels; i++) {
+            x[i] = x[i] * scale[i] + move[i];
+        }
+    }
+}
+
 /* out register += branch, slot = branch */
 static void deliver(const context *c, const tsad_node *node, float *slot, const float *const *group,
                     int n, size_t floats)
@@ -139,7 +185,7 @@ static void deliver(const context *c, const tsad_node *node, float *slot, const 
     float *x = reg(c, node->out);
     if (node->cache_point == TSAD_BEFORE_GATE) {
         int C = c->net->registers[node->out].channels, ld = tsad_pad(C);
-        const float *gate = node->table + (size_t)c->step * (size_t)C;
+        const float *gate = tsad_cpu_gate(c, node);
         memset(c->w->scratch, 0, sizeof(float) * floats);
         c->k->finish(c->w->scratch, NULL, group, n, floats);
         for (size_t i = 0; i < floats; i++) {
@@ -178,8 +224,11 @@ static const float *gather(const context *members, int n, const tsad_node *node,
     for (int i = 0; i < n; i++) {
         const float *x = reg(&members[i], node->in);
         if (node->normalise) {
-            c->k->layernorm(x, tsad_pad(in->channels), in->tokens, in->channels,
+            c->k->layernorm(x, tsad_pad(in->channels), in->tokens, in->channels, node->eps,
                             to + (size_t)i * floats);
+            if (node->modulated) {
+                modulate(&members[i], node, to + (size_t)i * floats);
+            }
         } else {
             memcpy(to + (size_t)i * floats, x, sizeof(float) * floats);
         }

@@ -64,7 +64,7 @@ void tsad_cpu_closed(const context *c, int remembered)
             }
             variance += s[a] * with;
         }
-        float scale = tsad_norm_scale(variance);
+        float scale = tsad_norm_scale(variance, 1e-5f);
         for (int o = 0; o < A; o++) {
             float sum = row[1 + A + o];
             for (int a = 0; a < A; a++) {

@@ -87,8 +87,8 @@ typedef struct tsad_kernels {
     /* linear, for a matrix and rows in 16 bits */
     void (*linear16)(const tsad_packed *w, const tsad_rounded *x, int rows, tsad_activation act,
                      float *y, int ldy);
-    /* y = (x - mean) / sqrt(variance + 1e-5) over n channels */
-    void (*layernorm)(const float *x, int ld, int rows, int n, float *y);
+    /* y = (x - mean) / sqrt(variance + eps) over n channels */
+    void (*layernorm)(const float *x, int ld, int rows, int n, float eps, float *y);
     /* x (rows, n) of one group, in place: ((x - mean) / sqrt(variance + 1e-5)) gain + shift over
      * rows and channels, activation, times scale, plus move */
     void (*groupnorm)(float *x, int ld, int rows, int n, const tsad_after *after);
@@ -143,9 +143,27 @@ static inline float tsad_row_scale(float square, float *unit)
 
 /* What a LayerNorm or GroupNorm multiplies by; NaN where the squares overflowed, so that it is
  * seen. */
-static inline float tsad_norm_scale(float variance)
+static inline float tsad_norm_scale(float variance, float eps)
 {
-    return 1 / sqrtf(variance + 1e-5f) + (variance - variance);
+    return 1 / sqrtf(variance + eps) + (variance - variance);
+}
+
+static inline float tsad_activate(float x, tsad_activation act)
+{
+    switch (act) {
+    case TSAD_GELU:
+        return 0.5f * x * (1 + erff(x * 0.70710678f));
+    case TSAD_RELU:
+        return x < 0 ? 0 : x; /* NaN stays */
+    case TSAD_MISH:
+        return x > 20 ? x : x * tanhf(log1pf(expf(x)));
+    case TSAD_GELU_TANH:
+        return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case TSAD_SILU:
+        return x / (1 + expf(-x));
+    default:
+        return x;
+    }
 }
 
 /* floats of room for `rows` rows of n activations in 16 bits */
@@ -166,6 +184,16 @@ static inline float *tsad_cpu_slot(const context *c, int32_t slot)
     return tsad_slot(c->net, c->lane, c->run->rollout, slot);
 }
 
+/* n of a row's terms from `at` on: what depends on the step, and what on the observation */
+static inline void tsad_cpu_terms(const context *c, int at, int n, float *to)
+{
+    const float *time = c->m->time_terms + (size_t)c->step * (size_t)c->m->n_terms + at;
+    const float *lane = c->lane->array[TSAD_ARRAY_TERMS] + at;
+    for (int i = 0; i < n; i++) {
+        to[i] = time[i] + lane[i];
+    }
+}
+
 /* a thread's share of `floats`, on cache-line pairs */
 static inline void tsad_cpu_share(const tsad_worker *w, size_t floats, size_t *from, size_t *to)
 {
@@ -177,6 +205,8 @@ static inline void tsad_cpu_share(const tsad_worker *w, size_t floats, size_t *f
 /* block.c: the same branch of n lanes, each with its own slot to keep it in; n > 1 on one thread
  * only */
 void tsad_cpu_compute(const context *members, int n, const tsad_op *const *op);
+/* the gate (c_out) of a branch that is cached before it, in this row */
+const float *tsad_cpu_gate(const context *c, const tsad_node *node);
 
 /* reuse.c: an addition of slots; of one slot times its gate; the lane's sums of rollout slots that
  * its program keeps (to be met after) */

@@ -49,6 +49,7 @@ static void layout_worker(tsad_engine *e, tsad_worker *w, tsad_arena *arena)
         layout_member(e, w->members ? &w->members[i] : &unplaced, arena);
     }
     w->scratch = TSAD_CARVE(arena, float, tsad_cpu_scratch(m) * (size_t)e->gang);
+    w->terms = TSAD_CARVE(arena, float, 3 * e->branch_channels);
     w->read_epoch = TSAD_CARVE(arena, uint32_t, m->n_blocks);
     w->write_epoch = TSAD_CARVE(arena, uint32_t, m->n_blocks);
 }
@@ -110,6 +111,8 @@ tsad_status tsad_cpu_open(const tsad_model *model, int lanes, int threads, tsad_
         const tsad_node *node = &net->nodes[net->block_node[b]];
         size_t floats = tsad_register_floats(&net->registers[node->out]);
         e->branch_floats = floats > e->branch_floats ? floats : e->branch_floats;
+        int channels = tsad_pad(net->registers[node->out].channels);
+        e->branch_channels = channels > e->branch_channels ? channels : e->branch_channels;
     }
     layout(e, &e->arena);
     TSAD_TRY(tsad_arena_allocate(&e->arena));

@@ -36,7 +36,7 @@ static void linear_node(const context *c, const tsad_node *node)
     float *y = reg(c, node->out), *work = c->w->scratch;
     int ld = tsad_pad(out->channels);
     if (node->normalise) {
-        c->k->layernorm(x, tsad_pad(in->channels), in->tokens, in->channels, work);
+        c->k->layernorm(x, tsad_pad(in->channels), in->tokens, in->channels, node->eps, work);
         x = work;
     }
     if (node->kind == TSAD_CONV) {
@@ -85,11 +85,7 @@ static void flatten(const context *c, const tsad_node *node)
     for (int t = 0; t < in->tokens; t++) {
         const float *x = reg(c, node->in) + t * tsad_pad(in->channels);
         for (int i = 0; i < in->channels; i++) {
-            float v = x[i];
-            if (node->activation == TSAD_MISH) {
-                v = v > 20 ? v : v * tanhf(log1pf(expf(v)));
-            }
-            *y++ = v;
+            *y++ = tsad_activate(x[i], node->activation);
         }
     }
 }

@@ -6,20 +6,6 @@
 
 enum { PANEL = 16 };
 
-static float activate(float x, tsad_activation act)
-{
-    switch (act) {
-    case TSAD_GELU:
-        return 0.5f * x * (1 + erff(x * 0.70710678f));
-    case TSAD_RELU:
-        return x < 0 ? 0 : x; /* NaN stays */
-    case TSAD_MISH:
-        return x > 20 ? x : x * tanhf(log1pf(expf(x)));
-    default:
-        return x;
-    }
-}
-
 static void thin(const tsad_packed *w, const float *x, int ldx, int rows, tsad_activation act,
                  float *y, int ldy)
 {
@@ -30,7 +16,7 @@ static void thin(const tsad_packed *w, const float *x, int ldx, int rows, tsad_a
             for (int i = 0; i < w->n_in; i++) {
                 sum += x[(size_t)t * (size_t)ldx + (size_t)i] * row[i];
             }
-            y[(size_t)t * (size_t)ldy + (size_t)n] = activate(sum, act);
+            y[(size_t)t * (size_t)ldy + (size_t)n] = tsad_activate(sum, act);
         }
     }
 }
@@ -56,7 +42,7 @@ static void ref_linear(const tsad_packed *w, const float *x, int ldx, int rows, 
                 }
             }
             for (int j = 0; j < PANEL; j++) {
-                y[(size_t)t * (size_t)ldy + (size_t)(n + j)] = activate(sum[j], act);
+                y[(size_t)t * (size_t)ldy + (size_t)(n + j)] = tsad_activate(sum[j], act);
             }
         }
     }
@@ -98,13 +84,13 @@ static void ref_linear16(const tsad_packed *w, const tsad_rounded *x, int rows, 
             }
             for (int j = 0; j < PANEL; j++) {
                 float v = (float)sum[j] * (x->unit[t] * w->unit[n + j]) + w->bias[n + j];
-                y[(size_t)t * (size_t)ldy + (size_t)(n + j)] = activate(v, act);
+                y[(size_t)t * (size_t)ldy + (size_t)(n + j)] = tsad_activate(v, act);
             }
         }
     }
 }
 
-static void ref_layernorm(const float *x, int ld, int rows, int n, float *y)
+static void ref_layernorm(const float *x, int ld, int rows, int n, float eps, float *y)
 {
     for (int t = 0; t < rows; t++) {
         const float *from = x + (size_t)t * (size_t)ld;
@@ -117,7 +103,7 @@ static void ref_layernorm(const float *x, int ld, int rows, int n, float *y)
         for (int i = 0; i < n; i++) {
             variance += (from[i] - mean) * (from[i] - mean);
         }
-        float scale = tsad_norm_scale(variance / (float)n);
+        float scale = tsad_norm_scale(variance / (float)n, eps);
         for (int i = 0; i < n; i++) {
             to[i] = (from[i] - mean) * scale;
         }
@@ -140,11 +126,11 @@ static void ref_groupnorm(float *x, int ld, int rows, int n, const tsad_after *a
             square += (double)v * v;
         }
     }
-    float scale = tsad_norm_scale((float)(square / (rows * n)));
+    float scale = tsad_norm_scale((float)(square / (rows * n)), 1e-5f);
     for (int t = 0; t < rows; t++) {
         for (int i = 0; i < n; i++) {
             float v = (x[t * ld + i] - mean) * scale * after->gain[i] + after->shift[i];
-            v = activate(v, after->activation);
+            v = tsad_activate(v, after->activation);
             v = after->scale ? v * after->scale[i] : v;
             x[t * ld + i] = after->move ? v + after->move[i] : v;
         }

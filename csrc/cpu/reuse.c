@@ -118,7 +118,7 @@ void tsad_cpu_add_gated(const context *c, const tsad_op *op)
     const tsad_register *out = &c->net->registers[node->out];
     settle_reads(c, source, 1);
     const float *slot = tsad_cpu_slot(c, source[0]);
-    const float *gate = node->table + (size_t)c->step * (size_t)out->channels;
+    const float *gate = tsad_cpu_gate(c, node);
     int ld = tsad_pad(out->channels);
     float *x = reg(c, node->out);
     for (int t = 0; t < out->tokens; t++) {

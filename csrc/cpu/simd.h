@@ -82,6 +82,19 @@ ALWAYS_INLINE vf mish(vf x)
     return select_vf(x > V_SET1(20.0f), x, x * n / (n + V_SET1(2.0f)));
 }
 
+/* x / (1 + e^-y); x = y: SiLU */
+ALWAYS_INLINE vf times_sigmoid(vf x, vf y)
+{
+    return x / (V_SET1(1.0f) + exponential(V_SET1(0.0f) - y));
+}
+
+/* tanh(y) = 2 / (1 + e^-2y) - 1 */
+ALWAYS_INLINE vf gelu_tanh(vf x)
+{
+    vf square = x * x;
+    return times_sigmoid(x, x * V_FMA(square, V_SET1(0.0713548163f), V_SET1(1.59576912f)));
+}
+
 ALWAYS_INLINE vf activate(vf x, tsad_activation act)
 {
     switch (act) {
@@ -91,6 +104,10 @@ ALWAYS_INLINE vf activate(vf x, tsad_activation act)
         return select_vf(x < V_SET1(0.0f), V_SET1(0.0f), x); /* NaN stays */
     case TSAD_MISH:
         return mish(x);
+    case TSAD_GELU_TANH:
+        return gelu_tanh(x);
+    case TSAD_SILU:
+        return times_sigmoid(x, x);
     default:
         return x;
     }
@@ -244,7 +261,7 @@ static void path(linear)(const tsad_packed *packed, const float *x, int ldx, int
 
 /* ---- LayerNorm ----------------------------------------------------------------------------- */
 
-static void path(layernorm)(const float *x, int ld, int rows, int n, float *y)
+static void path(layernorm)(const float *x, int ld, int rows, int n, float eps, float *y)
 {
     int whole = n / W * W;
     for (int t = 0; t < rows; t++) {
@@ -268,7 +285,7 @@ static void path(layernorm)(const float *x, int ld, int rows, int n, float *y)
         for (int i = whole; i < n; i++) {
             rest += (from[i] - mean) * (from[i] - mean);
         }
-        float scale = tsad_norm_scale((V_TOTAL(square) + rest) / (float)n);
+        float scale = tsad_norm_scale((V_TOTAL(square) + rest) / (float)n, eps);
         for (int i = 0; i < whole; i += W) {
             store(to + i, (load(from + i) - centre) * V_SET1(scale));
         }
@@ -305,7 +322,7 @@ static void path(groupnorm)(float *x, int ld, int rows, int n, const tsad_after 
 {
     float count = (float)rows * (float)n;
     float mean = group_sum(false, 0, x, ld, rows, n) / count;
-    float unit = tsad_norm_scale(group_sum(true, mean, x, ld, rows, n) / count);
+    float unit = tsad_norm_scale(group_sum(true, mean, x, ld, rows, n) / count, 1e-5f);
     const float *scale = after->scale, *move = after->move;
     for (int t = 0; t < rows; t++) {
         float *row = x + (size_t)t * (size_t)ld;

@@ -69,15 +69,9 @@ static void multiply(const context *c, const tsad_packed *w, const product *lane
 static void add_terms(const context *c, const tsad_node *node, range r, tsad_after *after,
                       float *to)
 {
-    const tsad_model *m = c->m;
-    const float *time = m->time_terms + (size_t)c->step * (size_t)m->n_terms + node->term;
-    const float *lane = c->lane->array[TSAD_ARRAY_TERMS] + node->term;
     int n = r.to - r.from, channels = c->net->registers[node->out].channels;
     for (int part = 0; part <= node->scales; part++) {
-        size_t at = (size_t)(part * channels + r.from);
-        for (int i = 0; i < n; i++) {
-            to[part * n + i] = time[at + (size_t)i] + lane[at + (size_t)i];
-        }
+        tsad_cpu_terms(c, node->term + part * channels + r.from, n, to + part * n);
     }
     after->scale = node->scales ? to : NULL;
     after->move = node->scales ? to + n : to;

@@ -32,6 +32,7 @@ typedef struct tsad_queue {
     bool shares;          /* others may help, and join: see join.c */
     tsad_member *members; /* (gang) */
     float *scratch;
+    float *terms;                       /* (3, branch channels): move, scale and gate of a branch */
     uint32_t *read_epoch, *write_epoch; /* (B) see run.c */
     uint32_t epoch;
     unsigned parity;
@@ -113,6 +114,7 @@ struct tsad_engine {
     tsad_worker *workers;         /* n_threads */
     float *exchange;              /* (2, TSAD_PARTS, branch_floats) partial sums between threads */
     size_t branch_floats;
+    int branch_channels; /* of the widest, padded */
     tsad_barrier *barrier;
     tsad_meeting *meeting;
     int64_t stalled_at;      /* when rank 0 last waited for a core that seemed taken */

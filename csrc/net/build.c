@@ -4,6 +4,7 @@
 #include "net.h"
 #include "../plan/plan_core.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -39,6 +40,7 @@ tsad_node *tsad_net_add(tsad_net *net, tsad_node_kind kind, int in, int out)
     tsad_node *node = &net->nodes[net->n_nodes++];
     *node = (tsad_node){.kind = kind, .in = in, .in2 = -1, .out = out, .residual = -1, .block = -1};
     node->n_heads = node->kernel = node->stride = 1;
+    node->eps = 1e-5f;
     return node;
 }
 
@@ -266,4 +268,18 @@ tsad_status tsad_copy_floats(float **out, const float *source, size_t n)
     }
     memcpy(*out, source, sizeof(float) * n);
     return TSAD_OK;
+}
+
+void tsad_scale_queries(tsad_matrix *qkv, int head_dim)
+{
+    float scale = (float)(1.0 / sqrt(head_dim));
+    int d = qkv->n_in;
+    for (int i = 0; i < d; i++) {
+        for (int o = 0; o < d; o++) {
+            qkv->data[(size_t)i * (size_t)qkv->n_out + (size_t)o] *= scale;
+        }
+    }
+    for (int o = 0; o < d; o++) {
+        qkv->bias[o] *= scale;
+    }
 }

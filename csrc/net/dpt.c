@@ -47,20 +47,6 @@ static tsad_status take_linear(const source *s, const char *name, const char *no
     return TSAD_OK;
 }
 
-static void scale_queries(tsad_matrix *qkv, int head_dim)
-{
-    float scale = (float)(1.0 / sqrt(head_dim));
-    int d = qkv->n_in;
-    for (int i = 0; i < d; i++) {
-        for (int o = 0; o < d; o++) {
-            qkv->data[(size_t)i * (size_t)qkv->n_out + (size_t)o] *= scale;
-        }
-    }
-    for (int o = 0; o < d; o++) {
-        qkv->bias[o] *= scale;
-    }
-}
-
 static tsad_status add_self_attention(tsad_net *net, const source *s, int reg, const char *norm,
                                       int type, bool causal)
 {
@@ -71,7 +57,7 @@ static tsad_status add_self_attention(tsad_net *net, const source *s, int reg, c
     node->normalise = true;
     node->type = type;
     TSAD_TRY(take_linear(s, "self_attn.in_proj", norm, d, 3 * d, &node->m[0]));
-    scale_queries(&node->m[0], d / heads);
+    tsad_scale_queries(&node->m[0], d / heads);
     return take_linear(s, "self_attn.out_proj", NULL, d, d, &node->m[1]);
 }
 

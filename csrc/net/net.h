@@ -37,7 +37,14 @@ typedef enum tsad_node_kind {
     TSAD_TERMS            /* in (1, n) -> the lane's terms */
 } tsad_node_kind;
 
-typedef enum tsad_activation { TSAD_LINEAR_ONLY, TSAD_GELU, TSAD_RELU, TSAD_MISH } tsad_activation;
+typedef enum tsad_activation {
+    TSAD_LINEAR_ONLY,
+    TSAD_GELU,
+    TSAD_RELU,
+    TSAD_MISH,
+    TSAD_GELU_TANH, /* torch's approximate="tanh" */
+    TSAD_SILU
+} tsad_activation;
 
 /* What a slot holds. After the gate sums of reused branches fold; before it they do not. */
 typedef enum tsad_cache_point { TSAD_AFTER_GATE, TSAD_BEFORE_GATE } tsad_cache_point;
@@ -80,14 +87,18 @@ typedef struct tsad_node {
     tsad_cache_point cache_point;
     tsad_activation activation;
     bool normalise; /* LayerNorm (its scale and shift folded into m0) before m0 */
+    float eps;      /* of the LayerNorm */
+    bool modulated; /* the LayerNorm is moved and scaled, the branch gated, by terms */
     bool causal;
     bool is_residual; /* a later branch's residual map: runs with that branch */
     int n_heads, kernel, stride;
     int groups[2]; /* of the GroupNorm after m0, m1 */
-    int term;      /* where its move, or its scale and then its move, are in the lane's terms */
+    int term;      /* where its terms are: move, or scale and move; modulated: move, scale, gate */
     bool scales;
     tsad_matrix m[4];
-    float *table; /* added after: (tokens, c_out); TOKENS: (K, c); gate rows: (K, c) */
+    float *table; /* added after: (tokens, c_out); TOKENS: (K, c); gate rows: (K, c);
+                     SELF_ATTENTION: (tokens, head_dim), cosines and sines that turn queries and
+                     keys, channel i with channel i + head_dim / 2 */
     float *norm;  /* GroupNorm's scale and shift after m0, then after m1: (2 or 4, c_out) */
     void *packed; /* the backend's own form of m */
 } tsad_node;
@@ -139,4 +150,5 @@ tsad_status tsad_take_shape(const tsad_tensor *tensors, int n, const char *name,
  * gain is given, all times `scale`. */
 void tsad_matrix_fold(tsad_matrix *m, const float *weight, const float *bias, const float *gain,
                       const float *shift, float scale);
+void tsad_scale_queries(tsad_matrix *qkv, int head_dim); /* by what softmax divides scores by */
 tsad_status tsad_copy_floats(float **out, const float *source, size_t n);

@@ -64,7 +64,7 @@ static tsad_status check(const tsad_model_spec *spec, int i, const int32_t *row)
                          row[KIND]);
     }
     if (row[STRIDE] < 1 || row[KERNEL] < 1 || row[RESIDUAL] >= i || row[ACTIVATION] < 0 ||
-        row[ACTIVATION] > TSAD_MISH) {
+        row[ACTIVATION] > TSAD_SILU) {
         return tsad_fail(TSAD_ARGUMENT, "node %d: bad stride, kernel, residual or activation", i);
     }
     return TSAD_OK;

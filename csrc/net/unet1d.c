@@ -5,10 +5,8 @@
  * A)
  *
  * A residual block is a prunable branch, two convolutions with GroupNorm and Mish, the first one's
- * output scaled and moved by a term of step and observation (FiLM), beside a 1x1 convolution where
- * the channels change. Exact rewrites: Mish of [time, observation] goes element by element, so the
- * linear layer that makes a block's term splits into a table over the steps, made here in double,
- * and one product per chunk, which is the encoder; a transposed convolution is two of two taps.
+ * output scaled and moved by a term of step and observation (FiLM, terms.c), beside a 1x1
+ * convolution where the channels change. A transposed convolution is two of two taps.
  * Tensor names are LeRobot's, without the prefix.
  */
 #include "../model.h"
@@ -22,12 +20,9 @@ enum { FINAL_GROUPS = 8, MAX_LEVELS = 16 };
 
 typedef struct builder {
     const tsad_model_spec *spec;
-    tsad_model *model;
     tsad_net *net;
-    int n_terms, halo;
-    int n_conds;        /* FiLM layers so far: */
-    const float **cond; /* weight, bias of each */
-    int *cond_rows;
+    int halo;
+    tsad_terms terms;              /* of FiLM layers so far */
     int64_t types[TSAD_MAX_TYPES]; /* shapes of branches, tokens << 32 | channels */
     int n_types;
 } builder;
@@ -138,19 +133,14 @@ static tsad_status add_block(builder *b, const char *name, int in, int channels,
     TSAD_TRY(add_conv_norm(b, TSAD_FILM_BRANCH, in, *out, &node));
     node->residual = residual;
     node->in2 = add_register(b, tokens, channels); /* between its convolutions */
-    node->term = b->n_terms;
+    node->term = b->terms.n_terms;
     node->scales = b->spec->use_film_scale_modulation;
     snprintf(node->label, sizeof node->label, "%s", name);
     TSAD_TRY(type_of(b, &b->net->registers[*out], &node->type));
     TSAD_TRY(take_conv_norm(b, prefix, "conv1", c_in, channels, b->spec->n_groups, 0, node));
     TSAD_TRY(take_conv_norm(b, prefix, "conv2", channels, channels, b->spec->n_groups, 1, node));
-    int cond = b->spec->n_emb + b->spec->n_obs_steps * b->spec->obs_dim;
-    const float **at = b->cond + 2 * b->n_conds;
-    TSAD_TRY(take(b, prefix, "cond_encoder.1.weight", rows, cond, 0, &at[0]));
-    TSAD_TRY(take(b, prefix, "cond_encoder.1.bias", rows, 0, 0, &at[1]));
-    b->cond_rows[b->n_conds++] = rows;
-    b->n_terms += rows;
-    return TSAD_OK;
+    snprintf(prefix, sizeof prefix, "%s.cond_encoder.1", name);
+    return tsad_terms_add(&b->terms, b->spec, prefix, rows);
 }
 
 static tsad_status add_pair(builder *b, const char *level, int *reg, int channels)
@@ -234,88 +224,7 @@ static tsad_status build_denoiser(builder *b)
     return tsad_net_finish(b->net);
 }
 
-/* obs -> terms: the observations' columns of all FiLM layers as one matrix */
-static tsad_status build_encoder(builder *b)
-{
-    const tsad_model_spec *s = b->spec;
-    tsad_net *net = &b->model->nets[TSAD_ENCODER];
-    int cond = s->n_obs_steps * s->obs_dim, n = b->n_terms, D = s->n_emb;
-    TSAD_TRY(tsad_net_begin(net, 3, 3));
-    net->input = tsad_net_register(net, s->n_obs_steps, s->obs_dim);
-    int flat = tsad_net_register(net, 1, cond);
-    net->output = tsad_net_register(net, 1, n);
-    tsad_net_add(net, TSAD_FLATTEN, net->input, flat)->activation = TSAD_MISH;
-    tsad_node *node = tsad_net_add(net, TSAD_LINEAR, flat, net->output);
-    tsad_net_add(net, TSAD_TERMS, net->output, net->output);
-    tsad_matrix *m = &node->m[0];
-    TSAD_TRY(tsad_matrix_make(m, cond, n));
-    for (int c = 0, at = 0; c < b->n_conds; at += b->cond_rows[c++]) {
-        for (int o = 0; o < b->cond_rows[c]; o++) {
-            const float *row = b->cond[2 * c] + (size_t)o * (size_t)(D + cond) + D;
-            for (int i = 0; i < cond; i++) {
-                m->data[(size_t)i * (size_t)n + (size_t)(at + o)] = row[i];
-            }
-        }
-    }
-    return tsad_net_finish(net);
-}
-
 static double mish(double x) { return x > 30 ? x : x * tanh(log1p(exp(x))); }
-
-/* what a row of a torch linear layer makes of x (n) */
-static double row_of(const float *weight, double bias, const double *x, int n)
-{
-    double part[4] = {bias};
-    int i = 0;
-    for (; i + 4 <= n; i += 4) {
-        for (int j = 0; j < 4; j++) {
-            part[j] += (double)weight[i + j] * x[i + j];
-        }
-    }
-    for (; i < n; i++) {
-        part[0] += (double)weight[i] * x[i];
-    }
-    return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
-/* the steps' columns, for every step */
-static tsad_status tabulate_time(const builder *b)
-{
-    const tsad_model_spec *s = b->spec;
-    int D = s->n_emb, cond = D + s->n_obs_steps * s->obs_dim;
-    const float *w1, *b1, *w3, *b3;
-    TSAD_TRY(take(b, "diffusion_step_encoder", ".1.weight", 4 * D, D, 0, &w1));
-    TSAD_TRY(take(b, "diffusion_step_encoder", ".1.bias", 4 * D, 0, 0, &b1));
-    TSAD_TRY(take(b, "diffusion_step_encoder", ".3.weight", D, 4 * D, 0, &w3));
-    TSAD_TRY(take(b, "diffusion_step_encoder", ".3.bias", D, 0, 0, &b3));
-    float *table = tsad_allocate(sizeof(float) * (size_t)s->n_steps * (size_t)b->n_terms);
-    double *x = tsad_allocate(sizeof(double) * 6 * (size_t)D);
-    b->model->time_terms = table;
-    if (!table || !x) {
-        tsad_deallocate(x);
-        return tsad_fail(TSAD_MEMORY, "out of memory for the tables of %d steps", s->n_steps);
-    }
-    double *hidden = x + D, *time = x + 5 * D;
-    for (int k = 0; k < s->n_steps; k++) {
-        for (int i = 0; i < D; i++) {
-            x[i] = s->time_emb[(size_t)k * (size_t)D + (size_t)i];
-        }
-        for (int i = 0; i < 4 * D; i++) {
-            hidden[i] = mish(row_of(w1 + (size_t)i * (size_t)D, b1[i], x, D));
-        }
-        for (int i = 0; i < D; i++) {
-            time[i] = mish(row_of(w3 + (size_t)i * 4 * (size_t)D, b3[i], hidden, 4 * D));
-        }
-        for (int c = 0; c < b->n_conds; c++) {
-            for (int o = 0; o < b->cond_rows[c]; o++) {
-                *table++ = (float)row_of(b->cond[2 * c] + (size_t)o * (size_t)cond,
-                                         b->cond[2 * c + 1][o], time, D);
-            }
-        }
-    }
-    tsad_deallocate(x);
-    return TSAD_OK;
-}
 
 static tsad_status check(const tsad_model_spec *s)
 {
@@ -354,26 +263,20 @@ tsad_status tsad_net_unet1d(const tsad_model_spec *spec, tsad_model *model)
     if (spec->n_pruner_tensors) {
         return tsad_fail(TSAD_ARGUMENT, "pruner: there is none for a UNet yet; leave it out");
     }
-    size_t most = 4 * (size_t)spec->n_levels + 2;
-    builder b = {.spec = spec, .model = model, .net = &model->nets[TSAD_DENOISER]};
+    tsad_time_mlp time = {.first = "diffusion_step_encoder.1",
+                          .second = "diffusion_step_encoder.3",
+                          .hidden = 4 * spec->n_emb,
+                          .between = mish,
+                          .after = mish};
+    builder b = {.spec = spec, .net = &model->nets[TSAD_DENOISER]};
     b.halo = spec->kernel_size / 2 > 1 ? spec->kernel_size / 2 : 1;
-    b.cond = tsad_allocate(sizeof *b.cond * 2 * most);
-    b.cond_rows = tsad_allocate(sizeof *b.cond_rows * most);
-    tsad_status status = TSAD_OK;
-    if (!b.cond || !b.cond_rows) {
-        status = tsad_fail(TSAD_MEMORY, "out of memory for %zu blocks", most);
-    }
+    tsad_status status = tsad_terms_begin(&b.terms, 4 * spec->n_levels + 2);
     if (status == TSAD_OK) {
         status = build_denoiser(&b);
     }
-    model->n_terms = b.n_terms;
     if (status == TSAD_OK) {
-        status = build_encoder(&b);
+        status = tsad_terms_finish(&b.terms, spec, &time, TSAD_MISH, model);
     }
-    if (status == TSAD_OK) {
-        status = tabulate_time(&b);
-    }
-    tsad_deallocate(b.cond);
-    tsad_deallocate(b.cond_rows);
+    tsad_terms_free(&b.terms);
     return status;
 }

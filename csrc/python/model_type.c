@@ -15,7 +15,7 @@ static const char *const keywords[] = {
     "action_offset", "block_cost",    "tensors",     "pruner",
     "nodes",         "registers",     "backend",     "precision",
     "down_dims",     "kernel_size",   "n_groups",    "use_film_scale_modulation",
-    "obs_shift",     "action_shift",
+    "obs_shift",     "action_shift",  "hidden_dim",  "rotation",
 };
 static const char *const pruner_keywords[] = {"tensors", "hidden", "heads", "ff", "block_emb"};
 
@@ -96,7 +96,7 @@ static int take_string(PyObject *dict, const char *name, const char *fallback, c
 /* What a specification borrows while the model is built. */
 typedef struct source {
     edge_state *state;
-    edge_view view[13];
+    edge_view view[14];
     int n_views;
     PyObject *items[2]; /* lists of (name, array): network, pruner */
     tsad_tensor *tensors[2];
@@ -232,6 +232,7 @@ static int read_sizes(PyObject *kw, tsad_model_spec *spec)
                    take_int(kw, "n_emb", layered, &spec->n_emb) < 0 ||
                    take_int(kw, "kernel_size", 0, &spec->kernel_size) < 0 ||
                    take_int(kw, "n_groups", 0, &spec->n_groups) < 0 ||
+                   take_int(kw, "hidden_dim", 0, &spec->hidden_dim) < 0 ||
                    take_int(kw, "use_film_scale_modulation", 0, &spec->use_film_scale_modulation) <
                        0 ||
                    take_int(kw, "n_cond_layers", 0, &spec->n_cond_layers) < 0 ||
@@ -335,6 +336,9 @@ static int read_nodes(source *s, PyObject *kw, tsad_model_spec *spec)
         spec->down_dims = view->data;
         spec->n_levels = (int)view->shape[0];
     }
+    int64_t turns[2] = {spec->horizon, spec->n_heads ? spec->hidden_dim / spec->n_heads : -1};
+    view = PyErr_Occurred() ? NULL : take_array(s, kw, "rotation", EDGE_FLOAT32, 2, turns, false);
+    spec->rotation = view ? view->data : NULL;
     return PyErr_Occurred() ? -1 : 0;
 }
 
@@ -549,7 +553,8 @@ PyDoc_STRVAR(
     "      sampler, time_emb=None, obs_scale, obs_offset, action_scale, action_offset,\n"
     "      block_cost, tensors, pruner=None, nodes=None, registers=None, backend=None,\n"
     "      precision='float32', down_dims=None, kernel_size=0, n_groups=0,\n"
-    "      use_film_scale_modulation=False, obs_shift=None, action_shift=None)\n--\n\n"
+    "      use_film_scale_modulation=False, obs_shift=None, action_shift=None,\n"
+    "      hidden_dim=0, rotation=None)\n--\n\n"
     "An immutable model, shared by policies: weights packed for one backend, rewritten tables,\n"
     "sampler. The arguments are those of struct tsad_model_spec in csrc/tsad.h; arrays are read\n"
     "by the constructor alone. Only family 'nodes' may leave out sizes of layers and time_emb.");

@@ -174,7 +174,8 @@ def read_lerobot_folder(path: Path) -> Converted:
     """A LeRobot diffusion policy without cameras, or the DiT of a multi_task_dit, as a policy.
 
     Raises ``ValueError`` for a diffusion policy with cameras, whose image encoder is LeRobot's,
-    and what `read_lerobot` raises. Weights are mapped from the file, not copied, where they are float32.
+    and what `read_lerobot` raises. Weights are mapped from the file, not copied, where they are
+    float32.
     """
     described = read_lerobot(path)
     if described.cameras and described.family == unet1d.TYPE:

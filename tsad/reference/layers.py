@@ -34,12 +34,13 @@ def linear(x: Array, w: Tensors, name: str) -> Array:
 def standardise(x: Array, eps: float) -> Array:
     """Layer norm without scale and shift."""
     centred: Array = x - x.mean(-1, keepdims=True)
-    deviation: Array = np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
-    return centred / deviation
+    variance: Array = (centred**2).mean(-1, keepdims=True)
+    return centred / np.sqrt(variance + eps)
 
 
 def layer_norm(x: Array, w: Tensors, name: str) -> Array:
-    return standardise(x, 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    y: Array = standardise(x, 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    return y
 
 
 def softmax(x: Array) -> Array:
@@ -58,7 +59,8 @@ def gelu(x: Array) -> Array:
 
 def gelu_tanh(x: Array) -> Array:
     """PyTorch's ``approximate="tanh"``."""
-    return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    tanh: Array = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return x * 0.5 * (1 + tanh)
 
 
 def silu(x: Array) -> Array:
