@@ -211,6 +211,11 @@ def test_a_file_that_may_not_be_read() -> None:
         assert found == read_presets(BUNDLED)["fast"]
 
 
+def test_a_folder_without_weights(tmp_path: Path, capsys: Any) -> None:
+    code, _, err = run(capsys, "eval", "pusht", "--policy", str(tmp_path), "--preset", "fast")
+    assert code == 2 and "argument --preset: " in err and "weights can't be read" in err, err
+
+
 # ---- the commands
 
 
@@ -233,15 +238,39 @@ def test_info_says_where_each_is_from(own_home: Path, capsys: Any) -> None:
     assert facts["build"]["presets of yours"] == str(own_home)
 
 
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ({"milliseconds": 1.5, "cpu": "Z80", "threads": 2}, "1.50 ms a chunk on Z80, 2 threads"),
+        ({"milliseconds": 1, "threads": 1}, "1.00 ms a chunk on an unknown processor, 1 thread"),
+        ({"milliseconds": "fast", "cpu": 3, "threads": "all", "mean_difference": []}, ""),
+    ],
+)
+def test_times_name_their_processor(
+    own_home: Path, capsys: Any, measured: dict[str, Any], said: str
+) -> None:
+    """In info, bench and eval; what a preset says of itself can be anything."""
+    place = places(BUNDLED)[0]
+    save_presets(place, [(replace(mine(BUNDLED), measured=measured), None)])
+    code, out, err = run(capsys, "info", "pusht")
+    row = next(line for line in out.splitlines() if line.startswith("  fast "))
+    assert code == 0 and row.startswith("  fast  ddim, 3 steps") and said in row, err
+    assert ("ms a chunk" in row) == bool(said) and ("(not here: " in row) == ("Z80" in said)
+    code, out, err = run(capsys, "bench", "pusht", "--preset", "fast", "--chunks", "1")
+    assert code == 0 and ("preset fast was timed at" in out) == bool(said) and said in out, err
+
+
 def test_tune_saves_yours(own_home: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """The issue's command: the bundled presets stay as they are (`bundled_stay`)."""
     pytest.importorskip("gym_pusht")
     from tsad.commands import tune
+    from tsad.sim import results
     from tsad.sim.pusht import PushT
 
     monkeypatch.setattr(PushT, "max_steps", 24)
     monkeypatch.setattr(tune, "CHUNKS_PER_ROUND", 2)
     monkeypatch.setattr(tune, "LEAST_SEEDS", 2)
+    monkeypatch.setattr(results, "LEAST_EPISODES", 2)
     rows = [{"name": "eight", "sampler": "ddim", "steps": 8}]
     rows += [{"name": "one", "sampler": "ddim", "steps": 1, "precision": "int16"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

@@ -336,6 +336,19 @@ def test_a_picture_of_ones_own(command: Command, work: list[str]) -> None:
     assert not work
 
 
+@pytest.mark.parametrize("command", ["demo"], indirect=True)
+def test_what_was_changed_in_a_demo_is_kept(command: Command, work: list[str]) -> None:
+    """A plan that somebody has improved under its name."""
+    command.done("folder")
+    Path("folder/demo.gif").unlink()
+    Path("folder/plan.npz").write_bytes(b"better")
+    work.clear()
+    command.refused("folder", why="plan.npz exists, and is of another kind or run (plan.npz)")
+    assert not work and Path("folder/plan.npz").read_bytes() == b"better"
+    command.done("folder", "--overwrite")
+    command.done("folder")
+
+
 @writes_a_folder
 def test_a_full_disk_keeps_the_old_files(command: Command, monkeypatch: Any, request: Any) -> None:
     command.done("folder")

@@ -139,8 +139,14 @@ class Preset:
 
 
 def model_sha256(folder: Path) -> str:
-    """SHA-256 of a folder's weights."""
-    return sha256(folder / MODEL_FILE)
+    """SHA-256 of a folder's weights; ``CheckpointError`` if they can't be read."""
+    try:
+        return sha256(folder / MODEL_FILE)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder / MODEL_FILE}: the weights can't be read ({error.strerror}), and presets "
+            "belong to weights; give a tsad folder (tsad convert makes one)"
+        ) from error
 
 
 def read_presets(folder: Path) -> dict[str, Preset]:

@@ -20,7 +20,7 @@ from tsad._extras import MissingExtraError, package_versions
 from tsad.arrays import read_any_json
 from tsad.commands.parser import Formatter as Formatter
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
-from tsad.files import output_file
+from tsad.files import output_file, sha256
 
 if TYPE_CHECKING:
     from tsad import Plan, SparsePolicy
@@ -215,11 +215,11 @@ def use_preset(args: argparse.Namespace, source: str, name: str | None) -> None:
 def timed_on(measured: Mapping[str, Any]) -> str:
     """A preset's time and the processor that it is of, in words; empty without a time."""
     milliseconds, cpu = measured.get("milliseconds"), measured.get("cpu")
-    if milliseconds is None:
+    if not isinstance(milliseconds, int | float):  # it is free what a preset says of itself
         return ""
     where = "on an unknown processor" if cpu is None else f"on {cpu}"
     threads = measured.get("threads")
-    where += "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
+    where += "" if threads is None else f", {threads} thread{'' if threads == 1 else 's'}"
     here = cpu_name()
     other = "" if cpu in (None, here) else f" (not here: {here})"
     return f"{milliseconds:.2f} ms a chunk {where}{other}"
@@ -241,7 +241,8 @@ def check_result(
 ) -> None:
     """FileExistsError if files of these names are there, and not by an earlier run of this.
 
-    The first holds its results, a JSON object: ``facts`` are what it must say.
+    The first holds its results, a JSON object: ``facts`` are what it must say. It may tell the
+    SHA-256 of others as ``written``.
     """
     there = [name for name in names if os.path.lexists(out / name)]
     for name in there:
@@ -251,12 +252,15 @@ def check_result(
     try:
         old = read_any_json(out / names[0])
         wrong = [key for key, value in facts.items() if old[key] != value]
+        written = old.get("written", {}).items()
+        wrong += [n for n, digest in written if n in there and sha256(out / n) != digest]
     except (OSError, ValueError, KeyError, TypeError):
         wrong = ["content"]
     if wrong:
+        other = out / (wrong[0] if wrong[0] in there else there[0])
         raise FileExistsError(
-            f"{out / there[0]} exists, and is of another kind or run ({', '.join(wrong)}); fix: "
-            "another --out, or --overwrite"
+            f"{other} exists, and is of another kind or run ({', '.join(wrong)}); fix: another "
+            "--out, or --overwrite"
         )
 
 
@@ -314,6 +318,14 @@ def check_simulator(args: argparse.Namespace) -> None:
 def policy_source(args: argparse.Namespace) -> str:
     """The policy that is asked for: --policy, or the simulator's bundled one."""
     return str(args.simulator if args.policy is None else args.policy)
+
+
+def check_source(args: argparse.Namespace) -> None:
+    """UsageError if there is no policy: a row of --settings would be to blame for it."""
+    from tsad.load import read_policy
+
+    with argument("--policy"):
+        read_policy(policy_source(args))
 
 
 def check_policy(args: argparse.Namespace, policy: SparsePolicy) -> int:

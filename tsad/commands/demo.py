@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from tsad.commands.bench import percentiles
 from tsad.commands.common import (
     Formatter,
     Progress,
@@ -128,10 +126,6 @@ class Arm:
         plan = self.policy.plan
         return plan[0] if isinstance(plan, list) else plan
 
-    def percentiles(self) -> NDArray[np.float64]:
-        """p50, p90 and p99 of the milliseconds of a chunk."""
-        return np.percentile(self.chunk_ms, [50, 90, 99])
-
 
 def _preset(args: argparse.Namespace) -> Preset | None:
     """The preset that is asked for, or the best one there is where nothing else is."""
@@ -220,7 +214,7 @@ def _play_all(arms: list[Arm], environment: Environment, first: int, seeds: int 
     faster one plays more.
     """
     begin = time.monotonic()
-    total, unit = (SECONDS, "s") if seeds is None else (seeds * len(arms), "episodes")
+    total, unit = (SECONDS, "seconds") if seeds is None else (seeds * len(arms), "episodes")
     with Progress(total, "demo", unit=unit) as progress:
         while True:
             waiting = [arm for arm in arms if seeds is None or len(arm.episodes) < seeds]
@@ -242,7 +236,8 @@ def _row(arm: Arm) -> dict[str, Any]:
     """The numbers of one arm."""
     from tsad.sim.results import summarise
 
-    p50, p90, p99 = (float(value) for value in arm.percentiles())
+    times = percentiles(arm.chunk_ms)
+    assert times["p50"] is not None
     actions = arm.policy.n_action_steps
     return {
         "preset": None if arm.preset is None else arm.preset.words(),
@@ -252,8 +247,8 @@ def _row(arm: Arm) -> dict[str, Any]:
         "sparsity": float(arm.plan.sparsity),
         "cell_sparsity": float(arm.plan.cell_sparsity),
         "n_action_steps": actions,
-        "chunk_ms": {"p50": p50, "p90": p90, "p99": p99, "max": max(arm.chunk_ms)},
-        "action_ms": p50 / actions,
+        "chunk_ms": times,
+        "action_ms": times["p50"] / actions,
         **{key: value for key, value in summarise(arm.episodes).items() if key != "chunk_ms"},
         "per_seed": [asdict(episode) for episode in arm.episodes],
     }
@@ -283,7 +278,7 @@ def _table(document: dict[str, Any]) -> str:
     lines = [head]
     for name, arm in document["arms"].items():
         n = arm["episodes"]
-        times = [f"{arm['chunk_ms'][p]:.2f}" for p in ("p50", "p90", "p99")]
+        times = [f"{ms:.2f}" if (ms := arm["chunk_ms"][p]) else "" for p in ("p50", "p90", "p99")]
         cells = [name, *times, str(arm["n_action_steps"]), f"{arm['action_ms']:.2f}"]
         success = f"{round(arm['success']['mean'] * n)} of {n}"
         lines.append([*cells, f"{arm['score']['mean']:.3f}", success])
@@ -369,7 +364,7 @@ def _setting(arm: Arm) -> str:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from tsad import plot, sim
-    from tsad.files import make_folder, output_folder, write_json
+    from tsad.files import make_folder, output_folder, sha256, write_json
     from tsad.sim import film
 
     begin = time.monotonic()
@@ -390,7 +385,9 @@ def run(args: argparse.Namespace) -> int:
     plan.save(out / "plan.npz")
     plot.save_plan(plan, out / "plan.png")
     film.save_gif([arm.reel for arm in arms if arm.reel is not None], out / "demo.gif")
-    write_json(out / "results.json", document)
+    # so that the next demo knows these, and spares what you have put in their place
+    document["written"] = {name: sha256(out / name) for name in FILES[1:]}
+    write_json(out / FILES[0], document)
     if args.json:
         print(json.dumps({**document, "files": str(out)}, indent=1))
     else:

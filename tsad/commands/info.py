@@ -83,8 +83,8 @@ def build_facts() -> dict[str, Any]:
 
 def policy_facts(source: str, args: argparse.Namespace) -> dict[str, Any]:
     """What is in a policy; the checks of loading it are made."""
-    presets, problems = _presets(source)
     policy = load_policy(source, args, name="SRC", lanes=1)
+    presets, problems = _presets(source)
     config = policy.config
     types: dict[str, dict[str, int]] = {}
     for name, cost in zip(policy.block_types, policy.block_costs.tolist(), strict=True):
@@ -156,7 +156,7 @@ def _preset_lines(presets: list[dict[str, Any]]) -> list[str]:
         else:
             time, other = timed_on(measured), measured.get("mean_difference")
             text += f"; {time}" if time else ""
-            text += "" if other is None else f"; score {other:+.3f} to dense"
+            text += f"; score {other:+.3f} to dense" if isinstance(other, int | float) else ""
         files.setdefault(preset["file"], {})[preset["name"]] = text
     return [line for file, rows in files.items() for line in _lines(f"presets in {file}", rows)]
 

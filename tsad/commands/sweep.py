@@ -17,6 +17,7 @@ from tsad.commands.common import (
     check_policy,
     check_result,
     check_simulator,
+    check_source,
     is_mask,
     load_policy,
     policy_source,
@@ -284,6 +285,7 @@ def run(args: argparse.Namespace) -> int:
     from tsad.sim.results import compare_all
 
     out = _check(args)
+    check_source(args)
     settings = read_settings(args.settings)
     sweep = Sweep(args, settings, Path(args.settings).resolve().parent, out)
     sweep.measure(args.observations, args.draws)

@@ -23,6 +23,7 @@ from tsad.commands.common import (
     real,
 )
 from tsad.files import output_folder
+from tsad.load import policy_folder
 from tsad.presets import stale_note
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ _number, _steps = real(lambda value: True, "a number"), integer(1, 10**9)
 
 # option, type, help; the defaults are those of tsad.training.train.Settings
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
-    ("minutes", _number, "train that long"),
+    ("minutes", real(lambda t: 0 <= t < 1e6, "minutes, e.g. 120"), "train that long"),
     ("steps", _steps, "train that many steps"),
     ("horizon", positive_int, "actions predicted at once (default: 16)"),
     ("n-obs-steps", positive_int, "observations seen (default: 2)"),
@@ -188,6 +189,8 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("shares", "coverage"):
         if name in values:
             values[name] = tuple(values[name])
+    if "init" in values:  # a bundled name will do
+        values["init"] = str(policy_folder(values["init"]) or values["init"])
     return values
 
 
@@ -214,7 +217,10 @@ def _make(args: argparse.Namespace, settings: Settings) -> Trainer:
     with argument("DATA"):
         for path in args.data:
             if not Path(path).exists():
-                raise FileNotFoundError(f"{path!r} does not exist")
+                raise FileNotFoundError(
+                    f"{path!r} does not exist; expected demonstrations: an npz file or a zarr "
+                    "v2 folder, as tsad train-policy --help says"
+                )
     if args.keypoints is not None:
         with argument("--keypoints"):
             local_keypoints(args.keypoints)

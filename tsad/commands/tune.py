@@ -20,6 +20,7 @@ from tsad.commands.common import (
     argument,
     check_result,
     check_simulator,
+    check_source,
     cpu_name,
     files_sha256,
     load_policy,
@@ -530,6 +531,7 @@ def run(args: argparse.Namespace) -> int:
                 load_policy(policy_source(args), args, name="--policy", lanes=1)
             )
     else:
+        check_source(args)
         settings, folder = read_settings(args.settings), Path(args.settings).resolve().parent
     # a run of anything else does not replace the result: its times would be lost
     run_of = {"simulator": args.simulator, "files_sha256": files_sha256(policy_source(args))}
