@@ -182,7 +182,7 @@ def test_progress_bar_on_a_terminal_of_any_size(size) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     code = (
-        "from tsad.commands.common import Progress\n"
+        "from tsad.commands.progress import Progress\n"
         "with Progress(4, 'pusht', unit='episodes', done=1) as bar:\n"
         "    for _ in range(3): bar.update('score 0.5')\n"
     )

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from tsad.commands.common import (
     Formatter,
-    Progress,
     add_policy_options,
     add_preset,
     add_warm_start,
@@ -30,6 +29,7 @@ from tsad.commands.common import (
     sparsity,
     table,
 )
+from tsad.commands.progress import Progress
 from tsad.statistics import ENOUGH, percentile
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.commands.common import (
-    EpisodeProgress,
     Formatter,
     UsageError,
     add_policy_options,
@@ -25,6 +24,7 @@ from tsad.commands.common import (
     seed_range,
     simulator_settings,
 )
+from tsad.commands.progress import EpisodeProgress
 from tsad.files import output_folder
 
 if TYPE_CHECKING:

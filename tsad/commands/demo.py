@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from tsad.commands.bench import percentiles
 from tsad.commands.common import (
     Formatter,
-    Progress,
     UsageError,
     add_overwrite,
     add_policy_options,
@@ -31,6 +30,7 @@ from tsad.commands.common import (
     table,
 )
 from tsad.commands.eval import configure
+from tsad.commands.progress import Progress
 
 if TYPE_CHECKING:
     from tsad import Plan, SparsePolicy

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.arrays import read_any_json
-from tsad.commands.common import Progress, argument, files_sha256, load_policy
+from tsad.commands.common import argument, files_sha256, load_policy
 from tsad.commands.eval import configure
+from tsad.commands.progress import Progress
 from tsad.files import write_json
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from tsad.commands import jobs, realtime
 from tsad.commands.common import (
     OBSERVATIONS,
-    EpisodeProgress,
     Formatter,
     UsageError,
     add_overwrite,
@@ -43,6 +42,7 @@ from tsad.commands.common import (
     too_few,
     use_preset,
 )
+from tsad.commands.progress import EpisodeProgress
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy

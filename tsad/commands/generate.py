@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from tsad.commands.common import (
     Formatter,
-    Progress,
     UsageError,
     add_overwrite,
     add_policy_options,
@@ -28,6 +27,7 @@ from tsad.commands.common import (
     sampler_name,
     simulator_settings,
 )
+from tsad.commands.progress import Progress
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy

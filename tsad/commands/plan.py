@@ -13,7 +13,6 @@ from tsad.commands.common import (
     OBSERVATIONS_HELP,
     Formatter,
     InterruptedRunError,
-    Progress,
     UsageError,
     add_overwrite,
     add_policy_options,
@@ -26,6 +25,7 @@ from tsad.commands.common import (
     real,
     sparsity,
 )
+from tsad.commands.progress import Progress
 from tsad.files import output_file, write_result
 
 if TYPE_CHECKING:

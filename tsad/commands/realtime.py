@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tsad.commands.bench import Clock, observations
-from tsad.commands.common import Progress, UsageError, argument, load_policy, real
+from tsad.commands.common import UsageError, argument, load_policy, real
+from tsad.commands.progress import Progress
 from tsad.sim.realtime import MOST_HZ, MOST_MS, delay_ticks
 
 # argparse types, and the check of the same keys in a settings file

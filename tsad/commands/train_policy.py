@@ -14,7 +14,6 @@ from tsad._extras import require
 from tsad.commands.common import (
     Formatter,
     InterruptedRunError,
-    Progress,
     UsageError,
     argument,
     integer,
@@ -22,6 +21,7 @@ from tsad.commands.common import (
     positive_int,
     real,
 )
+from tsad.commands.progress import Progress
 from tsad.files import output_folder
 from tsad.load import policy_folder
 from tsad.presets import stale_note

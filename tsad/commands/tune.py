@@ -13,7 +13,6 @@ from tsad.commands.common import (
     OBSERVATIONS,
     OBSERVATIONS_HELP,
     Formatter,
-    Progress,
     UsageError,
     add_overwrite,
     add_simulator,
@@ -36,6 +35,7 @@ from tsad.commands.common import (
 )
 from tsad.commands.errors import SINGLE
 from tsad.commands.eval import configure, seeds_of
+from tsad.commands.progress import Progress
 from tsad.commands.sweep import Sweep, number, passes, read_settings
 from tsad.files import make_folder, output_folder, write_json
 
