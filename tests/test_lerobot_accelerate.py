@@ -168,7 +168,7 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> Non
 
 
 def test_other_policies_are_refused() -> None:
-    with pytest.raises(TypeError, match="policy: expected a LeRobot DiffusionPolicy, got torch"):
+    with pytest.raises(TypeError, match="DiffusionPolicy or MultiTaskDiTPolicy, got torch"):
         lerobot.accelerate(torch.nn.Linear(1, 1))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,21 @@ def make(name: str) -> Any:
     return DiffusionPolicy.from_pretrained(cases.FOLDER / name).eval()
 
 
+def make_dit(name: str) -> Any:
+    """A multi_task_dit with the small CLIP that it was recorded with."""
+    pytest.importorskip("transformers")
+    folder = str(cases.FOLDER)
+    sys.path.insert(0, folder)
+    try:
+        from make_dit import small_clip
+    finally:
+        sys.path.remove(folder)
+    from lerobot.policies.multi_task_dit.modeling_multi_task_dit import MultiTaskDiTPolicy
+
+    with small_clip():
+        return MultiTaskDiTPolicy.from_pretrained(cases.FOLDER / name).eval()
+
+
 def episode(policy: Any, seed: int = 0, calls: int = 12, lanes: int = 2) -> torch.Tensor:
     """`select_action` once a tick, as lerobot-eval does."""
     torch.manual_seed(seed)
@@ -39,6 +55,10 @@ def episode(policy: Any, seed: int = 0, calls: int = 12, lanes: int = 2) -> torc
             key: torch.rand((lanes, *feature.shape), generator=numbers) * 2 - 1
             for key, feature in features.items()
         }
+        if policy.name == "multi_task_dit":
+            tokens = torch.randint(0, 16, (lanes, 5), generator=numbers)
+            batch["observation.language.tokens"] = tokens
+            batch["observation.language.attention_mask"] = torch.ones_like(tokens)
         with torch.inference_mode():
             made.append(policy.select_action(batch))
     return torch.stack(made)
@@ -65,6 +85,61 @@ def test_the_same_actions_and_random_numbers(name: str) -> None:
     for twin in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
         assert is_accelerated(twin) and torch.equal(episode(twin), got)
     assert torch.equal(episode(restore(policy)), expected)
+
+
+@pytest.mark.parametrize("name", cases.DIT_CASES)
+def test_a_multi_task_dit_gives_the_same_actions_and_random_numbers(name: str) -> None:
+    policy = make_dit(name)
+    expected = episode(policy)
+    state = torch.get_rng_state()
+    accelerate(policy)
+    got = episode(policy)
+    error = cases.float32_error(name, "sample/after_step")  # LeRobot's own, from float64
+    bound = max(2e-5, cases.TOLERANCE * error)
+    assert is_accelerated(policy) and (got - expected).abs().max() < bound
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(got, expected)  # by another road
+    for twin in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert is_accelerated(twin) and torch.equal(episode(twin), got)
+    assert torch.equal(episode(restore(policy)), expected)
+
+
+@pytest.mark.parametrize("name", cases.DIT_CASES)
+def test_an_observation_of_tsad_load_is_what_lerobots_encoder_makes(name: str) -> None:
+    from lerobot.processor import PolicyProcessorPipeline
+    from lerobot.processor.converters import (
+        policy_action_to_transition,
+        transition_to_policy_action,
+    )
+
+    import tsad
+
+    policy, e = make_dit(name), cases.expected(name)
+    with pytest.warns(UserWarning, match="observation_encoder"):
+        ours = tsad.load(cases.FOLDER / name, lanes=2)
+    given = {key[6:]: value for key, value in e.items() if key.startswith("chunk/observation")}
+    batch = {key: torch.from_numpy(value) for key, value in given.items()}
+    if policy.config.image_features:  # which are not recorded
+        n = len(policy.config.image_features)
+        batch["observation.images"] = torch.zeros(2, policy.config.n_obs_steps, n, 3, 32, 32)
+    post = PolicyProcessorPipeline.from_pretrained(
+        cases.FOLDER / name,
+        config_filename="policy_postprocessor.json",
+        to_transition=policy_action_to_transition,
+        to_output=transition_to_policy_action,
+    )
+    with torch.inference_mode():
+        cond = policy.observation_encoder.encode(batch)
+        torch.manual_seed(1)
+        theirs = post(policy._generate_actions(batch))
+    torch.manual_seed(1)
+    size = (2, ours.horizon, ours.action_dim)
+    noise = np.stack([torch.randn(size).numpy() for _ in range(ours.num_inference_steps)])
+    obs = cond.reshape(2, ours.n_obs_steps, ours.obs_dim).numpy()
+    if not policy.config.image_features:
+        assert np.abs(cond.numpy() - e["chunk/cond"]).max() < 1e-6
+    error = np.abs(ours(obs, noise=noise) - theirs.numpy()).max()
+    assert error <= 2 * cases.TOLERANCE * cases.float32_error(name, "chunk/action")
 
 
 def test_recorded_chunks_with_given_noise() -> None:

@@ -103,7 +103,8 @@ def predict(shape: Shape, weights: Weights, sample: Any, time_emb: Any, obs: Any
 
     def attend(name: str, x: Tensor) -> Tensor:
         if not shape.use_rope:
-            module = torch.nn.MultiheadAttention(x.shape[-1], shape.num_heads, batch_first=True)
+            with torch.random.fork_rng():  # which its initial weights would draw from
+                module = torch.nn.MultiheadAttention(x.shape[-1], shape.num_heads, batch_first=True)
             prefix = f"{name}.multihead_attn."
             own = {k.removeprefix(prefix): v for k, v in w.items() if k.startswith(prefix)}
             module.double().load_state_dict(own)

@@ -1,9 +1,10 @@
 """LeRobot's diffusion policies, sampled by tsad: ``accelerate(policy)`` and ``restore(policy)``.
 
-The policy stays LeRobot's: its class, parameters, queues, processors and image encoder. Only
-``conditional_sample``, the denoising loop over the UNet, runs in tsad's core. Two methods are
-patched, once per process, and look at the instance: ``DiffusionModel.conditional_sample`` and
-``DiffusionPolicy.reset``. A policy that was not accelerated runs LeRobot's own code.
+The policy stays LeRobot's: its class, parameters, queues, processors and encoders. Only
+``conditional_sample``, the denoising loop over the UNet of a ``diffusion`` policy or the DiT of a
+``multi_task_dit``, runs in tsad's core. Two methods of each are patched, once per process, and look
+at the instance: ``conditional_sample`` of what samples and ``reset`` of the policy. A policy that
+was not accelerated runs LeRobot's own code.
 
     from tsad.lerobot import accelerate
 
@@ -25,7 +26,9 @@ __all__ = ["Settings", "accelerate", "is_accelerated", "refresh", "restore"]
 
 
 def accelerate(policy: Any, **settings: Any) -> Any:
-    """Let tsad sample the actions of ``policy``, a LeRobot ``DiffusionPolicy``; returns it.
+    """Let tsad sample the actions of ``policy``; returns it.
+
+    It is a LeRobot ``DiffusionPolicy`` or ``MultiTaskDiTPolicy``.
 
     Keywords are those of `Settings`: ``sampler``, ``num_inference_steps``, ``timestep_spacing``,
     ``precision``, ``threads``, ``sparsity``, ``plan``. Without any, actions are LeRobot's own. The
@@ -34,23 +37,23 @@ def accelerate(policy: Any, **settings: Any) -> Any:
 
     Raises ``TypeError`` for another policy and ``ValueError`` for settings that do not fit.
     """
-    model = _model(policy)
+    owner, net = _parts(policy)
     install()
     engine = Engine(Settings(**settings))
-    engine.check(model)
-    attached(model, engine)
+    engine.check(owner, net)
+    attached(owner, engine)
     return policy
 
 
 def restore(policy: Any) -> Any:
     """LeRobot's own sampling again; returns ``policy``. One that is not accelerated stays so."""
-    attached(_model(policy), None)
+    attached(_parts(policy)[0], None)
     return policy
 
 
 def is_accelerated(policy: Any) -> bool:
     """Whether tsad samples the actions of ``policy``."""
-    return isinstance(_model(policy).__dict__.get("_tsad"), Engine)
+    return isinstance(_parts(policy)[0].__dict__.get("_tsad"), Engine)
 
 
 def refresh(policy: Any) -> None:
@@ -59,24 +62,27 @@ def refresh(policy: Any) -> None:
     Changes through ``.data`` (an EMA that swaps weights in place) cannot be seen before the next
     ``reset``; call this after one in mid-episode.
     """
-    engine = _model(policy).__dict__.get("_tsad")
+    engine = _parts(policy)[0].__dict__.get("_tsad")
     if isinstance(engine, Engine):
         engine.forget()
 
 
-def _model(policy: Any) -> Any:
-    """The ``DiffusionModel`` in a policy, in whatever wraps it (torch.compile, PEFT)."""
-    from tsad.lerobot.patch import diffusion_classes
+def _parts(policy: Any) -> tuple[Any, Any]:
+    """What samples in a policy, and its network, in whatever wraps it (torch.compile, PEFT)."""
+    from tsad.lerobot.patch import kinds
 
-    model_class, policy_class = diffusion_classes()
-    inner = policy
-    for name in ("_orig_mod", "base_model", "model"):
-        if not isinstance(inner, policy_class):
-            inner = getattr(inner, name, inner)
-    if not isinstance(inner, policy_class) or not isinstance(inner.diffusion, model_class):
-        raise TypeError(
-            "policy: expected a LeRobot DiffusionPolicy, got "
-            f"{type(policy).__module__}.{type(policy).__qualname__}; tsad samples LeRobot's "
-            '"diffusion" policies'
-        )
-    return inner.diffusion
+    for kind in kinds():
+        policy_class, owner_classes = kind.classes()
+        inner = policy
+        for name in ("_orig_mod", "base_model", "model"):
+            if not isinstance(inner, policy_class):
+                inner = getattr(inner, name, inner)
+        if isinstance(inner, policy_class) and isinstance(
+            getattr(inner, kind.owner), owner_classes
+        ):
+            return kind.parts(inner)
+    raise TypeError(
+        "policy: expected a LeRobot DiffusionPolicy or MultiTaskDiTPolicy, got "
+        f"{type(policy).__module__}.{type(policy).__qualname__}; tsad samples LeRobot's "
+        '"diffusion" and "multi_task_dit" policies'
+    )

@@ -1,6 +1,6 @@
-"""What samples in place of LeRobot's loop: a tsad policy of the UNet alone.
+"""What samples in place of LeRobot's loop: a tsad policy of the network alone.
 
-Its observation is LeRobot's ``global_cond``, already encoded and normalised, its actions are
+Its observation is LeRobot's condition, already encoded and normalised, its actions are
 normalised ones: the maps at both ends are the identity.
 """
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.lerobot.heads import describe, parameters
 from tsad.scope import scope
 
 if TYPE_CHECKING:
     from tsad.plan import Plan
     from tsad.policy import SparsePolicy
 
-_COMPILED = "_orig_mod."  # in the names of what torch.compile wraps
 PRECISIONS = ("float32", "int16", "int8")
 
 
@@ -55,8 +55,8 @@ class Settings:
 
 
 class Engine:
-    """Samples for one ``DiffusionModel``. It keeps no reference to it, and copies without weights:
-    a copy of the policy takes its own.
+    """Samples for one policy (``owner`` and ``net``: see `tsad.lerobot.heads`). It keeps no
+    reference to them, and copies without weights: a copy of the policy takes its own.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -71,19 +71,19 @@ class Engine:
     def __reduce__(self) -> Any:
         return Engine, (self.settings,)
 
-    def check(self, model: Any) -> None:
+    def check(self, owner: Any, net: Any) -> None:
         """Raises ``ValueError`` where the settings or the network do not fit."""
-        self._make_sampler(self._config(model))
+        self._make_sampler(self._config(owner, net))
 
-    def runs(self, model: Any, global_cond: Any) -> bool:
+    def runs(self, owner: Any, condition: Any) -> bool:
         """Whether to sample here; else LeRobot's own loop does."""
         import torch
 
         return (
-            global_cond is not None
+            condition is not None
             and not torch.is_grad_enabled()
-            and not model.training
-            and global_cond.device.type == "cpu"
+            and not owner.training
+            and condition.device.type == "cpu"
             and not torch.compiler.is_compiling()
         )
 
@@ -91,23 +91,29 @@ class Engine:
         """Take the weights anew at the next chunk."""
         self._policy, self._weights = None, ()
 
-    def reset(self, model: Any) -> None:
+    def reset(self, net: Any) -> None:
         """Start of an episode: earlier chunks are forgotten, and changed weights are noticed."""
         if self._policy is None:
             return
-        if self._sampled(model) != self._samples:
+        if self._sampled(net) != self._samples:
             self.forget()
         else:
             self._policy.reset()
 
     def sample(
-        self, model: Any, batch_size: int, global_cond: Any, generator: Any, noise: Any
+        self,
+        owner: Any,
+        net: Any,
+        batch_size: int,
+        condition: Any,
+        generator: Any = None,
+        noise: Any = None,
     ) -> Any:
         """Normalised actions (batch_size, horizon, action_dim), as ``conditional_sample``."""
         import torch
 
-        policy = self._ready(model, batch_size)
-        like = next(model.parameters())
+        policy = self._ready(owner, net, batch_size)
+        like = next(net.parameters())
         shape = (batch_size, policy.horizon, policy.action_dim)
 
         def draw() -> Any:
@@ -119,7 +125,7 @@ class Engine:
             for k, t in enumerate(policy.timesteps[:-1]):
                 if t > 0:
                     z[k + 1] = draw()
-        cond = global_cond.detach().to(torch.float32)
+        cond = condition.detach().to(torch.float32)
         obs = cond.reshape(batch_size, policy.n_obs_steps, -1).contiguous()
         out = np.empty(shape, np.float32)
         policy(obs.numpy(), noise=z.numpy(), out=out, return_horizon=True)
@@ -127,47 +133,19 @@ class Engine:
 
     # ---- the policy behind it
 
-    def _ready(self, model: Any, lanes: int) -> SparsePolicy:
-        parameters = list(model.unet.parameters())
-        weights = tuple((p.data_ptr(), p._version) for p in parameters)
+    def _ready(self, owner: Any, net: Any, lanes: int) -> SparsePolicy:
+        weights = tuple((p.data_ptr(), p._version) for p in net.parameters())
         if self._policy is None or weights != self._weights:
-            self._policy = self._make(model, lanes)
-            self._weights, self._samples = weights, self._sampled(model)
+            self._policy = self._make(owner, net, lanes)
+            self._weights, self._samples = weights, self._sampled(net)
         elif self._policy.lanes != lanes:
             self._policy = self._with_lanes(self._policy, lanes)
         return self._policy
 
-    def _config(self, model: Any) -> dict[str, Any]:
-        """``network``, ``scheduler`` and ``normalizer`` of the UNet alone."""
-        c = model.config
-        action_dim = c.action_feature.shape[0]
-        tensors = {name.replace(_COMPILED, ""): p for name, p in model.unet.named_parameters()}
-        film = tensors["down_modules.0.0.cond_encoder.1.weight"].shape[1]
-        obs_dim = (film - c.diffusion_step_embed_dim) // c.n_obs_steps
-        network = {
-            "type": "unet1d",
-            "horizon": c.horizon,
-            "n_obs_steps": c.n_obs_steps,
-            "n_action_steps": 1,  # LeRobot takes its own
-            "obs_dim": obs_dim,
-            "action_dim": action_dim,
-            "down_dims": list(c.down_dims),
-            "kernel_size": c.kernel_size,
-            "n_groups": c.n_groups,
-            "diffusion_step_embed_dim": c.diffusion_step_embed_dim,
-            "use_film_scale_modulation": c.use_film_scale_modulation,
-        }
-        scheduler = {
-            "type": c.noise_scheduler_type.lower(),
-            "num_train_timesteps": c.num_train_timesteps,
-            "beta_schedule": c.beta_schedule,
-            "beta_start": c.beta_start,
-            "beta_end": c.beta_end,
-            "prediction_type": c.prediction_type,
-            "clip_sample": c.clip_sample,
-            "clip_sample_range": c.clip_sample_range,
-            "num_inference_steps": model.num_inference_steps,
-        }
+    def _config(self, owner: Any, net: Any) -> dict[str, Any]:
+        """A ``config.json`` of the network alone."""
+        network, scheduler = describe(owner, net)
+        obs_dim, action_dim = network["obs_dim"], network["action_dim"]
 
         def identity(n: int) -> dict[str, list[float]]:
             return {"scale": [1.0] * n, "offset": [0.0] * n}
@@ -194,17 +172,17 @@ class Engine:
             coefficients=np.float32,  # as diffusers computes them
         )
 
-    def _make(self, model: Any, lanes: int) -> SparsePolicy:
+    def _make(self, owner: Any, net: Any, lanes: int) -> SparsePolicy:
         from tsad.config import PolicyConfig
         from tsad.load import default_threads, make_model
         from tsad.policy import SparsePolicy
 
-        config = self._config(model)
+        config = self._config(owner, net)
         sampler = self._make_sampler(config)
         parsed = PolicyConfig.from_dict(config, file="policy.config")
         tensors: dict[str, NDArray[np.float32]] = {
-            name.replace(_COMPILED, ""): p.detach().float().cpu().contiguous().numpy()
-            for name, p in model.unet.named_parameters()
+            name: p.detach().float().cpu().contiguous().numpy()
+            for name, p in parameters(net).items()
         }
         built = make_model(parsed, tensors, None, sampler, precision=self.settings.precision)
         threads = default_threads(self.settings.threads, lanes)
@@ -242,10 +220,10 @@ class Engine:
             policy.sparsity = self.settings.sparsity
 
     @staticmethod
-    def _sampled(model: Any) -> tuple[float, ...]:
+    def _sampled(net: Any) -> tuple[float, ...]:
         """A few numbers of every tensor, to notice weights that changed unseen."""
         found = []
-        for p in model.unet.parameters():
+        for p in net.parameters():
             flat = p.detach().reshape(-1)
             found += flat[:: max(1, flat.numel() // 3)][:3].tolist()
         return tuple(found)

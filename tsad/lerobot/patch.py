@@ -1,56 +1,102 @@
-"""The two methods of LeRobot that look whether tsad samples for an instance."""
+"""The methods of LeRobot that look whether tsad samples for an instance, two of each policy."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tsad.lerobot.engine import Engine
 
 _MARK = "_tsad_original"
 
-# asked once for every policy that has no engine; see plugin.py
-on_first_chunk: Callable[[Any], Engine | None] | None = None
+# asked once for every policy that has no engine, what samples and its network; see plugin.py
+on_first_chunk: Callable[[Any, Any], Engine | None] | None = None
 
 
-def diffusion_classes() -> tuple[Any, Any]:
-    """LeRobot's ``DiffusionModel`` and ``DiffusionPolicy``; ``ImportError`` names the fix."""
-    try:
-        from lerobot.policies.diffusion import modeling_diffusion as module
-    except ImportError as error:
+@dataclass(frozen=True)
+class Kind:
+    """Of LeRobot's policies: its class, the attribute that samples, and that one's classes."""
+
+    module: str
+    policy: str
+    owner: str
+    owners: tuple[str, ...]
+    wrap: Callable[[Any], Any]
+
+    def classes(self) -> tuple[type, tuple[type, ...]]:
+        """LeRobot's classes of the policy and of what samples; ``ImportError`` without them."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.policy), tuple(getattr(module, name) for name in self.owners)
+
+    def parts(self, policy: Any) -> tuple[Any, Any]:
+        """What samples for a policy, and its network."""
+        owner = getattr(policy, self.owner)
+        return owner, owner.unet if hasattr(owner, "unet") else policy.noise_predictor
+
+
+def kinds() -> list[Kind]:
+    """Those that this LeRobot has; ``ImportError`` names the fix where it has none."""
+    found = []
+    error: ImportError | None = None
+    for kind in _KINDS:
+        try:
+            kind.classes()
+            found.append(kind)
+        except ImportError as e:
+            error = error or e
+    if not found:
         raise ImportError(
             f"tsad.lerobot needs LeRobot 0.4 or later, which could not be imported ({error}); "
             'install it with: pip install "lerobot[diffusion]"'
         ) from error
-    return module.DiffusionModel, module.DiffusionPolicy
+    return found
 
 
-def attached(model: Any, engine: Engine | None) -> None:
+def attached(owner: Any, engine: Engine | None) -> None:
     """Give the instance an engine, or none; it is no part of the module's state."""
-    model.__dict__["_tsad"] = engine
+    owner.__dict__["_tsad"] = engine
 
 
 def install() -> None:
-    """Patch both methods; a second time changes nothing."""
-    model_class, policy_class = diffusion_classes()
-    if not hasattr(model_class.conditional_sample, _MARK):
-        model_class.conditional_sample = _sampling(model_class.conditional_sample)
-    if not hasattr(policy_class.reset, _MARK):
-        policy_class.reset = _resetting(policy_class.reset)
+    """Patch the methods; a second time changes nothing."""
+    for kind in kinds():
+        policy_class, owner_classes = kind.classes()
+        for owner_class in owner_classes:
+            _replace(owner_class, "conditional_sample", kind.wrap)
+        _replace(policy_class, "reset", functools.partial(_resetting, kind))
 
 
 def uninstall() -> None:
     """LeRobot's own methods again, for every policy."""
-    model_class, policy_class = diffusion_classes()
-    for owner, name in ((model_class, "conditional_sample"), (policy_class, "reset")):
-        original = getattr(getattr(owner, name), _MARK, None)
-        if original is not None:
-            setattr(owner, name, original)
+    for kind in kinds():
+        policy_class, owner_classes = kind.classes()
+        for owner, name in (*((c, "conditional_sample") for c in owner_classes),
+                            (policy_class, "reset")):  # fmt: skip
+            original = getattr(getattr(owner, name), _MARK, None)
+            if original is not None:
+                setattr(owner, name, original)
 
 
-def _sampling(original: Any) -> Any:
-    @functools.wraps(original)
+def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name)
+    if not hasattr(original, _MARK):
+        method = functools.wraps(original)(wrap(original))
+        setattr(method, _MARK, original)
+        setattr(owner, name, method)
+
+
+def _engine_of(owner: Any, net: Any, condition: Any) -> Engine | None:
+    """The engine that samples now."""
+    if "_tsad" not in owner.__dict__ and on_first_chunk is not None:
+        owner.__dict__["_tsad"] = on_first_chunk(owner, net)
+    engine: Engine | None = owner.__dict__.get("_tsad")
+    return engine if engine is not None and engine.runs(owner, condition) else None
+
+
+def _sampling_unet(original: Any) -> Any:
     def conditional_sample(
         self: Any,
         batch_size: int,
@@ -58,26 +104,49 @@ def _sampling(original: Any) -> Any:
         generator: Any = None,
         noise: Any = None,
     ) -> Any:
-        if "_tsad" not in self.__dict__ and on_first_chunk is not None:
-            self.__dict__["_tsad"] = on_first_chunk(self)
-        engine = self.__dict__.get("_tsad")
-        if engine is not None and engine.runs(self, global_cond):
-            return engine.sample(self, batch_size, global_cond, generator, noise)
+        engine = _engine_of(self, self.unet, global_cond)
+        if engine is not None:
+            return engine.sample(self, self.unet, batch_size, global_cond, generator, noise)
         given = {} if noise is None else {"noise": noise}  # unknown to old versions
         return original(self, batch_size, global_cond=global_cond, generator=generator, **given)
 
-    setattr(conditional_sample, _MARK, original)
     return conditional_sample
 
 
-def _resetting(original: Any) -> Any:
-    @functools.wraps(original)
-    def reset(self: Any) -> Any:
-        engine = getattr(self, "diffusion", None)
-        engine = None if engine is None else engine.__dict__.get("_tsad")
+def _sampling_dit(original: Any) -> Any:
+    def conditional_sample(self: Any, model: Any, batch_size: int, conditioning_vec: Any) -> Any:
+        engine = _engine_of(self, model, conditioning_vec)
         if engine is not None:
-            engine.reset(self.diffusion)
+            return engine.sample(self, model, batch_size, conditioning_vec)
+        return original(self, model, batch_size, conditioning_vec)
+
+    return conditional_sample
+
+
+def _resetting(kind: Kind, original: Any) -> Any:
+    def reset(self: Any) -> Any:
+        owner = getattr(self, kind.owner, None)
+        engine = None if owner is None else owner.__dict__.get("_tsad")
+        if engine is not None:
+            engine.reset(kind.parts(self)[1])
         return original(self)
 
-    setattr(reset, _MARK, original)
     return reset
+
+
+_KINDS = (
+    Kind(
+        module="lerobot.policies.diffusion.modeling_diffusion",
+        policy="DiffusionPolicy",
+        owner="diffusion",
+        owners=("DiffusionModel",),
+        wrap=_sampling_unet,
+    ),
+    Kind(  # since 0.5.1
+        module="lerobot.policies.multi_task_dit.modeling_multi_task_dit",
+        policy="MultiTaskDiTPolicy",
+        owner="objective",
+        owners=("DiffusionObjective", "FlowMatchingObjective"),
+        wrap=_sampling_dit,
+    ),
+)

@@ -21,18 +21,18 @@ _log = logging.getLogger("tsad")
 
 
 def activate() -> None:
-    """Look at every diffusion policy from now on; a second time changes nothing."""
+    """Look at every policy that tsad can sample from now on; a second time changes nothing."""
     patch.install()
     patch.on_first_chunk = _engine_for
 
 
-def _engine_for(model: Any) -> Engine | None:
+def _engine_for(owner: Any, net: Any) -> Engine | None:
     """The engine that a policy asks for; None: it runs as it is."""
-    settings, source = wanted(getattr(model.config, "pretrained_path", None))
+    settings, source = wanted(getattr(owner.config, "pretrained_path", None))
     if settings is None:
         return None
     engine = Engine(settings)
-    engine.check(model)
+    engine.check(owner, net)
     exact = "the same actions" if settings.is_exact else "other actions than LeRobot's"
     _log.info("tsad samples this policy, as %s asks: %s (%s)", source, engine, exact)
     return engine
