@@ -142,7 +142,8 @@ def test_who_saves_at_the_same_time_loses_nothing(own_home: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom tsad.presets import Preset, save_presets\n"
         "for n in range(5):\n"
-        "    p = Preset(f'{sys.argv[1]}-{n}', 'ab' * 32, 'ddim', 4, 'leading')\n"
+        "    p = Preset(f'{sys.argv[1]}-{n}', 'ab' * 32, sampler='ddim',"
+        " num_inference_steps=4, timestep_spacing='leading')\n"
         "    save_presets(Path(sys.argv[2]), [(p, None)])\n"
     )
     writers = [python(code, name, str(own_home / "place")) for name in "abcd"]

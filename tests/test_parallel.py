@@ -20,11 +20,13 @@ from policies import save_policy
 
 import tsad
 from tsad import sim
+from tsad.setting import Setting
 from tsad.sim.parallel import Player, Work, WorkerError, identity, play
 from tsad.sim.results import read_results
 
 slow = pytest.mark.slow
 SHORT = ["--sampler", "ddim", "--steps", "2"]
+SETTING = Setting(sampler="ddim", num_inference_steps=2)
 LOAD = {"sampler": "ddim", "num_inference_steps": 2, "lanes": 2, "threads": 1}
 
 
@@ -146,8 +148,8 @@ def test_a_worker_that_would_give_other_results_is_refused(tiny: str) -> None:
     same = identity(policy, ["numpy"])
     assert same["tsad"] == tsad.__version__ and same["numpy"] and same["backend"] == policy.backend
     facts = sim.facts("table")._replace(packages=("numpy",))
-    assert len(Player(Work("table", tiny, LOAD, identity=same), facts).play([1, 2])) == 2
-    other = Player(Work("table", tiny, LOAD, identity=same | {"backend": "abacus"}), facts)
+    assert len(Player(Work("table", tiny, SETTING, 2, 1, identity=same), facts).play([1, 2])) == 2
+    other = Player(Work("table", tiny, SETTING, 2, 1, identity=same | {"backend": "abacus"}), facts)
     got = other.play([1, 2])
     assert f"backend: this worker has {policy.backend}, the caller abacus; results would" in got
 
@@ -241,7 +243,7 @@ def test_a_ray_worker_that_ends(tiny: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Player, "play", lost)
     with pytest.raises(WorkerError, match="Ray cluster ended: the node is gone"):
-        list(play(Work("table", tiny, LOAD), range(8), 2, ray=True))
+        list(play(Work("table", tiny, SETTING, 2, 1), range(8), 2, ray=True))
     assert ray.killed == [1, 1]
 
 

@@ -307,8 +307,8 @@ def sweep(capsys: Any, tmp_path: Path, rows: Any, *options: str) -> tuple[int, s
 def test_rows_of_a_sweep(capsys: Any, tmp_path: Path, monkeypatch: Any, fake: list[int]) -> None:
     measured: list[float] = []
 
-    def measure(source: str, args: Any) -> float:
-        measured.append(20.0 * (args.sparsity or 1))
+    def measure(policy: Any) -> float:
+        measured.append(20.0 * (1 - policy.sparsity))
         return measured[-1]
 
     monkeypatch.setattr(realtime, "_measured", measure)

@@ -189,7 +189,8 @@ def test_nothing_is_chosen_that_loses_more(capsys: Any, folder: Path) -> None:
     # a preset of an earlier run stays, and that is said
     policy = folder / "policy"
     for name in ("fast", "lossless"):
-        save_presets(policy, [(Preset(name, model_sha256(policy), "ddim", 4, "leading"), None)])
+        preset = {"sampler": "ddim", "num_inference_steps": 4, "timestep_spacing": "leading"}
+        save_presets(policy, [(Preset(name, model_sha256(policy), **preset), None)])
     code, text, err = run(capsys, *command(folder, *options[:-1], "--save", "--overwrite"))
     assert code == 0, err
     for name, chosen in json.loads((folder / "tuned" / "tune.json").read_text())["presets"].items():

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsad import policy as policies
-from tsad.checkpoint import CONFIG_FILE, MODEL_FILE, PRUNER_FILE, Tensors, read_folder
+from tsad.checkpoint import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    PRUNER_FILE,
+    CheckpointError,
+    Tensors,
+    read_folder,
+)
 from tsad.config import EULER, TIMESTEP_SPACINGS, PolicyConfig
 from tsad.convert import Converted, folder_kind, read_checkpoint, read_lerobot_folder
 from tsad.families import Network
@@ -24,6 +31,7 @@ from tsad.reference.families import family_of
 from tsad.reference.layers import rotation, sinusoid
 from tsad.samplers import Sampler, make_sampler, tail
 from tsad.scope import scope
+from tsad.setting import Setting
 
 if TYPE_CHECKING:
     from tsad import _core
@@ -92,43 +100,26 @@ def load(
             f"choose one of these ({scope('precisions')})"
         )
     config, tensors, pruner = read_policy(source, weights)
-    chosen = None
-    if preset is not None:
-        chosen = find_preset(policy_folder(source), preset, str(source))
-        given = {
-            "sampler": sampler,
-            "num_inference_steps": num_inference_steps,
-            "timestep_spacing": timestep_spacing,
-            "precision": None if precision == "auto" else precision,
-            "warm_start": warm_start,
-        }
-        check_clash(chosen, given)
-        sampler, num_inference_steps = chosen.sampler, chosen.num_inference_steps
-        timestep_spacing, precision = chosen.timestep_spacing, chosen.precision
-        warm_start = chosen.warm_start
-    if chosen is not None and chosen.n_action_steps is not None:
-        config = _fewer_actions(config, chosen.n_action_steps)
-    if timestep_spacing is not None:
-        if timestep_spacing not in TIMESTEP_SPACINGS:
-            raise ValueError(
-                f"timestep_spacing: expected one of {', '.join(map(repr, TIMESTEP_SPACINGS))}, got "
-                f"{timestep_spacing!r}; choose one of these, or None for that of the checkpoint"
-            )
-        if config.scheduler.type == EULER:
-            raise ValueError(
-                f"timestep_spacing: expected None, as flow matching has one grid of times, got "
-                f"{timestep_spacing!r}; leave it out"
-            )
-        scheduler = replace(config.scheduler, timestep_spacing=timestep_spacing)
-        config = replace(config, scheduler=scheduler)
-    table = make_sampler(
-        config.scheduler.to_dict(),
+    setting = Setting(
         sampler=sampler,
         num_inference_steps=num_inference_steps,
+        timestep_spacing=timestep_spacing,
+        precision=None if precision == "auto" else precision,
+        warm_start=warm_start,
+    )
+    if preset is not None:
+        chosen = find_preset(policy_folder(source), preset, str(source))
+        check_clash(chosen, setting)
+        setting = chosen
+    config = _configured(config, setting)
+    table = make_sampler(
+        config.scheduler.to_dict(),
+        sampler=setting.sampler,
+        num_inference_steps=setting.num_inference_steps,
         coefficients=family_of(config.network.to_dict()).COEFFICIENTS,
     )
-    last = None if warm_start is None else tail(table, warm_start)
-    precision = "float32" if precision == "auto" else precision
+    last = None if setting.warm_start is None else tail(table, setting.warm_start)
+    precision = setting.precision or "float32"
     model = make_model(config, tensors, pruner, table, precision=precision)
     policy = policies.SparsePolicy(
         model,
@@ -144,8 +135,13 @@ def load(
 
         rows = np.ascontiguousarray(last.table, np.float32)
         policy = WarmPolicy(policy, model.tail(rows), last)
-    if chosen is not None:
-        _apply(policy, chosen)
+    if isinstance(setting, Preset):
+        try:
+            setting.apply(policy)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"preset: {preset!r} does not fit this policy: {error}") from error
     place = str(source) if source in bundled() else os.path.abspath(source)
     policy._loaded = place, {**options, "device": "cpu"}
     return policy
@@ -154,29 +150,30 @@ def load(
 policies.load = load
 
 
-def _fewer_actions(config: PolicyConfig, n: int) -> PolicyConfig:
-    most = config.network.n_action_steps
-    if n > most:
+def _configured(config: PolicyConfig, setting: Setting) -> PolicyConfig:
+    """With the setting's spacing and number of actions."""
+    spacing, n = setting.timestep_spacing, setting.n_action_steps
+    if n is not None:
+        most = config.network.n_action_steps
+        if n > most:
+            raise ValueError(
+                f"preset: expected at most {most} n_action_steps, what the policy executes of a "
+                f"chunk, got {n}; make the preset anew"
+            )
+        config = replace(config, network=replace(config.network, n_action_steps=n))
+    if spacing is None:
+        return config
+    if spacing not in TIMESTEP_SPACINGS:
         raise ValueError(
-            f"preset: expected at most {most} n_action_steps, what the policy executes of a chunk, "
-            f"got {n}; make the preset anew"
+            f"timestep_spacing: expected one of {', '.join(map(repr, TIMESTEP_SPACINGS))}, got "
+            f"{spacing!r}; choose one of these, or None for that of the checkpoint"
         )
-    return replace(config, network=replace(config.network, n_action_steps=n))
-
-
-def _apply(policy: policies.SparsePolicy, preset: Preset) -> None:
-    """The preset's plan, or its planner and dial."""
-    plan = preset.load_plan()
-    try:
-        if plan is not None:
-            policy.plan = plan
-            return
-        if preset.planner is not None:
-            policy.planner = preset.planner
-        if preset.planner == "pruner" or preset.sparsity is not None:
-            policy.sparsity = preset.sparsity
-    except ValueError as error:
-        raise ValueError(f"preset: {preset.name!r} does not fit this policy: {error}") from error
+    if config.scheduler.type == EULER:
+        raise ValueError(
+            f"timestep_spacing: expected None, as flow matching has one grid of times, got "
+            f"{spacing!r}; leave it out"
+        )
+    return replace(config, scheduler=replace(config.scheduler, timestep_spacing=spacing))
 
 
 def make_model(

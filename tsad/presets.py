@@ -41,7 +41,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tsad.checkpoint import MODEL_FILE, CheckpointError, format_json, read_json
 from tsad.config import (
@@ -60,10 +60,9 @@ from tsad.files import (
     sha256,
     write_together,
 )
+from tsad.plan import Plan
 from tsad.planners import NAMES as PLANNERS
-
-if TYPE_CHECKING:
-    from tsad.plan import Plan
+from tsad.setting import LOADED, Setting
 
 PRESETS_FILE = "presets.json"
 FORMAT = "tsad-presets"
@@ -74,35 +73,33 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
-class Preset:
-    """One preset; the fields are the keys of the module docstring.
+class Preset(Setting):
+    """A setting with a name, the weights that it belongs to, and what was measured.
 
+    The fields are the keys of the module docstring; sampler, steps and spacing are always set.
     ``plan`` is the path of the plan file, in the folder that it was read from; None without one.
     """
 
     name: str
     model_sha256: str
-    sampler: str
-    num_inference_steps: int
-    timestep_spacing: str
-    precision: str = "float32"
-    n_action_steps: int | None = None
-    warm_start: int | None = None
-    planner: str | None = None
-    sparsity: float | None = None
-    plan: Path | None = None
-    plan_sha256: str | None = None
-    measured: Mapping[str, Any] = field(default_factory=dict)
+    precision: str | None = field(default="float32", kw_only=True)
+    plan: Path | None = field(default=None, kw_only=True)
+    plan_sha256: str | None = field(default=None, kw_only=True)
+    measured: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The object of ``presets.json``, without what is not set."""
-        values = {**vars(self), "plan": None if self.plan is None else self.plan.name}
-        return {name: value for name, value in values.items() if value is not None}
+        values = super().to_dict()
+        last = ("plan", "plan_sha256", "measured")
+        return {
+            "name": self.name,
+            "model_sha256": self.model_sha256,
+            **{name: value for name, value in values.items() if name not in last},
+            **{name: values[name] for name in last if name in values},
+        }
 
-    def load_plan(self) -> Plan | None:
+    def load_plan(self, policy: Any = None) -> Plan | None:
         """Its plan; ``CheckpointError`` if the file is missing or not the one it was made with."""
-        from tsad.plan import Plan
-
         if self.plan is None:
             return None
         try:
@@ -122,7 +119,7 @@ class Preset:
 
     def words(self) -> str:
         """The setting in one line, e.g. "ddim, 8 steps leading, uniform 75 %, int16"."""
-        parts = [self.sampler, f"{self.num_inference_steps} steps {self.timestep_spacing}"]
+        parts = [str(self.sampler), f"{self.num_inference_steps} steps {self.timestep_spacing}"]
         if self.warm_start is not None:
             parts.append(f"warm start of {self.warm_start}")
         if self.plan is not None:
@@ -135,7 +132,7 @@ class Preset:
             parts.append("dense")
         if self.n_action_steps is not None:
             parts.append(f"{self.n_action_steps} actions of a chunk")
-        return ", ".join([*parts, self.precision])
+        return ", ".join([*parts, str(self.precision)])
 
 
 def model_sha256(folder: Path) -> str:
@@ -298,10 +295,10 @@ def find_preset(folder: Path | None, name: str, source: str) -> Preset:
     return preset
 
 
-def check_clash(preset: Preset, given: Mapping[str, Any]) -> None:
-    """``ValueError`` if an argument (not None) says otherwise than the preset."""
-    for name, value in given.items():
-        own = getattr(preset, name, None)  # None: no preset says it
+def check_clash(preset: Preset, asked: Setting) -> None:
+    """``ValueError`` if what is asked beside the preset says otherwise."""
+    for name in (*LOADED, "n_action_steps"):
+        value, own = getattr(asked, name), getattr(preset, name)
         if value is not None and value != own:
             raise ValueError(
                 f"{name}: got {value!r}, but the preset {preset.name!r} has {own!r}, and what was "

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad.commands.common import (
+    DIAL,
     Formatter,
     add_policy_options,
     add_preset,
     add_warm_start,
     argument,
+    check_sparsity,
     cpu_name,
     load_policy,
     noted,
@@ -25,7 +27,6 @@ from tsad.commands.common import (
     preset_note,
     real,
     sampler_name,
-    set_sparsity,
     sparsity,
     table,
 )
@@ -225,7 +226,9 @@ def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
     default = [] if args.preset else [min(0.9, policy.max_sparsity)]
     values = [value for value in args.sparsity or default if value > 0]
     for value in values:
-        set_sparsity(policy, value)
+        with argument("--sparsity", DIAL):
+            check_sparsity(policy, value)
+            policy.sparsity = value
     policy.sparsity = 0.0
     clocks = [Clock(f"{v:.1%}" if v else "dense", policy, dial(v)) for v in [0.0, *values]]
     if args.preset:
@@ -239,7 +242,7 @@ def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
             )
             preset = find_preset(policy_folder(args.policy), args.preset, args.policy)
         clocks.append(Clock(args.preset, chosen, lambda: None))
-        args.preset_note = preset_note(preset.name, preset.measured)
+        args.preset_note = preset_note(preset)
     return clocks
 
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import math
 import os
 import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad._extras import MissingExtraError, package_versions
 from tsad.arrays import read_any_json
+from tsad.checkpoint import CONFIG_FILE, read_json
 from tsad.commands.parser import Formatter as Formatter
-from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
+from tsad.config import SAMPLERS, TIMESTEP_SPACINGS, PolicyConfig
 from tsad.files import output_file, sha256
+from tsad.load import files_sha256 as files_sha256
+from tsad.load import policy_folder, read_policy
+from tsad.presets import Preset, check_clash, find_preset
+from tsad.setting import Setting, read_plan
+from tsad.setting import planner_name as planner_name
 
 if TYPE_CHECKING:
     from tsad import Plan, SparsePolicy
@@ -51,6 +57,7 @@ OPTIONS = {
     "timestep_spacing": "--spacing",
     "warm_start": "--warm-start",
 }
+DIAL = {name: f"--{name}" for name in ("plan", "planner", "sparsity")}
 
 
 @contextlib.contextmanager
@@ -151,7 +158,7 @@ OBSERVATIONS_HELP = "recorded observations: a folder, or arrays of your own; see
 
 
 def add_preset(parser: Any) -> None:
-    """The option that names a preset, for commands that `use_preset`."""
+    """The option that names a preset, for commands that ask `setting_of`."""
     parser.add_argument(
         "--preset",
         metavar="NAME",
@@ -169,45 +176,30 @@ def add_warm_start(parser: Any) -> None:
     )
 
 
-def use_preset(args: argparse.Namespace, source: str, name: str | None) -> None:
-    """Put what a preset says into the arguments, as if it had been typed; UsageError on a clash."""
-    from tsad.checkpoint import CONFIG_FILE, read_json
-    from tsad.config import PolicyConfig
-    from tsad.load import policy_folder
-    from tsad.presets import check_clash, find_preset
+def setting_of(words: Mapping[str, Any], source: str) -> Setting:
+    """What arguments, or a row of a settings file, say, or the preset that they name.
 
+    UsageError if a preset isn't there, or other words contradict it.
+    """
+    asked, name = Setting.of(words), words.get("preset")
     if name is None:
-        return
+        return asked
     with argument("--preset"), noted():
         folder = policy_folder(source)
         preset = find_preset(folder, name, source)
         assert folder is not None  # else there was no preset
-        given = {
-            "sampler": args.sampler,
-            "num_inference_steps": args.steps,
-            "timestep_spacing": args.spacing,
-            "precision": None if args.precision == "auto" else args.precision,
-            "n_action_steps": args.n_action_steps,
-            "warm_start": getattr(args, "warm_start", None),
-        }
-        check_clash(preset, given)
+        check_clash(preset, asked)
         for option in ("plan", "planner", "sparsity"):
-            if getattr(args, option) is not None:
+            if getattr(asked, option) is not None:
                 raise ValueError(
-                    f"--{option}: got {getattr(args, option)!r}, but the preset {name!r} decides "
+                    f"--{option}: got {getattr(asked, option)!r}, but the preset {name!r} decides "
                     "what is computed; leave out one of the two"
                 )
         preset.load_plan()
         scheduler = PolicyConfig.from_dict(read_json(folder / CONFIG_FILE)).scheduler
-    args.sampler, args.steps = preset.sampler, preset.num_inference_steps
     # None where it is the policy's own: the same settings then go on with each other's episodes
     own = preset.timestep_spacing == scheduler.timestep_spacing
-    args.spacing = None if own else preset.timestep_spacing
-    args.precision = preset.precision
-    args.n_action_steps, args.warm_start = preset.n_action_steps, preset.warm_start
-    args.planner, args.sparsity = preset.planner, preset.sparsity
-    args.plan = None if preset.plan is None else str(preset.plan)
-    args.preset_note = preset_note(name, preset.measured)
+    return replace(preset, timestep_spacing=None) if own else preset
 
 
 def timed_on(measured: Mapping[str, Any]) -> str:
@@ -223,10 +215,10 @@ def timed_on(measured: Mapping[str, Any]) -> str:
     return f"{milliseconds:.2f} ms a chunk {where}{other}"
 
 
-def preset_note(name: str, measured: Mapping[str, Any]) -> str:
+def preset_note(preset: Preset) -> str:
     """A line for reports of what a preset was chosen for; empty if nothing was measured."""
-    text = timed_on(measured)
-    return f"preset {name} was timed at {text}" if text else ""
+    text = timed_on(preset.measured)
+    return f"preset {preset.name} was timed at {text}" if text else ""
 
 
 def add_overwrite(parser: Any, what: str = "an existing --out") -> None:
@@ -320,8 +312,6 @@ def policy_source(args: argparse.Namespace) -> str:
 
 def check_source(args: argparse.Namespace) -> None:
     """UsageError if there is no policy: a row of --settings would be to blame for it."""
-    from tsad.load import read_policy
-
     with argument("--policy"):
         read_policy(policy_source(args))
 
@@ -376,80 +366,51 @@ def playing(kept: Callable[[], str]) -> Iterator[None]:
         raise RuntimeError(f"{describe(error)}; {kept()}") from error
 
 
-def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `tsad.load` that `add_policy_options` and `add_warm_start` give."""
-    return {
-        "device": args.device,
-        "precision": args.precision,
-        "threads": args.threads,
-        "sampler": args.sampler,
-        "num_inference_steps": args.steps,
-        "timestep_spacing": args.spacing,
-        "warm_start": getattr(args, "warm_start", None),
-    }
+def load_policy(
+    source: str,
+    args: argparse.Namespace,
+    *,
+    name: str,
+    lanes: int,
+    setting: Setting | None = None,
+    **more: Any,
+) -> SparsePolicy:
+    """`tsad.load` with the options of `add_policy_options`; UsageError names the argument.
 
-
-def load_policy(source: str, args: argparse.Namespace, *, name: str, lanes: int) -> SparsePolicy:
-    """`tsad.load` with the options of `add_policy_options`; UsageError names the argument."""
+    A setting is loaded in place of what the options say of it; `configure` sets the rest of it.
+    """
     import tsad
 
+    setting = Setting.of(vars(args)) if setting is None else setting
+    options = {**setting.options(), "device": args.device, "threads": args.threads}
     with argument(name), noted():
-        return tsad.load(source, lanes=lanes, **load_options(args))
+        return tsad.load(source, lanes=lanes, **options, **more)
+
+
+def configure(policy: SparsePolicy, setting: Setting) -> None:
+    """`Setting.apply`; UsageError names the argument."""
+    with argument("--plan", DIAL):
+        if setting.plan is None and setting.planner is not None:
+            policy.planner = setting.planner
+        if setting.plan is None:
+            check_sparsity(policy, setting.sparsity or 0.0)
+        setting.apply(policy)
+
+
+def check_sparsity(policy: SparsePolicy, value: float) -> None:
+    """``ValueError``, in this command line's words, beyond what the planner reaches."""
+    if value > policy.max_sparsity:
+        raise ValueError(
+            f"sparsity: got {value:g}, but the planner {policy.planner!r} reaches "
+            f"{policy.max_sparsity:.4g} at {policy.num_inference_steps} steps; "
+            "use less, or more --steps"
+        )
 
 
 def load_plan(path: str, name: str) -> Plan:
     """A plan file; UsageError if it is missing or not one."""
-    import tsad
-
     with argument(name):
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"got {path!r}, which is not a file; expected a plan saved by Plan.save or by "
-                "'tsad demo'"
-            )
-        return tsad.Plan.load(path)
-
-
-def is_mask(text: str) -> bool:
-    """Whether a plan is given as a step mask, such as 10000010, instead of a file."""
-    return set(text) <= {"0", "1"} and not Path(text).exists()
-
-
-def plan_of(text: str, name: str, policy: SparsePolicy) -> Plan:
-    """A plan file, or the plan of a step mask: 1 computes a step, 0 repeats the one before."""
-    from tsad.planners import from_steps
-
-    if not is_mask(text):
-        return load_plan(text, name)
-    with argument(name):
-        return from_steps(policy, text)
-
-
-def set_sparsity(policy: SparsePolicy, value: float) -> None:
-    """Turn the dial; UsageError beyond what the planner reaches."""
-    with argument("--sparsity"):
-        if value > policy.max_sparsity:
-            raise ValueError(
-                f"got {value:g}, but the planner {policy.planner!r} reaches "
-                f"{policy.max_sparsity:.4g} at {policy.num_inference_steps} steps; "
-                "use less, or more --steps"
-            )
-        policy.sparsity = value
-
-
-def files_sha256(source: str) -> dict[str, str]:
-    """That of `tsad.load`."""
-    from tsad.load import files_sha256 as hashes
-
-    return hashes(source)
-
-
-def plan_sha256(plan: Plan) -> str:
-    """SHA-256 of what a plan does."""
-    digest = hashlib.sha256(repr(plan.sources.shape).encode() + plan.sources.tobytes())
-    if plan.first is not None:
-        digest.update(plan.first.sources.tobytes())
-    return digest.hexdigest()
+        return read_plan(path)
 
 
 def cpu_name() -> str:
@@ -462,12 +423,6 @@ def cpu_name() -> str:
         facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
         return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
     return platform.processor() or platform.machine()
-
-
-def planner_name(policy: SparsePolicy) -> str:
-    """The planner in words."""
-    planner = policy.planner
-    return planner if isinstance(planner, str) else repr(planner)
 
 
 def sampler_name(policy: SparsePolicy) -> str:

@@ -18,8 +18,8 @@ from tsad.commands.common import (
     add_preset,
     argument,
     check_result,
+    configure,
     cpu_name,
-    load_options,
     load_policy,
     natural,
     planner_name,
@@ -29,8 +29,8 @@ from tsad.commands.common import (
     sparsity,
     table,
 )
-from tsad.commands.eval import configure
 from tsad.commands.progress import Progress
+from tsad.setting import Setting
 
 if TYPE_CHECKING:
     from tsad import Plan, SparsePolicy
@@ -154,12 +154,10 @@ def _preset(args: argparse.Namespace) -> Preset | None:
 
 def _faster(args: argparse.Namespace, dense: SparsePolicy) -> Arm:
     """What is held against the dense policy."""
-    import tsad
 
     preset = _preset(args)
     if preset is not None:
-        with argument("--preset"):
-            policy = tsad.load(args.policy, preset=preset.name, **load_options(args))
+        policy = load_policy(args.policy, args, name="--preset", lanes=1, preset=preset.name)
         return Arm(preset.name, policy, preset)
     policy = load_policy(args.policy, args, name="--policy", lanes=1)
     share = args.sparsity
@@ -170,7 +168,7 @@ def _faster(args: argparse.Namespace, dense: SparsePolicy) -> Arm:
                 f"argument --steps: {dense.num_inference_steps} step leaves nothing to leave out; "
                 "use 2 or more, or --preset"
             )
-    configure(policy, argparse.Namespace(plan=None, planner=args.planner, sparsity=share))
+    configure(policy, Setting(planner=args.planner, sparsity=share))
     return Arm("pruner" if share is None else f"sparsity {share:g}", policy)
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.arrays import read_any_json
-from tsad.commands.common import argument, files_sha256, load_policy
-from tsad.commands.eval import configure
+from tsad.commands.common import argument, configure, files_sha256, load_policy
 from tsad.commands.progress import Progress
 from tsad.files import write_json
+from tsad.setting import Setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +77,7 @@ def _read_kept(file: Path) -> dict[str, dict[str, float | None]]:
 
 
 class Errors:
-    """Errors of settings, given as the arguments of a command, on recorded observations.
+    """Errors of settings on recorded observations.
 
     ``action_rms`` is to the dense float32 policy with the same sampler, warm start and noise;
     ``distance`` (of two draws or more) to the ``reference`` setting, dense and float32: see
@@ -89,10 +90,12 @@ class Errors:
         windows: NDArray[np.float32],
         *,
         draws: int,
-        reference: argparse.Namespace,
+        machine: argparse.Namespace,
+        reference: Setting,
         file: Path,
     ) -> None:
         self._source, self._windows, self._draws = source, windows, draws
+        self._machine = machine  # device and threads
         self._reference, self._file = reference, file
         self._dense: dict[Any, Floats] = {}  # by sampler, steps, spacing, warm start
         seen = hashlib.sha256(windows.tobytes()).hexdigest()
@@ -102,46 +105,44 @@ class Errors:
             with argument("--out"):
                 self._kept = _read_kept(file)
 
-    def of(self, args: argparse.Namespace, name: str) -> dict[str, float | None]:
+    def of(self, setting: Setting, name: str) -> dict[str, float | None]:
         """The errors of one setting; ``name`` is shown while they are measured."""
-        from tsad.warm import WarmPolicy
-
-        policy = self._load(args, f"--settings: {name}")
+        policy = self._load(setting, f"--settings: {name}")
+        configure(policy, setting)
         facts = {
             **self._facts,
             "scheduler": policy.config["scheduler"],
             "precision": policy.precision,
             "backend": policy.backend,
-            **configure(policy, args),
+            **setting.computed(policy),
         }
         if unknown(self._windows, policy):
             return dict.fromkeys(("action_rms", *("distance", "spread") * (self._draws > 1)))
-        if isinstance(policy, WarmPolicy):
-            facts["warm_start"] = policy.num_inference_steps
+        if setting.warm_start is not None:
+            facts["warm_start"] = setting.warm_start
         if self._draws > 1:
             facts["reference"] = self._key(self._reference)
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if key not in self._kept:
-            self._kept[key] = self._measure(policy, args, name)
+            self._kept[key] = self._measure(policy, setting, name)
             write_json(self._file, self._kept)
         return self._kept[key]
 
-    def _load(self, args: argparse.Namespace, name: str) -> SparsePolicy:
+    def _load(self, setting: Setting, name: str) -> SparsePolicy:
         lanes = min(LANES, len(self._windows) * self._draws)
-        return load_policy(self._source, args, name=name, lanes=lanes)
+        return load_policy(self._source, self._machine, name=name, lanes=lanes, setting=setting)
 
     @staticmethod
-    def _key(args: argparse.Namespace) -> list[Any]:
-        warm_start = getattr(args, "warm_start", None)
-        own = [args.sampler, args.steps, args.spacing]
-        return own if warm_start is None else [*own, warm_start]
+    def _key(setting: Setting) -> list[Any]:
+        own = [setting.sampler, setting.num_inference_steps, setting.timestep_spacing]
+        return own if setting.warm_start is None else [*own, setting.warm_start]
 
     def _measure(
-        self, policy: SparsePolicy, args: argparse.Namespace, name: str
+        self, policy: SparsePolicy, setting: Setting, name: str
     ) -> dict[str, float | None]:
         from tsad.sim import offline
 
-        own = self._dense_actions(args)
+        own = self._dense_actions(setting)
         found = self._run(policy, f"{name}, errors")
         errors: dict[str, float | None] = {"action_rms": offline.rms(found, own)}
         if self._draws > 1:
@@ -150,14 +151,13 @@ class Errors:
             errors["spread"] = offline.spread(found, reference)
         return errors
 
-    def _dense_actions(self, args: argparse.Namespace) -> Floats:
+    def _dense_actions(self, setting: Setting) -> Floats:
         """Of the dense float32 policy with the sampler of a setting."""
-        key = tuple(self._key(args))
+        key = tuple(self._key(setting))
         if key not in self._dense:
-            plain = argparse.Namespace(**{**vars(args), "precision": "float32"})
-            policy = self._load(plain, "--settings")
+            policy = self._load(replace(setting, precision="float32"), "--settings")
             policy.sparsity = 0.0
-            words = "own" if args.sampler is None else args.sampler
+            words = setting.sampler or "own"
             self._dense[key] = self._run(policy, f"{words} {policy.num_inference_steps}, dense")
         return self._dense[key]
 

@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tsad.commands.common import UsageError, load_options, plan_of, positive_int
+from tsad.commands.common import UsageError, positive_int
+from tsad.setting import Setting
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
@@ -65,6 +66,7 @@ def play(
     policy: SparsePolicy,
     source: str,
     args: argparse.Namespace,
+    setting: Setting,
     todo: list[int],
     options: Mapping[str, Any],
     on_chunks: Callable[[int], None],
@@ -78,16 +80,13 @@ def play(
     from tsad.sim import parallel
 
     lanes = min(policy.lanes, -(-len(todo) // workers.jobs))
-    attributes: dict[str, Any] = {}
-    if args.plan is not None:
-        attributes["plan"] = plan_of(args.plan, "--plan", policy)
-    else:
-        attributes |= {"planner": policy.planner, "sparsity": policy.sparsity}
     work = parallel.Work(
         simulator=args.simulator,
         source=source if source in bundled() else os.path.abspath(source),
-        load={**load_options(args), "lanes": lanes, "threads": workers.threads},
-        attributes=attributes,
+        setting=setting.alone(policy),
+        lanes=lanes,
+        threads=workers.threads,
+        device=args.device,
         options=options,
         identity=parallel.identity(policy, sim.facts(args.simulator).packages),
     )

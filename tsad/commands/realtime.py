@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tsad.commands.bench import Clock, observations
-from tsad.commands.common import UsageError, argument, load_policy, real
+from tsad.commands.common import UsageError, argument, real
 from tsad.commands.progress import Progress
 from tsad.sim.realtime import MOST_HZ, MOST_MS, delay_ticks
+
+if TYPE_CHECKING:
+    from tsad import SparsePolicy
 
 # argparse types, and the check of the same keys in a settings file
 hertz = real(lambda value: 0 < value <= MOST_HZ, f"ticks a second, above 0 and up to {MOST_HZ:g}")
@@ -44,26 +48,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check(args: argparse.Namespace, name: str) -> None:
+def check(hz: float | None, latency: float | None, name: str) -> None:
     """UsageError, naming the argument `name`, where a latency has nothing to delay."""
-    if args.latency is not None and args.realtime is None:
+    if latency is not None and hz is None:
         raise UsageError(f"argument {name}: needs --realtime HZ, the ticks that it is counted in")
 
 
-def settings(args: argparse.Namespace, source: str, out: Path | None) -> dict[str, Any]:
+def settings(
+    hz: float | None, latency: float | None, out: Path | None, measure: Callable[[], SparsePolicy]
+) -> dict[str, Any]:
     """What a run's settings say of real time: {} without it, else {"realtime": {...}}.
 
-    The latency is that of the arguments, else that of the results at `out`, else measured.
+    The latency is the one given, else that of the results at `out`, else that of the policy, one
+    lane, which `measure` makes.
     """
-    if args.realtime is None:
+    if hz is None:
         return {}
-    hz, latency = float(args.realtime), args.latency
-    if latency is None and out is not None and not args.overwrite:
+    if latency is None and out is not None:
         with argument("--out"):
             latency = _recorded(out)
     if latency is None:
-        latency = _measured(source, args)
-    latency = round(float(latency), 1)
+        latency = _measured(measure())
+    hz, latency = float(hz), round(float(latency), 1)
     return {
         "realtime": {"hz": hz, "latency_ms": latency, "ticks": delay_ticks(hz, latency)},
     }
@@ -83,15 +89,11 @@ def _recorded(out: Path) -> float | None:
     return float(recorded["realtime"]["latency_ms"])
 
 
-def _measured(source: str, args: argparse.Namespace) -> float:
-    """Milliseconds per chunk of the setting, here and now, one lane.
+def _measured(policy: SparsePolicy) -> float:
+    """Milliseconds per chunk of the policy, here and now.
 
     The first chunk of an episode, which may be dense, is taken to be as fast as the others.
     """
-    from tsad.commands.eval import configure  # which imports this module
-
-    policy = load_policy(source, args, name="--policy", lanes=1)
-    configure(policy, args)
     clock, obs = Clock("latency", policy, lambda: None), observations(policy, CHUNKS)
     with Progress(ROUNDS, "latency", unit="rounds") as progress:
         for _ in range(ROUNDS):

@@ -18,14 +18,11 @@ from tsad.commands.common import (
     check_result,
     check_simulator,
     check_source,
-    is_mask,
-    load_policy,
     policy_source,
     seed_range,
     span,
     table,
     too_few,
-    use_preset,
 )
 from tsad.commands.errors import (
     ERRORS_FILE,
@@ -35,9 +32,10 @@ from tsad.commands.errors import (
     recorded_windows,
     unknown,
 )
-from tsad.commands.eval import configure, evaluate, seeds_of
+from tsad.commands.play import Trial, evaluate, seeds_of
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 from tsad.files import make_folder, output_folder, write_json
+from tsad.setting import is_mask
 from tsad.statistics import LEAST_EPISODES
 
 if TYPE_CHECKING:
@@ -113,15 +111,12 @@ def read_settings(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _arguments(args: argparse.Namespace, row: Mapping[str, Any], folder: Path) -> Any:
-    """The arguments of one row: those of the command, but for what the row says."""
-    row = {key: value for key, value in row.items() if key != "name"}
+def _trial(args: argparse.Namespace, row: Mapping[str, Any], folder: Path) -> Trial:
+    """What a row says, and what it leaves to the arguments of the command."""
+    row = dict(row)
     if "plan" in row and not is_mask(row["plan"]):  # relative to the settings file
         row["plan"] = str(folder / row["plan"])
-    resume = args.resume or not args.overwrite
-    own = argparse.Namespace(**{**vars(args), **row, "resume": resume})
-    use_preset(own, policy_source(args), row.get("preset"))
-    return own
+    return Trial.of({**vars(args), **row}, policy_source(args))
 
 
 def passes(policy: SparsePolicy) -> float | None:
@@ -197,7 +192,7 @@ class Sweep:
     ) -> None:
         self._args, self._folder, self._out = args, folder, out
         self._source = policy_source(args)
-        self._arguments: dict[str, argparse.Namespace] = {}
+        self._trials: dict[str, Trial] = {}
         self._settings: dict[str, dict[str, Any]] = {}
         self._errors: Errors | None = None
         self.windows: NDArray[np.float32] | None = None
@@ -205,7 +200,7 @@ class Sweep:
         self.episodes: dict[str, list[Episode]] = {}
         self.add(settings)
         if args.simulator is not None:
-            first = next(iter(self._arguments.values()))
+            first = next(iter(self._trials.values()))
             check_policy(args, self.load(first, "--policy"))
 
     def add(self, settings: list[dict[str, Any]]) -> None:
@@ -213,22 +208,20 @@ class Sweep:
         from tsad import sim
 
         for row in settings:
-            name, own = row["name"], _arguments(self._args, row, self._folder)
-            realtime.check(own, f"--settings: {name}: latency")
+            name, own = row["name"], _trial(self._args, row, self._folder)
+            realtime.check(own.realtime, own.latency, f"--settings: {name}: latency")
             with argument(f"--settings: {name}"):
                 policy = self.load(own, f"--settings: {name}")
-                sim.check_executed(policy, own.n_action_steps)
-            self._arguments[name], self._settings[name] = own, row
+                sim.check_executed(policy, own.setting.n_action_steps)
+            self._trials[name], self._settings[name] = own, row
 
-    def load(self, own: argparse.Namespace, name: str) -> SparsePolicy:
+    def load(self, own: Trial, name: str) -> SparsePolicy:
         """One lane of a row's policy, set."""
-        policy = load_policy(self._source, own, name=name, lanes=1)
-        configure(policy, own)
-        return policy
+        return own.load(self._source, self._args, name=name, lanes=1)
 
-    def arguments(self) -> dict[str, argparse.Namespace]:
-        """Those of every row, as if typed."""
-        return self._arguments
+    def trials(self) -> dict[str, Trial]:
+        """That of every row."""
+        return self._trials
 
     def setting(self, name: str) -> dict[str, Any]:
         """A row as it was given."""
@@ -238,40 +231,48 @@ class Sweep:
         """From now on `play` and `error` report errors of actions on these."""
         if observations is None:
             return
-        first = next(iter(self._arguments.values()))
+        first = next(iter(self._trials.values()))
         policy = self.load(first, "--settings")
         self.windows = recorded_windows(observations, policy, most_windows(draws))
         make_folder(self._out)
         file = self._out / ERRORS_FILE
-        self._errors = Errors(self._source, self.windows, draws=draws, reference=first, file=file)
+        self._errors = Errors(
+            self._source,
+            self.windows,
+            machine=self._args,
+            draws=draws,
+            reference=first.setting,
+            file=file,
+        )
 
     def unmeasured(self) -> list[str]:
         """The rows whose errors single observations don't tell."""
         if self.windows is None or self.windows.shape[1] > 1:
             return []
-        rows = self._arguments.items()
+        rows = self._trials.items()
         return [name for name, own in rows if unknown(self.windows, self.load(own, name))]
 
     def leave_out(self, name: str) -> None:
         """Without this row."""
-        del self._arguments[name], self._settings[name]
+        del self._trials[name], self._settings[name]
 
     def error(self, name: str) -> dict[str, float | None]:
         """Errors of a row's actions; {} where nothing is recorded to measure them on."""
-        return {} if self._errors is None else self._errors.of(self._arguments[name], name)
+        return {} if self._errors is None else self._errors.of(self._trials[name].setting, name)
 
     def play(self) -> None:
         """Play what is missing of every row that has not been."""
         from tsad.sim.results import read_results
 
         make_folder(self._out)
-        for number, (name, own) in enumerate(self._arguments.items(), 1):
+        for number, (name, own) in enumerate(self._trials.items(), 1):
             if name in self.rows:
                 continue
             path = self._out / f"{name}.json"
-            own.label = f"{number} of {len(self._arguments)}, {name}"
+            label = f"{number} of {len(self._trials)}, {name}"
+            resume = self._args.resume or not self._args.overwrite
             try:
-                document, policy = evaluate(own, path)
+                document, policy = evaluate(self._args, own, path, resume=resume, label=label)
             except (InterruptedRunError, RuntimeError) as stop:
                 text = str(stop).replace("command with --resume", "command")  # a sweep always does
                 raise type(stop)(f"setting {name}: {text}") from None

@@ -20,11 +20,11 @@ from tsad.commands.common import (
     check_result,
     check_simulator,
     check_source,
+    configure,
     cpu_name,
     files_sha256,
     load_policy,
     natural,
-    plan_of,
     policy_source,
     positive_int,
     real,
@@ -34,7 +34,7 @@ from tsad.commands.common import (
     table,
 )
 from tsad.commands.errors import SINGLE
-from tsad.commands.eval import configure, seeds_of
+from tsad.commands.play import Trial, seeds_of
 from tsad.commands.progress import Progress
 from tsad.commands.sweep import Sweep, number, passes, read_settings
 from tsad.files import make_folder, output_folder, write_json
@@ -260,7 +260,7 @@ def _score(sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
         return sweep.rows
     return {
         name: {"passes": passes(sweep.load(own, name)), **sweep.error(name)}
-        for name, own in sweep.arguments().items()
+        for name, own in sweep.trials().items()
     }
 
 
@@ -284,10 +284,10 @@ def _again(
 
     known = {}
     for name, row in rows.items():
-        own = sweep.arguments()[name]
+        own = sweep.trials()[name]
         if row["passes"] is not None and _choosable(sweep, name):
-            cost = row["passes"] * (INT16 if own.precision == "int16" else 1.0)
-            known[name] = cost / (own.n_action_steps or n_action_steps)
+            cost = row["passes"] * (INT16 if own.setting.precision == "int16" else 1.0)
+            known[name] = cost / (own.setting.n_action_steps or n_action_steps)
     losses = _losses(rows, args)
     best = frontier(known, {name: losses[name] for name in known})
     more = [
@@ -313,11 +313,11 @@ def _shown_offline(sweep: Sweep, name: str) -> bool:
 def _time(sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds per chunk of every setting, in turns: the fastest round's median, and all's."""
     clocks = []
-    for name, own in sweep.arguments().items():
-        policy = load_policy(policy_source(args), own, name="--settings", lanes=1)
+    for name, own in sweep.trials().items():
+        policy = sweep.load(own, "--settings")
 
-        def setup(policy: SparsePolicy = policy, own: argparse.Namespace = own) -> None:
-            configure(policy, own)
+        def setup(policy: SparsePolicy = policy, own: Trial = own) -> None:
+            configure(policy, own.setting)
 
         clocks.append(Clock(name, policy, setup))
     obs = observations(clocks[0].policy, CHUNKS_PER_ROUND)
@@ -328,7 +328,7 @@ def _time(sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
             for clock in clocks:
                 clock.round(obs)
                 progress.update(clock.name)
-    executed = {name: own.n_action_steps for name, own in sweep.arguments().items()}
+    executed = {name: own.setting.n_action_steps for name, own in sweep.trials().items()}
     return {
         clock.name: {
             "milliseconds": min(clock.medians),
@@ -395,16 +395,16 @@ def _save(
     for preset, name in chosen.items():
         if name is None:
             continue
-        own = sweep.arguments()[name]
-        policy = sweep.load(own, name)
+        own = sweep.trials()[name].setting
+        policy = sweep.load(sweep.trials()[name], name)
         scheduler = policy.config["scheduler"]
         measured = {key: rows[name][key] for key in MEASURED if key in rows[name]}
         made = Preset(
             preset,
             model_sha256(folder),
-            scheduler["type"],
-            scheduler["num_inference_steps"],  # all of them, where a chunk starts warm
-            scheduler["timestep_spacing"],
+            sampler=scheduler["type"],
+            num_inference_steps=scheduler["num_inference_steps"],  # all, where a chunk starts warm
+            timestep_spacing=scheduler["timestep_spacing"],
             precision=policy.precision,
             n_action_steps=own.n_action_steps,
             warm_start=own.warm_start,
@@ -412,8 +412,7 @@ def _save(
             sparsity=own.sparsity,
             measured={"setting": name, **facts, "threads": policy.threads, **measured},
         )
-        plan = None if own.plan is None else plan_of(own.plan, "--settings", policy)
-        presets.append((made, plan))
+        presets.append((made, own.load_plan(policy)))
     with argument("--save"):
         save_presets(_place(args), presets)
 
@@ -490,7 +489,7 @@ def _document(
     import tsad
     from tsad.sim.frontier import correlations
 
-    probe = sweep.load(next(iter(sweep.arguments().values())), "--settings")
+    probe = sweep.load(next(iter(sweep.trials().values())), "--settings")
     for name, row in rows.items():
         row |= times[name]
     baseline = next(iter(rows))
@@ -542,11 +541,11 @@ def run(args: argparse.Namespace) -> int:
     sweep.measure(args.observations, args.draws)
     own_grid = args.settings is None
     for name in sweep.unmeasured() if args.simulator is None else ():
-        if not own_grid or len(sweep.arguments()) == 1:
+        if not own_grid or len(sweep.trials()) == 1:
             raise UsageError(f"argument --settings: {name}: its {SINGLE}, or leave it out")
         sweep.leave_out(name)
     rows = _score(sweep, args)
-    n = sweep.load(next(iter(sweep.arguments().values())), "--settings").n_action_steps
+    n = sweep.load(next(iter(sweep.trials().values())), "--settings").n_action_steps
     if own_grid if args.int16 is None else args.int16:
         _again(sweep, rows, args, n, "int16", {"precision": "int16"})
         rows = _score(sweep, args)

@@ -22,6 +22,7 @@ from typing import Any
 
 from tsad._extras import package_versions, require, version
 from tsad.load import load
+from tsad.setting import Setting
 from tsad.sim.rollout import Chunk, Episode, rollouts
 from tsad.sim.simulators import describe
 
@@ -42,16 +43,18 @@ class Work:
 
     Args:
         simulator: a name that `tsad.sim.make` knows here.
-        source: of `tsad.load`, and `load` its keyword arguments; `lanes` and `threads` with them.
-        attributes: set on the policy in this order: `planner`, `sparsity`, `plan`.
+        source, lanes, threads, device: of `tsad.load`.
+        setting: how the policy runs.
         options: keyword arguments of `tsad.sim.rollouts`.
         identity: `identity` of the caller's policy: workers with another would give other results.
     """
 
     simulator: str
     source: str
-    load: Mapping[str, Any]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    setting: Setting
+    lanes: int
+    threads: int
+    device: str = "cpu"
     options: Mapping[str, Any] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,8 +89,14 @@ class Player:
 
         work = self._work
         sim.register(work.simulator, **self._facts._asdict())  # the caller's may not be ours
-        self._environments = [sim.make(work.simulator) for _ in range(work.load["lanes"])]
-        policy = load(work.source, **work.load)
+        self._environments = [sim.make(work.simulator) for _ in range(work.lanes)]
+        policy = load(
+            work.source,
+            lanes=work.lanes,
+            threads=work.threads,
+            device=work.device,
+            **work.setting.options(),
+        )
         ours = identity(policy, self._facts.packages)
         for name, wanted in work.identity.items():
             if ours.get(name) != wanted:
@@ -95,8 +104,7 @@ class Player:
                     f"{name}: this worker has {ours.get(name)}, the caller {wanted}; results would "
                     "differ; install the same, or use machines of one kind"
                 )
-        for name, value in work.attributes.items():
-            setattr(policy, name, value)
+        work.setting.apply(policy)
         self._policy = policy
 
 
@@ -121,7 +129,7 @@ def play(
         WorkerError: a worker raised an exception, or was killed.
         MissingExtraError: Ray is not installed.
     """
-    size = int(work.load["lanes"])
+    size = int(work.lanes)
     batches = [list(seeds[i : i + size]) for i in range(0, len(seeds), size)]
     if not batches:
         return
@@ -243,7 +251,7 @@ def _on_ray(work: Work, jobs: int, batches: list[list[int]]) -> Outcomes:
     ray = require("ray", extra="ray", purpose="a Ray cluster")
     # Not ray.util.multiprocessing.Pool: it hands out batches in turn, to busy workers too.
     pool_of = require("ray.util", extra="ray", purpose="a Ray cluster").ActorPool
-    player = ray.remote(num_cpus=work.load["threads"])(Player)
+    player = ray.remote(num_cpus=work.threads)(Player)
     actors = [player.remote(work, sim.facts(work.simulator)) for _ in range(jobs)]
     try:
         yield from pool_of(actors).map_unordered(lambda a, seeds: a.play.remote(seeds), batches)

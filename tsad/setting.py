@@ -1,0 +1,157 @@
+"""A setting: how a policy runs, beside its weights, its noise and the machine.
+
+`tsad.load`, presets, settings files, the command line and workers all say it in one form, and
+`Setting.apply` is the one place where plans, planners and dials are set by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsad.plan import Plan
+from tsad.planners import from_steps
+
+if TYPE_CHECKING:
+    from tsad.policy import SparsePolicy
+
+# What the command line and settings files call some of the fields.
+WORDS = {"num_inference_steps": "steps", "timestep_spacing": "spacing"}
+LOADED = ("sampler", "num_inference_steps", "timestep_spacing", "precision", "warm_start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a policy runs. None: as the policy was made, and dense.
+
+    Args:
+        sampler, num_inference_steps, timestep_spacing, precision, warm_start: as of `tsad.load`.
+        n_action_steps: actions executed of a chunk.
+        planner, sparsity: as of `SparsePolicy`; sparsity None with the planner "pruner" is its own
+            choice.
+        plan: what is computed, instead of these two: a `Plan`, the path of one, or a step mask such
+            as "10000010": 1 computes a step, 0 repeats the one before.
+    """
+
+    sampler: str | None = None
+    num_inference_steps: int | None = None
+    timestep_spacing: str | None = None
+    precision: str | None = None
+    n_action_steps: int | None = None
+    warm_start: int | None = None
+    planner: str | None = None
+    sparsity: float | None = None
+    plan: Plan | Path | str | None = None
+
+    @classmethod
+    def of(cls, words: Mapping[str, Any]) -> Setting:
+        """From what the command line or a settings file says, by its `WORDS`; the rest is left."""
+        names = [field.name for field in fields(Setting)]
+        values = {name: words.get(WORDS.get(name, name)) for name in names}
+        if values["precision"] == "auto":
+            values["precision"] = None
+        return Setting(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is set, for JSON; a plan by the name of its file, and not as an object."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.plan, Path):
+            values["plan"] = self.plan.name
+        return {name: value for name, value in values.items() if value is not None}
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `tsad.load` that it is made with."""
+        values = {name: getattr(self, name) for name in LOADED}
+        return {**values, "precision": self.precision or "auto"}
+
+    def load_plan(self, policy: SparsePolicy) -> Plan | None:
+        """Its plan for a policy; ``ValueError`` or ``OSError`` if that can't be read."""
+        if self.plan is None or isinstance(self.plan, Plan):
+            return self.plan
+        return from_steps(policy, str(self.plan)) if is_mask(self.plan) else read_plan(self.plan)
+
+    def alone(self, policy: SparsePolicy) -> Setting:
+        """The same without any file: with its plan for a policy in it."""
+        values = {field.name: getattr(self, field.name) for field in fields(Setting)}
+        return Setting(**{**values, "plan": self.load_plan(policy)})
+
+    def apply(self, policy: SparsePolicy) -> None:
+        """Set the policy's plan, or its planner and dial; the rest it was loaded with.
+
+        ``ValueError`` and ``OSError`` as of `load_plan` and of these attributes, whose names begin
+        the message.
+        """
+        plan = self.load_plan(policy)
+        if plan is not None:
+            policy.plan = plan
+            return
+        if self.planner is not None:
+            policy.planner = self.planner
+        if self.planner == "pruner" and self.sparsity is None:
+            policy.sparsity = None
+        else:
+            policy.sparsity = self.sparsity or 0.0
+
+    def key(self, policy: SparsePolicy) -> dict[str, Any]:
+        """All of it that decides an episode's result, as the policy that it is applied to says it.
+
+        Runs of equal keys can go on with each other. What equals the default is left out where it
+        came later, so that older results can be gone on with.
+        """
+        scheduler = policy.config["scheduler"]
+        key = {
+            "sampler": scheduler["type"],
+            "num_inference_steps": scheduler["num_inference_steps"],
+            "device": str(policy.device),
+            "precision": policy.precision,
+            "backend": policy.backend,
+            **self.computed(policy),
+        }
+        if self.n_action_steps not in (None, policy.n_action_steps):
+            key["n_action_steps"] = self.n_action_steps
+        if self.warm_start is not None:
+            key["warm_start"] = self.warm_start
+        if self.timestep_spacing is not None:
+            key["timestep_spacing"] = self.timestep_spacing
+        return key
+
+    def computed(self, policy: SparsePolicy) -> dict[str, Any]:
+        """The part of `key` that says what is computed."""
+        plan = self.load_plan(policy)
+        if plan is not None:
+            return {"planner": "file", "sparsity": plan.sparsity, "plan_sha256": plan_sha256(plan)}
+        # At sparsity 0 every planner is dense: one name, so that such runs go on with each other.
+        planner = "dense" if policy.sparsity == 0 else planner_name(policy)
+        return {"planner": planner, "sparsity": policy.sparsity, "plan_sha256": None}
+
+
+def is_mask(plan: str | Path) -> bool:
+    """Whether a plan is given as a step mask, such as 10000010, instead of a file."""
+    return set(str(plan)) <= {"0", "1"} and not Path(plan).exists()
+
+
+def read_plan(path: str | Path) -> Plan:
+    """A plan file; ``FileNotFoundError`` or ``ValueError`` if it is missing or not one."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"got {str(path)!r}, which is not a file; expected a plan saved by Plan.save or by "
+            "'tsad demo'"
+        )
+    return Plan.load(path)
+
+
+def plan_sha256(plan: Plan) -> str:
+    """SHA-256 of what a plan does."""
+    digest = hashlib.sha256(repr(plan.sources.shape).encode() + plan.sources.tobytes())
+    if plan.first is not None:
+        digest.update(plan.first.sources.tobytes())
+    return digest.hexdigest()
+
+
+def planner_name(policy: SparsePolicy) -> str:
+    """The planner in words."""
+    planner = policy.planner
+    return planner if isinstance(planner, str) else repr(planner)
