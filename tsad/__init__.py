@@ -49,10 +49,10 @@ def __getattr__(name: str) -> Any:
         from tsad.recorder import Recorder
 
         return Recorder
-    if name == "sim":
+    if name in ("convert", "sim"):
         from importlib import import_module
 
-        return import_module("tsad.sim")
+        return import_module(f"tsad.{name}")
     if name != "__version__":
         raise AttributeError(f"module 'tsad' has no attribute {name!r}")
     from tsad._extras import version  # slow to import

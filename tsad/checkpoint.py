@@ -49,6 +49,19 @@ class CheckpointError(ValueError):
     """A file that is truncated, foreign, corrupt, or does not fit its configuration."""
 
 
+def folder_kind(path: Path) -> str:
+    """``"tsad"``, ``"lerobot"`` or ``"unknown"``, by what ``config.json`` says of itself.
+
+    A ``config.json`` that is no JSON object raises ``CheckpointError``.
+    """
+    if not (path / CONFIG_FILE).is_file():
+        return "unknown"
+    data = read_json(path / CONFIG_FILE)
+    if isinstance(data, Mapping) and "format" not in data and isinstance(data.get("type"), str):
+        return "lerobot"
+    return "tsad"
+
+
 def read_folder(path: str | os.PathLike[str]) -> tuple[PolicyConfig, Tensors, Tensors | None]:
     """Configuration, network tensors and pruner tensors (``None`` without one) of a tsad folder.
 

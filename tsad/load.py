@@ -18,10 +18,10 @@ from tsad.checkpoint import (
     PRUNER_FILE,
     CheckpointError,
     Tensors,
+    folder_kind,
     read_folder,
 )
 from tsad.config import EULER, TIMESTEP_SPACINGS, PolicyConfig
-from tsad.convert import Converted, folder_kind, read_checkpoint, read_lerobot_folder
 from tsad.families import Network
 from tsad.families.dit import DitConfig
 from tsad.families.unet1d import Unet1dConfig
@@ -35,6 +35,7 @@ from tsad.setting import Setting
 
 if TYPE_CHECKING:
     from tsad import _core
+    from tsad.convert import Converted
 
 PRECISIONS = ("auto", "float32", "int16", "int8")
 MAX_THREADS = 64  # the team's size in csrc/cpu/team.c
@@ -329,6 +330,8 @@ def read_policy(
         if kind == "tsad":
             return read_folder(path)
         if kind == "lerobot":
+            from tsad.convert import read_lerobot_folder  # a third of the time of import tsad
+
             return _with_notes(path, read_lerobot_folder(path))
         raise ValueError(
             f"source: expected a tsad folder, got {str(path)!r}, which has no {CONFIG_FILE}; make "
@@ -345,6 +348,8 @@ def read_policy(
         raise ValueError(
             f"source: expected a tsad folder, got the file {str(path)!r}; give the folder it is in"
         )
+    from tsad.convert import read_checkpoint
+
     return _with_notes(path, read_checkpoint(path, weights=weights))
 
 

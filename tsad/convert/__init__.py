@@ -19,6 +19,7 @@ from tsad.checkpoint import (
     MODEL_FILE,
     PRUNER_FILE,
     CheckpointError,
+    folder_kind,
     read_folder,
     read_json,
     write_folder,
@@ -155,19 +156,6 @@ def _wrong_folder(path: Path) -> ValueError:
     return ValueError(
         f"{path}: expected a Diffusion Policy .ckpt file, got a folder; give the file in it"
     )
-
-
-def folder_kind(path: Path) -> str:
-    """``"tsad"``, ``"lerobot"`` or ``"unknown"``, by what ``config.json`` says of itself.
-
-    A ``config.json`` that is no JSON object raises ``CheckpointError``.
-    """
-    if not (path / CONFIG_FILE).is_file():
-        return "unknown"
-    data = read_json(path / CONFIG_FILE)
-    if isinstance(data, Mapping) and "format" not in data and isinstance(data.get("type"), str):
-        return "lerobot"
-    return "tsad"
 
 
 def read_lerobot_folder(path: Path) -> Converted:
