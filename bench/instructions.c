@@ -66,7 +66,7 @@ static void count(const bench_case *c, tsad_model *model, const uint8_t *plans)
     float *noise = draw((size_t)(K * c->lanes * T * A), 1, 0), *actions = fill(c->lanes * T * A, 0);
     uint8_t *dense = calloc((size_t)cells, 1);
     tsad_policy *p;
-    must(tsad_policy_create(model, c->lanes, 1, &p));
+    must(tsad_policy_create(model, NULL, c->lanes, 1, &p));
     for (int i = 0; i < c->lanes; i++) {
         lanes[i] = i;
         if (!c->pruner) {

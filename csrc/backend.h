@@ -28,11 +28,12 @@ typedef struct tsad_run {
     int lane; /* whose slots and arrays */
     tsad_part part;
     const tsad_program *program;
-    bool rows_apart;    /* rows need nothing of each other: any order, side by side */
-    bool rollout;       /* slots hold K rows, not one */
-    tsad_sums_use sums; /* of rollout slots: leave, make before the first row, or use */
-    bool update;        /* the sampler's rows count; false: the network alone */
-    const float *noise; /* on the host: z of row k at noise + k * noise_step; NULL: none */
+    int first_step;       /* row of the tables over steps that the program's row 0 has */
+    bool rows_apart;      /* rows need nothing of each other: any order, side by side */
+    bool rollout;         /* slots hold all rows, not one */
+    tsad_sums_use sums;   /* of rollout slots: leave, make before the first row, or use */
+    const float *sampler; /* on the host: (rows, 8); NULL: the network alone */
+    const float *noise;   /* on the host: z of row k at noise + k * noise_step; NULL: none */
     size_t noise_step;
 } tsad_run;
 
@@ -57,9 +58,9 @@ typedef struct tsad_backend {
     tsad_status (*open)(const tsad_model *model, int lanes, int threads, tsad_engine **out);
     void (*close)(tsad_engine *engine); /* NULL is fine */
     size_t (*bytes)(const tsad_engine *engine);
-    /* K rows of slots for every lane from now on; what they held is lost. On failure nothing
+    /* `rows` rows of slots for every lane from now on; what they held is lost. On failure nothing
      * changes. */
-    tsad_status (*remember_rollouts)(tsad_engine *engine);
+    tsad_status (*remember_rollouts)(tsad_engine *engine, int rows);
     /* A program that will run often was compiled: uploads, makes room for the sums that it keeps.
      * False: there is no room for sums, so runs must not ask for them. */
     bool (*prepare)(tsad_engine *engine, int lane, const tsad_program *program);

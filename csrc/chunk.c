@@ -28,23 +28,30 @@ static tsad_status prune(const tsad_policy *p, tsad_queue *queue, int lane, floa
     return tsad_first_beyond(scores, n, FLT_MAX) < n ? TSAD_NOT_FINITE : TSAD_OK;
 }
 
-static tsad_status run_gang(void *context, tsad_queue *queue, int rank, int first, int n)
+static tsad_status encode(const tsad_gang *g)
 {
-    const job *j = context;
-    tsad_policy *p = j->policy;
-    const tsad_model *m = p->model;
-    tsad_desk *desk = &p->desks[rank];
-    tsad_gang g = {
-        .policy = p, .call = j->call, .queue = queue, .desk = desk, .row = first, .n = n};
+    const tsad_model *m = g->policy->model;
     size_t per_obs = (size_t)m->n_obs_steps * (size_t)m->obs_dim;
+    int lanes[TSAD_GANG];
+    const float *obs[TSAD_GANG];
+    for (int i = 0; i < g->n; i++) {
+        lanes[i] = tsad_gang_index(g, i);
+        obs[i] = g->call->obs + (size_t)g->rows[i] * per_obs;
+    }
+    return tsad_encode(g->policy, g->queue, g->steps, g->n, lanes, obs);
+}
+
+static tsad_status run_stages(const tsad_gang *g)
+{
+    tsad_policy *p = g->policy;
+    tsad_desk *desk = g->desk;
     int64_t t = tsad_now();
-    TSAD_TRY(
-        tsad_encode(p, queue, n, j->call->lanes + first, j->call->obs + (size_t)first * per_obs));
+    TSAD_TRY(encode(g));
     t = lap(desk, TSAD_ENCODE, t);
-    for (int i = 0; i < n; i++) {
-        tsad_lane *lane = tsad_gang_lane(&g, i);
+    for (int i = 0; i < g->n; i++) {
+        tsad_lane *lane = tsad_gang_lane(g, i);
         if (lane->planner == TSAD_PRUNER_PLAN && lane->chunk > 0) {
-            tsad_status status = prune(p, queue, tsad_gang_index(&g, i), desk->scores);
+            tsad_status status = prune(p, g->queue, tsad_gang_index(g, i), desk->scores);
             lane->overflow = status == TSAD_NOT_FINITE ? "pruner's scores" : NULL;
             TSAD_TRY(status);
             t = lap(desk, TSAD_PRUNE, t);
@@ -53,9 +60,26 @@ static tsad_status run_gang(void *context, tsad_queue *queue, int rank, int firs
         tsad_sums_choose(lane);
         t = lap(desk, TSAD_PLAN_STAGE, t);
     }
-    tsad_status status = tsad_denoise(&g);
+    tsad_status status = tsad_denoise(g);
     lap(desk, TSAD_DENOISE, t);
     return status;
+}
+
+static tsad_status run_gang(void *context, tsad_queue *queue, int rank, int first, int n)
+{
+    const job *j = context;
+    tsad_policy *p = j->policy;
+    tsad_gang g = {.policy = p, .call = j->call, .queue = queue, .desk = &p->desks[rank]};
+    for (int at = first; at < first + n; at += g.n) {
+        g.rows = p->rows + at;
+        g.steps = tsad_lane_steps(p, &p->lanes[j->call->lanes[g.rows[0]]]);
+        g.n = 1;
+        while (at + g.n < first + n && tsad_lane_steps(p, tsad_gang_lane(&g, g.n)) == g.steps) {
+            g.n++;
+        }
+        TSAD_TRY(run_stages(&g));
+    }
+    return TSAD_OK;
 }
 
 /* ---- what is refused ------------------------------------------------------------------------- */
@@ -96,6 +120,25 @@ static tsad_status check_sample(const tsad_model *m, const char *name, const flo
                      name, (double)TSAD_MAX_MAGNITUDE, (double)x[at], k, i, at / A, at % A);
 }
 
+/* what row i of a call reads of its noise */
+static tsad_status check_noise(const tsad_policy *p, const tsad_call *call, int i)
+{
+    const tsad_model *m = p->model;
+    size_t row = (size_t)m->horizon * (size_t)m->action_dim;
+    int first, n = tsad_policy_noise_steps(p, call->lanes[i], &first);
+    const float *noise = call->noise ? call->noise + (size_t)i * call->noise_lane : NULL;
+    const float *initial = call->initial ? call->initial + (size_t)i * row
+                           : noise       ? noise + (size_t)first * call->noise_step
+                                         : NULL;
+    if (initial) {
+        TSAD_TRY(check_sample(m, "noise", initial, first, i));
+    }
+    for (int k = first + 1; noise && k < first + n; k++) {
+        TSAD_TRY(check_sample(m, "noise", noise + (size_t)k * call->noise_step, k, i));
+    }
+    return TSAD_OK;
+}
+
 tsad_status tsad_policy_check(const tsad_policy *p, const tsad_call *call)
 {
     const tsad_model *m = p->model;
@@ -110,16 +153,12 @@ tsad_status tsad_policy_check(const tsad_policy *p, const tsad_call *call)
         }
     }
     TSAD_TRY(check_obs(m, call->obs, call->n_lanes));
-    size_t row = (size_t)m->horizon * (size_t)m->action_dim;
     for (int i = 0; i < call->n_lanes; i++) {
-        const float *noise = call->noise ? call->noise + (size_t)i * call->noise_lane : NULL;
-        const float *initial = call->initial ? call->initial + (size_t)i * row : noise;
-        if (initial) {
-            TSAD_TRY(check_sample(m, "noise", initial, 0, i));
+        if (call->executed && (call->executed[i] < 0 || call->executed[i] > m->horizon)) {
+            return tsad_fail(TSAD_ARGUMENT, "executed[%d]: expected 0 to %d (horizon), got %d", i,
+                             m->horizon, call->executed[i]);
         }
-        for (int k = 1; noise && k < m->n_steps && m->adds_noise; k++) {
-            TSAD_TRY(check_sample(m, "noise", noise + (size_t)k * call->noise_step, k, i));
-        }
+        TSAD_TRY(check_noise(p, call, i));
     }
     return TSAD_OK;
 }
@@ -134,6 +173,35 @@ static void deliver(const tsad_policy *p, const tsad_call *call)
     size_t n = call->whole_horizon ? all : (size_t)m->n_action_steps * A;
     for (size_t i = 0; i < (size_t)call->n_lanes; i++) {
         memcpy(call->actions + i * n, p->actions + i * all + from, sizeof(float) * n);
+    }
+}
+
+/* what the lanes' next chunks start from */
+static void keep_chunks(tsad_policy *p, const tsad_call *call)
+{
+    const tsad_model *m = p->model;
+    int A = m->action_dim, n = m->horizon * A;
+    for (int row = 0; row < call->n_lanes && p->warm_start; row++) {
+        tsad_lane *lane = &p->lanes[call->lanes[row]];
+        const float *raw = p->actions + (size_t)row * (size_t)n;
+        lane->cold = false;
+        for (int i = 0; i < n; i++) {
+            float x = m->action_shift ? raw[i] - m->action_shift[i % A] : raw[i];
+            lane->previous[i] = x * m->action_scale[i % A] + m->action_offset[i % A];
+        }
+    }
+}
+
+/* rows of a call, those of cold lanes first, so that gangs are of one kind */
+static void order_rows(tsad_policy *p, const tsad_call *call)
+{
+    int n = 0;
+    for (int kind = 1; kind >= 0; kind--) {
+        for (int i = 0; i < call->n_lanes; i++) {
+            if (p->lanes[call->lanes[i]].cold == kind) {
+                p->rows[n++] = i;
+            }
+        }
     }
 }
 
@@ -157,10 +225,13 @@ static tsad_status abandon(tsad_policy *p, const tsad_call *call, tsad_status st
 
 tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
 {
-    if (!call->noise && (p->model->adds_noise || !call->initial)) {
-        return tsad_fail(TSAD_ARGUMENT, "noise: this sampler needs it");
-    }
     TSAD_TRY(tsad_policy_check(p, call));
+    for (int i = 0, first; i < call->n_lanes; i++) {
+        if (!call->noise &&
+            (!call->initial || tsad_policy_noise_steps(p, call->lanes[i], &first) > 1)) {
+            return tsad_fail(TSAD_ARGUMENT, "noise: this sampler needs it");
+        }
+    }
     int64_t start = tsad_now();
     job j = {.policy = p, .call = call};
     for (int i = 0; i < p->n_threads; i++) { /* not every thread need come */
@@ -169,6 +240,7 @@ tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
     for (int i = 0; i < call->n_lanes; i++) {
         p->lanes[call->lanes[i]].overflow = NULL;
     }
+    order_rows(p, call);
     int queues = 1, came = 0;
     tsad_status status =
         p->model->backend->each(p->engine, call->n_lanes, false, run_gang, &j, &queues);
@@ -176,6 +248,7 @@ tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
         return abandon(p, call, status);
     }
     deliver(p, call);
+    keep_chunks(p, call);
     for (int i = 0; i < queues; i++) {
         came += p->desks[i].ns[TSAD_DENOISE] > 0;
     }
@@ -216,7 +289,8 @@ static tsad_status predict_one(void *context, tsad_queue *queue, int rank, int f
                           .rows = m->horizon,
                           .channels = m->action_dim,
                           .stride = m->action_dim};
-        TSAD_TRY(tsad_encode(p, queue, 1, &lane, a->obs + (size_t)i * per_obs));
+        const float *obs = a->obs + (size_t)i * per_obs;
+        TSAD_TRY(tsad_encode(p, queue, &p->all, 1, &lane, &obs));
         TSAD_TRY(m->backend->put(queue, 0, TSAD_DENOISER, net->input, rows));
         TSAD_TRY(m->backend->run(queue, &run, 1, a->step, a->step + 1));
         rows.data = a->out + (size_t)i * floats;
@@ -235,14 +309,15 @@ tsad_status tsad_policy_predict_noise(tsad_policy *p, int n, const float *sample
                                       const float *obs, float *out)
 {
     const tsad_model *m = p->model;
-    if (step < 0 || step >= m->n_steps) {
-        return tsad_fail(TSAD_ARGUMENT, "step: expected 0 to %d, got %d", m->n_steps - 1, step);
+    if (step < 0 || step >= p->own.n) {
+        return tsad_fail(TSAD_ARGUMENT, "step: expected 0 to %d, got %d", p->own.n - 1, step);
     }
     TSAD_TRY(check_obs(m, obs, n));
     for (int i = 0; i < n; i++) {
         const float *x = sample + (size_t)i * (size_t)m->horizon * (size_t)m->action_dim;
         TSAD_TRY(check_sample(m, "sample", x, step, i));
     }
+    step += p->own.first;
     alone a = {.policy = p, .sample = sample, .obs = obs, .step = step, .out = out};
     int queues;
     return n ? m->backend->each(p->engine, n, true, predict_one, &a, &queues) : TSAD_OK;
@@ -254,7 +329,7 @@ static tsad_status score_one(void *context, tsad_queue *queue, int rank, int fir
     const tsad_policy *p = a->policy;
     int lane = p->n_lanes;
     (void)first, (void)n;
-    TSAD_TRY(tsad_encode(p, queue, 1, &lane, a->obs));
+    TSAD_TRY(tsad_encode(p, queue, &p->all, 1, &lane, &a->obs));
     tsad_status status = prune(p, queue, lane, p->desks[rank].scores);
     return status != TSAD_NOT_FINITE
                ? status
@@ -265,7 +340,7 @@ static tsad_status score_one(void *context, tsad_queue *queue, int rank, int fir
 tsad_status tsad_policy_pruner_scores(tsad_policy *p, const float *obs, float *out)
 {
     const tsad_model *m = p->model;
-    if (!m->has_pruner) {
+    if (!tsad_has_pruner(p)) {
         return tsad_fail(TSAD_ARGUMENT, "this policy has no pruner");
     }
     TSAD_TRY(check_obs(m, obs, 1));

@@ -111,7 +111,7 @@ static tsad_status check_tables(const tsad_model_spec *s)
     return TSAD_OK;
 }
 
-static tsad_status check_sampler(const float *sampler, int n_steps)
+tsad_status tsad_sampler_check(const float *sampler, int n_steps, bool *adds_noise)
 {
     for (int i = 0; i < n_steps * TSAD_SAMPLER_COLUMNS; i++) {
         int k = i / TSAD_SAMPLER_COLUMNS, column = i % TSAD_SAMPLER_COLUMNS;
@@ -122,20 +122,11 @@ static tsad_status check_sampler(const float *sampler, int n_steps)
                              (double)sampler[i]);
         }
     }
-    return TSAD_OK;
-}
-
-static tsad_status copy_sampler(tsad_model *m, const float *sampler, int n_steps)
-{
-    m->n_steps = n_steps;
-    m->adds_noise = false;
-    m->sampler = NULL;
-    TSAD_TRY(check_sampler(sampler, n_steps));
-    TSAD_TRY(tsad_copy_floats(&m->sampler, sampler, (size_t)n_steps * TSAD_SAMPLER_COLUMNS));
+    *adds_noise = false;
     for (int k = 1; k <= n_steps; k++) {
-        m->adds_noise |= m->sampler[k * TSAD_SAMPLER_COLUMNS - 1] != 0;
+        *adds_noise |= sampler[k * TSAD_SAMPLER_COLUMNS - 1] != 0;
     }
-    if (m->sampler[n_steps * TSAD_SAMPLER_COLUMNS - 1] != 0) {
+    if (sampler[n_steps * TSAD_SAMPLER_COLUMNS - 1] != 0) {
         return tsad_fail(TSAD_ARGUMENT, "sampler: its last row adds noise, expected none (0): "
                                         "there is no step after it");
     }
@@ -150,7 +141,9 @@ static tsad_status copy_tables(const tsad_model_spec *s, tsad_model *m)
     m->obs_dim = s->obs_dim;
     m->action_dim = s->action_dim;
     m->n_blocks = s->n_blocks;
-    TSAD_TRY(copy_sampler(m, s->sampler, s->n_steps));
+    m->n_steps = s->n_steps;
+    TSAD_TRY(tsad_sampler_check(s->sampler, s->n_steps, &m->adds_noise));
+    TSAD_TRY(tsad_copy_floats(&m->sampler, s->sampler, (size_t)s->n_steps * TSAD_SAMPLER_COLUMNS));
     TSAD_TRY(tsad_copy_floats(&m->obs_scale, s->obs_scale, (size_t)s->obs_dim));
     TSAD_TRY(tsad_copy_floats(&m->obs_offset, s->obs_offset, (size_t)s->obs_dim));
     TSAD_TRY(tsad_copy_floats(&m->action_scale, s->action_scale, (size_t)s->action_dim));
@@ -278,48 +271,11 @@ tsad_status tsad_model_create(const tsad_model_spec *spec, tsad_model **out)
     return TSAD_OK;
 }
 
-tsad_status tsad_model_tail(tsad_model *whole, const float *sampler, int n_steps, tsad_model **out)
-{
-    *out = NULL;
-    if (n_steps < 1 || n_steps > whole->n_steps) {
-        return tsad_fail(TSAD_ARGUMENT, "sampler: expected 1 to %d rows, got %d", whole->n_steps,
-                         n_steps);
-    }
-    tsad_model *m = tsad_allocate(sizeof *m);
-    if (!m) {
-        return tsad_fail(TSAD_MEMORY, "out of memory for a model");
-    }
-    memcpy(m, whole, sizeof *m);
-    atomic_store(&m->references, 1);
-    tsad_model_retain(whole);
-    m->whole = whole;
-    m->first_step = whole->first_step + whole->n_steps - n_steps;
-    m->dense_cost = whole->dense_cost / whole->n_steps * n_steps;
-    m->has_pruner = false;
-    m->pruner = (tsad_pruner){0};
-    m->nets[TSAD_PRUNER_NET] = (tsad_net){0};
-    memset(m->array_floats, 0, sizeof m->array_floats);
-    tsad_status status = copy_sampler(m, sampler, n_steps);
-    if (status != TSAD_OK) {
-        tsad_model_destroy(m);
-        return status;
-    }
-    size_arrays(m);
-    *out = m;
-    return TSAD_OK;
-}
-
 void tsad_model_retain(tsad_model *m) { atomic_fetch_add(&m->references, 1); }
 
 void tsad_model_destroy(tsad_model *m)
 {
     if (!m || atomic_fetch_sub(&m->references, 1) > 1) {
-        return;
-    }
-    if (m->whole) {
-        tsad_deallocate(m->sampler);
-        tsad_model_destroy(m->whole);
-        tsad_deallocate(m);
         return;
     }
     if (m->backend) {

@@ -58,8 +58,6 @@ typedef enum tsad_array {
 
 struct tsad_model {
     atomic_int references;
-    tsad_model *whole; /* whose last steps these are, and whose weights and tables; NULL: its own */
-    int first_step;    /* row of the tables over steps that step 0 has */
     const struct tsad_backend *backend;
     int horizon, n_obs_steps, n_action_steps, obs_dim, action_dim;
     int width, n_layers, n_memory; /* n_memory: tokens of memory, S */
@@ -86,6 +84,9 @@ struct tsad_model {
 };
 
 static inline const tsad_net *tsad_denoiser(const tsad_model *m) { return &m->nets[TSAD_DENOISER]; }
+
+/* Is this a sampler's table? *adds_noise: it reads noise after the first. */
+tsad_status tsad_sampler_check(const float *sampler, int n_steps, bool *adds_noise);
 
 /* ---- families ---------------------------------------------------------------------------- */
 

@@ -6,30 +6,48 @@
 #include "stage/stage.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 /* ---- layout ------------------------------------------------------------------------------ */
 
-static void layout_lane(const tsad_model *m, tsad_lane *lane, tsad_arena *arena)
+static void layout_program(const tsad_model *m, tsad_program *program, int steps, tsad_arena *arena)
 {
-    size_t cells = (size_t)m->n_steps * (size_t)m->n_blocks;
-    int ops = m->n_steps * (tsad_denoiser(m)->n_nodes + 1);
+    int ops = steps * (tsad_denoiser(m)->n_nodes + 1);
+    tsad_program_carve(program, arena, steps, ops, steps * m->n_blocks);
+}
+
+static void layout_lane(const tsad_policy *p, tsad_lane *lane, tsad_arena *arena)
+{
+    const tsad_model *m = p->model;
+    int K = p->own.n;
+    size_t cells = (size_t)K * (size_t)m->n_blocks;
     lane->plan = TSAD_CARVE(arena, uint8_t, cells);
     lane->plan_first = TSAD_CARVE(arena, uint8_t, cells);
     lane->plan_steady = TSAD_CARVE(arena, uint8_t, cells);
     lane->computed_at = TSAD_CARVE(arena, uint32_t, cells);
-    tsad_program_carve(&lane->first, arena, m->n_steps, ops, (int)cells);
-    tsad_program_carve(&lane->steady, arena, m->n_steps, ops, (int)cells);
-    if (m->has_pruner) {
-        tsad_program_carve(&lane->dynamic, arena, m->n_steps, ops, (int)cells);
+    layout_program(m, &lane->first, K, arena);
+    layout_program(m, &lane->steady, K, arena);
+    if (tsad_has_pruner(p)) {
+        layout_program(m, &lane->dynamic, K, arena);
+    }
+    if (p->warm_start) {
+        layout_program(m, &lane->cold_program, p->all.n, arena);
+        lane->previous = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
     }
 }
 
-static void layout_desk(const tsad_model *m, tsad_desk *desk, tsad_arena *arena)
+static void layout_desk(const tsad_policy *p, tsad_desk *desk, tsad_arena *arena)
 {
+    const tsad_model *m = p->model;
     desk->last_of_block = TSAD_CARVE(arena, int32_t, m->n_blocks);
-    desk->keys = TSAD_CARVE(arena, int32_t, m->n_steps * m->n_blocks);
-    desk->scores = TSAD_CARVE(arena, float, m->array_floats[TSAD_ARRAY_SCORES]);
+    if (tsad_has_pruner(p)) {
+        desk->keys = TSAD_CARVE(arena, int32_t, m->n_steps * m->n_blocks);
+        desk->scores = TSAD_CARVE(arena, float, m->array_floats[TSAD_ARRAY_SCORES]);
+    }
+    if (p->warm_start) {
+        desk->sample = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
+    }
 }
 
 static void layout(tsad_policy *p, tsad_arena *arena)
@@ -41,24 +59,27 @@ static void layout(tsad_policy *p, tsad_arena *arena)
     p->desks = TSAD_CARVE(arena, tsad_desk, p->n_threads);
     for (int i = 0; i < p->n_lanes; i++) {
         tsad_lane unplaced = {0};
-        layout_lane(m, p->lanes ? &p->lanes[i] : &unplaced, arena);
+        layout_lane(p, p->lanes ? &p->lanes[i] : &unplaced, arena);
     }
     for (int i = 0; i < p->n_threads; i++) {
         tsad_desk unplaced = {0};
-        layout_desk(m, p->desks ? &p->desks[i] : &unplaced, arena);
+        layout_desk(p, p->desks ? &p->desks[i] : &unplaced, arena);
     }
     p->noise = TSAD_CARVE(
         arena, float,
         (size_t)p->n_lanes *(size_t)m->n_steps *(size_t)m->horizon *(size_t)m->action_dim);
     p->actions =
         TSAD_CARVE(arena, float, (size_t)p->n_lanes *(size_t)m->horizon *(size_t)m->action_dim);
+    p->rows = TSAD_CARVE(arena, int, p->n_lanes);
+    if (p->warm_start) {
+        p->own.sampler = TSAD_CARVE(arena, float, p->own.n *TSAD_SAMPLER_COLUMNS);
+    }
     p->last_of_block = TSAD_CARVE(arena, int32_t, m->n_blocks);
     p->dense_plan = TSAD_CARVE(arena, uint8_t, cells);
     p->filled = TSAD_CARVE(arena, uint8_t, cells);
-    int ops = m->n_steps * (tsad_denoiser(m)->n_nodes + 1);
     int encode_rows = m->encode_rows ? m->n_steps : tsad_program_encoder_rows(encoder);
     int encode_ops = (m->encode_rows ? m->n_steps : 1) * encoder->n_nodes;
-    tsad_program_carve(&p->dense, arena, m->n_steps, ops, (int)cells);
+    layout_program(m, &p->dense, m->n_steps, arena);
     tsad_program_carve(&p->encode, arena, encode_rows, encode_ops, 1);
     int prune_rows = m->pruner.at_once ? 1 : m->n_steps;
     tsad_program_carve(&p->prune, arena, prune_rows, prune_rows * pruner->n_nodes, 1);
@@ -77,10 +98,34 @@ static void compile_fixed(tsad_policy *p)
     for (int i = 0; i < p->n_lanes; i++) {
         tsad_program_compile(&p->lanes[i].first, m, p->dense_plan, false, p->last_of_block);
         tsad_program_compile(&p->lanes[i].steady, m, p->dense_plan, false, p->last_of_block);
+        if (p->warm_start) {
+            tsad_program_compile(&p->lanes[i].cold_program, m, p->dense_plan, false,
+                                 p->last_of_block);
+        }
     }
 }
 
-tsad_status tsad_policy_create(tsad_model *model, int n_lanes, int n_threads, tsad_policy **out)
+static tsad_status check_warm_start(const tsad_warm_start *warm, tsad_policy *p)
+{
+    if (warm->n_steps < 1 || warm->n_steps > p->all.n) {
+        return tsad_fail(TSAD_ARGUMENT, "warm_start: expected 1 to %d steps, got %d", p->all.n,
+                         warm->n_steps);
+    }
+    if (!isfinite(warm->signal) || !isfinite(warm->noise)) {
+        return tsad_fail(TSAD_ARGUMENT, "warm_start: expected finite shares, got %g and %g",
+                         (double)warm->signal, (double)warm->noise);
+    }
+    TSAD_TRY(tsad_sampler_check(warm->sampler, warm->n_steps, &p->own.adds_noise));
+    p->own.n = warm->n_steps;
+    p->own.first = p->all.n - warm->n_steps;
+    p->warm_start = true;
+    p->signal = warm->signal;
+    p->noise_share = warm->noise;
+    return TSAD_OK;
+}
+
+tsad_status tsad_policy_create(tsad_model *model, const tsad_warm_start *warm, int n_lanes,
+                               int n_threads, tsad_policy **out)
 {
     *out = NULL;
     if (n_lanes < 1 || n_lanes > 65536) {
@@ -98,8 +143,13 @@ tsad_status tsad_policy_create(tsad_model *model, int n_lanes, int n_threads, ts
     p->n_lanes = n_lanes;
     p->n_threads = n_threads;
     p->sparsity = -1;
-    layout(p, &p->arena);
-    tsad_status status = tsad_arena_allocate(&p->arena);
+    p->all = p->own = (tsad_steps){
+        .n = model->n_steps, .sampler = model->sampler, .adds_noise = model->adds_noise};
+    tsad_status status = warm ? check_warm_start(warm, p) : TSAD_OK;
+    if (status == TSAD_OK) {
+        layout(p, &p->arena);
+        status = tsad_arena_allocate(&p->arena);
+    }
     if (status == TSAD_OK) {
         layout(p, &p->arena);
         status = model->backend->open(model, n_lanes, n_threads, &p->engine);
@@ -107,6 +157,13 @@ tsad_status tsad_policy_create(tsad_model *model, int n_lanes, int n_threads, ts
     if (status != TSAD_OK) {
         tsad_policy_destroy(p);
         return status;
+    }
+    if (warm) {
+        memcpy(p->own.sampler, warm->sampler,
+               sizeof(float) * (size_t)p->own.n * TSAD_SAMPLER_COLUMNS);
+    }
+    for (int i = 0; i < n_lanes; i++) {
+        p->lanes[i].cold = p->warm_start;
     }
     compile_fixed(p);
     *out = p;
@@ -142,7 +199,7 @@ void tsad_policy_release(tsad_policy *p) { atomic_store(&p->busy, 0); }
 
 static void forget_rollouts(const tsad_policy *p, tsad_lane *lane)
 {
-    size_t cells = (size_t)p->model->n_steps * (size_t)p->model->n_blocks;
+    size_t cells = (size_t)p->own.n * (size_t)p->model->n_blocks;
     memset(lane->computed_at, 0, sizeof(uint32_t) * cells);
 }
 
@@ -151,93 +208,145 @@ void tsad_policy_reset(tsad_policy *p, int lane)
     forget_rollouts(p, &p->lanes[lane]);
     p->lanes[lane].chunk = p->lanes[lane].stats.chunks = 0;
     p->lanes[lane].sums_ready = false;
+    p->lanes[lane].cold = p->warm_start;
 }
 
-static tsad_status refuse(const tsad_policy *p, const char *which, tsad_plan_fault fault,
+/* one lane's plan that the resolver refuses */
+static tsad_status refuse(const tsad_policy *p, int lane, const char *which, tsad_plan_fault fault,
                           const char *advice)
 {
     const tsad_net *net = tsad_denoiser(p->model);
-    return tsad_fail(TSAD_PLAN, "%s: step %d, block %d (%s): %s; %s", which, fault.step,
+    char of[32] = "";
+    if (p->n_lanes > 1) {
+        snprintf(of, sizeof of, " (lane %d)", lane);
+    }
+    return tsad_fail(TSAD_PLAN, "%s: step %d, block %d (%s): %s; %s%s", which, fault.step,
                      fault.block, net->nodes[net->block_node[fault.block]].label,
-                     tsad_plan_reason_text(fault.reason), advice);
+                     tsad_plan_reason_text(fault.reason), advice, of);
 }
 
-/* a lane's slots hold K rows from now on; earlier rollouts, if any, are forgotten */
-static tsad_status use_rollout_memory(tsad_policy *p, tsad_lane *lane)
+static tsad_status remember_rollouts(tsad_policy *p)
 {
     if (!p->rollout_memory) {
-        TSAD_TRY(p->model->backend->remember_rollouts(p->engine));
+        TSAD_TRY(p->model->backend->remember_rollouts(p->engine, p->own.n));
         p->rollout_memory = true;
-    }
-    if (!lane->rollout_memory) {
-        lane->rollout_memory = true;
-        forget_rollouts(p, lane);
     }
     return TSAD_OK;
 }
 
-tsad_status tsad_policy_set_plan(tsad_policy *p, int index, const uint8_t *sources,
-                                 const uint8_t *first)
+/* a lane's slots hold K rows from now on; earlier rollouts, if any, are forgotten */
+static void use_rollout_memory(const tsad_policy *p, tsad_lane *lane)
 {
-    const tsad_model *m = p->model;
-    tsad_lane *lane = &p->lanes[index];
-    int K = m->n_steps, B = m->n_blocks;
+    if (!lane->rollout_memory) {
+        lane->rollout_memory = true;
+        forget_rollouts(p, lane);
+    }
+}
+
+static bool reads_rollouts(const tsad_policy *p, const uint8_t *sources)
+{
+    return memchr(sources, TSAD_REUSE_ROLLOUT, (size_t)p->own.n * (size_t)p->model->n_blocks);
+}
+
+/* Would this lane take these plans now? */
+static tsad_status check_plan(const tsad_policy *p, int index, const tsad_lane_plan *plan)
+{
+    const char *compute = "set this cell to compute (0)";
+    const tsad_lane *lane = &p->lanes[index];
+    int K = p->own.n, B = p->model->n_blocks;
     size_t cells = (size_t)K * (size_t)B;
-    const uint8_t *types = tsad_denoiser(m)->block_type;
-    tsad_plan_fault fault = tsad_plan_resolve(first, K, B, types, NULL, NULL);
+    const uint8_t *types = tsad_denoiser(p->model)->block_type;
+    tsad_plan_fault fault = tsad_plan_resolve(plan->first, K, B, types, NULL, NULL);
     if (fault.reason != TSAD_PLAN_VALID) {
-        return refuse(p, "first", fault, "set this cell to compute (0)");
+        return refuse(p, index, "first", fault, compute);
     }
-    bool rollout = false;
+    if (plan->cold) {
+        fault = tsad_plan_resolve(plan->cold, p->all.n, B, types, NULL, NULL);
+        if (fault.reason != TSAD_PLAN_VALID) {
+            return refuse(p, index, "cold_plan", fault, compute);
+        }
+    }
     for (size_t i = 0; i < cells; i++) {
-        p->filled[i] = first[i] == TSAD_COMPUTE;
-        rollout |= sources[i] == TSAD_REUSE_ROLLOUT;
+        p->filled[i] = plan->first[i] == TSAD_COMPUTE;
     }
-    fault = tsad_plan_resolve(sources, K, B, types, p->filled, NULL);
+    fault = tsad_plan_resolve(plan->sources, K, B, types, p->filled, NULL);
     if (fault.reason != TSAD_PLAN_VALID) {
-        return refuse(p, "plan", fault,
+        return refuse(p, index, "plan", fault,
                       fault.reason == TSAD_PLAN_EMPTY_ROLLOUT
                           ? "let the plan's `first` compute it, or set this cell to compute (0)"
-                          : "set this cell to compute (0)");
+                          : compute);
     }
-    if (lane->chunk > 0 && rollout) {
+    if (lane->chunk > 0 && reads_rollouts(p, plan->sources)) {
         for (size_t i = 0; i < cells; i++) {
             p->filled[i] = lane->rollout_memory && lane->computed_at[i] != 0;
         }
-        fault = tsad_plan_resolve(sources, K, B, types, p->filled, NULL);
+        fault = tsad_plan_resolve(plan->sources, K, B, types, p->filled, NULL);
         if (fault.reason != TSAD_PLAN_VALID) {
-            return refuse(p, "plan", fault,
+            return refuse(p, index, "plan", fault,
                           "call reset() first and then set the plan, or set this cell to compute "
                           "(0)");
         }
     }
-    if (rollout) {
-        TSAD_TRY(use_rollout_memory(p, lane));
+    return TSAD_OK;
+}
+
+/* what check_plan has let through; the engine remembers rollouts where it needs them */
+static void apply_plan(tsad_policy *p, int index, const tsad_lane_plan *plan)
+{
+    const tsad_model *m = p->model;
+    tsad_lane *lane = &p->lanes[index];
+    size_t cells = (size_t)p->own.n * (size_t)m->n_blocks;
+    if (reads_rollouts(p, plan->sources)) {
+        use_rollout_memory(p, lane);
     } else if (lane->chunk == 0) { /* in mid-episode what is kept stays kept */
         lane->rollout_memory = false;
         forget_rollouts(p, lane);
     }
     lane->planner = TSAD_FIXED_PLAN;
-    memcpy(lane->plan_first, first, cells);
-    memcpy(lane->plan_steady, sources, cells);
-    tsad_program_compile(&lane->first, m, first, false, p->last_of_block);
-    tsad_program_compile(&lane->steady, m, sources, true, p->last_of_block);
+    memcpy(lane->plan_first, plan->first, cells);
+    memcpy(lane->plan_steady, plan->sources, cells);
+    tsad_program_compile(&lane->first, m, plan->first, false, p->last_of_block);
+    tsad_program_compile(&lane->steady, m, plan->sources, true, p->last_of_block);
+    if (p->warm_start) {
+        tsad_program_compile(&lane->cold_program, m, plan->cold ? plan->cold : p->dense_plan, false,
+                             p->last_of_block);
+    }
     tsad_sums_begin(lane, m->backend->prepare(p->engine, index, &lane->steady));
+}
+
+tsad_status tsad_policy_set_plans(tsad_policy *p, int first, int n, const tsad_lane_plan *plans)
+{
+    bool rollouts = false;
+    for (int i = 0; i < n; i++) {
+        TSAD_TRY(check_plan(p, first + i, &plans[i]));
+        rollouts |= reads_rollouts(p, plans[i].sources);
+    }
+    if (rollouts) {
+        TSAD_TRY(remember_rollouts(p)); /* nothing after it can fail */
+    }
+    for (int i = 0; i < n; i++) {
+        apply_plan(p, first + i, &plans[i]);
+    }
     return TSAD_OK;
+}
+
+tsad_status tsad_policy_set_plan(tsad_policy *p, int lane, const uint8_t *sources,
+                                 const uint8_t *first)
+{
+    return tsad_policy_set_plans(p, lane, 1, &(tsad_lane_plan){.sources = sources, .first = first});
 }
 
 tsad_status tsad_policy_set_pruner(tsad_policy *p, double sparsity)
 {
-    if (!p->model->has_pruner) {
+    if (!tsad_has_pruner(p)) {
         return tsad_fail(TSAD_ARGUMENT, "planner: this policy has no pruner");
     }
     if (isnan(sparsity) || sparsity > 1) {
         return tsad_fail(TSAD_ARGUMENT, "sparsity: expected at most 1, got %g", sparsity);
     }
+    TSAD_TRY(remember_rollouts(p));
     for (int i = 0; i < p->n_lanes; i++) {
-        TSAD_TRY(use_rollout_memory(p, &p->lanes[i]));
-    }
-    for (int i = 0; i < p->n_lanes; i++) {
+        use_rollout_memory(p, &p->lanes[i]);
         p->lanes[i].planner = TSAD_PRUNER_PLAN;
     }
     p->sparsity = sparsity;
@@ -248,13 +357,13 @@ tsad_status tsad_policy_set_pruner(tsad_policy *p, double sparsity)
 
 void tsad_policy_get_plan(const tsad_policy *p, int lane, uint8_t *sources)
 {
-    memcpy(sources, p->lanes[lane].plan, (size_t)p->model->n_steps * (size_t)p->model->n_blocks);
+    memcpy(sources, p->lanes[lane].plan, (size_t)p->own.n * (size_t)p->model->n_blocks);
 }
 
 void tsad_policy_get_ages(const tsad_policy *p, int lane, uint32_t *ages)
 {
     const tsad_lane *l = &p->lanes[lane];
-    for (size_t i = 0; i < (size_t)p->model->n_steps * (size_t)p->model->n_blocks; i++) {
+    for (size_t i = 0; i < (size_t)p->own.n * (size_t)p->model->n_blocks; i++) {
         ages[i] = l->computed_at[i] ? (uint32_t)l->chunk - l->computed_at[i] + 1 : 0;
     }
 }
@@ -275,3 +384,19 @@ size_t tsad_policy_bytes(const tsad_policy *p)
 }
 
 float *tsad_policy_noise_buffer(tsad_policy *p) { return p->noise; }
+
+int tsad_policy_noise_steps(const tsad_policy *p, int lane, int *first)
+{
+    const tsad_steps *steps = tsad_lane_steps(p, &p->lanes[lane]);
+    *first = steps->first;
+    return steps->adds_noise ? steps->n : 1;
+}
+
+tsad_model_info tsad_policy_get_info(const tsad_policy *p)
+{
+    tsad_model_info info = tsad_model_get_info(p->model);
+    info.n_steps = p->own.n;
+    info.adds_noise = p->own.adds_noise;
+    info.has_pruner = tsad_has_pruner(p);
+    return info;
+}

@@ -147,9 +147,6 @@ typedef struct tsad_model_spec {
 } tsad_model_spec;
 
 tsad_status tsad_model_create(const tsad_model_spec *spec, tsad_model **out);
-/* The last n_steps steps of a model, with a sampler table of their own (n_steps, 8), as a model
- * that shares its weights and tables. It has no pruner: that one plans all steps. */
-tsad_status tsad_model_tail(tsad_model *whole, const float *sampler, int n_steps, tsad_model **out);
 void tsad_model_retain(tsad_model *model);
 void tsad_model_destroy(tsad_model *model); /* drops one reference; NULL is fine */
 
@@ -184,20 +181,38 @@ typedef struct tsad_lane_stats {
     uint64_t chunks;               /* chunks since the last reset */
 } tsad_lane_stats;
 
+/* Chunks that start from the one before. After a reset a lane's first chunk is cold: all K steps,
+ * from noise. Later ones are warm: the last N steps, from
+ *   signal * shifted + noise * z
+ * where `shifted` is the lane's previous chunk, normalised, moved by the actions executed since,
+ * its last action repeated. Plans, ages and statistics are those of warm chunks. There is no
+ * pruner: it plans all steps. */
+typedef struct tsad_warm_start {
+    int n_steps;          /* N, of the model's K */
+    const float *sampler; /* (N, 8), borrowed for the call */
+    float signal, noise;
+} tsad_warm_start;
+
 /* One chunk for n_lanes distinct lanes. Row i of obs, noise and actions belongs to lanes[i]. */
 typedef struct tsad_call {
     const int *lanes;
     int n_lanes;
     const float *obs;   /* (n_lanes, n_obs_steps, O), raw units */
-    const float *noise; /* z of row k, call row i at noise + k * noise_step + i * noise_lane */
+    const float *noise; /* z of step k, call row i at noise + k * noise_step + i * noise_lane */
     size_t noise_step, noise_lane;
-    const float *initial; /* (n_lanes, T, A) or NULL: noise row 0 */
-    float *actions;       /* (n_lanes, n_action_steps, A) or (n_lanes, T, A), raw units */
+    const float *initial; /* (n_lanes, T, A) or NULL: noise of the chunk's first step */
+    const int
+        *executed;  /* warm start: actions (n_lanes) since the last chunk; NULL: all returned */
+    float *actions; /* (n_lanes, n_action_steps, A) or (n_lanes, T, A), raw units */
     int whole_horizon;
 } tsad_call;
 
-tsad_status tsad_policy_create(tsad_model *model, int n_lanes, int n_threads, tsad_policy **out);
+/* warm NULL: every chunk starts from noise */
+tsad_status tsad_policy_create(tsad_model *model, const tsad_warm_start *warm, int n_lanes,
+                               int n_threads, tsad_policy **out);
 void tsad_policy_destroy(tsad_policy *policy); /* NULL is fine */
+/* The model's facts as they are here: with a warm start, steps and noise of its chunks. */
+tsad_model_info tsad_policy_get_info(const tsad_policy *policy);
 
 /* One thread at a time: every call below needs an acquired policy, except the two themselves. */
 tsad_status tsad_policy_acquire(tsad_policy *policy); /* TSAD_BUSY if another thread holds it */
@@ -206,8 +221,18 @@ void tsad_policy_release(tsad_policy *policy);
 /* Start of an episode for one lane: its rollout slots are forgotten. */
 void tsad_policy_reset(tsad_policy *policy, int lane);
 
-/* Fix a lane's plan: uint8 (K, B) each; `first` runs on the first chunk after a reset.
- * Refused (and nothing changed) if a cell reads an empty slot. */
+/* The plans of a lane, uint8 (K, B) each; `first` runs on the first chunk after a reset. With a
+ * warm start both are of warm chunks, (N, B), and `cold` (K, B) is of the chunk before them. */
+typedef struct tsad_lane_plan {
+    const uint8_t *sources, *first;
+    const uint8_t *cold; /* NULL: dense */
+} tsad_lane_plan;
+
+/* Fix the plans of lanes first .. first + n. Refused, and nothing changed for any of them, if a
+ * cell reads an empty slot or memory is short. */
+tsad_status tsad_policy_set_plans(tsad_policy *policy, int first, int n,
+                                  const tsad_lane_plan *plans);
+/* ... of one lane */
 tsad_status tsad_policy_set_plan(tsad_policy *policy, int lane, const uint8_t *sources,
                                  const uint8_t *first);
 /* Let the pruner plan every chunk of every lane. sparsity < 0: its own argmax; otherwise the
@@ -235,8 +260,10 @@ void tsad_policy_get_ages(const tsad_policy *policy, int lane, uint32_t *ages);
 tsad_lane_stats tsad_policy_get_stats(const tsad_policy *policy, int lane);
 void tsad_policy_get_timings(const tsad_policy *policy, int64_t ns[TSAD_N_TIMERS]);
 size_t tsad_policy_bytes(const tsad_policy *policy);
-/* (L, K, T, A): room for one chunk's noise, for callers that draw it themselves. */
+/* (L, K, T, A): room for one chunk's noise, for callers that draw it themselves, */
 float *tsad_policy_noise_buffer(tsad_policy *policy);
+/* and how many steps' noise the lane's next chunk reads, from step *first on. */
+int tsad_policy_noise_steps(const tsad_policy *policy, int lane, int *first);
 
 #ifdef __cplusplus
 }

@@ -31,9 +31,9 @@ assert counted()[0] >= 1 and counted()[1] >= 1, counted()
 
 begun = library.tsad_count_chunks()
 total = 0
-for threads in (1, 2):
+for threads, warm_start in ((1, None), (2, None), (1, 3), (2, 3)):
     for lanes in (1, 3):
-        policy = make_policy(lanes=lanes, threads=threads, pruner=True)
+        policy = make_policy(lanes=lanes, threads=threads, pruner=True, warm_start=warm_start)
         obs, noise = observations(policy, 0), noises(policy, 1)
 
         def run(count: int, policy: Any = policy, obs: Any = obs, noise: Any = noise) -> int:
@@ -41,7 +41,7 @@ for threads in (1, 2):
                 policy(obs, noise=noise if i % 2 else None)
             return count
 
-        for plan in ("dense", "random", "pruner"):
+        for plan in ("dense", "random", "pruner")[: 3 if warm_start is None else 2]:
             policy.reset(seed=0)
             if plan == "pruner":
                 policy.sparsity = 0.5

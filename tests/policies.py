@@ -28,14 +28,24 @@ def make_policy(
     sampler: str | None = None,
     steps: int | None = 8,
     pruner: bool = False,
+    warm_start: int | None = None,
+    precision: str = "float32",
 ) -> SparsePolicy:
     case = config(name, pruner=pruner, prediction_type="sample", clip_sample=False)
     table = make_sampler(case["scheduler"], sampler=sampler, num_inference_steps=steps)
     parsed = PolicyConfig.from_dict(case)
     weights = random_tensors(case["network"], seed)
     pruner_weights = random_pruner(case["pruner"], case["network"], seed) if pruner else None
-    model = make_model(parsed, weights, pruner_weights, table)
-    return SparsePolicy(model, config=parsed, sampler=table, lanes=lanes, threads=threads)
+    model = make_model(parsed, weights, pruner_weights, table, precision=precision)
+    return SparsePolicy(
+        model,
+        config=parsed,
+        sampler=table,
+        lanes=lanes,
+        threads=threads,
+        precision=precision,
+        warm_start=warm_start,
+    )
 
 
 def save_policy(folder: Path, *, seed: int = 0) -> str:
@@ -52,8 +62,8 @@ def observations(policy: Any, seed: int, rows: int | None = None) -> Any:
 
 
 def noises(policy: Any, seed: int, rows: int | None = None) -> Any:
-    """float32 (K, rows or lanes, horizon, action_dim)."""
-    shape = (policy.num_inference_steps, rows or policy.lanes, policy.horizon, policy.action_dim)
+    """float32 (K, rows or lanes, horizon, action_dim), K of the model, also with a warm start."""
+    shape = (policy.model.n_steps, rows or policy.lanes, policy.horizon, policy.action_dim)
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 

@@ -3,12 +3,13 @@
  *
  *   cc -std=gnu11 -O2 -Icsrc tests/smoke.c csrc/{,net/,plan/,stage/,cpu/}*.c -lm -lpthread \
  *       -Wl,--wrap=tsad_now,--wrap=tsad_arrive,--wrap=tsad_turn,--wrap=tsad_share_rows,\
- *       --wrap=tsad_meeting_end -o smoke
+ *       --wrap=tsad_meeting_end,--wrap=aligned_alloc -o smoke
  *   ./smoke            everything; prints one line per check
  *   ./smoke chunks N   N dense and N planned chunks of the tiny model, for leak checkers
  *
  * --wrap lets the test move the clock (a thread that waited long has another's core taken, and the
- * chunk goes on without it) and hold threads back until a given point of a chunk.
+ * chunk goes on without it), hold threads back until a given point of a chunk, and be out of
+ * memory.
  */
 #include "cpu/worker.h"
 #include "policy.h"
@@ -55,6 +56,19 @@ int64_t __wrap_tsad_now(void)
         jumped += 1000000000;
     }
     return __real_tsad_now() + jumped;
+}
+
+/* ---- memory that runs out ------------------------------------------------------------------ */
+
+void *__real_aligned_alloc(size_t, size_t)
+    __attribute__((weak)); /* with -Wl,--wrap=aligned_alloc */
+void *__wrap_aligned_alloc(size_t unit, size_t bytes);
+
+static bool no_memory;
+
+void *__wrap_aligned_alloc(size_t unit, size_t bytes)
+{
+    return no_memory ? NULL : __real_aligned_alloc(unit, bytes);
 }
 
 /* ---- threads that come when the test wants ------------------------------------------------- */
@@ -209,7 +223,7 @@ static void random_plan(uint8_t *first, uint8_t *steady)
 static tsad_policy *planned(tsad_model *model, int n_lanes, int n_threads)
 {
     tsad_policy *p;
-    must(tsad_policy_create(model, n_lanes, n_threads, &p));
+    must(tsad_policy_create(model, NULL, n_lanes, n_threads, &p));
     for (int lane = 0; lane < n_lanes; lane++) {
         must(tsad_policy_set_plan(p, lane, steady_plan[lane], first_plan[lane]));
     }
@@ -345,7 +359,7 @@ static void test_pruners(void)
         for (int trial = 0; trial < 60; trial++) {
             for (int threads = 1; threads <= 4; threads *= 2) {
                 tsad_policy *p;
-                must(tsad_policy_create(model, 1, threads, &p));
+                must(tsad_policy_create(model, NULL, 1, threads, &p));
                 must(tsad_policy_set_pruner(p, 0.5));
                 for (int rollout = 0; rollout < ROLLOUTS; rollout++) {
                     hold(ROWS, trial % 2 ? trial % 5 : ROWS);
@@ -367,12 +381,93 @@ static void test_pruners(void)
     check(same, "identical bits on 1, 2 and 4 threads with a pruner, a transformer and an MLP");
 }
 
+/* Plans of all lanes are set or refused as a whole, whatever the first ones were like. */
+static void test_plans_of_all_lanes(tsad_model *model)
+{
+    uint8_t dense[K * B] = {0}, fine[K * B] = {0}, bad[K * B] = {0}, rollout[K * B] = {0};
+    static float a[FEW * T * A], b[FEW * T * A];
+    fine[B] = TSAD_REUSE_STEP;
+    bad[0] = TSAD_SKIP + 1;
+    rollout[B] = TSAD_REUSE_ROLLOUT;
+    const struct {
+        const uint8_t *last;
+        bool no_memory, mid_episode;
+        tsad_status expected;
+    } cases[] = {{bad, false, false, TSAD_PLAN},
+                 {rollout, false, true, TSAD_PLAN},
+                 {rollout, true, false, TSAD_MEMORY},
+                 {rollout, false, false, TSAD_OK}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        tsad_policy *p, *twin;
+        must(tsad_policy_create(model, NULL, FEW, 1, &p));
+        must(tsad_policy_create(model, NULL, FEW, 1, &twin));
+        if (cases[i].mid_episode) {
+            chunk(p, FEW, a);
+            chunk(twin, FEW, b);
+        }
+        tsad_lane_plan plans[FEW];
+        for (int lane = 0; lane < FEW; lane++) {
+            const uint8_t *sources = lane < FEW - 1 ? fine : cases[i].last;
+            plans[lane] = (tsad_lane_plan){.sources = sources, .first = dense};
+        }
+        size_t bytes = tsad_policy_bytes(p);
+        no_memory = cases[i].no_memory;
+        tsad_status status = tsad_policy_set_plans(p, 0, FEW, plans);
+        no_memory = false;
+        bool changed = tsad_policy_bytes(p) != bytes;
+        for (int rollouts = 0; rollouts < ROLLOUTS; rollouts++) {
+            chunk(p, FEW, a);
+            chunk(twin, FEW, b);
+            changed |= memcmp(a, b, sizeof a) != 0;
+        }
+        check(status == cases[i].expected && changed == (status == TSAD_OK),
+              status == TSAD_OK ? "plans of all lanes are set" : tsad_error_detail());
+        tsad_policy_destroy(twin);
+        tsad_policy_destroy(p);
+    }
+}
+
+/* lanes that are cold and lanes that are not, in one call: bits of each alone, on any threads */
+static void test_warm(tsad_model *model)
+{
+    enum { N = 4, WARM = 3 };
+    static float expected[LANES * T * A], actions[LANES * T * A];
+    float sampler[WARM * TSAD_SAMPLER_COLUMNS];
+    memcpy(sampler, model->sampler + (K - WARM) * TSAD_SAMPLER_COLUMNS, sizeof sampler);
+    tsad_warm_start warm = {WARM, sampler, 0.75f, 0.5f};
+    bool same = true;
+    for (int threads = 1; threads <= 4; threads *= 2) {
+        tsad_policy *alone, *p;
+        must(tsad_policy_create(model, &warm, N, 1, &alone));
+        must(tsad_policy_create(model, &warm, N, threads, &p));
+        for (int call = 0; call < 12; call++) {
+            int n = call % N + 1;
+            for (int lane = 0; lane < n; lane++) {
+                if ((call + lane) % 3 == 0) {
+                    tsad_policy_reset(alone, lane);
+                    tsad_policy_reset(p, lane);
+                }
+                chunk_of(alone, lane, 1, expected);
+            }
+            chunk(p, n, actions);
+            same &= memcmp(expected, actions, sizeof(float) * (size_t)(n * T * A)) == 0;
+        }
+        check(tsad_policy_set_pruner(p, 0.5) == TSAD_ARGUMENT, "no pruner with a warm start");
+        tsad_policy_destroy(alone);
+        tsad_policy_destroy(p);
+    }
+    check(same, "identical bits on 1, 2 and 4 threads with cold and warm lanes in one call");
+    tsad_policy *p;
+    warm.n_steps = K + 1;
+    check(tsad_policy_create(model, &warm, N, 1, &p) == TSAD_ARGUMENT, "more steps than there are");
+}
+
 static void test_plans(tsad_model *model)
 {
     uint8_t dense[K * B] = {0}, plan[K * B] = {0};
     static float a[LANES * T * A], b[LANES * T * A];
     tsad_policy *p;
-    must(tsad_policy_create(model, LANES, 1, &p));
+    must(tsad_policy_create(model, NULL, LANES, 1, &p));
     chunk(p, LANES, a);
     must(tsad_policy_set_plan(p, 0, dense, dense));
     chunk(p, LANES, b);
@@ -420,7 +515,7 @@ static void test_paths(tsad_precision precision, float bound)
         must(tsad_model_create(&spec->spec, &model));
         random_spec_free(spec);
         tsad_policy *p;
-        must(tsad_policy_create(model, LANES, 1, &p));
+        must(tsad_policy_create(model, NULL, LANES, 1, &p));
         must(tsad_policy_set_plan(p, 0, steady, first));
         for (int rollout = 0; rollout < 3; rollout++) {
             chunk(p, LANES, actions[i]);
@@ -450,7 +545,7 @@ static void test_guarded(void)
     tsad_model *model = random_model(&TINY, "guarded");
     static float expected[T * A], actions[T * A];
     tsad_policy *p;
-    must(tsad_policy_create(model, FEW, 4, &p));
+    must(tsad_policy_create(model, NULL, FEW, 4, &p));
     chunk(p, 1, actions);
     fflush(stdout);
     int status = 0;
@@ -466,7 +561,7 @@ static void test_guarded(void)
     tsad_policy_destroy(p);
     tsad_model_destroy(model);
     model = random_model(&TINY, "ref");
-    must(tsad_policy_create(model, FEW, 4, &p));
+    must(tsad_policy_create(model, NULL, FEW, 4, &p));
     chunk(p, 1, expected);
     check(memcmp(expected, actions, sizeof actions) == 0, "the guarded backend has ref's bits");
     tsad_policy_destroy(p);
@@ -478,7 +573,7 @@ static void *hammer(void *model)
 {
     float actions[FEW * T * A];
     tsad_policy *p;
-    must(tsad_policy_create(model, FEW, 2, &p));
+    must(tsad_policy_create(model, NULL, FEW, 2, &p));
     for (int i = 0; i < 200; i++) {
         chunk(p, i % 2 ? FEW : 1, actions);
     }
@@ -491,7 +586,7 @@ static void count_chunks(tsad_model *model, int n)
     uint8_t first[K * B] = {0}, steady[K * B];
     float actions[T * A];
     tsad_policy *p;
-    must(tsad_policy_create(model, 1, 1, &p));
+    must(tsad_policy_create(model, NULL, 1, 1, &p));
     for (int i = 0; i < n; i++) {
         chunk(p, 1, actions);
     }
@@ -522,6 +617,8 @@ int main(int argc, char **argv)
         test_stalls(model);
         test_pruners();
         test_plans(model);
+        test_plans_of_all_lanes(model);
+        test_warm(model);
         test_guarded();
         test_paths(TSAD_FLOAT32, 1e-5f);
         test_paths(TSAD_INT16, 1e-4f);

@@ -59,8 +59,7 @@ def load(folder: Path, name: str = "ddpm") -> Any:
 def episode(policy: Any) -> Any:
     """Three chunks with given noise, and what ran."""
     policy.reset()
-    whole = getattr(policy, "cold", policy)
-    chunks = [policy(observations(policy, i), noise=noises(whole, i)) for i in range(3)]
+    chunks = [policy(observations(policy, i), noise=noises(policy, i)) for i in range(3)]
     return np.stack(chunks)
 
 
@@ -122,11 +121,11 @@ def test_copies_share_the_model_and_nothing_else(folder: Path, how: str) -> None
         twin = COPIES[how](policy)
         assert twin.model is policy.model
         if policy.num_inference_steps < STEPS:
-            assert twin.cold is not policy.cold and twin.cold.model is policy.cold.model
-            policy.cold.sparsity = 0.5
-            assert twin.cold.sparsity == 0
-            assert COPIES[how](policy).cold.sparsity == 0.5
-            policy.cold.sparsity = 0
+            cold = Plan(np.repeat(np.uint8([[0], [2]]), [1, STEPS - 1], 0).repeat(6, 1))
+            policy.cold_plan = cold
+            assert twin.cold_plan is None
+            assert COPIES[how](policy).cold_plan == policy.cold_plan == [cold, cold]
+            policy.cold_plan = None
         weak = weakref.ref(twin)
         assert len(in_threads_of_their_own(policy, twin)) == 1
         del twin
@@ -171,7 +170,7 @@ def test_in_a_fresh_process(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
         for policy in policies:
             policy.plan = a_plan(policy)
             obs = observations(policy, 0)
-            noise = noises(getattr(policy, "cold", policy), 0)
+            noise = noises(policy, 0)
             policy.reset()
             np.testing.assert_array_equal(
                 pool.apply(policy, (obs,), {"noise": noise}), policy(obs, noise=noise)
@@ -188,7 +187,7 @@ def test_presets_are_loaded_again() -> None:
 
 def test_what_cannot_be_pickled_says_why(folder: Path, tmp_path: Path) -> None:
     message = "policy: expected one that tsad.load made.*write_folder.*copy.deepcopy"
-    for policy in (make_policy(), make_warm(), load(folder, "warm").cold):
+    for policy in (make_policy(), make_warm()):
         with pytest.raises(TypeError, match=message):
             pickle.dumps(policy)
     policy = load(folder)
@@ -244,7 +243,7 @@ def test_plans_are_copied_and_pickled(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sparsty", "policy.sparsty: expected one of plan, planner, sparsity, got 'sparsty'; did"),
+        ("sparsty", "expected one of cold_plan, plan, planner, sparsity, got 'sparsty'; did"),
         ("sparsty", "did you mean 'sparsity'?"),
         ("plans", "did you mean 'plan'?"),
         ("Planner", "did you mean 'planner'?"),
@@ -255,7 +254,7 @@ def test_plans_are_copied_and_pickled(folder: Path) -> None:
         ("horizon", "policy.horizon: expected to be read, not set"),
         ("stats", "policy.stats: expected to be read, not set"),
         ("reset", "policy.reset: expected to be read, not set"),
-        ("seed", "policy.seed: expected one of plan, planner, sparsity, got 'seed'; set one"),
+        ("seed", "expected one of cold_plan, plan, planner, sparsity, got 'seed'; set one"),
     ],
 )
 def test_attributes_that_are_not_there(kind: str, name: str, message: str) -> None:
@@ -286,7 +285,7 @@ def test_a_plan_has_no_attributes_to_set() -> None:
 
 
 def test_signatures_show_the_call(folder: Path) -> None:
-    call = "(obs, *, out=None, noise=None, lanes=None, return_horizon=False)"
+    call = "(obs, *, out=None, noise=None, lanes=None, return_horizon=False, executed=None)"
     for policy in (load(folder), _core.Policy(load(folder).model)):
         assert str(inspect.signature(policy)) == call
         assert str(inspect.signature(policy.reset)) == "(lanes=None, seed=None)"

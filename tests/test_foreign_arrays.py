@@ -45,8 +45,7 @@ def lazy_views(x: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", lazy_views(np.zeros((1, 1), F)))
 def test_lazy_views_keep_their_sign(kind: str) -> None:
     for policy in policies():
-        steps = getattr(policy, "cold", policy).num_inference_steps
-        obs, noise = observations(policy, 0), noises(policy, 1)[:1].repeat(steps, 0)
+        obs, noise = observations(policy, 0), noises(policy, 1)
         policy.reset(seed=1)
         expected = policy(obs, noise=noise)
         for given in (
@@ -208,8 +207,7 @@ def test_tensors_that_are_refused(kind: str) -> None:
             for one in (policy, twin):
                 one.reset(seed=1)
                 one(obs)
-            steps = getattr(policy, "cold", policy).num_inference_steps
-            x = obs if place == "obs" else np.zeros((steps, 1, 5, 2), F)
+            x = obs if place == "obs" else np.zeros((policy.model.n_steps, 1, 5, 2), F)
             given = {"obs": obs} | {place: make(x)}
             with pytest.raises(error, match=message.replace("NAME", place)):
                 policy(**given)

@@ -252,10 +252,9 @@ def test_a_mask_of_one_lane() -> None:
 
 def test_a_call_of_nobody_takes_and_gives_empty_arrays() -> None:
     for policy in (make_policy(lanes=2), make_warm(lanes=2)):
-        steps = getattr(policy, "cold", policy).num_inference_steps
         policy.reset(seed=1)
         obs = np.empty((0, policy.n_obs_steps, policy.obs_dim), np.float32)
-        noise = np.empty((steps, 0, policy.horizon, policy.action_dim), np.float32)
+        noise = np.empty((policy.model.n_steps, 0, policy.horizon, policy.action_dim), np.float32)
         before = policy.stats
         assert policy(obs, noise=noise, lanes=[]).shape == (0, 3, 2)
         assert policy(obs, noise=noise[0], lanes=[], return_horizon=True).shape == (0, 5, 2)

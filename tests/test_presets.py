@@ -23,7 +23,6 @@ from tsad.presets import (
     save_presets,
     stale,
 )
-from tsad.warm import WarmPolicy
 
 DDIM = {"sampler": "ddim", "num_inference_steps": 5}
 
@@ -77,10 +76,10 @@ def test_a_preset_may_start_warm(folder: Path) -> None:
     options: dict[str, Any] = {**DDIM, "timestep_spacing": "trailing", "warm_start": 3}
     for name in ("warm", "lean"):
         policy, wanted = tsad.load(folder, preset=name), tsad.load(folder, **options)
-        assert isinstance(policy, WarmPolicy) and policy.num_inference_steps == 3
+        assert policy.warm_start == policy.num_inference_steps == 3
         if name == "lean":
             wanted.plan = plan
-            assert policy.plan == plan and not policy.cold.plan.sources.any()
+            assert policy.plan == plan and policy.cold_plan is None
         obs = np.zeros((policy.n_obs_steps, policy.obs_dim), np.float32)
         for either in (policy, wanted):
             either.reset(seed=3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from fakes import FakeWorld
 from policies import make_policy, noises, observations
 
 import tsad
-from tsad import Plan, _core, planners, sim
+from tsad import Plan, SparsePolicy, _core, planners, sim
 from tsad.checkpoint import write_folder
 from tsad.config import PolicyConfig
 from tsad.load import make_model
 from tsad.reference import WarmReference
 from tsad.samplers import make_sampler, tail
 from tsad.sim import offline
-from tsad.warm import WarmPolicy
 
 SAMPLERS = ("ddpm", "ddim", "dpmsolver++")
 SOFT = {"prediction_type": "sample", "clip_sample": False}  # see policies.py
@@ -30,40 +28,54 @@ SOFT = {"prediction_type": "sample", "clip_sample": False}  # see policies.py
 
 def make(
     name: str = "tiny", warm: int = 3, *, lanes: int = 1, threads: int = 1, **options: Any
-) -> WarmPolicy:
-    cold = make_policy(name, lanes=lanes, threads=threads, **options)
-    last = tail(cold._sampler, warm)
-    return WarmPolicy(cold, cold.model.tail(last.table.astype(np.float32)), last)
+) -> SparsePolicy:
+    return make_policy(name, lanes=lanes, threads=threads, warm_start=warm, **options)
 
 
 @pytest.mark.parametrize("precision", ["float32", "int16"])
 @pytest.mark.parametrize("kind", SAMPLERS)
 @pytest.mark.parametrize("name", ["tiny", "tiny_encoder", "odd"])
-def test_a_tail_is_the_model_of_its_steps_bit_for_bit(name: str, kind: str, precision: str) -> None:
+def test_warm_chunks_are_the_model_of_their_steps(name: str, kind: str, precision: str) -> None:
+    """Bit for bit: a model of the last three steps alone, from the sample that NumPy mixes."""
+    policy = make(name, sampler=kind, precision=precision, threads=2)
     case = cases.config(name, **SOFT)
     config, tensors = PolicyConfig.from_dict(case), cases.random_tensors(case["network"], 0)
-    table = make_sampler(case["scheduler"], sampler=kind, num_inference_steps=8)
-    last = tail(table, 3)
-    whole = make_model(config, tensors, None, table, precision=precision)
-    shared = whole.tail(last.table.astype(np.float32))
-    assert shared.weight_bytes == whole.weight_bytes and shared.n_steps == 3
-    del whole  # its weights live as long as the tail
-    own = make_model(config, tensors, None, last, precision=precision)
-    obs, noise = cases.random_inputs(case, 1, steps=3)
-    got, expected = (_core.Policy(m, lanes=1, threads=2)(obs, noise=noise) for m in (shared, own))
-    np.testing.assert_array_equal(got, expected)
+    last = tail(make_sampler(case["scheduler"], sampler=kind, num_inference_steps=8), 3)
+    own = _core.Policy(make_model(config, tensors, None, last, precision=precision), threads=2)
+    obs, noise, moved = observations(policy, 1), noises(policy, 1), 2
+    chunk = policy(obs, noise=noise, return_horizon=True)[0]
+    shifted = config.normalizer.action.normalise(chunk)
+    shifted = shifted[np.minimum(np.arange(len(chunk)) + moved, len(chunk) - 1)]
+    z = noise[-3:].copy()
+    signal = last.alphas_cumprod[0]
+    z[0, 0] = np.float32(np.sqrt(signal)) * shifted + np.float32(np.sqrt(1 - signal)) * z[0, 0]
+    got = policy(obs, noise=noise, executed=moved, return_horizon=True)
+    np.testing.assert_array_equal(got, own(obs, noise=z, return_horizon=True))
+    sample = noise[0]
+    np.testing.assert_array_equal(
+        policy.predict_noise(sample, 1, obs), own.predict_noise(sample, 1, obs)
+    )
 
 
-def test_a_tail_longer_than_the_model_is_refused() -> None:
-    model = make().cold.model
-    with pytest.raises(ValueError, match="sampler: expected 1 to 8 rows, got 9"):
-        model.tail(np.zeros((9, 8), np.float32))
-    with pytest.raises(ValueError, match="sampler: expected .* got"):
-        model.tail(np.zeros((3, 7), np.float32))
-
-
-def full_noise(policy: WarmPolicy, seed: int, rows: int | None = None) -> Any:
-    return noises(policy.cold, seed, rows)
+def test_a_warm_start_that_does_not_fit_is_refused() -> None:
+    model = make().model
+    table = np.zeros((9, 8), np.float32)
+    adds = np.zeros((2, 8), np.float32)
+    adds[-1, -1] = 1
+    for given, message in (
+        ((table, 1.0, 0.0), "warm_start: expected 1 to 8 steps, got 9"),
+        ((table[:0], 1.0, 0.0), "warm_start: expected 1 to 8 steps, got 0"),
+        (
+            (table[:, :7], 1.0, 0.0),
+            "warm_start: expected a C-contiguous|warm_start: expected shape",
+        ),
+        ((table[:2] * np.nan, 1.0, 0.0), "sampler: expected"),
+        ((adds, 1.0, 0.0), "sampler: its last row adds noise"),
+        ((table[:2], float("nan"), 0.0), "warm_start: expected finite shares"),
+        (3, "warm_start: expected .sampler, signal, noise."),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            _core.Policy(model, warm_start=given)  # type: ignore[arg-type]
 
 
 # ---- the tail of a sampler
@@ -134,7 +146,7 @@ def test_engine_and_specification_agree_over_an_episode(kind: str) -> None:
         policy.reset()
         twin.reset()
         for chunk in range(4):
-            obs, noise = observations(policy, chunk), full_noise(policy, 10 + chunk)
+            obs, noise = observations(policy, chunk), noises(policy, 10 + chunk)
             moved = [executed, 1]
             wanted = twin(obs, noise, moved)
             same(policy(obs, noise=noise, executed=moved, return_horizon=True), wanted)
@@ -156,17 +168,55 @@ def test_plans_are_the_warm_chunks(rollout: bool) -> None:
     sources = cases.random_plan(np.random.default_rng(4), 4, policy.n_blocks, filled=rollout)
     assert (sources == tsad.REUSE_ROLLOUT).any() == rollout
     policy.plan = Plan(sources)
-    assert policy.sparsity > 0 and policy.cold.sparsity == 0
+    assert policy.sparsity > 0 and policy.cold_plan is None
     first = None if rollout else sources
     for chunk in range(4):
-        obs, noise = observations(policy, chunk), full_noise(policy, chunk)
+        obs, noise = observations(policy, chunk), noises(policy, chunk)
         wanted = twin(obs, noise, [2], sources, first=first)
         same(policy(obs, noise=noise, executed=2, return_horizon=True), wanted)
     np.testing.assert_array_equal(policy.plan.sources, sources)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="expected 4 steps x 6 blocks"):
-        policy.plan = planners.dense(policy.cold)
+        policy.plan = Plan(np.zeros((8, 6), np.uint8))
     with pytest.raises(ValueError, match="and no warm_start"):
         policy.planner = "pruner"
+
+
+def test_a_plan_of_the_cold_chunk() -> None:
+    policy, plain = make(lanes=2), make_policy(lanes=2)
+    sources = np.zeros((8, 6), np.uint8)
+    sources[1:, ::2] = tsad.REUSE_STEP
+    chosen = [Plan(sources), Plan(np.zeros((8, 6), np.uint8))]
+    policy.cold_plan = chosen
+    plain.plan = [Plan(p.sources, first=p.sources) for p in chosen]
+    assert policy.sparsity == 0 and [p.sparsity for p in policy.cold_plan] == [  # type: ignore
+        p.sparsity
+        for p in plain.plan  # type: ignore[union-attr]
+    ]
+    for chunk in range(2):
+        obs, noise = observations(policy, 0), noises(policy, chunk)
+        policy.reset()
+        plain.reset()
+        np.testing.assert_array_equal(policy(obs, noise=noise), plain(obs, noise=noise))
+        policy(obs, noise=noise)
+        policy.sparsity = 0.5  # of warm chunks
+    policy.cold_plan = None
+    policy.reset()
+    plain.plan = None
+    plain.reset()
+    np.testing.assert_array_equal(policy(obs, noise=noise), plain(obs, noise=noise))
+    with pytest.raises(ValueError, match="cold_plan: expected None, as this policy has no warm"):
+        plain.cold_plan = chosen
+    rollout = sources.copy()
+    rollout[1, 1] = tsad.REUSE_ROLLOUT
+    for wrong, message in (
+        (Plan(np.zeros((3, 6), np.uint8)), "cold_plan: expected 8 steps x 6 blocks"),
+        (Plan(sources, first=sources), "cold_plan: expected a plan without `first`"),
+        (Plan(rollout), r"cold_plan: step 1, block 1 .*reuse_rollout.*\(lane 0\)"),
+        (sources, "cold_plan: expected a tsad.Plan"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            policy.cold_plan = wrong  # type: ignore[assignment]
+        assert policy.cold_plan is None
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
@@ -178,7 +228,7 @@ def test_the_first_chunk_is_that_of_the_policy_without_warm_start(kind: str) -> 
         plain.reset(seed=seed)
         np.testing.assert_array_equal(policy(obs), plain(obs))
         assert (policy(obs) != plain(obs)).any()
-    for given in (full_noise(policy, 1), full_noise(policy, 1)[0]):
+    for given in (noises(policy, 1), noises(policy, 1)[0]):
         policy.reset(seed=5)
         plain.reset(seed=5)
         np.testing.assert_array_equal(policy(obs, noise=given), plain(obs, noise=given))
@@ -210,6 +260,23 @@ def test_lanes_and_threads_change_nothing(kind: str, threads: int) -> None:
     assert set(policy.timings) == {"encode", "prune", "plan", "denoise", "total"}
 
 
+@pytest.mark.parametrize("backend", [*_core.backends(), "guarded"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_encoder"])
+def test_every_backend_starts_warm(backend: str, name: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TSAD_CPU", backend)
+    policy = make(name, lanes=2, threads=2)
+    assert policy.backend == backend
+    case = cases.config(name, **SOFT)
+    weights = cases.random_tensors(case["network"], 0)
+    twin = WarmReference(case, weights, lanes=2, num_inference_steps=8, warm_start=3)
+    sources = cases.random_plan(np.random.default_rng(4), 3, policy.n_blocks, filled=True)
+    policy.plan = Plan(sources)
+    for chunk, lanes in enumerate(([0], [1, 0], [0, 1])):  # cold, both kinds, warm
+        obs, noise = observations(policy, chunk, len(lanes)), noises(policy, chunk, len(lanes))
+        wanted = twin(obs, noise, [2] * len(lanes), sources, lanes=lanes)
+        same(policy(obs, noise=noise, lanes=lanes, executed=2, return_horizon=True), wanted)
+
+
 def test_seeds_repeat_an_episode_and_none_goes_on() -> None:
     policy = make()
     obs = observations(policy, 0)
@@ -221,17 +288,19 @@ def test_seeds_repeat_an_episode_and_none_goes_on() -> None:
     assert (np.array(runs[0]) != runs[2]).any(axis=(1, 2, 3)).all()
 
 
-def test_arrays_in_and_out() -> None:
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_arrays_in_and_out(kind: str) -> None:
+    torch = pytest.importorskip("torch", reason="pip install 'tsad-policy[test]'")
     policy = make()
-    obs, noise = observations(policy, 0), full_noise(policy, 0)
+    obs, noise = observations(policy, 0), noises(policy, 0)
     policy.reset()
     wanted = [policy(obs, noise=noise) for _ in range(2)]
     policy.reset()
-    torch = pytest.importorskip("torch", reason="pip install 'tsad-policy[test]'")
-    out = np.empty((policy.n_action_steps, policy.action_dim), np.float32)
+    plain = np.empty((policy.n_action_steps, policy.action_dim), np.float32)
+    out = torch.from_numpy(plain) if kind == "torch" else plain
     for chunk in wanted:
         assert policy(torch.from_numpy(obs[0]), noise=torch.from_numpy(noise), out=out) is out
-        np.testing.assert_array_equal(out, chunk[0])
+        np.testing.assert_array_equal(plain, chunk[0])
 
 
 @pytest.mark.parametrize(
@@ -239,17 +308,20 @@ def test_arrays_in_and_out() -> None:
     [
         (
             {"obs": np.zeros((2, 3, 5), np.float32)},
-            "obs: expected float32 (2, 3, 6), got (2, 3, 5)",
+            "obs: expected shape (2, 3, 6), got (2, 3, 5)",
         ),
         ({"obs": np.zeros((2, 3, 6))}, "obs: expected float32, got float64"),
         ({"obs": "x"}, "obs: expected a float32 array (NumPy, or anything with __dlpack__), got"),
         ({"obs": np.full((2, 3, 6), np.nan, np.float32)}, "obs: expected finite numbers"),
-        ({"lanes": []}, "obs: expected float32 (0, 3, 6), got (2, 3, 6)"),
+        ({"lanes": []}, "obs: expected shape (0, 3, 6), got (2, 3, 6)"),
         ({"executed": 6}, "executed: expected an int from 0 to 5 (horizon), or 2"),
         ({"executed": [1, 1, 1]}, "executed: expected an int"),
         ({"executed": 1.5}, "executed: expected an int"),
-        ({"noise": np.zeros((3, 2, 5, 2), np.float32)}, "noise: expected float32 (8, 2, 5, 2) or"),
-        ({"out": np.zeros((2, 3, 2))}, "out: expected a writable NumPy array, float32 (2, 3, 2)"),
+        (
+            {"noise": np.zeros((3, 2, 5, 2), np.float32)},
+            "noise: expected shape (8, 2, 5, 2), got (3,",
+        ),
+        ({"out": np.zeros((2, 3, 2))}, "out: expected float32, got float64"),
     ],
 )
 def test_a_refused_call_changes_nothing(change: dict[str, Any], message: str) -> None:
@@ -264,42 +336,24 @@ def test_a_refused_call_changes_nothing(change: dict[str, Any], message: str) ->
     np.testing.assert_array_equal(policy(obs), other(obs))
 
 
-def test_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, inside, go_on = make(), threading.Event(), threading.Event()
-    draw = WarmPolicy._draw
-
-    def slow(*args: Any) -> Any:
-        inside.set()
-        assert go_on.wait(10)
-        return draw(*args)
-
-    monkeypatch.setattr(WarmPolicy, "_draw", slow)
-    obs = observations(policy, 0)
-    thread = threading.Thread(target=policy, args=(obs,))
-    thread.start()
-    try:
-        assert inside.wait(10)
-        for refused in (
-            lambda: policy(obs),
-            policy.reset,
-            lambda: setattr(policy, "sparsity", 0.5),
-        ):
-            with pytest.raises(RuntimeError, match="busy"):
-                refused()
-    finally:
-        go_on.set()
-        thread.join()
-    assert policy.sparsity == 0
-    policy(obs)
-
-
 def test_facts() -> None:
     policy = make(lanes=2, sampler="ddim", warm=2)
-    assert (policy.num_inference_steps, policy.cold.num_inference_steps) == (2, 8)
-    assert policy.timesteps.tolist() == policy.cold.timesteps[-2:].tolist()
-    assert policy.config == policy.cold.config
-    assert policy.stats["weight_bytes"] == policy.cold.stats["weight_bytes"]
-    assert "the last 2 of 8 steps" in repr(policy) and repr(policy).startswith("WarmPolicy(ddim")
+    plain = make_policy(lanes=2, sampler="ddim")
+    assert (policy.num_inference_steps, policy.model.n_steps, policy.warm_start) == (2, 8, 2)
+    assert plain.warm_start is None
+    assert policy.timesteps.tolist() == plain.timesteps[-2:].tolist()
+    assert policy.config == plain.config
+    assert policy.stats["weight_bytes"] == plain.stats["weight_bytes"]
+    assert not policy.has_pruner and not make(warm=1).adds_noise and make().adds_noise
+    assert "warm start: the last 2 of 8 steps" in repr(policy)
+    with pytest.raises(TypeError, match="executed: expected None.*load it with warm_start=N"):
+        plain(observations(plain, 0), executed=1)
+
+
+def test_weights_and_memory_are_there_once() -> None:
+    """Beside the policy of all steps: a chunk and the plans of three steps, and no engine more."""
+    policy, plain = (make_policy("tiny_long", lanes=4, warm_start=n) for n in (3, None))
+    assert policy.stats["bytes"] < 1.2 * plain.stats["bytes"]
 
 
 # ---- closed loop
@@ -322,14 +376,14 @@ class World(FakeWorld):
 @pytest.mark.parametrize(("executed", "delay"), [(1, 0), (2, 0), (3, 0), (2, 4), (1, 7)])
 def test_rollouts_say_what_was_executed(executed: int, delay: int, monkeypatch: Any) -> None:
     told: list[Any] = []
-    call = WarmPolicy.__call__
+    call = SparsePolicy.__call__
 
     def watched(self: Any, obs: Any, **options: Any) -> Any:
         told.append(options["executed"])
         return call(self, obs, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(WarmPolicy, "__call__", watched)
+        patch.setattr(SparsePolicy, "__call__", watched)
         options = {"n_action_steps": executed, "delay": delay}
         alone = list(sim.rollouts(make(), [World()], range(4), **options))
         assert [int(n[0]) for n in told[:2]] == [0, min(max(executed, delay), 5)]
@@ -401,7 +455,7 @@ def test_eval(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_load() -> None:
     policy = tsad.load("pusht", sampler="ddim", num_inference_steps=8, warm_start=3)
-    assert isinstance(policy, WarmPolicy) and policy.num_inference_steps == 3
+    assert policy.warm_start == policy.num_inference_steps == 3
     obs = np.full((2, 20), 256, np.float32)
     policy.reset(seed=0)
     first, second = policy(obs), policy(obs, executed=4)

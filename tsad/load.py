@@ -84,8 +84,7 @@ def load(
     are yours.
 
     ``warm_start=N`` denoises a chunk from the one before it, in the last N steps alone; the first
-    one after a reset runs all. The policy is then a `tsad.warm.WarmPolicy`: say how many actions
-    you execute.
+    one after a reset runs all. Tell the policy how many actions you execute (`SparsePolicy`).
 
     Raises ``ValueError`` or ``TypeError`` naming the argument, what came, what was expected and the
     fix; ``FileNotFoundError`` if ``source`` is a path to nothing; ``CheckpointError``, a
@@ -119,7 +118,8 @@ def load(
         num_inference_steps=setting.num_inference_steps,
         coefficients=family_of(config.network.to_dict()).COEFFICIENTS,
     )
-    last = None if setting.warm_start is None else tail(table, setting.warm_start)
+    if setting.warm_start is not None:
+        tail(table, setting.warm_start)  # refuses what does not fit, before weights are packed
     precision = setting.precision or "float32"
     model = make_model(config, tensors, pruner, table, precision=precision)
     policy = policies.SparsePolicy(
@@ -130,12 +130,8 @@ def load(
         threads=threads,
         device="cpu",
         precision=precision,
+        warm_start=setting.warm_start,
     )
-    if last is not None:
-        from tsad.warm import WarmPolicy
-
-        rows = np.ascontiguousarray(last.table, np.float32)
-        policy = WarmPolicy(policy, model.tail(rows), last)
     if isinstance(setting, Preset):
         try:
             setting.apply(policy)

@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 
 from tsad import _core, planners
 from tsad.config import block_names, block_types
-from tsad.plan import SOURCE_NAMES, Plan
+from tsad.plan import REUSE_ROLLOUT, SOURCE_NAMES, Plan
 from tsad.planners import Planner
+from tsad.samplers import tail
 
 if TYPE_CHECKING:
     from tsad.config import PolicyConfig
     from tsad.samplers import Sampler
 
-# What runs: planner, dial, one plan per lane (None: the pruner's), and whether the user fixed them.
-Choice = tuple["str | Planner", "float | None", "list[Plan] | None", bool]
+# What runs: planner, dial, one plan per lane (None: the pruner's), whether the user fixed them, and
+# the plans of cold chunks (None: dense).
+Choice = tuple["str | Planner", "float | None", "list[Plan] | None", bool, "list[Plan] | None"]
 
 # Largest |difference| of normalised actions from the same policy in float64, same noise. Stated for
 # a dense plan; what a sparse plan loses is the method's, not the arithmetic's.
@@ -46,6 +48,24 @@ class SparsePolicy(_core.Policy):
     ``policy.sparsity = 0.95`` turns the dial, ``policy.plan = plan`` fixes a plan, and
     ``policy.reset(seed=0)`` starts an episode. A new policy is dense.
 
+    With a warm start of N (`tsad.load`) a chunk is denoised from the one before it, in the last N
+    steps alone. Only the first chunk after a reset, the cold one, runs all K from pure noise. Every
+    later one starts at step K - N with
+
+        x = sqrt(alphas_cumprod) shifted + sqrt(1 - alphas_cumprod) noise
+
+    at the noise level of that step (of flow matching, at time t: t shifted + (1 - t) noise).
+    ``shifted`` is the lane's previous chunk, all of its horizon,
+    normalised, moved by the actions executed since: index j is what index j + executed was, and the
+    last action fills the end. ``executed`` says how many those are, 0 to horizon, one number for
+    all lanes of the call or one per row; without it all that a chunk returns. Plans, the dial,
+    ``num_inference_steps``, ``predict_noise`` and ``stats`` are those of the warm chunks, N steps.
+    A plan that reads no rollout is followed from the first warm chunk on; one that does begins with
+    its ``first``, as ever. There is no planner "pruner": a pruner is trained for all the steps.
+    ``noise`` is of all K steps; what it has at step K - N is what a warm chunk begins with.
+    ``tsad.reference.WarmReference`` is the specification; sources: RTI-DP (arXiv 2508.05396) and
+    Falcon (2503.00339), here without its candidates.
+
     One thread at a time: while a chunk runs, others get ``RuntimeError``, setters and `reset`
     included. The GIL is free meanwhile.
 
@@ -58,6 +78,7 @@ class SparsePolicy(_core.Policy):
     __slots__ = (
         "__weakref__",
         "_blocks",
+        "_cold",
         "_config",
         "_device",
         "_dial",
@@ -68,6 +89,7 @@ class SparsePolicy(_core.Policy):
         "_precision",
         "_sampler",
         "_types",
+        "_warm_start",
     )
 
     def __init__(
@@ -80,8 +102,14 @@ class SparsePolicy(_core.Policy):
         threads: int = 1,
         device: str = "cpu",
         precision: str = "float32",
+        warm_start: int | None = None,
     ) -> None:
-        super().__init__(model, lanes=lanes, threads=threads)
+        start = None
+        if warm_start is not None:
+            last = tail(sampler, warm_start)
+            start = (np.ascontiguousarray(last.table, np.float32), *last.mixture(0))
+        super().__init__(model, lanes=lanes, threads=threads, warm_start=start)
+        self._warm_start = warm_start
         self._config = config
         self._sampler = sampler
         self._device = device
@@ -89,9 +117,9 @@ class SparsePolicy(_core.Policy):
         self._loaded: tuple[str, dict[str, Any]] | None = None  # source and options of `tsad.load`
         self._blocks = block_names(config.network)
         self._types = block_types(config.network)
-        if len(self._blocks) != self.n_blocks or len(sampler.timesteps) != self.num_inference_steps:
+        if len(self._blocks) != self.n_blocks or len(sampler.timesteps) != model.n_steps:
             raise ValueError(
-                f"config, sampler: expected {self.n_blocks} blocks and {self.num_inference_steps} "
+                f"config, sampler: expected {self.n_blocks} blocks and {model.n_steps} "
                 f"steps as the model has, got {len(self._blocks)} and {len(sampler.timesteps)}; "
                 "make the model from them (tsad.load)"
             )
@@ -99,6 +127,7 @@ class SparsePolicy(_core.Policy):
         self._dial: float | None = 0.0
         self._fixed = False  # by the user
         self._plans: list[Plan] | None = None  # one per lane; None: the pruner plans
+        self._cold: list[Plan] | None = None  # with a warm start; None: dense
         self._follow(self._planner, self._dial)
 
     # ---- the dial
@@ -164,7 +193,31 @@ class SparsePolicy(_core.Policy):
         if plan is None:
             self._follow(self._planner, self._dial)
         else:
-            self._adopt((self._planner, self._dial, self._bind(plan), True))
+            self._adopt((self._planner, self._dial, self._bind(plan), True, self._cold))
+
+    @property
+    def cold_plan(self) -> Plan | list[Plan] | None:
+        """With a warm start: the plan of an episode's first chunk, of all steps; None: dense.
+
+        A list for several lanes. Set a `Plan` without ``first`` that reads no rollout, or one per
+        lane.
+        """
+        return self._cold[0] if self._cold is not None and self.lanes == 1 else self._cold
+
+    @cold_plan.setter
+    def cold_plan(self, plan: Plan | Sequence[Plan] | None) -> None:
+        if plan is not None and self._warm_start is None:
+            raise ValueError(
+                "cold_plan: expected None, as this policy has no warm start, got a plan; the first "
+                "chunk's is policy.plan.first, or load it with warm_start=N"
+            )
+        bound = None if plan is None else self._bind(plan, "cold_plan")
+        if bound is not None and any(p.first is not None for p in bound):
+            raise ValueError(
+                "cold_plan: expected a plan without `first`, as it is of the first chunk alone, "
+                "got one with it; pass Plan(plan.first.sources)"
+            )
+        self._adopt((self._planner, self._dial, self._plans, self._fixed, bound))
 
     def _end_of_dial(self, planner: str | Planner) -> float:
         return 0.0 if planner == "dense" else 1 - 1 / self.num_inference_steps
@@ -206,41 +259,44 @@ class SparsePolicy(_core.Policy):
             plans = self._bind(planners.uniform_sparse(self, dial))
         elif not isinstance(planner, str):
             plans = self._bind(planner(self, 0.0 if dial is None else dial))
-        self._adopt((planner, dial, plans, False))
+        self._adopt((planner, dial, plans, False, self._cold))
 
     def _adopt(self, choice: Choice) -> None:
         """Run along these plans, or the pruner's; if the policy is busy, nothing has changed."""
-        planner, dial, plans, fixed = choice
+        planner, dial, plans, fixed, cold = choice
         if plans is None:
             self._set_pruner(-1.0 if dial is None else dial)
         else:
             plans = self._bind(plans)
-            self._set_plans([self._arrays(plan) for plan in plans])
+            first = [None] * self.lanes if cold is None else [plan.sources for plan in cold]
+            self._set_plans([(*self._arrays(plan), first[i]) for i, plan in enumerate(plans)])
         self._planner, self._dial, self._plans, self._fixed = planner, dial, plans, fixed
+        self._cold = cold
 
     # ---- plans
 
-    def _bind(self, plan: Plan | Sequence[Plan]) -> list[Plan]:
-        """One checked plan per lane, with this policy's names and costs."""
+    def _bind(self, plan: Plan | Sequence[Plan], name: str = "plan") -> list[Plan]:
+        """One checked plan per lane, with this policy's names and costs; of cold chunks by name."""
         given = [plan] * self.lanes if isinstance(plan, Plan) else plan
         if not isinstance(given, list | tuple) or not all(isinstance(p, Plan) for p in given):
             raise TypeError(
-                "plan: expected a tsad.Plan, a list with one per lane, or None, got "
+                f"{name}: expected a tsad.Plan, a list with one per lane, or None, got "
                 f"{type(plan).__name__}; wrap sources in tsad.Plan(sources)"
             )
         if len(given) != self.lanes:
             raise ValueError(
-                f"plan: expected one plan per lane, {self.lanes}, got {len(given)}; pass a single "
-                "plan for all lanes"
+                f"{name}: expected one plan per lane, {self.lanes}, got {len(given)}; pass a "
+                "single plan for all lanes"
             )
         bound: dict[int, Plan] = {}  # one object per distinct plan
-        return [bound.setdefault(id(item), self._bind_one(item)) for item in given]
+        return [bound.setdefault(id(item), self._bind_one(item, name)) for item in given]
 
-    def _bind_one(self, plan: Plan) -> Plan:
-        expected = (self.num_inference_steps, self.n_blocks)
+    def _bind_one(self, plan: Plan, name: str) -> Plan:
+        steps = len(self._sampler.timesteps) if name == "cold_plan" else self.num_inference_steps
+        expected = (steps, self.n_blocks)
         if plan.sources.shape != expected:
             raise ValueError(
-                f"plan: expected {expected[0]} steps x {expected[1]} blocks, as this policy has, "
+                f"{name}: expected {expected[0]} steps x {expected[1]} blocks, as this policy has, "
                 f"got {plan.sources.shape[0]} x {plan.sources.shape[1]}; make one for this policy, "
                 "or load it with other num_inference_steps"
             )
@@ -248,13 +304,13 @@ class SparsePolicy(_core.Policy):
             pairs = zip(plan.blocks, self._blocks, strict=True)
             block, (got, wanted) = next((b, p) for b, p in enumerate(pairs) if p[0] != p[1])
             raise ValueError(
-                f"plan: expected a plan for the blocks of this policy, got one whose block {block} "
-                f"is {got!r}, not {wanted!r}; make one for this policy"
+                f"{name}: expected a plan for the blocks of this policy, got one whose block "
+                f"{block} is {got!r}, not {wanted!r}; make one for this policy"
             )
         try:
             return self._make_plan(plan.sources, plan.first, plan.metadata)
         except ValueError as error:  # other types than the plan was made for
-            raise ValueError(f"plan: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
 
     def _make_plan(
         self, sources: NDArray[np.uint8], first: Plan | None, metadata: dict[str, Any] | None
@@ -268,10 +324,12 @@ class SparsePolicy(_core.Policy):
             metadata=metadata,
         )
 
-    @staticmethod
-    def _arrays(plan: Plan) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        first = np.zeros_like(plan.sources) if plan.first is None else plan.first.sources
-        return plan.sources, first
+    def _arrays(self, plan: Plan) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        if plan.first is not None:
+            return plan.sources, plan.first.sources
+        # with a warm start an episode has begun densely already, in the cold chunk
+        follow = self._warm_start is not None and not (plan.sources == REUSE_ROLLOUT).any()
+        return plan.sources, plan.sources if follow else np.zeros_like(plan.sources)
 
     def _executed(self, lane: int) -> Plan:
         chosen = None if self._plans is None else self._plans[lane]
@@ -284,11 +342,8 @@ class SparsePolicy(_core.Policy):
 
     # ---- copies
 
-    def _choices(self) -> list[Choice]:
-        return [(self._planner, self._dial, self._plans, self._fixed)]
-
-    def _adopt_all(self, choices: list[Choice]) -> None:
-        self._adopt(choices[0])
+    def _choice(self) -> Choice:
+        return self._planner, self._dial, self._plans, self._fixed, self._cold
 
     def _be_twin_of(self, other: Any) -> None:
         """Initialise as another policy of the same model."""
@@ -301,12 +356,13 @@ class SparsePolicy(_core.Policy):
             threads=other.threads,
             device=other._device,
             precision=other._precision,
+            warm_start=other._warm_start,
         )
 
     def __copy__(self) -> SparsePolicy:
         twin = type(self).__new__(type(self))
         twin._be_twin_of(self)
-        twin._adopt_all(self._choices())
+        twin._adopt(self._choice())
         twin._loaded = self._loaded
         _own(twin).update(_own(self))
         return twin
@@ -323,7 +379,7 @@ class SparsePolicy(_core.Policy):
                 "unpickled, got one made otherwise; write its files (tsad.checkpoint.write_folder) "
                 "and load them, or copy.deepcopy it in this process"
             )
-        return _load_again, (*self._loaded, self._choices())
+        return _load_again, (*self._loaded, self._choice())
 
     # ---- facts
 
@@ -355,15 +411,23 @@ class SparsePolicy(_core.Policy):
     def timesteps(self) -> NDArray[Any]:
         """Training timestep of each denoising step, (K,), noisiest first; int64, of flow matching
         float64 times from 0 (noise) on."""
-        return np.array(self._sampler.timesteps)
+        return np.array(self._sampler.timesteps[-self.num_inference_steps :])
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration as ``config.json`` says it, with the sampler that is in use; a copy."""
+        """The configuration as ``config.json`` says it, with the sampler that is in use; a copy.
+
+        Its steps are all, also with a warm start.
+        """
         config = self._config.to_dict()
         config["scheduler"]["type"] = self._sampler.name
-        config["scheduler"]["num_inference_steps"] = self.num_inference_steps
+        config["scheduler"]["num_inference_steps"] = len(self._sampler.timesteps)
         return config
+
+    @property
+    def warm_start(self) -> int | None:
+        """N, the steps of a chunk that starts from the one before; None: every one from noise."""
+        return self._warm_start
 
     @property
     def device(self) -> str:
@@ -429,6 +493,8 @@ class SparsePolicy(_core.Policy):
             plan = f"planner {self._planner!r}, its own sparsity"
         else:
             plan = f"planner {self._planner!r}, sparsity {self._dial:.4g}"
+        if self._warm_start is not None:
+            plan += f", warm start: the last {self._warm_start} of {self.model.n_steps} steps"
         lanes = f"{self.lanes} lane{'s' if self.lanes > 1 else ''}"
         return (
             f"{type(self).__name__}({self._sampler.name} {self.num_inference_steps} steps x "
@@ -447,10 +513,10 @@ def _own(policy: SparsePolicy) -> dict[str, Any]:
 load: Any = None
 
 
-def _load_again(source: str, options: dict[str, Any], choices: list[Choice]) -> SparsePolicy:
+def _load_again(source: str, options: dict[str, Any], choice: Choice) -> SparsePolicy:
     """The policy that was pickled."""
     policy: SparsePolicy = load(source, **options)
-    policy._adopt_all(choices)
+    policy._adopt(choice)
     return policy
 
 

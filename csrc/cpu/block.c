@@ -116,7 +116,7 @@ static void cross_attention(const context *c, const tsad_node *node, const float
     const tsad_model *m = c->m;
     const float *tokens[TSAD_MAX_MEMORY];
     for (int s = 0; s < m->n_memory; s++) {
-        tokens[s] = tsad_folded(m, c->lane, c->row, node->layer, s);
+        tokens[s] = tsad_folded(m, c->lane, c->row, c->step, node->layer, s);
     }
     const tsad_register *in = &c->net->registers[node->in];
     tsad_cross cross = {.tokens = tokens,

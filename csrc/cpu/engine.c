@@ -3,7 +3,7 @@
  * there.
  *
  * Memory is two arenas. The first holds everything of fixed size; the second the branch outputs
- * (slots): one row a lane, or K rows once a plan reuses earlier rollouts.
+ * (slots): one row a lane, or one a step once a plan reuses earlier rollouts.
  */
 #include "cpu.h"
 
@@ -144,9 +144,9 @@ size_t tsad_cpu_bytes(const tsad_engine *e)
     return bytes;
 }
 
-tsad_status tsad_cpu_remember_rollouts(tsad_engine *e)
+tsad_status tsad_cpu_remember_rollouts(tsad_engine *e, int rows)
 {
-    return e->slot_rows == e->model->n_steps ? TSAD_OK : place_slots(e, e->model->n_steps);
+    return e->slot_rows == rows ? TSAD_OK : place_slots(e, rows);
 }
 
 /* Room for the sums that the lane's program keeps. Without it the program runs all the same, a

@@ -64,10 +64,10 @@ static size_t guarded_bytes(const tsad_engine *e)
     return bytes;
 }
 
-static tsad_status guarded_remember_rollouts(tsad_engine *e)
+static tsad_status guarded_remember_rollouts(tsad_engine *e, int rows)
 {
     unlock(e);
-    tsad_status status = tsad_cpu_remember_rollouts(e);
+    tsad_status status = tsad_cpu_remember_rollouts(e, rows);
     lock(e);
     return status;
 }

@@ -51,7 +51,7 @@ static bool shares_work(const tsad_net *net, const tsad_program *program, int ro
 
 static void update_sample(const context *c)
 {
-    const float *t = c->m->sampler + (size_t)c->row * TSAD_SAMPLER_COLUMNS;
+    const float *t = c->run->sampler + (size_t)c->row * TSAD_SAMPLER_COLUMNS;
     float a = t[0], b = t[1], r = t[2], cx0 = t[3], d = t[4], f = t[5], g = t[6], h = t[7];
     const tsad_run *run = c->run;
     const float *z = h != 0 ? run->noise + (size_t)(c->row + 1) * run->noise_step : NULL;
@@ -93,7 +93,7 @@ static void run_op(const context *c, const tsad_op *op)
         tsad_cpu_add_gated(c, op);
         break;
     case TSAD_OP_UPDATE:
-        if (c->run->update) {
+        if (c->run->sampler) {
             update_sample(c);
         }
         break;
@@ -116,7 +116,7 @@ static void run_wide_op(const context *c, const tsad_op *op)
         tsad_cpu_add(c, op);
         break;
     default:
-        if (c->run->update && c->w->rank == 0) {
+        if (c->run->sampler && c->w->rank == 0) {
             update_sample(c);
         }
     }
@@ -127,7 +127,7 @@ static void run_wide_op(const context *c, const tsad_op *op)
 static bool run_closed(const context *c)
 {
     int closed = c->run->program->closed[c->row];
-    if (!closed || !c->run->update) {
+    if (!closed || !c->run->sampler) {
         return false;
     }
     tsad_cpu_closed(c, closed - 1);
@@ -227,13 +227,13 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
     for (; row < row_end; row++) {
         for (int i = 0; i < n; i++) {
             members[i].row = row;
-            members[i].step = row + members[i].m->first_step;
+            members[i].step = row + runs[i].first_step;
         }
         if (n > 1) {
             run_row_of_gang(members, n);
             continue;
         }
-        if (w->shares && runs->update && shares_work(members->net, program, row) &&
+        if (w->shares && runs->sampler && shares_work(members->net, program, row) &&
             !tsad_turn(w, row)) {
             stays = false;
             break;
@@ -251,7 +251,7 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
 
 tsad_status tsad_cpu_run(tsad_queue *w, const tsad_run *runs, int n, int row_begin, int row_end)
 {
-    if (runs->update) {
+    if (runs->sampler) {
         const tsad_model *m = w->engine->model;
         for (int i = 0; i < n; i++) {
             memset(w->members[i].previous_x0, 0,

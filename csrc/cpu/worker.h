@@ -9,7 +9,7 @@
 
 /* One lane's memory. */
 typedef struct tsad_cpu_lane {
-    float *slots; /* rollout: (K, row_floats), else one row */
+    float *slots; /* rollout: (rows, row_floats), else one row */
     float *array[TSAD_N_ARRAYS];
     tsad_arena sum_arena;
     float *sums; /* of rollout slots, that the lane's program keeps; NULL: none */
@@ -107,7 +107,7 @@ void tsad_stall_note(tsad_engine *e);
 struct tsad_engine {
     const tsad_model *model;
     int n_lanes, n_threads, gang; /* n_lanes without the last one, which no caller has */
-    int slot_rows;                /* that slot_arena has room for: 1 or K */
+    int slot_rows;                /* that slot_arena has room for */
     tsad_arena arena;             /* everything but the slots */
     tsad_arena slot_arena;        /* remade when rollout memory is first needed */
     tsad_cpu_lane *lanes;         /* n_lanes + 1 */
@@ -125,7 +125,7 @@ struct tsad_engine {
 tsad_status tsad_cpu_open(const tsad_model *model, int lanes, int threads, tsad_engine **out);
 void tsad_cpu_close(tsad_engine *engine);
 size_t tsad_cpu_bytes(const tsad_engine *engine);
-tsad_status tsad_cpu_remember_rollouts(tsad_engine *engine);
+tsad_status tsad_cpu_remember_rollouts(tsad_engine *engine, int rows);
 bool tsad_cpu_prepare(tsad_engine *engine, int lane, const tsad_program *program);
 tsad_status tsad_cpu_each(tsad_engine *engine, int count, bool alone, tsad_each_fn fn,
                           void *context, int *queues);
@@ -141,18 +141,18 @@ static inline float *tsad_slot(const tsad_net *net, const tsad_cpu_lane *lane, b
     return lane->slots + (size_t)row * net->row_floats + net->slot_offset[slot % net->n_blocks];
 }
 
-/* Folded token s of memory for one step and layer. */
-static inline const float *tsad_folded(const tsad_model *m, const tsad_cpu_lane *lane, int step,
-                                       int layer, int s)
+/* Folded token s of memory for one row, which is of this step, and layer. */
+static inline const float *tsad_folded(const tsad_model *m, const tsad_cpu_lane *lane, int row,
+                                       int step, int layer, int s)
 {
     const float *fold = lane->array[TSAD_ARRAY_FOLDED];
     size_t tokens = (size_t)m->n_memory;
     if (m->encode_rows) {
-        size_t at = ((size_t)step * (size_t)m->n_layers + (size_t)layer) * tokens + (size_t)s;
+        size_t at = ((size_t)row * (size_t)m->n_layers + (size_t)layer) * tokens + (size_t)s;
         return fold + at * m->fold.floats;
     }
     if (s == 0) {
-        size_t at = (size_t)(step + m->first_step) * (size_t)m->n_layers + (size_t)layer;
+        size_t at = (size_t)step * (size_t)m->n_layers + (size_t)layer;
         return m->time_fold + at * m->fold.floats;
     }
     return fold + ((size_t)layer * (tokens - 1) + (size_t)(s - 1)) * m->fold.floats;

@@ -168,7 +168,7 @@ void tsad_program_compile(tsad_program *program, const tsad_model *model, const 
     program->cost = 0;
     program->reads_rollout = false;
     memset(program->cells, 0, sizeof program->cells);
-    for (int k = 0; k < model->n_steps; k++) {
+    for (int k = 0; k < program->n_rows; k++) {
         const uint8_t *row = sources + (size_t)k * (size_t)B;
         for (int b = 0; b < B; b++) {
             tsad_plan_reason reason;
@@ -190,7 +190,7 @@ void tsad_program_compile(tsad_program *program, const tsad_model *model, const 
             close_row(&c, k);
         }
     }
-    program->row_start[model->n_steps] = program->n_ops;
+    program->row_start[program->n_rows] = program->n_ops;
 }
 
 void tsad_program_straight(tsad_program *program, const tsad_net *net, int n_rows)

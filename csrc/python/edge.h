@@ -114,14 +114,16 @@ PyObject *edge_block_costs(const tsad_model *model);
 
 typedef struct edge_policy {
     PyObject_HEAD edge_state *state;
-    PyObject *model;     /* edge_model */
-    tsad_policy *policy; /* NULL until initialised */
-    tsad_model_info info;
+    PyObject *model;      /* edge_model */
+    tsad_policy *policy;  /* NULL until initialised */
+    tsad_model_info info; /* the policy's own */
+    int all_steps;        /* the model's */
+    bool warm_start;
     int n_lanes, n_threads;
     edge_stream *streams; /* (n_lanes) */
     int *lanes;           /* (n_lanes) scratch of the call: the lanes listed */
+    int *executed;        /* (n_lanes) scratch of the call */
     uint8_t *listed;      /* (n_lanes) scratch of edge_parse_lanes, zero between calls */
-    uint8_t *ran;         /* (n_lanes) has this lane run a chunk since its reset */
 } edge_policy;
 
 /* RuntimeError if the policy is not initialised or busy; else it is ours until edge_leave. */

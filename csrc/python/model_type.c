@@ -508,44 +508,6 @@ static PyGetSetDef facts[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(tail_doc, "tail($self, sampler, /)\n--\n\n"
-                       "The last steps of this model, as many as `sampler` (N, 8) has rows, as a\n"
-                       "model without a pruner that shares its weights and tables.");
-
-static PyObject *model_tail(PyObject *object, PyObject *sampler)
-{
-    edge_state *state = edge_state_of_type(Py_TYPE(object));
-    tsad_model *whole = ((edge_model *)object)->model, *model = NULL;
-    int64_t shape[2] = {-1, TSAD_SAMPLER_COLUMNS};
-    edge_view view = {0};
-    PyObject *result = NULL;
-    if (!state || !whole) {
-        PyErr_SetString(PyExc_RuntimeError, "Model: not initialised; call __init__");
-        return NULL;
-    }
-    if (edge_borrow(state, sampler, "sampler", EDGE_FLOAT32, false, &view) < 0) {
-        return NULL;
-    }
-    if (edge_expect_shape("sampler", &view, 2, shape) == 0) {
-        int rows = view.shape[0] > INT32_MAX ? INT32_MAX : (int)view.shape[0];
-        tsad_status status = tsad_model_tail(whole, view.data, rows, &model);
-        result =
-            status == TSAD_OK ? PyType_GenericNew(Py_TYPE(object), NULL, NULL) : edge_raise(status);
-        if (result) {
-            ((edge_model *)result)->model = model;
-        } else {
-            tsad_model_destroy(model);
-        }
-    }
-    edge_return(&view);
-    return result;
-}
-
-static PyMethodDef model_methods[] = {
-    {"tail", model_tail, METH_O, tail_doc},
-    {NULL, NULL, 0, NULL},
-};
-
 PyDoc_STRVAR(
     model_doc,
     "Model(*, family='diffusion_policy_transformer', horizon, n_obs_steps, n_action_steps,\n"
@@ -560,13 +522,8 @@ PyDoc_STRVAR(
     "by the constructor alone. Only family 'nodes' may leave out sizes of layers and time_emb.");
 
 static PyType_Slot model_slots[] = {
-    {Py_tp_doc, (void *)model_doc},
-    {Py_tp_new, PyType_GenericNew},
-    {Py_tp_init, model_init},
-    {Py_tp_dealloc, model_dealloc},
-    {Py_tp_getset, facts},
-    {Py_tp_methods, model_methods},
-    {0, NULL},
+    {Py_tp_doc, (void *)model_doc}, {Py_tp_new, PyType_GenericNew}, {Py_tp_init, model_init},
+    {Py_tp_dealloc, model_dealloc}, {Py_tp_getset, facts},          {0, NULL},
 };
 
 PyType_Spec edge_model_spec = {

@@ -218,25 +218,10 @@ static PyObject *copy(PyObject *module, PyObject *args)
     return result;
 }
 
-PyDoc_STRVAR(plain_doc, "_plain($module, value, name, /)\n--\n\n"
-                        "A number or a list of numbers of any library in Python's own; `name` is "
-                        "for errors.");
-
-static PyObject *plain(PyObject *module, PyObject *args)
-{
-    PyObject *value, *result;
-    const char *name;
-    (void)module;
-    if (!PyArg_ParseTuple(args, "Os:_plain", &value, &name) ||
-        edge_as_list(value, name, &result) < 0) {
-        return NULL;
-    }
-    return result;
-}
-
-PyDoc_STRVAR(hand_doc, "_hand($module, array, like, /)\n--\n\n"
-                       "The NumPy array as one of the library that `like` is of, nothing copied "
-                       "where the\nlibrary allows.");
+PyDoc_STRVAR(hand_doc,
+             "_hand($module, array, like, /)\n--\n\n"
+             "For tests: the NumPy array as one of the library that `like` is of, nothing copied "
+             "where the\nlibrary allows.");
 
 static PyObject *hand(PyObject *module, PyObject *args)
 {
@@ -259,7 +244,6 @@ static PyMethodDef methods[] = {
     {"backends", backends, METH_NOARGS, backends_doc},
     {"_borrow", borrow, METH_O, borrow_doc},
     {"_copy", copy, METH_VARARGS, copy_doc},
-    {"_plain", plain, METH_VARARGS, plain_doc},
     {"_hand", hand, METH_VARARGS, hand_doc},
     {NULL, NULL, 0, NULL},
 };

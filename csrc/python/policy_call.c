@@ -24,6 +24,7 @@ typedef struct chunk {
     bool drop_axis;   /* obs came without the axis of lanes */
     bool noise_given; /* all of it */
     bool initial_given;
+    bool executed_given;
     int whole_horizon;
     PyObject *actions; /* new reference */
     PyObject *library; /* that `actions` is handed over to, or NULL */
@@ -98,7 +99,7 @@ static int place_actions(edge_policy *self, chunk *c, PyObject *obs, PyObject *o
 static int borrow_noise(edge_policy *self, chunk *c, PyObject *noise)
 {
     const tsad_model_info *info = &self->info;
-    int64_t shape[4] = {info->n_steps, c->n_lanes, info->horizon, info->action_dim};
+    int64_t shape[4] = {self->all_steps, c->n_lanes, info->horizon, info->action_dim};
     if (noise == Py_None) {
         return 0;
     }
@@ -109,8 +110,13 @@ static int borrow_noise(edge_policy *self, chunk *c, PyObject *noise)
     c->initial_given = edge_has_shape(&c->noise, 3, shape + 1);
     if (!c->noise_given && !c->initial_given) {
         return edge_raise_shape("noise", &c->noise, 4, shape,
-                                "these are (num_inference_steps, lanes, horizon, action_dim); "
-                                "without the first axis it is the initial sample alone");
+                                self->warm_start
+                                    ? "these are (all steps, with those before a warm start, "
+                                      "lanes, horizon, action_dim); without the first axis it is "
+                                      "what each chunk begins with"
+                                    : "these are (num_inference_steps, lanes, horizon, "
+                                      "action_dim); without the first axis it is the initial "
+                                      "sample alone");
     }
     if (c->out.kind && edge_expect_apart("out", &c->out, "noise", &c->noise) < 0) {
         return -1;
@@ -118,23 +124,66 @@ static int borrow_noise(edge_policy *self, chunk *c, PyObject *noise)
     return edge_expect_finite("noise", &c->noise);
 }
 
+/* None, an int for all rows, or one per row. */
+static int read_executed(edge_policy *self, chunk *c, PyObject *executed)
+{
+    PyObject *plain;
+    if (executed == Py_None) {
+        return 0;
+    }
+    if (!self->warm_start) {
+        PyErr_SetString(PyExc_TypeError, "executed: expected None, as this policy's chunks don't "
+                                         "start from the one before; load it with warm_start=N");
+        return -1;
+    }
+    int is_list = edge_as_list(executed, "executed", &plain), n = c->n_lanes;
+    bool fits = is_list == 0 || (is_list > 0 && PyList_Size(plain) == n);
+    for (int i = 0; i < (is_list || n ? n : 1) && fits; i++) {
+        PyObject *item = is_list ? PyList_GetItem(plain, i) : plain;
+        int overflow = 0;
+        long moved = PyLong_Check(item) && !PyBool_Check(item)
+                         ? PyLong_AsLongAndOverflow(item, &overflow)
+                         : -1;
+        fits = !overflow && moved >= 0 && moved <= self->info.horizon;
+        if (i < n) {
+            self->executed[i] = (int)moved;
+        }
+    }
+    Py_XDECREF(plain);
+    if (is_list < 0) {
+        return -1;
+    }
+    if (!fits) {
+        PyErr_Format(PyExc_ValueError,
+                     "executed: expected an int from 0 to %d (horizon), or %d, one per row, got "
+                     "%R; pass how many actions were executed since the last chunk",
+                     self->info.horizon, n, executed);
+        return -1;
+    }
+    c->executed_given = true;
+    return 0;
+}
+
 /* Draw what the caller did not give. Per chunk and lane that is standard_normal((K, T, A)), or its
- * first row alone where the sampler adds no noise. Needs no GIL. */
+ * first row alone where the sampler adds no noise; K of the steps that the lane will run. Needs no
+ * GIL. */
 static void draw(edge_policy *self, tsad_call *call)
 {
     const tsad_model_info *info = &self->info;
     size_t row = (size_t)info->horizon * (size_t)info->action_dim;
-    size_t n = info->adds_noise ? row * (size_t)info->n_steps : row;
-    if (call->noise || (call->initial && !info->adds_noise)) {
+    if (call->noise) {
         return;
     }
     float *buffer = tsad_policy_noise_buffer(self->policy);
     call->noise = buffer;
     call->noise_step = row;
-    call->noise_lane = row * (size_t)info->n_steps;
+    call->noise_lane = row * (size_t)self->all_steps;
     for (int i = 0; i < call->n_lanes; i++) {
-        edge_stream *stream = &self->streams[self->lanes[i]];
-        edge_stream_normal(stream, n, buffer + (size_t)i * call->noise_lane);
+        int first, n = tsad_policy_noise_steps(self->policy, self->lanes[i], &first);
+        float *own = buffer + (size_t)i * call->noise_lane + (size_t)first * row;
+        if (n > 1 || !call->initial) {
+            edge_stream_normal(&self->streams[self->lanes[i]], row * (size_t)n, own);
+        }
     }
 }
 
@@ -152,22 +201,19 @@ static int run(edge_policy *self, const chunk *c)
         .noise_step = row * (size_t)c->n_lanes,
         .noise_lane = row,
         .initial = c->initial_given ? c->noise.data : NULL,
+        .executed = c->executed_given ? self->executed : NULL,
         .actions = c->data,
         .whole_horizon = c->whole_horizon,
     };
     PyThreadState *thread = PyEval_SaveThread(); /* leaves the GIL */
     MARK(begin);
     tsad_status status = tsad_policy_check(self->policy, &call);
-    bool refused = status != TSAD_OK;
-    if (!refused) {
+    if (status == TSAD_OK) {
         draw(self, &call);
         status = tsad_policy_step(self->policy, &call);
     }
     MARK(end);
     PyEval_RestoreThread(thread);
-    for (int i = 0; i < c->n_lanes && !refused; i++) {
-        self->ran[self->lanes[i]] = status == TSAD_OK; /* else the core has reset it */
-    }
     if (status != TSAD_OK) {
         edge_raise(status);
         return -1;
@@ -177,19 +223,19 @@ static int run(edge_policy *self, const chunk *c)
 
 PyObject *edge_policy_call(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"obs", "out", "noise", "lanes", "return_horizon", NULL};
+    static char *names[] = {"obs", "out", "noise", "lanes", "return_horizon", "executed", NULL};
     edge_policy *self = (edge_policy *)object;
-    PyObject *obs, *out = Py_None, *noise = Py_None, *lanes = Py_None;
+    PyObject *obs, *out = Py_None, *noise = Py_None, *lanes = Py_None, *executed = Py_None;
     chunk c = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOp:policy", names, &obs, &out, &noise,
-                                     &lanes, &c.whole_horizon) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOpO:policy", names, &obs, &out, &noise,
+                                     &lanes, &c.whole_horizon, &executed) ||
         edge_enter(self) < 0) {
         return NULL;
     }
     c.n_lanes = edge_parse_lanes(self, lanes);
     if (c.n_lanes < 0 || borrow_obs(self, &c, obs) < 0 || place_actions(self, &c, obs, out) < 0 ||
-        borrow_noise(self, &c, noise) < 0 || edge_expect_finite("obs", &c.obs) < 0 ||
-        run(self, &c) < 0) {
+        borrow_noise(self, &c, noise) < 0 || read_executed(self, &c, executed) < 0 ||
+        edge_expect_finite("obs", &c.obs) < 0 || run(self, &c) < 0) {
         Py_CLEAR(c.actions);
     }
     edge_leave(self);

@@ -83,7 +83,6 @@ static int reset(edge_policy *self, PyObject *lanes, PyObject *seed)
     }
     for (int i = 0; i < n; i++) {
         tsad_policy_reset(self->policy, self->lanes[i]);
-        self->ran[self->lanes[i]] = 0;
     }
     return 0;
 }
@@ -104,14 +103,20 @@ PyObject *edge_policy_reset(PyObject *object, PyObject *args, PyObject *kwargs)
 
 /* ---- plans ------------------------------------------------------------------------------- */
 
-/* `sources` and `first` of one lane, borrowed and of the right shape. */
-static int borrow_plan(edge_policy *self, PyObject *sources, PyObject *first, edge_view view[2])
+enum { SOURCES, FIRST, COLD, N_PLANS };
+
+/* The plans of one lane, borrowed and of the right shapes. `cold` may be None. */
+static int borrow_plan(edge_policy *self, PyObject *const objects[N_PLANS], edge_view *view,
+                       tsad_lane_plan *plan)
 {
-    int64_t shape[2] = {self->info.n_steps, self->info.n_blocks};
-    const char *names[2] = {"plan", "first"};
-    PyObject *arrays[2] = {sources, first};
-    for (int i = 0; i < 2; i++) {
-        if (edge_borrow(self->state, arrays[i], names[i], EDGE_UINT8, false, &view[i]) < 0) {
+    static const char *const names[N_PLANS] = {"plan", "first", "cold_plan"};
+    const uint8_t **data[N_PLANS] = {&plan->sources, &plan->first, &plan->cold};
+    for (int i = 0; i < N_PLANS; i++) {
+        int64_t shape[2] = {i == COLD ? self->all_steps : self->info.n_steps, self->info.n_blocks};
+        if (i == COLD && objects[i] == Py_None) {
+            continue;
+        }
+        if (edge_borrow(self->state, objects[i], names[i], EDGE_UINT8, false, &view[i]) < 0) {
             return -1;
         }
         if (!edge_has_shape(&view[i], 2, shape)) {
@@ -119,92 +124,63 @@ static int borrow_plan(edge_policy *self, PyObject *sources, PyObject *first, ed
                                     "these are (num_inference_steps, blocks) of this policy; make "
                                     "a plan for it");
         }
+        *data[i] = view[i].data;
     }
     return 0;
-}
-
-/* Would the core take this plan for this lane now? In the middle of an episode a plan may read
- * rollout slots that are not filled. `scratch` has room for K * B ages. */
-static bool is_acceptable(const edge_policy *self, int lane, const edge_view view[2],
-                          uint32_t *scratch)
-{
-    const tsad_model_info *info = &self->info;
-    int K = info->n_steps, B = info->n_blocks;
-    const uint8_t *sources = view[0].data, *first = view[1].data;
-    uint8_t *filled = (uint8_t *)scratch;
-    for (int i = 0; i < K * B; i++) {
-        filled[i] = first[i] == TSAD_COMPUTE;
-    }
-    if (tsad_plan_resolve(first, K, B, info->block_type, NULL, NULL).reason ||
-        tsad_plan_resolve(sources, K, B, info->block_type, filled, NULL).reason) {
-        return false;
-    }
-    if (!self->ran[lane]) {
-        return true;
-    }
-    tsad_policy_get_ages(self->policy, lane, scratch);
-    for (int i = 0; i < K * B; i++) { /* in place: byte i is written after word i is read */
-        filled[i] = scratch[i] != 0;
-    }
-    return !tsad_plan_resolve(sources, K, B, info->block_type, filled, NULL).reason;
-}
-
-static int set_plan(edge_policy *self, int lane, const edge_view view[2])
-{
-    tsad_status status = tsad_policy_set_plan(self->policy, lane, view[0].data, view[1].data);
-    if (status == TSAD_PLAN && self->n_lanes > 1) {
-        PyErr_Format(PyExc_ValueError, "%s (lane %d)", tsad_error_detail(), lane);
-    } else if (status != TSAD_OK) {
-        edge_raise(status);
-    }
-    return status == TSAD_OK ? 0 : -1;
 }
 
 PyObject *edge_policy_set_plan(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"lane", "sources", "first", NULL};
     edge_policy *self = (edge_policy *)object;
-    PyObject *lane, *sources, *first;
-    edge_view view[2] = {0};
-    int status = -1, index;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:_set_plan", names, &lane, &sources,
-                                     &first) ||
+    PyObject *lane, *given[N_PLANS] = {NULL, NULL, Py_None}, *result = NULL;
+    edge_view view[N_PLANS] = {0};
+    tsad_lane_plan plan = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:_set_plan", names, &lane, &given[SOURCES],
+                                     &given[FIRST]) ||
         edge_enter(self) < 0) {
         return NULL;
     }
-    index = edge_parse_lane(self, lane);
-    if (index >= 0 && borrow_plan(self, sources, first, view) == 0) {
-        status = set_plan(self, index, view);
+    int index = edge_parse_lane(self, lane);
+    if (index >= 0 && borrow_plan(self, given, view, &plan) == 0) {
+        tsad_status status = tsad_policy_set_plans(self->policy, index, 1, &plan);
+        result = status == TSAD_OK ? Py_NewRef(Py_None) : edge_raise(status);
     }
     edge_leave(self);
-    edge_return(&view[0]);
-    edge_return(&view[1]);
-    return status < 0 ? NULL : Py_NewRef(Py_None);
+    for (int i = 0; i < N_PLANS; i++) {
+        edge_return(&view[i]);
+    }
+    return result;
 }
 
-/* All lanes are checked before any is set. */
-static int set_plans(edge_policy *self, PyObject *list, edge_view (*view)[2], uint32_t *scratch)
+static int set_plans(edge_policy *self, PyObject *list, edge_view (*view)[N_PLANS],
+                     tsad_lane_plan *plans)
 {
-    for (int i = 0; i < self->n_lanes; i++) {
-        PyObject *pair = PyList_GetItem(list, i);
-        if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2) {
-            PyErr_SetString(PyExc_TypeError, "plans: expected (sources, first) per lane; pass "
-                                             "tuples of two arrays");
-            return -1;
-        }
-        if (borrow_plan(self, PyTuple_GetItem(pair, 0), PyTuple_GetItem(pair, 1), view[i]) < 0) {
-            return -1;
-        }
-        if (!is_acceptable(self, i, view[i], scratch)) {
-            return set_plan(self, i, view[i]); /* refuses, and says why */
-        }
+    if (PyList_Size(list) != self->n_lanes) {
+        PyErr_Format(PyExc_ValueError,
+                     "plan: expected one plan per lane, %d, got %zd; pass a "
+                     "single plan for all lanes",
+                     self->n_lanes, PyList_Size(list));
+        return -1;
     }
     for (int i = 0; i < self->n_lanes; i++) {
-        if (set_plan(self, i, view[i]) < 0) {
+        PyObject *item = PyList_GetItem(list, i), *given[N_PLANS];
+        if (!PyTuple_Check(item) || PyTuple_Size(item) < COLD || PyTuple_Size(item) > N_PLANS) {
+            PyErr_SetString(PyExc_TypeError,
+                            "plans: expected (sources, first) per lane, and with a "
+                            "warm start (sources, first, cold); pass tuples of "
+                            "arrays");
+            return -1;
+        }
+        for (int j = 0; j < N_PLANS; j++) {
+            given[j] = j < PyTuple_Size(item) ? PyTuple_GetItem(item, j) : Py_None;
+        }
+        if (borrow_plan(self, given, view[i], &plans[i]) < 0) {
             return -1;
         }
     }
-    return 0;
+    tsad_status status = tsad_policy_set_plans(self->policy, 0, self->n_lanes, plans);
+    return status == TSAD_OK ? 0 : (edge_raise(status), -1);
 }
 
 PyObject *edge_policy_set_plans(PyObject *object, PyObject *plans)
@@ -215,27 +191,17 @@ PyObject *edge_policy_set_plans(PyObject *object, PyObject *plans)
         Py_XDECREF(list);
         return NULL;
     }
-    int status = -1;
-    size_t cells = (size_t)self->info.n_steps * (size_t)self->info.n_blocks;
-    edge_view(*view)[2] = PyMem_Calloc((size_t)self->n_lanes, sizeof *view);
-    uint32_t *scratch = PyMem_Calloc(cells, sizeof *scratch);
-    if (!view || !scratch) {
-        PyErr_NoMemory();
-    } else if (PyList_Size(list) != self->n_lanes) {
-        PyErr_Format(PyExc_ValueError,
-                     "plan: expected one plan per lane, %d, got %zd; pass a "
-                     "single plan for all lanes",
-                     self->n_lanes, PyList_Size(list));
-    } else {
-        status = set_plans(self, list, view, scratch);
-    }
+    edge_view(*view)[N_PLANS] = PyMem_Calloc((size_t)self->n_lanes, sizeof *view);
+    tsad_lane_plan *plan = PyMem_Calloc((size_t)self->n_lanes, sizeof *plan);
+    int status = view && plan ? set_plans(self, list, view, plan) : (PyErr_NoMemory(), -1);
     edge_leave(self);
     for (int i = 0; view && i < self->n_lanes; i++) {
-        edge_return(&view[i][0]);
-        edge_return(&view[i][1]);
+        for (int j = 0; j < N_PLANS; j++) {
+            edge_return(&view[i][j]);
+        }
     }
     PyMem_Free(view);
-    PyMem_Free(scratch);
+    PyMem_Free(plan);
     Py_DECREF(list);
     return status < 0 ? NULL : Py_NewRef(Py_None);
 }
@@ -293,20 +259,18 @@ PyObject *edge_policy_stats(PyObject *object, PyObject *lane)
         return NULL;
     }
     tsad_lane_stats stats = {0};
-    int index = edge_parse_lane(self, lane), ran = 0;
+    int index = edge_parse_lane(self, lane);
     if (index >= 0) {
         stats = tsad_policy_get_stats(self->policy, index);
-        ran = self->ran[index];
     }
     edge_leave(self);
     if (index < 0) {
         return NULL;
     }
     const int32_t *cells = stats.cells;
-    return Py_BuildValue("{s:K,s:L,s:(iiiii),s:i,s:I}", "chunks",
-                         ran ? (unsigned long long)stats.chunks : 0ull, "cost",
-                         (long long)stats.cost, "cells", cells[0], cells[1], cells[2], cells[3],
-                         cells[4], "forced", stats.forced, "max_age", stats.max_age);
+    return Py_BuildValue("{s:K,s:L,s:(iiiii),s:i,s:I}", "chunks", (unsigned long long)stats.chunks,
+                         "cost", (long long)stats.cost, "cells", cells[0], cells[1], cells[2],
+                         cells[3], cells[4], "forced", stats.forced, "max_age", stats.max_age);
 }
 
 PyObject *edge_policy_timings(PyObject *object, PyObject *unused)

@@ -48,9 +48,9 @@ static int open_streams(edge_policy *self)
 {
     self->streams = PyMem_Calloc((size_t)self->n_lanes, sizeof(edge_stream));
     self->lanes = PyMem_Calloc((size_t)self->n_lanes, sizeof(int));
+    self->executed = PyMem_Calloc((size_t)self->n_lanes, sizeof(int));
     self->listed = PyMem_Calloc((size_t)self->n_lanes, 1);
-    self->ran = PyMem_Calloc((size_t)self->n_lanes, 1);
-    if (!self->streams || !self->lanes || !self->listed || !self->ran) {
+    if (!self->streams || !self->lanes || !self->executed || !self->listed) {
         PyErr_NoMemory();
         return -1;
     }
@@ -72,43 +72,72 @@ static void policy_close(edge_policy *self)
     }
     PyMem_Free(self->streams);
     PyMem_Free(self->lanes);
+    PyMem_Free(self->executed);
     PyMem_Free(self->listed);
-    PyMem_Free(self->ran);
     self->streams = NULL;
-    self->lanes = NULL;
-    self->listed = self->ran = NULL;
+    self->lanes = self->executed = NULL;
+    self->listed = NULL;
     tsad_policy_destroy(self->policy);
     self->policy = NULL;
     Py_CLEAR(self->model);
 }
 
-static int policy_open(edge_policy *self, PyObject *model)
+/* warm_start: (sampler float32 (N, 8), signal, noise) */
+static int read_warm_start(edge_policy *self, PyObject *object, edge_view *sampler,
+                           tsad_warm_start *warm)
 {
-    const tsad_model *m = ((edge_model *)model)->model;
+    int64_t shape[2] = {-1, TSAD_SAMPLER_COLUMNS};
+    PyObject *table;
+    if (!PyTuple_Check(object)) {
+        PyErr_SetString(PyExc_TypeError, "warm_start: expected (sampler, signal, noise); use "
+                                         "tsad.load(..., warm_start=N)");
+        return -1;
+    }
+    if (!PyArg_ParseTuple(object, "Off:warm_start", &table, &warm->signal, &warm->noise) ||
+        edge_borrow(self->state, table, "warm_start", EDGE_FLOAT32, false, sampler) < 0 ||
+        edge_expect_shape("warm_start", sampler, 2, shape) < 0) {
+        return -1;
+    }
+    warm->n_steps = sampler->shape[0] > INT32_MAX ? INT32_MAX : (int)sampler->shape[0];
+    warm->sampler = sampler->data;
+    return 0;
+}
+
+static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start)
+{
+    tsad_model *m = ((edge_model *)model)->model;
     tsad_policy *policy = NULL;
+    tsad_warm_start warm;
+    edge_view sampler = {0};
     self->model = Py_NewRef(model);
-    self->info = tsad_model_get_info(m);
-    tsad_status status =
-        tsad_policy_create((tsad_model *)m, self->n_lanes, self->n_threads, &policy);
-    if (status != TSAD_OK) {
-        edge_raise(status);
+    self->warm_start = warm_start != Py_None;
+    int result = self->warm_start ? read_warm_start(self, warm_start, &sampler, &warm) : 0;
+    if (result == 0) {
+        tsad_status status = tsad_policy_create(m, self->warm_start ? &warm : NULL, self->n_lanes,
+                                                self->n_threads, &policy);
+        result = status == TSAD_OK ? 0 : (edge_raise(status), -1);
+    }
+    edge_return(&sampler);
+    if (result < 0) {
         return -1;
     }
     self->policy = policy;
+    self->info = tsad_policy_get_info(policy);
+    self->all_steps = tsad_model_get_info(m).n_steps;
     return open_streams(self);
 }
 
 static int policy_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "lanes", "threads", NULL};
+    static char *names[] = {"model", "lanes", "threads", "warm_start", NULL};
     edge_policy *self = (edge_policy *)object;
-    PyObject *model, *lanes = NULL, *threads = NULL;
+    PyObject *model, *lanes = NULL, *threads = NULL, *warm_start = Py_None;
     if (self->policy) {
         PyErr_SetString(PyExc_RuntimeError, "policy: already initialised; make another one");
         return -1;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OO:Policy", names, &model, &lanes,
-                                     &threads)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOO:Policy", names, &model, &lanes, &threads,
+                                     &warm_start)) {
         return -1;
     }
     self->state = edge_state_of_type(Py_TYPE(object));
@@ -125,7 +154,7 @@ static int policy_init(PyObject *object, PyObject *args, PyObject *kwargs)
         (threads && read_size(threads, "threads", &self->n_threads) < 0)) {
         return -1;
     }
-    if (policy_open(self, model) < 0) {
+    if (policy_open(self, model, warm_start) < 0) {
         policy_close(self);
         return -1;
     }
@@ -238,16 +267,21 @@ static PyGetSetDef facts[] = {
 
 PyDoc_STRVAR(
     call_doc,
-    "__call__($self, /, obs, *, out=None, noise=None, lanes=None, return_horizon=False)\n--\n\n"
+    "__call__($self, /, obs, *, out=None, noise=None, lanes=None, return_horizon=False,\n"
+    "         executed=None)\n--\n\n"
     "Run a chunk: actions in raw units, float32 (lanes, n_action_steps, action_dim).\n\n"
     "obs: float32 (lanes, n_obs_steps, obs_dim), raw units, the newest last; with one lane\n"
     "also (n_obs_steps, obs_dim), and the result lacks the first axis. NumPy, torch, JAX, or\n"
     "anything with __dlpack__ in host memory; the result is of the library of obs.\n"
     "out: where to write the actions; it is returned.\n"
     "noise: float32 (num_inference_steps, lanes, horizon, action_dim) in place of the policy's\n"
-    "own, or (lanes, horizon, action_dim), the initial sample alone.\n"
+    "own, or (lanes, horizon, action_dim), the initial sample alone. With a warm start the first\n"
+    "axis is of all the model's steps, and warm chunks read its last ones.\n"
     "lanes: which lanes the rows of obs are: numbers, or a mask of one bool per lane.\n"
-    "return_horizon: all (lanes, horizon, action_dim) actions.\n\n"
+    "return_horizon: all (lanes, horizon, action_dim) actions.\n"
+    "executed: with a warm start, how many actions each lane listed has executed since its\n"
+    "previous chunk, 0 to horizon: an int for all, or one per row; None: all that a chunk\n"
+    "returns.\n\n"
     "ValueError, TypeError: an argument does not fit; nothing has changed. RuntimeError:\n"
     "another thread is using the policy.");
 PyDoc_STRVAR(predict_noise_doc,
@@ -298,7 +332,7 @@ static PyMethodDef policy_methods[] = {
 
 PyDoc_STRVAR(
     policy_doc,
-    "Policy(model, *, lanes=1, threads=1)\n--\n\n"
+    "Policy(model, *, lanes=1, threads=1, warm_start=None)\n--\n\n"
     "A model with memory for some lanes. Use tsad.load, which makes a SparsePolicy of it.\n\n"
     "policy(obs, *, out=None, noise=None, lanes=None, return_horizon=False) -> actions");
 

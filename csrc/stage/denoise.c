@@ -4,11 +4,14 @@
 #include <float.h>
 
 /* remember when each slot was last written */
-static void note_writes(const tsad_model *m, tsad_lane *lane)
+static void note_writes(const tsad_policy *p, tsad_lane *lane)
 {
+    if (lane->cold) {
+        return;
+    }
     if (lane->rollout_memory) {
         uint32_t now = (uint32_t)lane->chunk + 1;
-        for (size_t i = 0; i < (size_t)m->n_steps * (size_t)m->n_blocks; i++) {
+        for (size_t i = 0; i < (size_t)p->own.n * (size_t)p->model->n_blocks; i++) {
             if (lane->plan[i] == TSAD_COMPUTE) {
                 lane->computed_at[i] = now;
             }
@@ -18,13 +21,34 @@ static void note_writes(const tsad_model *m, tsad_lane *lane)
     lane->stats.chunks = lane->chunk;
 }
 
-/* the sample of pure noise into the i-th lane's register */
+/* the previous chunk as it looks after the actions executed since, with noise: (T, A) */
+static const float *warm_sample(const tsad_gang *g, int i, const float *noise)
+{
+    const tsad_policy *p = g->policy;
+    const float *previous = tsad_gang_lane(g, i)->previous;
+    int T = p->model->horizon, A = p->model->action_dim;
+    int moved = g->call->executed ? g->call->executed[g->rows[i]] : p->model->n_action_steps;
+    for (int t = 0; t < T; t++) {
+        const float *shifted = previous + (t + moved < T ? t + moved : T - 1) * A;
+        for (int a = 0; a < A; a++) {
+            g->desk->sample[t * A + a] = p->signal * shifted[a] + p->noise_share * noise[t * A + a];
+        }
+    }
+    return g->desk->sample;
+}
+
+/* the sample that the i-th lane starts from into its register */
 static tsad_status begin(const tsad_gang *g, int i)
 {
     const tsad_model *m = g->policy->model;
-    size_t row = (size_t)(g->row + i), floats = (size_t)m->horizon * (size_t)m->action_dim;
-    const float *start = g->call->initial ? g->call->initial + row * floats
-                                          : g->call->noise + row * g->call->noise_lane;
+    const tsad_call *call = g->call;
+    size_t row = (size_t)g->rows[i], floats = (size_t)m->horizon * (size_t)m->action_dim;
+    const float *start = call->initial ? call->initial + row * floats
+                                       : call->noise + row * call->noise_lane +
+                                             (size_t)g->steps->first * call->noise_step;
+    if (g->policy->warm_start && !tsad_gang_lane(g, i)->cold) {
+        start = warm_sample(g, i, start);
+    }
     tsad_rows rows = {.data = (float *)start,
                       .rows = m->horizon,
                       .channels = m->action_dim,
@@ -38,7 +62,7 @@ static tsad_status emit_actions(const tsad_gang *g, int i)
 {
     const tsad_model *m = g->policy->model;
     size_t floats = (size_t)m->horizon * (size_t)m->action_dim;
-    tsad_rows rows = {.data = g->policy->actions + (size_t)(g->row + i) * floats,
+    tsad_rows rows = {.data = g->policy->actions + (size_t)g->rows[i] * floats,
                       .rows = m->horizon,
                       .channels = m->action_dim,
                       .stride = m->action_dim,
@@ -60,21 +84,24 @@ tsad_status tsad_denoise(const tsad_gang *g)
     tsad_run runs[TSAD_GANG] = {0};
     for (int i = 0; i < g->n; i++) {
         const tsad_lane *lane = tsad_gang_lane(g, i);
-        size_t row = (size_t)(g->row + i);
+        const float *noise = call->noise ? call->noise + (size_t)g->rows[i] * call->noise_lane +
+                                               (size_t)g->steps->first * call->noise_step
+                                         : NULL;
         runs[i] = (tsad_run){.lane = tsad_gang_index(g, i),
                              .part = TSAD_DENOISER,
                              .program = lane->program,
-                             .rollout = lane->rollout_memory,
+                             .first_step = g->steps->first,
+                             .rollout = lane->rollout_memory && !lane->cold,
                              .sums = lane->sums_use,
-                             .update = true,
-                             .noise = call->noise ? call->noise + row * call->noise_lane : NULL,
+                             .sampler = g->steps->sampler,
+                             .noise = noise,
                              .noise_step = call->noise_step};
         TSAD_TRY(begin(g, i));
     }
-    TSAD_TRY(m->backend->run(g->queue, runs, g->n, 0, m->n_steps));
+    TSAD_TRY(m->backend->run(g->queue, runs, g->n, 0, g->steps->n));
     for (int i = 0; i < g->n; i++) {
         TSAD_TRY(emit_actions(g, i));
-        note_writes(m, tsad_gang_lane(g, i));
+        note_writes(g->policy, tsad_gang_lane(g, i));
     }
     return TSAD_OK;
 }

@@ -4,8 +4,8 @@
  * (n_cond_layers > 0) runs for every step. Families without an encoder have nothing to do here. */
 #include "stage.h"
 
-tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, int n, const int *lanes,
-                        const float *obs)
+tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, const tsad_steps *steps, int n,
+                        const int *lanes, const float *const *obs)
 {
     const tsad_model *m = p->model;
     const tsad_net *net = &m->nets[TSAD_ENCODER];
@@ -14,8 +14,7 @@ tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, int n, const in
         return TSAD_OK;
     }
     for (int i = 0; i < n; i++) {
-        const float *own = obs + (size_t)i * (size_t)m->n_obs_steps * (size_t)m->obs_dim;
-        tsad_rows rows = {.data = (float *)own,
+        tsad_rows rows = {.data = (float *)obs[i],
                           .rows = m->n_obs_steps,
                           .channels = m->obs_dim,
                           .stride = m->obs_dim,
@@ -23,10 +22,13 @@ tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, int n, const in
                           .offset = m->obs_offset,
                           .shift = m->obs_shift};
         TSAD_TRY(m->backend->put(queue, i, TSAD_ENCODER, net->input, rows));
-        runs[i] = (tsad_run){.lane = lanes[i], .part = TSAD_ENCODER, .program = &p->encode};
+        runs[i] = (tsad_run){.lane = lanes[i],
+                             .part = TSAD_ENCODER,
+                             .program = &p->encode,
+                             .first_step = steps->first};
     }
     if (m->encode_rows) {
-        return m->backend->run(queue, runs, n, 0, p->encode.n_rows);
+        return m->backend->run(queue, runs, n, 0, steps->n);
     }
     TSAD_TRY(m->backend->run(queue, runs, n, 0, 1));
     for (int i = 0; i < n; i++) {

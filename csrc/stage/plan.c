@@ -60,7 +60,7 @@ static void choose_sources(const tsad_policy *p, const tsad_desk *desk, tsad_lan
     }
 }
 
-static void note_statistics(const tsad_model *m, tsad_lane *lane)
+static void note_statistics(const tsad_policy *p, tsad_lane *lane)
 {
     const tsad_program *program = lane->program;
     tsad_lane_stats *stats = &lane->stats;
@@ -71,7 +71,7 @@ static void note_statistics(const tsad_model *m, tsad_lane *lane)
         return;
     }
     uint32_t now = (uint32_t)lane->chunk + 1;
-    for (size_t i = 0; i < (size_t)m->n_steps * (size_t)m->n_blocks; i++) {
+    for (size_t i = 0; i < (size_t)p->own.n * (size_t)p->model->n_blocks; i++) {
         if (lane->plan[i] == TSAD_REUSE_ROLLOUT && now - lane->computed_at[i] > stats->max_age) {
             stats->max_age = now - lane->computed_at[i];
         }
@@ -81,8 +81,12 @@ static void note_statistics(const tsad_model *m, tsad_lane *lane)
 void tsad_plan(const tsad_policy *p, tsad_desk *desk, tsad_lane *lane)
 {
     const tsad_model *m = p->model;
-    size_t cells = (size_t)m->n_steps * (size_t)m->n_blocks;
+    size_t cells = (size_t)p->own.n * (size_t)m->n_blocks;
     bool first = lane->chunk == 0;
+    if (lane->cold) {
+        lane->program = &lane->cold_program;
+        return;
+    }
     lane->stats.forced = 0;
     if (lane->planner == TSAD_FIXED_PLAN) {
         lane->program = first ? &lane->first : &lane->steady;
@@ -95,5 +99,5 @@ void tsad_plan(const tsad_policy *p, tsad_desk *desk, tsad_lane *lane)
         tsad_program_compile(&lane->dynamic, m, lane->plan, false, desk->last_of_block);
         lane->program = &lane->dynamic;
     }
-    note_statistics(m, lane);
+    note_statistics(p, lane);
 }

@@ -4,24 +4,26 @@
 
 #include "../policy.h"
 
-/* The lanes of a call that go through the stages together. */
+/* The lanes of a call that go through the stages together: all cold, or all not. */
 typedef struct tsad_gang {
     tsad_policy *policy;
     const tsad_call *call;
     tsad_queue *queue;
     tsad_desk *desk;
-    int row, n; /* of the call */
+    const tsad_steps *steps;
+    const int *rows; /* (n) of the call */
+    int n;
 } tsad_gang;
 
-static inline int tsad_gang_index(const tsad_gang *g, int i) { return g->call->lanes[g->row + i]; }
+static inline int tsad_gang_index(const tsad_gang *g, int i) { return g->call->lanes[g->rows[i]]; }
 static inline tsad_lane *tsad_gang_lane(const tsad_gang *g, int i)
 {
     return &g->policy->lanes[tsad_gang_index(g, i)];
 }
 
-/* obs (n, n_obs_steps, O), raw -> memory of the lanes `lane` (n), by the network of this name */
-tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, int n, const int *lanes,
-                        const float *obs);
+/* obs, n of (n_obs_steps, O), raw -> memory of the lanes (n), by the network of this name */
+tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, const tsad_steps *steps, int n,
+                        const int *lanes, const float *const *obs);
 /* memory of a lane -> scores (K, B, 4) */
 tsad_status tsad_prune(const tsad_policy *p, tsad_queue *queue, int lane, float *scores);
 /* Chooses the lane's program for this chunk and records the plan. */

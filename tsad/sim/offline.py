@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad.plan import Plan
-from tsad.warm import WarmPolicy
 
 Floats = NDArray[np.float64]
 
@@ -24,7 +23,7 @@ def needs_past(policy: Any) -> bool:
     """Whether a chunk may depend on the one before: its first chunk after a reset is another."""
     plans = policy.plan if isinstance(policy.plan, list) else [policy.plan]
     return (
-        isinstance(policy, WarmPolicy)
+        policy.warm_start is not None
         or policy._plans is None  # a pruner decides, from one chunk to the next
         or any(
             plan.sources.any()

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from tsad.sim.realtime import Delay
 from tsad.sim.simulators import Environment, first_observation, stepped
-from tsad.warm import WarmPolicy
 
 
 class Policy(Protocol):
@@ -202,8 +201,8 @@ def rollouts(
     while running:
         obs = np.stack([lanes[index].window for index in running])
         options: dict[str, Any] = {}
-        inner = getattr(policy, "policy", policy)  # of a tsad.Recorder
-        if isinstance(inner, WarmPolicy):
+        inner: Any = getattr(policy, "policy", policy)  # of a tsad.Recorder
+        if getattr(inner, "warm_start", None) is not None:
             since = [lanes[index].steps - lanes[index].asked for index in running]
             options["executed"] = np.minimum(since, inner.horizon)
         begin = time.perf_counter()
