@@ -156,7 +156,7 @@ def test_warm_start_plans_and_the_dial_work(name: str) -> None:
     warm = load(lerobot.FOLDER / name, warm_start=3)
     specified = WarmReference(described.policy, described.tensors, warm_start=3)
     rng = np.random.default_rng(0)
-    K = warm.cold.num_inference_steps
+    K = warm.model.n_steps
     shape = (1, warm.n_obs_steps, warm.obs_dim)
     for i in range(3):
         obs = rng.standard_normal(shape).astype(np.float32)
