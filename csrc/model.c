@@ -44,8 +44,8 @@ static tsad_status check_spec(const tsad_model_spec *s)
         {"n_action_steps", s->n_action_steps, 1, s->horizon - s->n_obs_steps + 1},
         {"obs_dim", s->obs_dim, 1, 1 << 20},
         {"action_dim", s->action_dim, 1, 1 << 16},
-        {"n_steps", s->n_steps, 1, 1 << 16},
-        {"n_blocks", s->n_blocks, 1, 1 << 14},
+        {"n_steps", s->n_steps, 1, TSAD_MAX_STEPS},
+        {"n_blocks", s->n_blocks, 1, TSAD_MAX_BLOCKS},
     };
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
         if (sizes[i].value < sizes[i].least || sizes[i].value > sizes[i].most) {

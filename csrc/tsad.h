@@ -47,6 +47,11 @@ const char *tsad_error_detail(void);
  * what overflows all the same is TSAD_NOT_FINITE. */
 #define TSAD_MAX_MAGNITUDE 1e12f
 
+/* The most of each: what indices and tables have room for. */
+#define TSAD_MAX_STEPS 65536
+#define TSAD_MAX_BLOCKS 16384
+#define TSAD_MAX_TYPES 32 /* distinct reuse types in one network */
+
 /* ---- plans ------------------------------------------------------------------------------ */
 
 /* Where the value of a (step, block) cell comes from. */

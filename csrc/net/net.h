@@ -4,7 +4,6 @@
 
 #include "../base.h"
 
-#define TSAD_MAX_BLOCKS 16384
 #define TSAD_MAX_NODES 32767 /* what an op's 16 bits can name */
 #define TSAD_MAX_MEMORY 256  /* memory tokens of a step */
 

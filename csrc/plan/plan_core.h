@@ -17,8 +17,6 @@
 #define TSAD_INLINE static inline
 #endif
 
-#define TSAD_MAX_TYPES 32 /* distinct reuse types in one network */
-
 /* Rows since when each block and each type was last computed, while walking a plan. */
 typedef struct tsad_resolver {
     int n_blocks;

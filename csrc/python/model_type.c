@@ -249,7 +249,7 @@ static int read_tables(source *s, PyObject *kw, tsad_model_spec *spec)
     if (!view) {
         return -1;
     }
-    if (view->shape[0] < 1 || view->shape[0] > 1 << 16) {
+    if (view->shape[0] < 1 || view->shape[0] > TSAD_MAX_STEPS) {
         return edge_raise_shape("sampler", view, 2, rows, "one row per denoising step, 1 to 65536");
     }
     spec->sampler = view->data;
@@ -278,7 +278,7 @@ static int read_tables(source *s, PyObject *kw, tsad_model_spec *spec)
     if (!view) {
         return -1;
     }
-    if (view->shape[0] < 1 || view->shape[0] > 1 << 14) {
+    if (view->shape[0] < 1 || view->shape[0] > TSAD_MAX_BLOCKS) {
         return edge_raise_shape("block_cost", view, 1, &any, "one number per block, 1 to 16384");
     }
     spec->block_cost = view->data;

@@ -70,22 +70,21 @@ static int borrow_plan(edge_state *state, PyObject *sources, PyObject *types, Py
 
 static int check_plan_size(const edge_view *sources, const edge_view *types)
 {
-    enum { MOST_BLOCKS = 16384, MOST_TYPES = 32 }; /* of the core's resolver */
-    if (sources->shape[0] < 1 || sources->shape[1] < 1 || sources->shape[1] > MOST_BLOCKS ||
-        sources->shape[0] > INT32_MAX / MOST_BLOCKS) {
+    if (sources->shape[0] < 1 || sources->shape[1] < 1 || sources->shape[1] > TSAD_MAX_BLOCKS ||
+        sources->shape[0] > INT32_MAX / TSAD_MAX_BLOCKS) {
         PyErr_Format(PyExc_ValueError,
                      "sources: expected 1 to %d steps and 1 to %d blocks, got (%lld, %lld); check "
                      "its shape",
-                     INT32_MAX / MOST_BLOCKS, MOST_BLOCKS, (long long)sources->shape[0],
+                     INT32_MAX / TSAD_MAX_BLOCKS, TSAD_MAX_BLOCKS, (long long)sources->shape[0],
                      (long long)sources->shape[1]);
         return -1;
     }
     const uint8_t *type = types->data;
     for (int64_t b = 0; b < types->shape[0]; b++) {
-        if (type[b] >= MOST_TYPES) {
+        if (type[b] >= TSAD_MAX_TYPES) {
             PyErr_Format(PyExc_ValueError,
                          "block_type[%lld]: expected 0 to %d, got %d; number the types from 0",
-                         (long long)b, MOST_TYPES - 1, type[b]);
+                         (long long)b, TSAD_MAX_TYPES - 1, type[b]);
             return -1;
         }
     }
