@@ -142,7 +142,10 @@ def test_overrides_of_flow_matching() -> None:
     np.testing.assert_allclose(policy.timesteps, [0, 1 / 3, 2 / 3], atol=1e-7)
     for change, message in (
         ({"sampler": "ddim"}, "sampler: expected one of"),
-        ({"timestep_spacing": "trailing"}, "timestep_spacing: expected None"),
+        (
+            {"timestep_spacing": "trailing"},
+            'timestep_spacing: expected one of "leading", got .trailing.',
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             load(lerobot.FOLDER / FLOW, **change)
@@ -180,7 +183,28 @@ def test_the_command_line_knows_it(tmp_path: Path, capsys: pytest.CaptureFixture
     from tsad.cli import main
 
     assert main(["convert", str(lerobot.FOLDER / FLOW), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
     assert main(["info", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["policy"]["sampler"]["type"] == "euler"
+    assert main(["info", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    facts = json.loads(out[out.index("\n{") + 1 :] if not out.startswith("{") else out)
-    assert "euler" in json.dumps(facts)
+    assert "euler, 7 steps, predicts velocity" in out and "DiT of 2 layers, 4 heads" in out
+
+
+def test_the_settings_that_tune_tries_fit_a_flow() -> None:
+    from tsad.commands.tune import default_grid
+
+    grid = default_grid(load(lerobot.FOLDER / FLOW, num_inference_steps=100))
+    assert {row.get("sampler") for row in grid} == {None, "euler"}
+    names = [row["name"] for row in grid]
+    assert len(set(names)) == len(names) > 10 and not any("ddim" in name for name in names)
+    for row in grid:
+        if "sampler" in row:
+            given = {"timestep_spacing": row.get("spacing"), "warm_start": row.get("warm_start")}
+            policy = load(
+                lerobot.FOLDER / FLOW,
+                sampler=row["sampler"],
+                num_inference_steps=row["steps"],
+                **given,
+            )
+            assert row.get("warm_start") in (None, policy.num_inference_steps)

@@ -14,7 +14,8 @@ name, and keys without a default must be there.
 ``scheduler``                the denoising loop, with the meaning of the diffusers classes:
   ``type``                   ``"ddpm"``, ``"ddim"`` (eta 0), ``"dpmsolver++"`` (2M: order 2,
                              midpoint), or ``"euler"``: flow matching, which has no other keys than
-                             ``prediction_type`` and ``num_inference_steps``
+                             ``prediction_type``, ``num_inference_steps`` and
+                             ``timestep_spacing``, always ``"leading"``
   ``num_train_timesteps``    timesteps of training (default 100)
   ``beta_schedule``          ``"linear"``, ``"scaled_linear"``, ``"squaredcos_cap_v2"`` (default)
   ``beta_start``             first and last beta (default 0.0001 and 0.02);
@@ -161,6 +162,9 @@ class SchedulerConfig:
             scheduler = cls(
                 type=kind,
                 prediction_type=section.choice("prediction_type", (VELOCITY,), VELOCITY, fix),
+                timestep_spacing=section.choice(
+                    "timestep_spacing", ("leading",), "leading", "leave it out"
+                ),
                 num_inference_steps=section.integer("num_inference_steps", 1, MAX_TIMESTEPS, 100),
             )
             section.done()
@@ -192,7 +196,7 @@ class SchedulerConfig:
     def to_dict(self) -> dict[str, Any]:
         """The ``scheduler`` object of ``config.json``, every key that its type has present."""
         if self.type == EULER:
-            keys = ("type", "prediction_type", "num_inference_steps")
+            keys = ("type", "prediction_type", "timestep_spacing", "num_inference_steps")
             return {key: getattr(self, key) for key in keys}
         return asdict(self)
 

@@ -21,7 +21,7 @@ from tsad.checkpoint import (
     folder_kind,
     read_folder,
 )
-from tsad.config import EULER, TIMESTEP_SPACINGS, PolicyConfig
+from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
 from tsad.families import Network
 from tsad.families.dit import DitConfig
 from tsad.families.unet1d import Unet1dConfig
@@ -164,11 +164,6 @@ def _configured(config: PolicyConfig, setting: Setting) -> PolicyConfig:
         raise ValueError(
             f"timestep_spacing: expected one of {', '.join(map(repr, TIMESTEP_SPACINGS))}, got "
             f"{spacing!r}; choose one of these, or None for that of the checkpoint"
-        )
-    if config.scheduler.type == EULER:
-        raise ValueError(
-            f"timestep_spacing: expected None, as flow matching has one grid of times, got "
-            f"{spacing!r}; leave it out"
         )
     return replace(config, scheduler=replace(config.scheduler, timestep_spacing=spacing))
 

@@ -18,6 +18,7 @@ from tsad.commands.common import (
     planner_name,
     timed_on,
 )
+from tsad.config import EULER
 from tsad.families import as_network, describe
 
 DESCRIPTION = "Say what this build and machine can do, and what is in a policy."
@@ -166,6 +167,13 @@ def _lines(title: str, rows: dict[str, Any]) -> list[str]:
     return [title, *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""]
 
 
+def _steps(sampler: dict[str, Any]) -> str:
+    if sampler["type"] == EULER:
+        return f"{sampler['num_inference_steps']} steps"
+    of = f"{sampler['num_inference_steps']} of {sampler['num_train_timesteps']} steps"
+    return f"{of}, {sampler['beta_schedule']}"
+
+
 def _policy_rows(facts: dict[str, Any]) -> dict[str, Any]:
     net, sampler = facts["network"], facts["sampler"]
     shares = facts["mac_per_step"] or 1
@@ -174,9 +182,7 @@ def _policy_rows(facts: dict[str, Any]) -> dict[str, Any]:
         "network": f"{net['type']}, {describe(as_network(net))}",
         "observation": f"{net['n_obs_steps']} steps x {net['obs_dim']}",
         "action": f"{net['n_action_steps']} of {net['horizon']} steps x {net['action_dim']}",
-        "sampler": f"{sampler['type']}, {sampler['num_inference_steps']} of "
-        f"{sampler['num_train_timesteps']} steps, {sampler['beta_schedule']}, predicts "
-        f"{sampler['prediction_type']}",
+        "sampler": f"{sampler['type']}, {_steps(sampler)}, predicts {sampler['prediction_type']}",
         "planner": f"{facts['planner']}, up to sparsity {facts['max_sparsity']:.4g}",
         "cost": f"{facts['mac_per_step'] / 1e6:.2f} M MAC a step, "
         f"{facts['mac_per_dense_chunk'] / 1e9:.3f} G a dense chunk",

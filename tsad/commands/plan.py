@@ -26,6 +26,7 @@ from tsad.commands.common import (
     sparsity,
 )
 from tsad.commands.progress import Progress
+from tsad.config import EULER
 from tsad.files import output_file, write_result
 
 if TYPE_CHECKING:
@@ -445,7 +446,9 @@ def _objective(
     reference: Any = None
     if args.draws is not None or args.against is not None:
         own = {"sampler": None, "steps": None, "spacing": None}
-        other = own if args.against is None else {"sampler": "ddim", "steps": args.against}
+        flow = policy.config["scheduler"]["type"] == EULER  # which has no other sampler
+        more_steps = {"sampler": None if flow else "ddim", "steps": args.against}
+        other = own if args.against is None else more_steps
         more = argparse.Namespace(**{**vars(args), **other, "precision": "float32"})
         with argument("--against"):
             reference = load_policy(args.source, more, name="--against", lanes=lanes)

@@ -33,7 +33,7 @@ from tsad.commands.errors import (
     unknown,
 )
 from tsad.commands.play import Trial, evaluate, seeds_of
-from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
+from tsad.config import EULER, SAMPLERS, TIMESTEP_SPACINGS
 from tsad.files import make_folder, output_folder, write_json
 from tsad.setting import is_mask
 from tsad.statistics import LEAST_EPISODES
@@ -314,3 +314,14 @@ def run(args: argparse.Namespace) -> int:
             print(too_few(compared["pairs"], "seeds"))
         print(f"written to {args.out}")
     return 0
+
+
+def fitting(policy: SparsePolicy, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings; for a flow those of other samplers with Euler's steps, evenly spaced."""
+    if policy.config["scheduler"]["type"] != EULER:
+        return rows
+    return [
+        row | {"name": row["name"].replace("ddim", EULER)} | ({"sampler": EULER} if few else {})
+        for row in rows
+        if (few := row.get("sampler")) != "dpmsolver++" and row.get("spacing") != "trailing"
+    ]

@@ -36,7 +36,7 @@ from tsad.commands.common import (
 from tsad.commands.errors import SINGLE
 from tsad.commands.play import Trial, seeds_of
 from tsad.commands.progress import Progress
-from tsad.commands.sweep import Sweep, number, passes, read_settings
+from tsad.commands.sweep import Sweep, fitting, number, passes, read_settings
 from tsad.files import make_folder, output_folder, write_json
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def default_grid(policy: SparsePolicy) -> list[dict[str, Any]]:
         name += f"-warm-{last}" + ("" if some is None else f"-rows-{computed(some)}")
         row |= {"n_action_steps": half} | ({} if some is None else {"plan": some})
         rows.append({"name": f"{name}-{half}-actions", **row})
-    return [row for row in rows if row.get("steps", 0) < own]
+    return [row for row in fitting(policy, rows) if row.get("steps", 0) < own]
 
 
 def _check(args: argparse.Namespace) -> Path:
