@@ -173,9 +173,12 @@ def _read_processor(path: Path, wanted: str) -> tuple[Statistics, dict[str, str]
         if name == wanted and statistics is None:
             statistics = _statistics(path, i, step, config)
         elif name == "rename_observations_processor":
-            renamed = {
-                str(old): str(new) for old, new in dict(config.get("rename_map", {})).items()
-            }
+            names = config.get("rename_map", {})
+            if not isinstance(names, Mapping):
+                raise CheckpointError(
+                    f"{path}: steps[{i}].config.rename_map: expected an object, got {names!r}"
+                )
+            renamed = {str(old): str(new) for old, new in names.items()}
         elif name not in _PLAIN_STEPS:
             raise CheckpointError(
                 f"{path}: steps[{i}]: expected {wanted} once and steps that leave the numbers as "
@@ -183,9 +186,9 @@ def _read_processor(path: Path, wanted: str) -> tuple[Statistics, dict[str, str]
                 "what it does: run this policy in LeRobot"
             )
     if statistics is None:
-        names = ", ".join(str(step.get("registry_name")) for step in steps)
+        found = ", ".join(str(step.get("registry_name")) for step in steps)
         raise CheckpointError(
-            f"{path}: steps: expected {wanted}, got {names or 'no step'}; save the policy's "
+            f"{path}: steps: expected {wanted}, got {found or 'no step'}; save the policy's "
             "processors beside it"
         )
     return statistics, renamed

@@ -125,7 +125,9 @@ def observations_of_states(
             f"{file}: expected an array 'obs' (N, obs_dim), or 'state' (N, {STATE_DIM}) of Push-T, "
             f"got only {_names(arrays)}; save the observations as 'obs'"
         )
-    return state_observations(_matrix(arrays, "state", file), local_keypoints(keypoints))
+    return state_observations(
+        _matrix(arrays, "state", file), local_keypoints(keypoints), f"{file}: state"
+    )
 
 
 def _coverage(arrays: Mapping[str, NDArray[Any]], file: Path) -> Floats:
