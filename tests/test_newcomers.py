@@ -4,7 +4,6 @@ what came and what was expected, exit code 2, and nothing is left behind."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -80,15 +79,21 @@ def title(action: Any) -> str:
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: Any) -> dict[str, str]:
     """What the commands read."""
-    pytest.importorskip("gym_pusht")
+    for package in ("gym_pusht", "torch", "dill", "omegaconf"):
+        pytest.importorskip(package)
+    import checkpoints
+
     from tsad.sim.pusht import PushT
 
     folder: Path = tmp_path_factory.mktemp("material")
     files = {name: str(folder / name.lower()) for name in ("RECORDED", "EFFECTS", "CHECKPOINT")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PushT, "max_steps", 16)
-        command = f"collect pusht --out {files['RECORDED']} --episodes 1 {FEW}"
+        command = f"collect pusht --out {files['RECORDED']} --episodes 2 {FEW}"
         assert cli.main(command.split()) == 0
+    command = f"plan measure pusht --data {files['RECORDED']} --out {files['EFFECTS']} --chunks 2"
+    assert cli.main([*command.split(), *FEW.split()]) == 0
+    checkpoints.save(folder / "checkpoint", checkpoints.payload())
     plan = tsad.planners.uniform(tsad.load("pusht", sampler="ddim", num_inference_steps=4), 2)
     plan.save(folder / "plan.npz")
     (folder / "mask").write_text("1010")
@@ -96,8 +101,9 @@ def material(tmp_path_factory: Any) -> dict[str, str]:
     results = {"format": "tsad-eval", "format_version": 1, "settings": {}, "episodes": [episode]}
     (folder / "results").write_text(json.dumps(results))
     (folder / "settings").write_text('[{"name": "a", "sampler": "ddim", "steps": 4}]')
-    state, action = np.ones((40, 5), np.float32), np.ones((40, 2), np.float32)
-    np.savez(folder / "data.npz", state=state, action=action, episode_ends=np.arange(5, 41, 5))
+    rng, ends = np.random.default_rng(0), np.arange(20, 201, 20)
+    state, action = (rng.uniform(0, 500, (200, n)).astype(np.float32) for n in (5, 2))
+    np.savez(folder / "data.npz", state=state, action=action, episode_ends=ends)
     (folder / "keypoints").write_text('{"local_keypoints_block_frame_px": [[0, 0]]}')
     files |= {name: str(folder / name.lower()) for name in ("MASK", "RESULTS", "SETTINGS")}
     files |= {"PLAN": str(folder / "plan.npz"), "DATA": str(folder / "data.npz")}
@@ -278,6 +284,7 @@ def test_wrong_files(
         said = last(err)
         assert said.startswith(f"tsad {name}: error: argument {title(action)}: "), (kind, said)
         assert kind in said and len(said) > len(str(path)) + 60, (kind, said)
+        assert "[Errno" not in said, said
         assert list(here.iterdir()) == [], kind
 
 
@@ -302,7 +309,88 @@ def test_a_policy_of_another_task(
             assert "expected" in last(err) or "load a policy trained for this task" in last(err)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="permissions")
+@pytest.mark.parametrize("out", ["a folder/o u t", "\u00fc\udcff/\u00f6\udcff"])
+@pytest.mark.parametrize(("name", "use"), [(n, use) for n, uses in USES.items() for use in uses])
+def test_every_use_works(
+    capsys: Any, monkeypatch: Any, material: dict[str, str], name: str, use: str, out: str
+) -> None:
+    """And again, or says why not; in any folder, on a terminal that knows ASCII alone."""
+    from tsad.sim.pusht import PushT
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(PushT, "max_steps", 16)
+    Path(out).parent.mkdir()
+    suffix = ".png" if name == "show" else ""
+    words = [material.get(word, word).replace("OUT", out) for word in use.split()]
+    words = [word + suffix if word == out else word for word in words]
+    code, printed, err = run(capsys, *name.split(), *words)
+    assert code == 0, err
+    for text in (printed, err):
+        assert text.translate({ord("\u00fc"): None, ord("\u00f6"): None}).isascii(), text
+    code, _, err = run(capsys, *name.split(), *words)
+    assert code == 0 or (code == 2 and ("exists" in err or "is new or empty" in err)), err
+
+
+def test_home_folders(
+    capsys: Any, monkeypatch: Any, here: Path, tmp_path: Path, material: dict[str, str]
+) -> None:
+    """Which shells put in for ~ in some places and not in others."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = "plan make uniform pusht --sampler ddim --steps 4 --sparsity 0.5"
+    code, _, err = run(capsys, *command.split(), "--out=~/mine.npz")
+    assert code == 0 and (tmp_path / "mine.npz").is_file() and list(here.iterdir()) == [], err
+    assert run(capsys, "show", "~/mine.npz")[0] == 0
+
+
+@pytest.mark.parametrize("typed", ["pust", "PushT", "push-t", "Pusht"])
+def test_mistyped_names(capsys: Any, typed: str) -> None:
+    for words in (("info",), ("bench",), ("eval", "pusht", "--policy"), ("demo", "--policy")):
+        code, _, err = run(capsys, *words, typed)
+        assert code == 2 and last(err).endswith("where nothing is; did you mean 'pusht'?"), err
+    for words in ("eval", "collect --out x", "tune --out x", "generate --out x.npz --seeds 1:2"):
+        code, _, err = run(capsys, *words.split(), typed)
+        assert code == 2 and last(err).endswith("; did you mean pusht?"), err
+
+
+def test_a_policy_in_place_of_the_simulator(capsys: Any, tmp_path: Path) -> None:
+    policy = save_policy(tmp_path / "policy")
+    code, _, err = run(capsys, "eval", policy)
+    assert code == 2 and last(err).endswith(f"; a policy is given by --policy {policy}"), err
+
+
+def test_a_repository_of_a_hub(capsys: Any) -> None:
+    for name in ("lerobot/diffusion_pusht", "https://huggingface.co/lerobot/diffusion_pusht"):
+        code, _, err = run(capsys, "info", name)
+        assert code == 2 and "where nothing is; check the path; nothing is downloaded" in err
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu", "cuda:99"])
+def test_a_device_that_is_not_here(
+    capsys: Any, here: Path, material: dict[str, str], device: str
+) -> None:
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is")
+    for words in (
+        ("train-policy", material["DATA"], "--out", "x", "--steps", "1"),
+        ("eval", "pusht"),
+    ):
+        code, _, err = run(capsys, *words, "--device", device)
+        assert code == 2 and "argument --device: " in last(err) and device in last(err), err
+        assert "expected" in err and list(here.iterdir()) == []
+
+
+def test_sizes_of_a_network(capsys: Any, here: Path, material: dict[str, str]) -> None:
+    for option, value in (("--n-emb", "33"), ("--n-head", "7")):
+        command = ["train-policy", material["DATA"], "--out", "x", "--steps", "1"]
+        code, _, err = run(capsys, *command, option, value)
+        assert code == 2 and "argument --n-" in last(err) and "divisible" in err, err
+    code, _, err = run(capsys, "train-policy", material["DATA"], "--out", "x")
+    assert code == 2 and "argument --minutes, --steps: expected one of them" in err
+    assert list(here.iterdir()) == []
+
+
 def test_help_of_the_newcomers_first_words(capsys: Any) -> None:
     for words in ([], ["help"], ["-v"], ["--helpp"]):
         code, out, err = run(capsys, *words)

@@ -89,6 +89,12 @@ def _prepare(name: str) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
+def _without_tilde(word: str) -> str:
+    """A word with ~ put in, as shells don't in --out=~/plan.npz."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + os.path.expanduser(value)
+
+
 def _give_up_output() -> None:
     """Drop what can't be written to standard output: Python would try again at its end."""
     try:
@@ -104,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = "tsad"
     try:
         try:
-            args = build_parser().parse_args(argv)
+            words = sys.argv[1:] if argv is None else argv
+            args = build_parser().parse_args([_without_tilde(word) for word in words])
             prog = args.prog
             return int(args.run(args))
         finally:

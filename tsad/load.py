@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import warnings
@@ -330,10 +331,12 @@ def read_policy(
         )
     if not path.exists():
         names = ", ".join(map(repr, bundled()))
+        near = difflib.get_close_matches(str(source).lower(), bundled(), 1)
+        fix = f"did you mean {near[0]!r}?" if near else "check the path; nothing is downloaded"
         error = ValueError if path.name == str(source) and not path.suffix else FileNotFoundError
         raise error(
             f"source: expected the name of a bundled policy ({names}), a tsad folder or a "
-            f"Diffusion Policy .ckpt file, got {str(source)!r}, where nothing is; check the path"
+            f"Diffusion Policy .ckpt file, got {str(source)!r}, where nothing is; {fix}"
         )
     if path.suffix in (".safetensors", ".json"):
         raise ValueError(

@@ -18,6 +18,7 @@ from tsad._extras import MissingExtraError, package_versions
 from tsad.arrays import read_any_json
 from tsad.checkpoint import CONFIG_FILE, read_json
 from tsad.commands.parser import Formatter as Formatter
+from tsad.commands.parser import did_you_mean
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS, PolicyConfig
 from tsad.files import output_file, sha256
 from tsad.load import files_sha256 as files_sha256
@@ -73,6 +74,8 @@ def argument(name: str, options: Mapping[str, str] = OPTIONS) -> Iterator[None]:
         inner, colon, rest = text.partition(": ")
         if colon and inner in options:
             name, text = options[inner] or name, rest
+        elif isinstance(error, OSError) and error.errno and error.filename is not None:
+            text = f"{os.fsdecode(error.filename)!r} can't be read: {error.strerror}"
         raise UsageError(f"argument {name}: {text}") from error
 
 
@@ -294,9 +297,12 @@ def check_simulator(args: argparse.Namespace) -> None:
             "--simulator MODULE:FACTORY"
         )
     if args.simulator not in sim.names():
+        hint = did_you_mean(args.simulator.lower(), sim.names())
+        if os.path.exists(args.simulator):
+            hint = f"; a policy is given by --policy {args.simulator}"
         raise UsageError(
             f"argument SIMULATOR: unknown simulator {args.simulator!r}; expected one of "
-            f"{', '.join(sim.names())}, or your own with --simulator MODULE:FACTORY"
+            f"{', '.join(sim.names())}, or your own with --simulator MODULE:FACTORY{hint}"
         )
     if own is not None and args.policy is None:
         raise UsageError(

@@ -228,11 +228,12 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
     ]
     if "paired" in document:
         paired = document["paired"]
-        lines.append(f"against {paired['baseline']}, {paired['pairs']} pairs of equal seed:")
+        pairs = f"pair{'s' if paired['pairs'] > 1 else ''}"
+        lines.append(f"against {paired['baseline']}, {paired['pairs']} {pairs} of equal seed:")
         for name in ("score", "success"):
             row = paired[name]
             lines.append(
-                f"{name:<8} {row['mean_difference']:+.3f}{_sure(row, paired['pairs'], 'pairs')}"
+                f"{name:<8} {row['mean_difference']:+.3f}{_sure(row, paired['pairs'], pairs)}"
             )
     return "\n".join(lines)
 

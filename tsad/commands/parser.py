@@ -57,6 +57,11 @@ class Parser(argparse.ArgumentParser):
                 f"{did_you_mean(str(value), known)}",
             )
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Unlike argparse's it does not hide that nothing could be written."""
+        if message:
+            (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         """Exit code 2, after the usage of this command."""
         missing = "the following arguments are required: "
@@ -67,8 +72,11 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A question that names what resembles a word most; empty if nothing does."""
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    names = {name.lstrip("-"): name for name in known}  # that dashes are alike says nothing
+    word = word.lstrip("-")
+    close = [name for name in names if word and name.startswith(word)]
+    close = close or difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def _is_number(word: str) -> bool:

@@ -198,12 +198,12 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _named() -> Iterator[None]:
     """Errors of the training inside name the option; those that no option is at fault for, DATA."""
     options = {name.replace("-", "_"): f"--{name}" for name, _, _ in SETTINGS}
-    options |= {name: f"--{name}" for name in ("shares", "coverage", "precision")}
-    options |= {"minutes, steps": "--minutes", "validation episodes": "--val-episodes"}
+    options |= {name: f"--{name}" for name in ("shares", "coverage", "precision", "device")}
+    options |= {"minutes, steps": "--minutes, --steps", "validation episodes": "--val-episodes"}
     try:
         yield
     except (ValueError, OSError) as error:
-        text = str(error).removeprefix("settings: ")
+        text = str(error).removeprefix("settings: ").removeprefix("network.")
         name, _, rest = text.partition(": ")
         where, text = (options[name], rest) if name in options else ("DATA", text)
         raise UsageError(f"argument {where}: {text}") from error

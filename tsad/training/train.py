@@ -83,7 +83,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.minutes is None and self.steps is None:
-            raise ValueError("minutes, steps: expected one of them, got none; e.g. minutes=60")
+            raise ValueError("minutes, steps: expected one of them, got none; e.g. 60 minutes")
         checks: dict[str, tuple[bool, str]] = {
             "batch": (self.batch >= 1, "at least 1"),
             "lr": (0 < self.lr < 1, "a number in (0, 1)"),
@@ -251,7 +251,14 @@ class Trainer:
         self.paths = [str(path) for path in data]
         self._check_sources()
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.device = torch.device(name)
+        try:
+            self.device = torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).partition("\n")[0]
+            raise ValueError(
+                f"device: got {device!r}, which torch {torch.__version__} can't use here ({why}); "
+                "expected one that it can; auto takes the GPU if there is one, else the CPU"
+            ) from error
         fast = "bfloat16" if self.device.type == "cuda" else "float32"
         self.precision = fast if settings.precision == "auto" else settings.precision
         torch.manual_seed(settings.seed)
@@ -547,7 +554,8 @@ class Trainer:
         config = PolicyConfig.from_dict(self.config.to_dict() | {"provenance": provenance})
         tensors = {k: v.detach().cpu().numpy() for k, v in self.ema.state_dict().items()}
         config = write_folder(folder, config, tensors)
-        card = model_card(folder.resolve().name, config, held_out=self.probe_is_held_out)
+        name = os.fsencode(folder.resolve().name).decode(errors="replace")
+        card = model_card(name, config, held_out=self.probe_is_held_out)
         write_atomically(folder / CARD_FILE, card.encode())
         return config
 
