@@ -506,13 +506,13 @@ def test_library_interrupt_is_an_exception_of_its_own(demos, tmp_path):
     ("words", "message"),
     [
         (["nothing.npz", "--steps", "5"], "DATA: 'nothing.npz' does not exist"),
-        (["DEMOS"], "minutes, steps: expected one of them"),
+        (["DEMOS"], "argument --minutes, --steps: expected one of them"),
         (["DEMOS", "--steps", "5", "--val-episodes", "9"], "expected 0 to 8"),
-        (["DEMOS", "--steps", "5", "--n-emb", "10"], "n_emb"),
+        (["DEMOS", "--steps", "5", "--n-emb", "10"], "argument --n-emb: "),
         (["DEMOS", "--steps", "5", "--shares", "1", "2"], "shares: expected one for each"),
         (["DEMOS", "--steps", "5", "--coverage", "0:1"], "expected an array 'state' (N, 5)"),
         (["DEMOS", "--resume"], "expected the state of a training to resume"),
-        (["DEMOS", "--steps", "5", "--keypoints", "k.json"], "keypoints are not used"),
+        (["DEMOS", "--steps", "5", "--keypoints", "k.json"], "argument --keypoints: "),
     ],
 )
 def test_command_names_what_is_wrong(demos, tmp_path, words, message):
