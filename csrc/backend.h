@@ -6,7 +6,8 @@
  * between operations. What a queue is, a thread, a team of threads, a stream, and how lanes spread
  * over queues is the backend's own affair.
  *
- * From the start to the end of a call of `each` nothing allocates and nothing calls Python.
+ * From the start to the end of a call of `each` nothing allocates, and nothing calls Python but the
+ * caller's interrupt, in calls that last.
  */
 #pragma once
 
@@ -67,9 +68,9 @@ typedef struct tsad_backend {
 
     /* Calls fn for all rows first .. first + count of a call, n at a time (a gang at most), on one
      * queue or several, ranks 0 to threads - 1. `alone`: with this thread only. Returns the first
-     * failure; `queues` is how many were used. */
+     * failure, or TSAD_INTERRUPTED; `queues` is how many were used. */
     tsad_status (*each)(tsad_engine *engine, int count, bool alone, tsad_each_fn fn, void *context,
-                        int *queues);
+                        const tsad_interrupt *interrupt, int *queues);
     /* Within fn. All n runs are of one part and one range of rows. */
     tsad_status (*run)(tsad_queue *queue, const tsad_run *runs, int n, int row_begin, int row_end);
     tsad_status (*put)(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows from);

@@ -214,13 +214,17 @@ static tsad_status abandon(tsad_policy *p, const tsad_call *call, tsad_status st
         failed = failed < 0 && p->lanes[lane].overflow ? lane : failed;
         tsad_policy_reset(p, lane);
     }
-    return failed < 0 ? status
-                      : tsad_fail(TSAD_NOT_FINITE,
-                                  "lane %d: the %s are not finite: the network overflowed on this "
-                                  "observation and noise, check them and the weights; nothing is "
-                                  "returned, and the lanes of this call start anew, as after "
-                                  "reset()",
-                                  failed, p->lanes[failed].overflow);
+    if (status == TSAD_INTERRUPTED) {
+        return tsad_fail(status, "the call was interrupted: nothing is returned, and its lanes "
+                                 "start anew, as after reset()");
+    }
+    return status != TSAD_NOT_FINITE
+               ? status
+               : tsad_fail(status,
+                           "lane %d: the %s are not finite: the network overflowed on this "
+                           "observation and noise, check them and the weights; nothing is "
+                           "returned, and the lanes of this call start anew, as after reset()",
+                           failed, p->lanes[failed].overflow);
 }
 
 tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
@@ -242,8 +246,8 @@ tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
     }
     order_rows(p, call);
     int queues = 1, came = 0;
-    tsad_status status =
-        p->model->backend->each(p->engine, call->n_lanes, false, run_gang, &j, &queues);
+    tsad_status status = p->model->backend->each(p->engine, call->n_lanes, false, run_gang, &j,
+                                                 call->interrupt, &queues);
     if (status != TSAD_OK) {
         return abandon(p, call, status);
     }
@@ -306,7 +310,7 @@ static tsad_status predict_one(void *context, tsad_queue *queue, int rank, int f
 }
 
 tsad_status tsad_policy_predict_noise(tsad_policy *p, int n, const float *sample, int step,
-                                      const float *obs, float *out)
+                                      const float *obs, float *out, const tsad_interrupt *interrupt)
 {
     const tsad_model *m = p->model;
     if (step < 0 || step >= p->own.n) {
@@ -320,7 +324,13 @@ tsad_status tsad_policy_predict_noise(tsad_policy *p, int n, const float *sample
     step += p->own.first;
     alone a = {.policy = p, .sample = sample, .obs = obs, .step = step, .out = out};
     int queues;
-    return n ? m->backend->each(p->engine, n, true, predict_one, &a, &queues) : TSAD_OK;
+    if (!n) {
+        return TSAD_OK;
+    }
+    tsad_status status = m->backend->each(p->engine, n, true, predict_one, &a, interrupt, &queues);
+    return status != TSAD_INTERRUPTED
+               ? status
+               : tsad_fail(status, "the call was interrupted: nothing is returned");
 }
 
 static tsad_status score_one(void *context, tsad_queue *queue, int rank, int first, int n)
@@ -346,7 +356,7 @@ tsad_status tsad_policy_pruner_scores(tsad_policy *p, const float *obs, float *o
     TSAD_TRY(check_obs(m, obs, 1));
     alone a = {.policy = p, .obs = obs};
     int queues;
-    TSAD_TRY(m->backend->each(p->engine, 1, true, score_one, &a, &queues));
+    TSAD_TRY(m->backend->each(p->engine, 1, true, score_one, &a, NULL, &queues));
     size_t row = (size_t)m->n_blocks * 4;
     for (int k = 0; k < m->n_steps; k++) {
         memcpy(out + (size_t)k * row, p->desks[0].scores + (size_t)(m->n_steps - 1 - k) * row,

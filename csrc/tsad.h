@@ -28,6 +28,7 @@ extern "C" {
     X(MEMORY, "out of memory")                                                                     \
     X(BUSY, "policy is busy")                                                                      \
     X(NOT_FINITE, "a number overflowed")                                                           \
+    X(INTERRUPTED, "interrupted")                                                                  \
     X(BACKEND, "backend failure")
 
 typedef enum tsad_status {
@@ -198,6 +199,14 @@ typedef struct tsad_warm_start {
     float signal, noise;
 } tsad_warm_start;
 
+/* Should a call stop? It asks now and then, always on the calling thread: after a tenth of a second
+ * for the first time, between two rows of a program, so that a chunk at a robot's pace never does.
+ */
+typedef struct tsad_interrupt {
+    int (*wanted)(void *context);
+    void *context;
+} tsad_interrupt;
+
 /* One chunk for n_lanes distinct lanes. Row i of obs, noise and actions belongs to lanes[i]. */
 typedef struct tsad_call {
     const int *lanes;
@@ -210,6 +219,7 @@ typedef struct tsad_call {
         *executed;  /* warm start: actions (n_lanes) since the last chunk; NULL: all returned */
     float *actions; /* (n_lanes, n_action_steps, A) or (n_lanes, T, A), raw units */
     int whole_horizon;
+    const tsad_interrupt *interrupt; /* NULL: nobody is asked */
 } tsad_call;
 
 /* warm NULL: every chunk starts from noise */
@@ -247,13 +257,15 @@ tsad_status tsad_policy_set_pruner(tsad_policy *policy, double sparsity);
 /* Would this call be refused? Of its noise what is there already; for callers who draw the rest. */
 tsad_status tsad_policy_check(const tsad_policy *policy, const tsad_call *call);
 /* Run one chunk. Everything that can be refused is refused before any state changes. Where a chunk
- * fails (TSAD_NOT_FINITE), no actions are written and all lanes of the call are reset. */
+ * fails (TSAD_NOT_FINITE) or the call is told to stop (TSAD_INTERRUPTED), no actions are written
+ * and all lanes of the call are reset. */
 tsad_status tsad_policy_step(tsad_policy *policy, const tsad_call *call);
 
 /* The network alone, dense, no state touched: sample (n, T, A) normalised, obs raw; out (n, T, A).
  */
 tsad_status tsad_policy_predict_noise(tsad_policy *policy, int n, const float *sample, int step,
-                                      const float *obs, float *out);
+                                      const float *obs, float *out,
+                                      const tsad_interrupt *interrupt);
 
 /* Scores of the pruner for one observation: out (K, B, 4), already flipped to loop order. */
 tsad_status tsad_policy_pruner_scores(tsad_policy *policy, const float *obs, float *out);

@@ -174,17 +174,22 @@ static const int all_lanes[LANES] = {
     22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
     44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
 
-/* a chunk of lanes [from, from + n) */
+/* of lanes [from, from + n) */
+static tsad_call call_of(int from, int n, float *actions)
+{
+    return (tsad_call){.lanes = all_lanes + from,
+                       .n_lanes = n,
+                       .obs = observations + from * OBS * O,
+                       .noise = noise + from * T * A,
+                       .noise_step = LANES * T * A,
+                       .noise_lane = T * A,
+                       .actions = actions + from * T * A,
+                       .whole_horizon = 1};
+}
+
 static void chunk_of(tsad_policy *p, int from, int n, float *actions)
 {
-    tsad_call call = {.lanes = all_lanes + from,
-                      .n_lanes = n,
-                      .obs = observations + from * OBS * O,
-                      .noise = noise + from * T * A,
-                      .noise_step = LANES * T * A,
-                      .noise_lane = T * A,
-                      .actions = actions + from * T * A,
-                      .whole_horizon = 1};
+    tsad_call call = call_of(from, n, actions);
     must(tsad_policy_acquire(p));
     must(tsad_policy_step(p, &call));
     tsad_policy_release(p);
@@ -343,6 +348,69 @@ static void test_stalls(tsad_model *model)
     snprintf(text, sizeof text, "identical bits with a core taken in mid-chunk (%d of %d)", stalls,
              stalls + whole);
     check(same && stalls > 60, text);
+}
+
+typedef struct listener {
+    pthread_t caller;
+    bool raises, strange;
+    int asked;
+} listener;
+
+static int wanted(void *context)
+{
+    listener *l = context;
+    l->asked++;
+    l->strange |= !pthread_equal(l->caller, pthread_self());
+    return l->raises;
+}
+
+/* A call that is asked anywhere to stop: on the calling thread, it returns nothing and its lanes
+ * start anew, with the bits of a new policy; who is asked and doesn't stop has the bits too. */
+static void test_interrupts(tsad_model *model)
+{
+    static float expected[LANES * T * A], actions[LANES * T * A], none[LANES * T * A];
+    static const int sizes[] = {1, FEW, 8};
+    if (!__real_tsad_now) {
+        printf("skip calls that are told to stop: link with -Wl,--wrap=tsad_now\n");
+        return;
+    }
+    bool right = true;
+    int stopped = 0, went_on = 0;
+    for (int threads = 1; threads <= 4; threads *= 2) {
+        for (int i = 0; i < 3; i++) {
+            int n = sizes[i];
+            plan_lanes(model, n, expected);
+            for (int at = 0; at < 60; at++) {
+                tsad_policy *p = planned(model, n, threads);
+                listener l = {.caller = pthread_self(), .raises = at % 3 > 0};
+                tsad_interrupt interrupt = {wanted, &l};
+                memset(actions, 0, sizeof actions);
+                chunk(p, n, actions);
+                memset(actions, 0, sizeof actions);
+                tsad_call call = call_of(0, n, actions);
+                call.interrupt = &interrupt;
+                readings_to_jump = at;
+                must(tsad_policy_acquire(p));
+                tsad_status status = tsad_policy_step(p, &call);
+                tsad_policy_release(p);
+                readings_to_jump = -1;
+                bool stops = l.raises && l.asked > 0;
+                right &= !l.strange && status == (stops ? TSAD_INTERRUPTED : TSAD_OK);
+                right &= !stops || (l.asked == 1 && !memcmp(actions, none, sizeof actions));
+                stopped += stops;
+                went_on += l.asked > 0 && !stops;
+                for (int rollout = stops ? 0 : 2; rollout < ROLLOUTS; rollout++) {
+                    chunk(p, n, actions);
+                }
+                right &= memcmp(actions, expected, sizeof(float) * (size_t)(n * T * A)) == 0;
+                tsad_policy_destroy(p);
+            }
+        }
+    }
+    char text[80];
+    snprintf(text, sizeof text, "calls that are told to stop (%d), or not after all (%d)", stopped,
+             went_on);
+    check(right && stopped > 60 && went_on > 30, text);
 }
 
 /* the threads of a lane share the pruner's steps: whoever makes them, the plan and the bits are the
@@ -615,6 +683,7 @@ int main(int argc, char **argv)
         test_threads(model);
         test_late(model);
         test_stalls(model);
+        test_interrupts(model);
         test_pruners();
         test_plans(model);
         test_plans_of_all_lanes(model);

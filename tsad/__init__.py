@@ -9,6 +9,7 @@
 Importing and running need NumPy only; everything else is imported where it is used.
 """
 
+from tsad import _program  # noqa: F401  # isort: skip  # before anything that takes its time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 
 from tsad._extras import MissingExtraError
+from tsad._program import EXIT_INTERRUPTED, interruptible
 from tsad.commands.common import (
     EXIT_FAILURE,
-    EXIT_INTERRUPTED,
     EXIT_USAGE,
     InterruptedRunError,
     UsageError,
@@ -113,14 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = sys.argv[1:] if argv is None else argv
             args = build_parser().parse_args([_without_tilde(word) for word in words])
             prog = args.prog
-            return int(args.run(args))
+            with interruptible():
+                return int(args.run(args))
         finally:
             sys.stdout.flush()  # here, where it can fail
     except UsageError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except (KeyboardInterrupt, InterruptedRunError) as error:
-        detail = f"; {error}" if str(error) else ""
+        detail = f"; {error}" if isinstance(error, InterruptedRunError) else ""
         print(f"\n{prog}: interrupted{detail}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left (`tsad show ... | head`)

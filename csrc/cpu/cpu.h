@@ -233,7 +233,12 @@ void tsad_cpu_unpack(tsad_model *model);
 size_t tsad_cpu_scratch(const tsad_model *model);
 tsad_status tsad_cpu_run(tsad_queue *queue, const tsad_run *runs, int n, int row_begin,
                          int row_end);
-/* Rows of a program by one of the threads that take part; false: it was released. */
+/* At the start of a call: whom its threads ask whether to stop. */
+void tsad_cpu_listen(tsad_engine *e, const tsad_interrupt *interrupt);
+/* Whether the call is to stop; asks, if this is the calling thread and it has not for a while. */
+bool tsad_cpu_stops(tsad_worker *w);
+/* Rows of a program by one of the threads that take part, until the call is to stop; false: the
+ * thread was released. */
 bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row_end);
 
 #define TSAD_CPU_BACKEND(symbol, label, usable_function, kernel_table)                             \

@@ -178,7 +178,8 @@ typedef struct job {
     tsad_each_fn fn;
     void *context;
     int count;
-    atomic_int next; /* row of the call to take, where lanes are spread over threads */
+    atomic_int next;   /* row of the call to take, where lanes are spread over threads */
+    atomic_int others; /* threads that are at it, without rank 0 */
     atomic_int status;
 } job;
 
@@ -196,10 +197,10 @@ static void begin_worker(tsad_worker *w, int rank, int size)
     memset(w->write_epoch, 0, sizeof(uint32_t) * (size_t)w->engine->model->n_blocks);
 }
 
-/* false: a gang has failed before */
+/* false: a gang has failed before, or the call is to stop */
 static bool run_gang(job *j, tsad_worker *w, int rank, int first, int n)
 {
-    if (atomic_load_explicit(&j->status, memory_order_relaxed) != TSAD_OK) {
+    if (atomic_load_explicit(&j->status, memory_order_relaxed) != TSAD_OK || tsad_cpu_stops(w)) {
         return false;
     }
     tsad_status status = j->fn(j->context, w, rank, first, n);
@@ -222,14 +223,19 @@ static void work_apart(job *j, tsad_worker *w, int rank, int size)
 {
     int fair = (j->count + size - 1) / size, gangs = (fair + TSAD_GANG - 1) / TSAD_GANG;
     int most = (fair + gangs - 1) / gangs;
-    for (int row = atomic_load(&j->next), n; row < j->count;) {
+    bool on = true;
+    atomic_fetch_add(&j->others, rank > 0);
+    for (int row = atomic_load(&j->next), n; on && row < j->count;) {
         n = gang_size(j->count - row, size, most);
         if (atomic_compare_exchange_strong(&j->next, &row, row + n)) {
-            if (!run_gang(j, w, rank, row, n)) {
-                return;
-            }
+            on = run_gang(j, w, rank, row, n);
             row = atomic_load(&j->next);
         }
+    }
+    atomic_fetch_sub(&j->others, rank > 0);
+    for (int spins = 0; rank == 0 && atomic_load(&j->others) > 0; spins++) {
+        tsad_spin(spins);
+        tsad_cpu_stops(w); /* nobody else can ask */
     }
 }
 
@@ -246,12 +252,10 @@ static void lead(job *j, tsad_worker *w)
 /* and the others help with its programs */
 static void help(tsad_worker *w)
 {
-    const tsad_meeting *m = w->engine->meeting;
     int row;
     w->shares = true;
     for (bool on = tsad_join(w, &row); on; on = tsad_next(w)) {
-        tsad_run run = m->run; /* rank 0's may change before this thread's last row */
-        if (!tsad_cpu_rows(w, &run, 1, row, m->row_end)) {
+        if (!tsad_cpu_rows(w, &w->run, 1, row, w->row_end)) {
             return;
         }
         row = TSAD_BEFORE_ROWS;
@@ -277,14 +281,20 @@ static void work(void *context, int rank, int size)
     }
 }
 
+static tsad_status status_of(const job *j)
+{
+    return atomic_load(&j->engine->stop) ? TSAD_INTERRUPTED : (tsad_status)atomic_load(&j->status);
+}
+
 tsad_status tsad_cpu_each(tsad_engine *e, int count, bool alone, tsad_each_fn fn, void *context,
-                          int *queues)
+                          const tsad_interrupt *interrupt, int *queues)
 {
     job j = {.engine = e, .fn = fn, .context = context, .count = count};
     *queues = 1;
+    tsad_cpu_listen(e, interrupt);
     if (alone) {
         work(&j, 0, 1);
-        return (tsad_status)atomic_load(&j.status);
+        return status_of(&j);
     }
     tsad_meeting_begin(e->meeting);
     int size = tsad_team_run(work, &j, tsad_stall_size(e, count));
@@ -293,7 +303,7 @@ tsad_status tsad_cpu_each(tsad_engine *e, int count, bool alone, tsad_each_fn fn
     } else if (size > 1) {
         tsad_stall_note(e);
     }
-    return (tsad_status)atomic_load(&j.status);
+    return status_of(&j);
 }
 
 /* ---- arrays in and out --------------------------------------------------------------------- */

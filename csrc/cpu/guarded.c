@@ -87,12 +87,13 @@ static tsad_status nothing(void *context, tsad_queue *queue, int rank, int first
 }
 
 static tsad_status guarded_each(tsad_engine *e, int count, bool alone, tsad_each_fn fn,
-                                void *context, int *queues)
+                                void *context, const tsad_interrupt *interrupt, int *queues)
 {
     guard queue = {e};
     (void)alone;
     unlock(e);
-    tsad_status status = tsad_cpu_each(e, 1, true, nothing, NULL, queues); /* a worker at rest */
+    /* a worker at rest */
+    tsad_status status = tsad_cpu_each(e, 1, true, nothing, NULL, interrupt, queues);
     lock(e);
     for (int row = 0; row < count && status == TSAD_OK; row++) {
         status = fn(context, (tsad_queue *)(void *)&queue, 0, row, 1);

@@ -8,7 +8,8 @@
  * when decides nothing about the bits.
  *
  * A core can also be taken in mid-chunk. Rank 0 notices at a meeting (stall.c), releases the others
- * at its next turn, and lets nobody join again before the chunk's end.
+ * at its next turn, and lets nobody join again before the chunk's end. So it does when the call is
+ * told to stop (run.c).
  */
 #include "../clock.h"
 #include "cpu.h"
@@ -98,7 +99,7 @@ static void part(tsad_worker *w)
 static void lead(tsad_worker *w, int row)
 {
     tsad_meeting *m = w->engine->meeting;
-    if (w->stalled) {
+    if (w->stalled || (w->size > 1 && tsad_cpu_stops(w))) {
         part(w);
         return;
     }
@@ -125,6 +126,8 @@ static void copy_member(tsad_worker *w)
     const tsad_member *from = e->workers[0].members;
     tsad_member *to = w->members;
     int x = net->input;
+    w->run = e->meeting->run; /* rank 0's may be the next lane's once they have met */
+    w->row_end = e->meeting->row_end;
     if (net->wide) {
         return; /* it works on rank 0's */
     }

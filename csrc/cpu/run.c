@@ -2,6 +2,7 @@
  * reuse.c). Threads that come late join at the start of a row, and are released there when a core
  * is taken by another process (join.c).
  */
+#include "../clock.h"
 #include "cpu.h"
 
 #include <limits.h>
@@ -32,6 +33,35 @@ static void restore_denormals(unsigned before)
 static unsigned flush_denormals(void) { return 0; }
 static void restore_denormals(unsigned before) { (void)before; }
 #endif
+
+/* ---- being told to stop --------------------------------------------------------------------- */
+
+enum { ASK_NS = 100000000 };
+
+void tsad_cpu_listen(tsad_engine *e, const tsad_interrupt *interrupt)
+{
+    e->interrupt = interrupt;
+    e->asked_at = tsad_now();
+    e->float_mode = flush_denormals();
+    restore_denormals(e->float_mode);
+    atomic_store(&e->stop, false);
+}
+
+bool tsad_cpu_stops(tsad_worker *w)
+{
+    tsad_engine *e = w->engine;
+    bool stop = atomic_load_explicit(&e->stop, memory_order_relaxed);
+    bool asks = !stop && w == e->workers && e->interrupt; /* on the calling thread */
+    if (asks && tsad_now() - e->asked_at > ASK_NS) {
+        unsigned mode = flush_denormals();
+        restore_denormals(e->float_mode);
+        stop = e->interrupt->wanted(e->interrupt->context);
+        restore_denormals(mode);
+        e->asked_at = tsad_now();
+        atomic_store(&e->stop, stop);
+    }
+    return stop;
+}
 
 /* Whether a row has work to share. All threads see the same program, so they agree. */
 static bool shares_work(const tsad_net *net, const tsad_program *program, int row)
@@ -229,14 +259,17 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
             members[i].row = row;
             members[i].step = row + runs[i].first_step;
         }
-        if (n > 1) {
-            run_row_of_gang(members, n);
-            continue;
-        }
-        if (w->shares && runs->sampler && shares_work(members->net, program, row) &&
+        if (n == 1 && w->shares && runs->sampler && shares_work(members->net, program, row) &&
             !tsad_turn(w, row)) {
             stays = false;
             break;
+        }
+        if (w->size == 1 && runs->sampler && tsad_cpu_stops(w)) {
+            break;
+        }
+        if (n > 1) {
+            run_row_of_gang(members, n);
+            continue;
         }
         if (run_closed(members)) {
             continue;
@@ -270,5 +303,5 @@ tsad_status tsad_cpu_run(tsad_queue *w, const tsad_run *runs, int n, int row_beg
         tsad_cpu_rows(w, runs, n, row_begin, row_end);
         w->size = size;
     }
-    return TSAD_OK;
+    return tsad_cpu_stops(w) ? TSAD_INTERRUPTED : TSAD_OK;
 }

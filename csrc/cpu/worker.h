@@ -39,6 +39,8 @@ typedef struct tsad_queue {
     unsigned turns; /* taken in this chunk: see join.c */
     bool stalled;   /* rank 0: another thread's core seems taken */
     int64_t met_at; /* rank 0: when the threads last met, 0: not in this chunk */
+    tsad_run run;   /* others: what they help with, */
+    int row_end;    /* up to this row */
 } tsad_worker;
 
 /* ---- team.c ----------------------------------------------------------------------------- */
@@ -117,8 +119,12 @@ struct tsad_engine {
     int branch_channels; /* of the widest, padded */
     tsad_barrier *barrier;
     tsad_meeting *meeting;
-    int64_t stalled_at;      /* when rank 0 last waited for a core that seemed taken */
-    bool stalled_before;     /* the last chunk that threads shared */
+    const tsad_interrupt *interrupt; /* of the running call, NULL: none */
+    int64_t asked_at;                /* when the call began, or its interrupt was asked last */
+    unsigned float_mode;             /* the caller's */
+    atomic_bool stop;                /* the call has been told to */
+    int64_t stalled_at;              /* when rank 0 last waited for a core that seemed taken */
+    bool stalled_before;             /* the last chunk that threads shared */
     int alone_for, patience; /* chunks to run without the team after a stall, and how many next */
 };
 
@@ -128,7 +134,7 @@ size_t tsad_cpu_bytes(const tsad_engine *engine);
 tsad_status tsad_cpu_remember_rollouts(tsad_engine *engine, int rows);
 bool tsad_cpu_prepare(tsad_engine *engine, int lane, const tsad_program *program);
 tsad_status tsad_cpu_each(tsad_engine *engine, int count, bool alone, tsad_each_fn fn,
-                          void *context, int *queues);
+                          void *context, const tsad_interrupt *interrupt, int *queues);
 tsad_status tsad_cpu_put(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows from);
 tsad_status tsad_cpu_get(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to);
 tsad_status tsad_cpu_get_array(tsad_queue *queue, int lane, tsad_array which, float *to);

@@ -1,5 +1,9 @@
 /* policy_call.c: policy(obs) and its relatives: parse and borrow, check everything, leave the GIL,
  * run, take the GIL. A refused call has drawn no noise and changed nothing.
+ *
+ * Nothing calls Python between the start and the end of a chunk, with one exception: a call that
+ * lasts longer than a tenth of a second looks for signals now and then, for Ctrl-C must not wait
+ * for a hundred lanes.
  */
 #include "edge.h"
 
@@ -187,12 +191,79 @@ static void draw(edge_policy *self, tsad_call *call)
     }
 }
 
+/* ---- signals ------------------------------------------------------------------------------- */
+
+typedef struct listener {
+    PyThreadState *thread; /* of the caller, who has left the GIL */
+    bool deaf;             /* Python handles signals in its main thread alone */
+} listener;
+
+/* -1 with an exception: this runs Python, too */
+static int is_main_thread(void)
+{
+    PyObject *threading = PyImport_ImportModule("threading");
+    PyObject *thread = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL;
+    PyObject *ident = thread ? PyObject_GetAttrString(thread, "ident") : NULL;
+    int is_main = ident ? PyLong_AsUnsignedLong(ident) == PyThread_get_thread_ident() : -1;
+    Py_XDECREF(ident);
+    Py_XDECREF(thread);
+    Py_XDECREF(threading);
+    return is_main;
+}
+
+/* Runs the handlers of signals that came; 1 if one raised, and its exception stays set. */
+static int hear(void *context)
+{
+    listener *l = context;
+    if (l->deaf) {
+        return 0;
+    }
+    PyEval_RestoreThread(l->thread);
+    int is_main = is_main_thread(), raised = is_main < 0 || PyErr_CheckSignals() < 0;
+    l->deaf = is_main == 0;
+    l->thread = PyEval_SaveThread();
+    return raised;
+}
+
+/* The exception that a handler raised says what became of the call; a handler's own type stays. */
+static void explain_interrupt(void)
+{
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    if (type == PyExc_KeyboardInterrupt) {
+        PyErr_SetString(type, tsad_error_detail());
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(trace);
+        return;
+    }
+    PyObject *done = PyObject_CallMethod(value, "add_note", "s", tsad_error_detail());
+    PyErr_Clear(); /* no notes before 3.11 */
+    Py_XDECREF(done);
+    PyErr_Restore(type, value, trace);
+}
+
+static int raise_status(tsad_status status)
+{
+    if (status == TSAD_INTERRUPTED) {
+        explain_interrupt();
+    } else if (status != TSAD_OK) {
+        edge_raise(status);
+    }
+    return status == TSAD_OK ? 0 : -1;
+}
+
+/* ---- chunks -------------------------------------------------------------------------------- */
+
 static int run(edge_policy *self, const chunk *c)
 {
     if (!c->n_lanes) {
         return 0;
     }
     size_t row = (size_t)self->info.horizon * (size_t)self->info.action_dim;
+    listener l = {0};
+    tsad_interrupt interrupt = {hear, &l};
     tsad_call call = {
         .lanes = self->lanes,
         .n_lanes = c->n_lanes,
@@ -204,8 +275,9 @@ static int run(edge_policy *self, const chunk *c)
         .executed = c->executed_given ? self->executed : NULL,
         .actions = c->data,
         .whole_horizon = c->whole_horizon,
+        .interrupt = &interrupt,
     };
-    PyThreadState *thread = PyEval_SaveThread(); /* leaves the GIL */
+    l.thread = PyEval_SaveThread(); /* leaves the GIL */
     MARK(begin);
     tsad_status status = tsad_policy_check(self->policy, &call);
     if (status == TSAD_OK) {
@@ -213,12 +285,8 @@ static int run(edge_policy *self, const chunk *c)
         status = tsad_policy_step(self->policy, &call);
     }
     MARK(end);
-    PyEval_RestoreThread(thread);
-    if (status != TSAD_OK) {
-        edge_raise(status);
-        return -1;
-    }
-    return 0;
+    PyEval_RestoreThread(l.thread);
+    return raise_status(status);
 }
 
 PyObject *edge_policy_call(PyObject *object, PyObject *args, PyObject *kwargs)
@@ -284,12 +352,13 @@ PyObject *edge_policy_predict_noise(PyObject *object, PyObject *args, PyObject *
     if (borrow_samples(self, sample, obs, &c) < 0) {
         Py_CLEAR(c.actions);
     } else {
-        PyThreadState *thread = PyEval_SaveThread();
+        listener l = {0};
+        tsad_interrupt interrupt = {hear, &l};
+        l.thread = PyEval_SaveThread();
         tsad_status status = tsad_policy_predict_noise(self->policy, c.n_lanes, c.noise.data, step,
-                                                       c.obs.data, c.data);
-        PyEval_RestoreThread(thread);
-        if (status != TSAD_OK) {
-            edge_raise(status);
+                                                       c.obs.data, c.data, &interrupt);
+        PyEval_RestoreThread(l.thread);
+        if (raise_status(status) < 0) {
             Py_CLEAR(c.actions);
         }
     }

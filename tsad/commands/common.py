@@ -30,7 +30,7 @@ from tsad.setting import planner_name as planner_name
 if TYPE_CHECKING:
     from tsad import Plan, SparsePolicy
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_USAGE = 1, 2
 
 
 class UsageError(Exception):
