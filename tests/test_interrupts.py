@@ -121,7 +121,7 @@ def test_a_warm_start(bundled: Any) -> None:
     policy = tsad.load("pusht", lanes=100, warm_start=50)
     twin = tsad.load("pusht", lanes=100, warm_start=50)
     rows = [3, 0]
-    obs, noise = full(policy, 2), noises(policy.cold, 0, 2)
+    obs, noise = full(policy, 2), noises(bundled, 0, 2)
     policy(obs, noise=noise, lanes=rows)
     interrupted(lambda: policy(full(policy, 100)), "start anew")
     wanted = twin(obs, noise=noise, lanes=rows)  # a first chunk
