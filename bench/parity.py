@@ -36,7 +36,6 @@ import tasks  # noqa: E402
 
 import tsad  # noqa: E402
 from tsad.files import write_json  # noqa: E402
-from tsad.policy import ERROR_BOUNDS  # noqa: E402
 from tsad.reference import ReferencePolicy  # noqa: E402
 from tsad.statistics import percentile  # noqa: E402
 from tsad.training.data import load_demonstrations  # noqa: E402
@@ -159,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = Runs(windows(data.obs, data.ends, steps, n_obs), args.threads, args.batch)
     plain = args.precision == "float32"
     ours = "engine" if plain else f"engine {args.precision}"
-    bar = BAR if plain else ERROR_BOUNDS[args.precision]
+    bar = BAR if plain else tsad.load("pusht", precision=args.precision).stats["error_bound"]
     actions = {ours: runs.engine(args.precision)}
     if not plain:
         actions["engine float32"] = runs.engine("float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from tsad import _core, planners
 from tsad.config import block_names, block_types
 from tsad.plan import REUSE_ROLLOUT, SOURCE_NAMES, Plan
 from tsad.planners import Planner
+from tsad.precision import FLOAT32_BOUND, measured_bound
 from tsad.samplers import tail
 
 if TYPE_CHECKING:
@@ -24,10 +26,6 @@ if TYPE_CHECKING:
 # What runs: planner, dial, one plan per lane (None: the pruner's), whether the user fixed them, and
 # the plans of cold chunks (None: dense).
 Choice = tuple["str | Planner", "float | None", "list[Plan] | None", bool, "list[Plan] | None"]
-
-# Largest |difference| of normalised actions from the same policy in float64, same noise. Stated for
-# a dense plan; what a sparse plan loses is the method's, not the arithmetic's.
-ERROR_BOUNDS = {"float32": 1e-4, "int16": 2e-3, "int8": None}  # None: not measured
 
 
 class SparsePolicy(_core.Policy):
@@ -82,6 +80,7 @@ class SparsePolicy(_core.Policy):
         "_config",
         "_device",
         "_dial",
+        "_error_bound",
         "_fixed",
         "_loaded",
         "_planner",
@@ -115,6 +114,7 @@ class SparsePolicy(_core.Policy):
         self._device = device
         self._precision = precision
         self._loaded: tuple[str, dict[str, Any]] | None = None  # source and options of `tsad.load`
+        self._error_bound: float | None = FLOAT32_BOUND if precision == "float32" else None
         self._blocks = block_names(config.network)
         self._types = block_types(config.network)
         if len(self._blocks) != self.n_blocks or len(sampler.timesteps) != model.n_steps:
@@ -363,7 +363,7 @@ class SparsePolicy(_core.Policy):
         twin = type(self).__new__(type(self))
         twin._be_twin_of(self)
         twin._adopt(self._choice())
-        twin._loaded = self._loaded
+        twin._loaded, twin._error_bound = self._loaded, self._error_bound
         _own(twin).update(_own(self))
         return twin
 
@@ -452,8 +452,10 @@ class SparsePolicy(_core.Policy):
         ``cell_sparsity``: means. ``cells``: cells by source. ``forced``: cells computed because
         nothing was there to reuse. ``max_age``: oldest rollout reused, in chunks. ``bytes``: memory
         of this policy; ``weight_bytes``: of the model it shares. ``precision`` and ``error_bound``:
-        largest difference of a dense chunk's normalised actions from float64, same noise.
-        ``lanes``: the first six for each lane.
+        how far a dense chunk's normalised actions may be from float64's, same noise. Of int16 and
+        int8 that is measured on this policy when `stats` is first read, which takes as long as
+        some dozens of its chunks (`tsad.precision`); None if `tsad.load` did not make it, or its
+        files are gone. What a plan loses is not in it. ``lanes``: the first six for each lane.
         """
         dense = int(self.block_costs.sum()) * self.num_inference_steps
         lanes = []
@@ -482,9 +484,32 @@ class SparsePolicy(_core.Policy):
             "bytes": self._bytes,
             "weight_bytes": self.model.weight_bytes,
             "precision": self._precision,
-            "error_bound": ERROR_BOUNDS[self._precision],
+            "error_bound": self._bound(),
             "lanes": lanes,
         }
+
+    def _bound(self) -> float | None:
+        if self._error_bound is None and self._loaded is not None:
+            source, options = self._loaded
+            scheduler = self.config["scheduler"]
+            sampler = {"sampler": scheduler["type"]}
+            sampler |= {key: scheduler[key] for key in ("num_inference_steps", "timestep_spacing")}
+            machine = {"threads": self.threads, "weights": options["weights"]}
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the file: they were told
+                    exact = load(source, precision="float32", **sampler, **machine)
+            except (ValueError, OSError):
+                return None
+            twin = SparsePolicy(
+                self.model,
+                config=self._config,
+                sampler=self._sampler,
+                threads=self.threads,
+                precision=self._precision,
+            )
+            self._error_bound = measured_bound(twin, exact)
+        return self._error_bound
 
     def __repr__(self) -> str:
         if self._fixed:

@@ -31,6 +31,7 @@ from tsad.commands.common import (
     table,
 )
 from tsad.commands.progress import Progress
+from tsad.precision import made_up_observations
 from tsad.statistics import ENOUGH, percentile
 
 if TYPE_CHECKING:
@@ -101,14 +102,8 @@ def add_parser(subparsers: Any) -> None:
 
 def observations(policy: SparsePolicy, n: int) -> NDArray[np.float32]:
     """Made-up observations within the range of the training data, (n, lanes, steps, dim)."""
-    normalizer = policy.config["normalizer"]["obs"]
-    scale = np.asarray(normalizer["scale"], np.float64)
-    offset = np.asarray(normalizer["offset"], np.float64)
-    shape = (n, policy.lanes, policy.n_obs_steps, policy.obs_dim)
-    inside = np.random.default_rng(0).uniform(-1, 1, shape)
-    # A constant feature has scale 0 in some checkpoints, and any value then means the same.
-    raw = (inside - offset) / np.where(scale == 0, 1, scale)
-    return raw.astype(np.float32)
+    made_up = made_up_observations(policy, n * policy.lanes)
+    return made_up.reshape(n, policy.lanes, *made_up.shape[1:])
 
 
 class Clock:

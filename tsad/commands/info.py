@@ -196,7 +196,11 @@ def _policy_rows(facts: dict[str, Any]) -> dict[str, Any]:
         f"{facts['weight_bytes'] / 1e6:.1f} MB of weights, shared; "
         f"{facts['bytes_per_lane'] / 1e6:.1f} MB for one lane"
     )
-    rows["error bound"] = f"{facts['error_bound']:g} of a normalised action, dense, to float64"
+    bound = facts["error_bound"]
+    said = (
+        "not known" if bound is None else f"{bound:.2g} of a normalised action, dense, to float64"
+    )
+    rows["error bound"] = said + ("" if facts["precision"] == "float32" else ", measured")
     return rows
 
 

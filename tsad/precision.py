@@ -1,0 +1,54 @@
+"""What fewer bits cost: measured, on the policy that asks.
+
+No constant holds for every network: the largest difference of random ones of one shape varies by
+ten, with their weights and samplers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tsad.policy import SparsePolicy
+
+FLOAT32_BOUND = 1e-4
+"""Of float32 to float64, normalised actions of a dense chunk; what the tests hold it to."""
+MARGIN = 2.0
+"""What was not measured may differ more than what was."""
+MOST_CHUNKS, MOST_MACS = 32, 6e10
+"""Measured are `MOST_CHUNKS`, or fewer of a large network: as many as this many multiplications
+allow, seconds of a core; one at least."""
+
+
+def made_up_observations(policy: SparsePolicy, n: int) -> NDArray[np.float32]:
+    """(n, n_obs_steps, obs_dim) within the range of the training data, raw units."""
+    normalizer = policy.config["normalizer"]["obs"]
+    scale, offset, shift = (
+        np.asarray(normalizer.get(key, 0.0), np.float64) for key in ("scale", "offset", "shift")
+    )
+    inside = np.random.default_rng(0).uniform(-1, 1, (n, policy.n_obs_steps, policy.obs_dim))
+    # A constant feature has scale 0 in some checkpoints, and any value then means the same.
+    raw = (inside - offset) / np.where(scale == 0, 1, scale) + shift
+    return raw.astype(np.float32)
+
+
+def measured_bound(policy: SparsePolicy, exact: SparsePolicy) -> float:
+    """How far a policy's actions may be from float64's, in normalised units, same noise.
+
+    `MARGIN` times the largest difference from ``exact``, the same policy in float32, of dense
+    chunks, all their steps, on `made_up_observations`; and what float32 itself may be off.
+    """
+    macs = float(policy.block_costs.sum()) * policy.model.n_steps
+    n = int(np.clip(MOST_MACS / macs, 1, MOST_CHUNKS))
+    shape = (policy.model.n_steps, 1, policy.horizon, policy.action_dim)
+    scale = np.array(policy.config["normalizer"]["action"]["scale"], np.float64)
+    largest = 0.0
+    for i, obs in enumerate(made_up_observations(policy, n)):
+        noise = np.random.default_rng((1, i)).standard_normal(shape, np.float32)
+        arguments: dict[str, Any] = {"noise": noise, "return_horizon": True}
+        difference = (policy(obs, **arguments) - exact(obs, **arguments)) * scale
+        largest = max(largest, float(np.abs(difference).max()))
+    return MARGIN * largest + FLOAT32_BOUND
