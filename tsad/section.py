@@ -143,3 +143,10 @@ def _clamp(number: Any) -> float:
         return float(number)
     except OverflowError:
         return math.inf
+
+
+def interface(section: Section) -> dict[str, int]:
+    """What every network has: how much it sees, predicts and executes."""
+    most = {"horizon": MAX_HORIZON, "n_obs_steps": MAX_OBS_STEPS, "n_action_steps": MAX_HORIZON}
+    most |= {"obs_dim": MAX_DIM, "action_dim": MAX_DIM}
+    return {key: section.integer(key, 1, limit) for key, limit in most.items()}

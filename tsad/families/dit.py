@@ -27,14 +27,12 @@ from typing import Any
 
 from tsad.families.dpt import linear_shapes
 from tsad.section import (
-    MAX_DIM,
     MAX_HEADS,
-    MAX_HORIZON,
     MAX_LAYERS,
-    MAX_OBS_STEPS,
     MAX_WIDTH,
     Section,
     Shapes,
+    interface,
 )
 
 TYPE = "dit"
@@ -70,13 +68,9 @@ class DitConfig:
         ``name`` and ``file`` say in errors where it stood.
         """
         section = Section(data, name, file)
-        section.choice("type", (TYPE,))
         network = cls(
-            horizon=section.integer("horizon", 1, MAX_HORIZON),
-            n_obs_steps=section.integer("n_obs_steps", 1, MAX_OBS_STEPS),
-            n_action_steps=section.integer("n_action_steps", 1, MAX_HORIZON),
-            obs_dim=section.integer("obs_dim", 1, MAX_DIM),
-            action_dim=section.integer("action_dim", 1, MAX_DIM),
+            type=section.choice("type", (TYPE,)),
+            **interface(section),
             hidden_dim=section.integer("hidden_dim", 1, MAX_WIDTH),
             num_layers=section.integer("num_layers", 1, MAX_LAYERS),
             num_heads=section.integer("num_heads", 1, MAX_HEADS),

@@ -26,14 +26,12 @@ from typing import Any
 
 from tsad.scope import scope
 from tsad.section import (
-    MAX_DIM,
     MAX_HEADS,
-    MAX_HORIZON,
     MAX_LAYERS,
-    MAX_OBS_STEPS,
     MAX_WIDTH,
     Section,
     Shapes,
+    interface,
 )
 
 TYPE = "diffusion_policy_transformer"
@@ -74,11 +72,7 @@ class NetworkConfig:
         section = Section(data, "network", file)
         network = cls(
             type=section.choice("type", (TYPE,), TYPE),
-            horizon=section.integer("horizon", 1, MAX_HORIZON),
-            n_obs_steps=section.integer("n_obs_steps", 1, MAX_OBS_STEPS),
-            n_action_steps=section.integer("n_action_steps", 1, MAX_HORIZON),
-            obs_dim=section.integer("obs_dim", 1, MAX_DIM),
-            action_dim=section.integer("action_dim", 1, MAX_DIM),
+            **interface(section),
             n_layer=section.integer("n_layer", 1, MAX_LAYERS),
             n_head=section.integer("n_head", 1, MAX_HEADS),
             n_emb=section.integer("n_emb", 4, MAX_WIDTH),

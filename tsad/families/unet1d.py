@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tsad.section import MAX_DIM, MAX_HORIZON, MAX_OBS_STEPS, MAX_WIDTH, Section, Shapes
+from tsad.section import MAX_WIDTH, Section, Shapes, interface
 
 TYPE = "unet1d"
 FINAL_GROUPS = 8
@@ -60,14 +60,10 @@ class Unet1dConfig:
         ``name`` and ``file`` say in errors where it stood.
         """
         section = Section(data, name, file)
-        section.choice("type", (TYPE,))
         dims = section.take("down_dims")
         network = cls(
-            horizon=section.integer("horizon", 1, MAX_HORIZON),
-            n_obs_steps=section.integer("n_obs_steps", 1, MAX_OBS_STEPS),
-            n_action_steps=section.integer("n_action_steps", 1, MAX_HORIZON),
-            obs_dim=section.integer("obs_dim", 1, MAX_DIM),
-            action_dim=section.integer("action_dim", 1, MAX_DIM),
+            type=section.choice("type", (TYPE,)),
+            **interface(section),
             down_dims=tuple(dims) if isinstance(dims, list | tuple) else (),
             kernel_size=section.integer("kernel_size", 1, MAX_KERNEL),
             n_groups=section.integer("n_groups", 1, MAX_WIDTH),
