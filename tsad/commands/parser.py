@@ -75,6 +75,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = {name.lstrip("-"): name for name in known}  # that dashes are alike says nothing
     word = word.lstrip("-")
     close = [name for name in names if word and name.startswith(word)]
+    close = close or [name for name in names if sorted(name) == sorted(word)]  # --rl for --lr
     close = close or difflib.get_close_matches(word, names, 1)
     return f"; did you mean {names[close[0]]}?" if close else ""
 
