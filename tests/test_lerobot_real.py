@@ -71,25 +71,12 @@ def clean() -> Any:
     patch.on_first_chunk = None
 
 
-@pytest.mark.parametrize("name", cases.CASES)
-def test_the_same_actions_and_random_numbers(name: str) -> None:
-    policy = make(name)
-    expected = episode(policy)
-    state = torch.get_rng_state()
-    accelerate(policy)
-    got = episode(policy)
-    error = cases.float32_error(name, "sample/after_step")  # LeRobot's own, from float64
-    bound = max(2e-5, cases.TOLERANCE * error)
-    assert is_accelerated(policy) and (got - expected).abs().max() < bound
-    assert torch.equal(torch.get_rng_state(), state)
-    for twin in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
-        assert is_accelerated(twin) and torch.equal(episode(twin), got)
-    assert torch.equal(episode(restore(policy)), expected)
+MADE = [(make, name) for name in cases.CASES] + [(make_dit, name) for name in cases.DIT_CASES]
 
 
-@pytest.mark.parametrize("name", cases.DIT_CASES)
-def test_a_multi_task_dit_gives_the_same_actions_and_random_numbers(name: str) -> None:
-    policy = make_dit(name)
+@pytest.mark.parametrize(("made", "name"), MADE)
+def test_the_same_actions_and_random_numbers(made: Any, name: str) -> None:
+    policy = made(name)
     expected = episode(policy)
     state = torch.get_rng_state()
     accelerate(policy)
