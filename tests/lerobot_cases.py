@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from tsad.convert.lerobot import Description
+from tsad.convert.lerobot import Description, read_lerobot
 
 FOLDER = Path(__file__).parent / "fixtures" / "lerobot"
 CASES = sorted(path.name for path in FOLDER.iterdir() if (path / "case.json").exists())
@@ -80,3 +80,21 @@ def all_noise(arrays: Mapping[str, NDArray[Any]], prefix: str, steps: int) -> ND
         added = arrays[f"{prefix}/step_noise"]
         noise[1 : 1 + len(added)] = added
     return noise
+
+
+def load(name: str) -> tuple[Description, dict[str, Any], dict[str, Any]]:
+    """A recorded policy, its weights in float64, and what LeRobot computed."""
+    described = read_lerobot(FOLDER / name)
+    w = {key: value.astype(np.float64) for key, value in described.tensors.items()}
+    return described, w, expected(name)
+
+
+def condition(family: Any, described: Description, w: Any, t: Any, cond: Any) -> Any:
+    network = described.policy["network"]
+    obs = cond.astype(np.float64).reshape(*cond.shape[:-1], network["n_obs_steps"], -1)
+    return family.encode(w, network, t, obs)
+
+
+def within(name: str, what: str, got: Any, expected: Any) -> None:
+    bound = TOLERANCE * float32_error(name, what)
+    assert np.abs(got - expected).max() <= bound

@@ -6,6 +6,7 @@ drive nearly all actions to the ends of their range, where different runs look a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,31 @@ def state(policy: Any) -> Any:
     """Everything that a refused call must leave as it was."""
     ages = [policy._ages(lane).tolist() for lane in range(policy.lanes)]
     return ages, policy.stats, policy.plan, policy.sparsity, policy.planner
+
+
+def check_bits(make: Callable[[int], Any], calls: Any, first: Any, later: Any) -> None:
+    """Threads and lanes together or apart make no difference to a plan per lane.
+
+    `make` makes the policy with that many threads; each call is (obs, noise) of all lanes.
+    """
+    lanes = len(later)
+
+    def run(threads: int, together: bool) -> Any:
+        policy = make(threads)
+        for lane in range(lanes):
+            policy._set_plan(lane, later[lane], first[lane])
+        chunks = []
+        for obs, z in calls:
+            rows = [slice(None)] if together else [slice(i, i + 1) for i in range(lanes)]
+            chunks += [
+                policy(obs[row], noise=np.ascontiguousarray(z[:, row]),
+                       lanes=list(range(lanes))[row], return_horizon=True)
+                for row in rows
+            ]  # fmt: skip
+        return np.concatenate(chunks)
+
+    expected = run(1, True)
+    assert np.isfinite(expected).all()
+    for threads in (1, 2, 4):
+        for together in (True, False):
+            np.testing.assert_array_equal(run(threads, together), expected)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lerobot_cases as lerobot
 import numpy as np
 import pytest
+from lerobot_cases import condition, load, within
 
-from tsad.convert.lerobot import Description, read_lerobot
+from tsad.convert.lerobot import read_lerobot
 from tsad.families.dit import block_costs, shapes
 from tsad.reference import REUSE_STEP, REUSE_TYPE, SKIP, ReferencePolicy, denoise, sinusoid
 from tsad.reference import dit as family
@@ -16,25 +15,6 @@ from tsad.reference import dit as family
 torch = pytest.importorskip("torch", reason="pip install 'tsad-policy[test]'")
 
 from torch_dit import Shape, predict  # noqa: E402
-
-
-def load(name: str) -> tuple[Description, dict[str, Any], dict[str, Any]]:
-    """A recorded policy, its weights in float64, and what LeRobot computed."""
-    described = read_lerobot(lerobot.FOLDER / name)
-    w = {key: value.astype(np.float64) for key, value in described.tensors.items()}
-    return described, w, lerobot.expected(name)
-
-
-def condition(described: Description, w: Any, t: Any, cond: Any) -> Any:
-    network = described.policy["network"]
-    obs = cond.astype(np.float64).reshape(*cond.shape[:-1], network["n_obs_steps"], -1)
-    return family.encode(w, network, t, obs)
-
-
-def within(name: str, what: str, got: Any, expected: Any) -> None:
-    bound = lerobot.TOLERANCE * lerobot.float32_error(name, what)
-    assert np.abs(got - expected).max() <= bound
-
 
 # LeRobot
 
@@ -48,7 +28,7 @@ def test_there_are_cases_of_every_kind():
 @pytest.mark.parametrize("name", lerobot.DIT_CASES)
 def test_network_equals_lerobot(name):
     described, w, e = load(name)
-    c = condition(described, w, e["net/t"], e["net/cond"])
+    c = condition(family, described, w, e["net/t"], e["net/cond"])
     got = family.predict(w, described.policy["network"], e["net/x"].astype(np.float64), c)
     within(name, "net/out", got, e["net/out_f64"])
 
@@ -58,7 +38,7 @@ def test_each_module_equals_lerobot(name):
     """Each by itself, from what LeRobot's modules before it put out."""
     described, w, e = load(name)
     network = described.policy["network"]
-    c = condition(described, w, e["net/t"][:1], e["net/cond"][:1])
+    c = condition(family, described, w, e["net/t"][:1], e["net/cond"][:1])
     seen = {key[6:-4]: value for key, value in e.items() if key.startswith("trace/")}
     time = seen.pop("time_mlp")
     assert np.abs(c[:, : time.shape[1]] - time).max() < 5e-8
@@ -85,7 +65,7 @@ def test_sampler_steps_equal_lerobot(name):
     assert K == len(e["sample/after_step_f64"])
     noise = lerobot.all_noise(e, "sample", K).astype(np.float64)
     for lane, cond in enumerate(e["sample/cond"]):
-        c = condition(described, w, policy.timesteps, np.repeat(cond[None], K, 0))
+        c = condition(family, described, w, policy.timesteps, np.repeat(cond[None], K, 0))
         for k in (1, 2, K // 2, K):  # a chunk of the first k steps adds no noise at its end
             dense = np.zeros((k, len(policy.blocks)), np.uint8)
             x = denoise(w, network, policy.sampler, c, noise[:, lane], dense, {})

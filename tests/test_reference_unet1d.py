@@ -8,8 +8,8 @@ from typing import Any
 import lerobot_cases as lerobot
 import numpy as np
 import pytest
+from lerobot_cases import condition, load, within
 
-from tsad.convert.lerobot import Description, read_lerobot
 from tsad.families.unet1d import block_costs, blocks, lerobot_name, shapes
 from tsad.reference import (
     REUSE_ROLLOUT,
@@ -27,32 +27,13 @@ torch = pytest.importorskip("torch", reason="pip install 'tsad-policy[test]'")
 
 from torch_unet import Shape, predict  # noqa: E402
 
-
-def load(name: str) -> tuple[Description, dict[str, Any], dict[str, Any]]:
-    """A recorded policy, its weights in float64, and what LeRobot computed."""
-    described = read_lerobot(lerobot.FOLDER / name)
-    w = {key: value.astype(np.float64) for key, value in described.tensors.items()}
-    return described, w, lerobot.expected(name)
-
-
-def condition(described: Description, w: Any, t: Any, cond: Any) -> Any:
-    network = described.policy["network"]
-    obs = cond.astype(np.float64).reshape(*cond.shape[:-1], network["n_obs_steps"], -1)
-    return family.encode(w, network, t, obs)
-
-
-def within(name: str, what: str, got: Any, expected: Any) -> None:
-    bound = lerobot.TOLERANCE * lerobot.float32_error(name, what)
-    assert np.abs(got - expected).max() <= bound
-
-
 # LeRobot
 
 
 @pytest.mark.parametrize("name", lerobot.CASES)
 def test_network_equals_lerobot(name):
     described, w, e = load(name)
-    c = condition(described, w, e["unet/t"], e["unet/cond"])
+    c = condition(family, described, w, e["unet/t"], e["unet/cond"])
     got = family.predict(w, described.policy["network"], e["unet/x"].astype(np.float64), c)
     within(name, "unet/out", got, e["unet/out_f64"])
 
@@ -62,7 +43,7 @@ def test_each_module_equals_lerobot(name):
     """Each by itself, from what LeRobot's modules before it put out."""
     described, w, e = load(name)
     network, levels = described.policy["network"], len(described.policy["network"]["down_dims"])
-    c = condition(described, w, e["unet/t"][:1], e["unet/cond"][:1])
+    c = condition(family, described, w, e["unet/t"][:1], e["unet/cond"][:1])
     seen = {key[6:-4]: value for key, value in e.items() if key.startswith("trace/")}
     # nearer than a time embedding whose angles are not rounded as PyTorch rounds them
     time = seen.pop("diffusion_step_encoder")
@@ -108,7 +89,7 @@ def test_sampler_steps_equal_lerobot(name):
     K, network = len(policy.timesteps), described.policy["network"]
     noise = lerobot.all_noise(e, "sample", K).astype(np.float64)
     for lane, cond in enumerate(e["sample/cond"]):
-        c = condition(described, w, policy.timesteps, np.repeat(cond[None], K, 0))
+        c = condition(family, described, w, policy.timesteps, np.repeat(cond[None], K, 0))
         for k in (1, 2, K // 2, K):  # a chunk of the first k steps adds no noise at its end
             dense = np.zeros((k, len(policy.blocks)), np.uint8)
             x = denoise(w, network, policy.sampler, c, noise[:, lane], dense, {})

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from policies import check_bits
 from torch_unet import Shape, Weights, predict
 
 from tsad import _core
@@ -135,26 +136,11 @@ def test_bits_do_not_depend_on_threads_or_lanes(name: str, backend: str, precisi
     later = [random_plan(rng, types, K, plan == 0) for plan in first]
     calls = [inputs(shape, seed, lanes, K) for seed in range(3)]
 
-    def run(threads: int, together: bool) -> Any:
-        policy = make(shape, weights, K=K, lanes=lanes, threads=threads, backend=backend,
-                      precision=precision)  # fmt: skip
-        for lane in range(lanes):
-            policy._set_plan(lane, later[lane], first[lane])
-        chunks = []
-        for obs, z in calls:
-            rows = [slice(None)] if together else [slice(i, i + 1) for i in range(lanes)]
-            chunks += [
-                policy(obs[row], noise=np.ascontiguousarray(z[:, row]),
-                       lanes=list(range(lanes))[row], return_horizon=True)
-                for row in rows
-            ]  # fmt: skip
-        return np.concatenate(chunks)
+    def made(threads: int) -> Any:
+        return make(shape, weights, K=K, lanes=lanes, threads=threads, backend=backend,
+                    precision=precision)  # fmt: skip
 
-    expected = run(1, True)
-    assert np.isfinite(expected).all()
-    for threads in (1, 2, 4):
-        for together in (True, False):
-            np.testing.assert_array_equal(run(threads, together), expected)
+    check_bits(made, calls, first, later)
 
 
 def test_a_plan_of_all_compute_is_dense_bit_for_bit() -> None:
