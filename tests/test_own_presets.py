@@ -201,6 +201,7 @@ def test_a_file_that_may_not_be_read() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
+        folder = shutil.copytree(BUNDLED, Path(name) / "pusht")  # where anybody can read it
         place = Path(name) / "presets" / presets.model_sha256(BUNDLED)
         place.mkdir(parents=True)
         save_presets(place, [(mine(BUNDLED), None)])
@@ -208,8 +209,8 @@ def test_a_file_that_may_not_be_read() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TSAD_HOME", name)
             with without_rights(), pytest.warns(UserWarning, match="can't be read .Permission"):
-                found = presets.find_preset(BUNDLED, "fast", "pusht")
-        assert found == read_presets(BUNDLED)["fast"]
+                found = presets.find_preset(folder, "fast", "pusht")
+            assert found == read_presets(folder)["fast"]
 
 
 def test_a_folder_without_weights(tmp_path: Path, capsys: Any) -> None:

@@ -252,7 +252,9 @@ class Trainer:
         self._check_sources()
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
-            self.device = torch.empty(0, device=name).device
+            self.device = torch.device(name)
+            if device != "auto":
+                torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
             why = str(error).partition("\n")[0]
             raise ValueError(
