@@ -156,13 +156,15 @@ bool tsad_cpu_prepare(tsad_engine *e, int index, const tsad_program *program)
     tsad_cpu_lane *lane = &e->lanes[index];
     size_t floats = program->kept_floats;
     lane->sums = NULL;
-    if (floats * sizeof(float) > lane->sum_arena.size) {
+    if (floats > lane->sum_floats) {
         tsad_arena arena = {0};
         TSAD_CARVE(&arena, float, floats);
         tsad_arena_free(&lane->sum_arena);
+        lane->sum_floats = 0;
         if (tsad_arena_allocate(&arena) == TSAD_OK) {
             TSAD_CARVE(&arena, float, floats);
             lane->sum_arena = arena;
+            lane->sum_floats = floats;
         }
     }
     if (floats > 0) {

@@ -154,7 +154,7 @@ ALWAYS_INLINE void tile(const bool parts, const int M, const int P, const float 
             vf w0 = load(at), w1 = load(at + W);
             for (size_t line = 0; line < lines; line++) {
                 __builtin_prefetch((const char *)at + NEAR_AHEAD + line * 64, 0, 3);
-                const char *far = parts ? of.next + line * (of.pace / lines)
+                const char *far = parts ? of.next + line * (of.pace / (lines ? lines : 1))
                                         : (const char *)at + FAR_AHEAD + line * 64;
                 __builtin_prefetch(far, 0, 2);
             }

@@ -12,7 +12,8 @@ typedef struct tsad_cpu_lane {
     float *slots; /* rollout: (rows, row_floats), else one row */
     float *array[TSAD_N_ARRAYS];
     tsad_arena sum_arena;
-    float *sums; /* of rollout slots, that the lane's program keeps; NULL: none */
+    size_t sum_floats; /* that sum_arena was carved for */
+    float *sums;       /* of rollout slots, that the lane's program keeps; NULL: none */
 } tsad_cpu_lane;
 
 /* One lane of a gang: a queue's private memory for its chunk. */
