@@ -31,13 +31,14 @@ def make_policy(
     pruner: bool = False,
     warm_start: int | None = None,
     precision: str = "float32",
+    backend: str | None = None,
 ) -> SparsePolicy:
     case = config(name, pruner=pruner, prediction_type="sample", clip_sample=False)
     table = make_sampler(case["scheduler"], sampler=sampler, num_inference_steps=steps)
     parsed = PolicyConfig.from_dict(case)
     weights = random_tensors(case["network"], seed)
     pruner_weights = random_pruner(case["pruner"], case["network"], seed) if pruner else None
-    model = make_model(parsed, weights, pruner_weights, table, precision=precision)
+    model = make_model(parsed, weights, pruner_weights, table, backend=backend, precision=precision)
     return SparsePolicy(
         model,
         config=parsed,
