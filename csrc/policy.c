@@ -203,12 +203,21 @@ static void forget_rollouts(const tsad_policy *p, tsad_lane *lane)
     memset(lane->computed_at, 0, sizeof(uint32_t) * cells);
 }
 
-void tsad_policy_reset(tsad_policy *p, int lane)
+static bool reads_rollouts(const tsad_policy *p, const uint8_t *sources)
 {
-    forget_rollouts(p, &p->lanes[lane]);
-    p->lanes[lane].chunk = p->lanes[lane].stats.chunks = 0;
-    p->lanes[lane].sums_ready = false;
-    p->lanes[lane].cold = p->warm_start;
+    return memchr(sources, TSAD_REUSE_ROLLOUT, (size_t)p->own.n * (size_t)p->model->n_blocks);
+}
+
+void tsad_policy_reset(tsad_policy *p, int index)
+{
+    tsad_lane *lane = &p->lanes[index];
+    forget_rollouts(p, lane);
+    /* An episode remembers what its own plans ask for: a plan set in the middle of an earlier one
+     * makes no difference. */
+    lane->rollout_memory = lane->planner != TSAD_FIXED_PLAN || reads_rollouts(p, lane->plan_steady);
+    lane->chunk = lane->stats.chunks = 0;
+    lane->sums_ready = false;
+    lane->cold = p->warm_start;
 }
 
 /* one lane's plan that the resolver refuses */
@@ -241,11 +250,6 @@ static void use_rollout_memory(const tsad_policy *p, tsad_lane *lane)
         lane->rollout_memory = true;
         forget_rollouts(p, lane);
     }
-}
-
-static bool reads_rollouts(const tsad_policy *p, const uint8_t *sources)
-{
-    return memchr(sources, TSAD_REUSE_ROLLOUT, (size_t)p->own.n * (size_t)p->model->n_blocks);
 }
 
 /* Would this lane take these plans now? */

@@ -318,3 +318,22 @@ def test_a_call_by_its_name_is_the_call(folder: Path) -> None:
     np.testing.assert_array_equal(policy.__call__(obs, noise=noise), expected)
     with pytest.raises(TypeError, match="nois"):
         policy.__call__(obs, nois=noise)
+
+
+def test_what_an_episode_remembers_is_not_of_earlier_plans() -> None:
+    """A plan set in the middle of one episode makes no difference to the next."""
+    policy = make_policy(pruner=True)
+    dense = Plan(np.zeros((policy.num_inference_steps, policy.n_blocks), np.uint8))
+    policy.sparsity = 0.8  # the pruner's chunks keep rollouts,
+    policy(observations(policy, 0))
+    policy.plan = dense  # which this one does not read
+    policy.reset(seed=1)
+    twin = copy.copy(policy)
+    twin.reset(seed=1)
+    for one in (policy, twin):
+        one(observations(policy, 1))
+        assert not one._ages(0).any()
+        one.planner, one.sparsity = "pruner", 0.8
+    obs = observations(policy, 2)
+    np.testing.assert_array_equal(policy(obs), twin(obs))
+    assert policy.stats == twin.stats | {"bytes": policy.stats["bytes"]}
