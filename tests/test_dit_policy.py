@@ -75,7 +75,7 @@ def test_what_is_not_tsads_is_listed() -> None:
     parts = "text_encoder, vision_encoders"
     assert any(f"{len(clip)} tensors ({parts}) not read" in text for text in texts)
     assert any("n_action_steps: 10 reach beyond the horizon; 8 are executed" in t for t in texts)
-    features = policy.config["provenance"]["features"]
+    features = policy.config["features"]
     assert [(f["name"], f["type"]) for f in features] == [
         ("observation.state", "STATE"),
         ("observation.images.b", "VISUAL"),

@@ -17,7 +17,7 @@ from tsad.convert import convert
 
 def observation(policy: tsad.SparsePolicy, raw: dict[str, Any]) -> Any:
     """LeRobot's features side by side, as the policy says."""
-    features = policy.config["provenance"]["features"]
+    features = policy.config["features"]
     return np.concatenate([raw[feature["name"]] for feature in features], -1)
 
 

@@ -51,6 +51,13 @@ name, and keys without a default must be there.
   ``n_head``                 attention heads (default 8)
   ``dim_feedforward``        feed-forward width (default 1024)
 
+``features``                 what the numbers of an observation are, side by side in this order
+                             (default: they have no names); a list, of each:
+  ``name``                   its name, LeRobot's of a policy of LeRobot
+  ``type``                   ``"STATE"``, ``"ENV"``; or ``"VISUAL"``, ``"LANGUAGE"``, of numbers
+                             that an encoder made of it
+  ``dim``                    how many numbers; together they are ``obs_dim``
+
 ``provenance``               a free JSON object (default empty): source, licence, sha256, training,
                              scores
 """
@@ -106,6 +113,7 @@ __all__ = [
     "TIMESTEP_SPACINGS",
     "VARIANCE_TYPES",
     "Affine",
+    "Feature",
     "NetworkConfig",
     "NormalizerConfig",
     "PolicyConfig",
@@ -129,6 +137,9 @@ SAMPLERS = ("ddpm", "ddim", "dpmsolver++", EULER)
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample")
 VELOCITY = "velocity"  # what Euler steps of flow matching need
+RAW_KINDS = ("STATE", "ENV")
+FEATURE_KINDS = (*RAW_KINDS, "VISUAL", "LANGUAGE")
+MAX_NAME = 200
 PRUNER_TYPES = ("transformer", "mlp")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
@@ -310,6 +321,21 @@ class PrunerConfig:
 
 
 @dataclass(frozen=True)
+class Feature:
+    """Some of the numbers of an observation: where they come from and how many."""
+
+    name: str
+    kind: str
+    """LeRobot's type, one of `FEATURE_KINDS`: the robot's state or the environment's; or, of what
+    an encoder makes of it, ``"VISUAL"`` or ``"LANGUAGE"``."""
+    dim: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """One of the list ``features`` of ``config.json``."""
+        return {"name": self.name, "type": self.kind, "dim": self.dim}
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """A whole ``config.json``; see the module docstring for every key."""
 
@@ -319,6 +345,13 @@ class PolicyConfig:
     costs: tuple[int, ...]
     pruner: PrunerConfig | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    features: tuple[Feature, ...] = ()
+
+    @property
+    def named_numbers(self) -> tuple[tuple[str, int], ...] | None:
+        """Name and size of each feature, if all of them are as the robot measures them."""
+        raw = bool(self.features) and all(f.kind in RAW_KINDS for f in self.features)
+        return tuple((f.name, f.dim) for f in self.features) if raw else None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, file: str = "config.json") -> PolicyConfig:
@@ -348,9 +381,10 @@ class PolicyConfig:
         provenance = section.take("provenance", {})
         if not isinstance(provenance, Mapping):
             raise section.error("provenance", "a JSON object", provenance)
+        features = _read_features(section, network.obs_dim)
         section.done()
         free = copy.deepcopy(dict(provenance))
-        return cls(network, scheduler, normalizer, costs, pruner, free)
+        return cls(network, scheduler, normalizer, costs, pruner, free, features)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``from_dict`` reads: a new plain dict, ready for ``json.dump``."""
@@ -364,8 +398,32 @@ class PolicyConfig:
         }
         if self.pruner is not None:
             data["pruner"] = self.pruner.to_dict()
+        if self.features:
+            data["features"] = [feature.to_dict() for feature in self.features]
         data["provenance"] = copy.deepcopy(self.provenance)
         return data
+
+
+def _read_features(section: Section, obs_dim: int) -> tuple[Feature, ...]:
+    data = section.take("features", [])
+    if not isinstance(data, list | tuple):
+        raise section.error("features", "a list of name, type and dim", data)
+    features: list[Feature] = []
+    for i, item in enumerate(data):
+        part = Section(item, f"features[{i}]", section.file)
+        name = part.take("name")
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise part.error("name", f"1 to {MAX_NAME} characters", name)
+        if name in (f.name for f in features):
+            raise part.error("name", "every name once", name)
+        kind = part.choice("type", FEATURE_KINDS)
+        features.append(Feature(name, kind, part.integer("dim", 1, MAX_DIM)))
+        part.done()
+    total = sum(f.dim for f in features)
+    if features and total != obs_dim:
+        expected = f"dims that add up to obs_dim, {obs_dim}"
+        raise section.error("features", expected, Text(f"{total}"))
+    return tuple(features)
 
 
 def _costs_to_dict(costs: tuple[int, ...]) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def load(
     """A policy, ready to run.
 
     ``source`` is the name of a bundled policy (``"pusht"``; a folder of that name is
-    ``"./pusht"``), a tsad folder, the folder of a LeRobot diffusion policy without cameras (its
-    features side by side, in ``config["provenance"]["features"]``'s order, are the observation), or
+    ``"./pusht"``), a tsad folder, the folder of a LeRobot diffusion policy without cameras (an
+    observation is a dict by the names in ``config["features"]``, or these side by side), or
     a Diffusion Policy ``.ckpt``, which is converted in memory
     without running anything in it: its EMA weights, or the raw ones if the run had no others
     (``use_ema: False``); ``weights="ema"`` or ``"raw"`` says which. What should be known of the

@@ -33,12 +33,15 @@ class SparsePolicy(_core.Policy):
 
     ``policy(obs)`` runs one chunk: ``obs`` float32 (lanes, n_obs_steps, obs_dim) in raw units, the
     newest observation last; the result is float32 (lanes, n_action_steps, action_dim). With one
-    lane, ``obs`` (n_obs_steps, obs_dim) gives (n_action_steps, action_dim). Keywords: ``out``
-    writes into your array; ``noise`` (K, lanes, horizon, action_dim) replaces the policy's own, or
-    (lanes, horizon, action_dim) the initial sample alone; ``lanes`` runs a subset, listed or marked
-    by a mask of one bool per lane; ``return_horizon`` returns all actions. Arrays are borrowed, not
-    copied: NumPy, or anything with DLPack (torch, JAX ...) in host memory; the result is of the
-    library of ``obs``. A refused call changes nothing. Observations whose normalised magnitude
+    lane, ``obs`` (n_obs_steps, obs_dim) gives (n_action_steps, action_dim). Where an observation's
+    features have names (``config["features"]``, a LeRobot policy's), ``obs`` may be a dict of
+    arrays by name, each (lanes, n_obs_steps, its numbers) or without the first axis. Keywords:
+    ``out`` writes into your array; ``noise`` (K, lanes, horizon, action_dim) replaces the policy's
+    own, or (lanes, horizon, action_dim) the initial sample alone; ``lanes`` runs a subset, listed
+    or marked by a mask of one bool per lane; ``return_horizon`` returns all actions. Arrays are
+    borrowed, not copied (those of a dict are): NumPy, or anything with DLPack (torch, JAX ...) in
+    host memory; the result is of the library of ``obs``, of a dict's first feature.
+    A refused call changes nothing. Observations whose normalised magnitude
     passes 1e12 are refused: the network can't represent them. If it overflows all the same, the
     call raises ``RuntimeError`` and returns nothing, and its lanes start anew, as after `reset`;
     only their streams of noise have gone on.
@@ -107,7 +110,13 @@ class SparsePolicy(_core.Policy):
         if warm_start is not None:
             last = tail(sampler, warm_start)
             start = (np.ascontiguousarray(last.table, np.float32), *last.mixture(0))
-        super().__init__(model, lanes=lanes, threads=threads, warm_start=start)
+        super().__init__(
+            model,
+            lanes=lanes,
+            threads=threads,
+            warm_start=start,
+            features=config.named_numbers,
+        )
         self._warm_start = warm_start
         self._config = config
         self._sampler = sampler

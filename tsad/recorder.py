@@ -111,6 +111,8 @@ class Recorder:
             rows = policy._lanes(lanes)
             actions = policy(obs, lanes=rows, return_horizon=return_horizon, **options)
             chunks = np.empty(len(rows), self._chunk)
+            if isinstance(obs, dict):
+                obs = policy._side_by_side(obs, len(rows))
             chunks["obs"] = _core._copy(obs, "obs")
             said = _core._copy(actions, "actions")
             if return_horizon:

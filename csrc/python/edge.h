@@ -112,6 +112,12 @@ PyObject *edge_block_costs(const tsad_model *model);
 
 /* ---- policy_type.c, policy_call.c, policy_state.c ------------------------------------------ */
 
+/* Some numbers of an observation that go by a name. */
+typedef struct edge_feature {
+    PyObject *name, *label; /* "state", and "obs['state']" for errors */
+    int dim;
+} edge_feature;
+
 typedef struct edge_policy {
     PyObject_HEAD edge_state *state;
     PyObject *model;      /* edge_model */
@@ -120,10 +126,12 @@ typedef struct edge_policy {
     int all_steps;        /* the model's */
     bool warm_start;
     int n_lanes, n_threads;
-    edge_stream *streams; /* (n_lanes) */
-    int *lanes;           /* (n_lanes) scratch of the call: the lanes listed */
-    int *executed;        /* (n_lanes) scratch of the call */
-    uint8_t *listed;      /* (n_lanes) scratch of edge_parse_lanes, zero between calls */
+    edge_stream *streams;   /* (n_lanes) */
+    edge_feature *features; /* (n_features), side by side they are an observation; or none */
+    int n_features;
+    int *lanes;      /* (n_lanes) scratch of the call: the lanes listed */
+    int *executed;   /* (n_lanes) scratch of the call */
+    uint8_t *listed; /* (n_lanes) scratch of edge_parse_lanes, zero between calls */
 } edge_policy;
 
 /* RuntimeError if the policy is not initialised or busy; else it is ours until edge_leave. */
@@ -144,6 +152,18 @@ PyObject *edge_as_python(PyObject *object, const char *name);
 /* 1: *out is a new list of what edge_as_python makes of the elements; 0: the object is no sequence,
  * *out is what edge_as_python makes of it; -1: an exception, *out is NULL */
 int edge_as_list(PyObject *object, const char *name, PyObject **out);
+
+/* ---- features.c -------------------------------------------------------------------------- */
+
+/* None, or a tuple of (name, dim); -1 on error. */
+int edge_read_features(edge_policy *self, PyObject *features);
+void edge_free_features(edge_policy *self);
+/* A dict of arrays by the features' names as one NumPy array (n_rows, n_obs_steps, obs_dim), or
+ * without the first axis if all are and `bare_fits`; NULL with an exception that names the key.
+ * *like, unless NULL: a new reference to the first feature's array. */
+PyObject *edge_side_by_side(edge_policy *self, PyObject *obs, int n_rows, bool bare_fits,
+                            PyObject **like);
+PyObject *edge_policy_side_by_side(PyObject *self, PyObject *args);
 
 PyObject *edge_policy_call(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *edge_policy_predict_noise(PyObject *self, PyObject *args, PyObject *kwargs);

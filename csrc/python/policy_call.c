@@ -24,6 +24,7 @@ __attribute__((weak, visibility("default"))) extern void tsad_mark_chunk_end(voi
 
 typedef struct chunk {
     edge_view obs, out, noise;
+    PyObject *like; /* the array whose library the result is of; new reference */
     int n_lanes;
     bool drop_axis;   /* obs came without the axis of lanes */
     bool noise_given; /* all of it */
@@ -53,16 +54,32 @@ static PyObject *chunk_end(chunk *c)
         c->actions = actions;
     }
     Py_XDECREF(c->library);
+    Py_XDECREF(c->like);
     return c->actions;
+}
+
+/* The array, or what a dict of arrays is side by side. */
+static int borrow_numbers(edge_policy *self, chunk *c, PyObject *obs, bool bare_fits)
+{
+    if (!PyDict_Check(obs)) {
+        c->like = Py_NewRef(obs);
+        return edge_borrow(self->state, obs, "obs", EDGE_FLOAT32, false, &c->obs);
+    }
+    PyObject *joined = edge_side_by_side(self, obs, c->n_lanes, bare_fits, &c->like);
+    int status =
+        joined ? edge_borrow(self->state, joined, "obs", EDGE_FLOAT32, false, &c->obs) : -1;
+    Py_XDECREF(joined);
+    return status;
 }
 
 static int borrow_obs(edge_policy *self, chunk *c, PyObject *obs)
 {
     int64_t shape[3] = {c->n_lanes, self->info.n_obs_steps, self->info.obs_dim};
-    if (edge_borrow(self->state, obs, "obs", EDGE_FLOAT32, false, &c->obs) < 0) {
+    bool bare_fits = self->n_lanes == 1 && c->n_lanes == 1;
+    if (borrow_numbers(self, c, obs, bare_fits) < 0) {
         return -1;
     }
-    if (self->n_lanes == 1 && c->n_lanes == 1 && edge_has_shape(&c->obs, 2, shape + 1)) {
+    if (bare_fits && edge_has_shape(&c->obs, 2, shape + 1)) {
         c->drop_axis = true;
     } else if (!edge_has_shape(&c->obs, 3, shape)) {
         return edge_raise_shape(
@@ -75,7 +92,7 @@ static int borrow_obs(edge_policy *self, chunk *c, PyObject *obs)
     return 0;
 }
 
-static int place_actions(edge_policy *self, chunk *c, PyObject *obs, PyObject *out)
+static int place_actions(edge_policy *self, chunk *c, PyObject *out)
 {
     int64_t shape[3] = {c->n_lanes,
                         c->whole_horizon ? self->info.horizon : self->info.n_action_steps,
@@ -83,7 +100,7 @@ static int place_actions(edge_policy *self, chunk *c, PyObject *obs, PyObject *o
     int skip = c->drop_axis ? 1 : 0;
     if (out == Py_None) {
         void *data;
-        c->library = edge_library_of(obs);
+        c->library = edge_library_of(c->like);
         c->actions = edge_new_array(EDGE_FLOAT32, 3 - skip, shape + skip, &data);
         c->data = c->actions ? data : NULL;
         return c->actions ? 0 : -1;
@@ -301,7 +318,7 @@ PyObject *edge_policy_call(PyObject *object, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     c.n_lanes = edge_parse_lanes(self, lanes);
-    if (c.n_lanes < 0 || borrow_obs(self, &c, obs) < 0 || place_actions(self, &c, obs, out) < 0 ||
+    if (c.n_lanes < 0 || borrow_obs(self, &c, obs) < 0 || place_actions(self, &c, out) < 0 ||
         borrow_noise(self, &c, noise) < 0 || read_executed(self, &c, executed) < 0 ||
         edge_expect_finite("obs", &c.obs) < 0 || run(self, &c) < 0) {
         Py_CLEAR(c.actions);
@@ -325,13 +342,13 @@ static int borrow_samples(edge_policy *self, PyObject *sample, PyObject *obs, ch
     }
     c->n_lanes = (int)c->noise.shape[0];
     int64_t obs_shape[3] = {c->n_lanes, info->n_obs_steps, info->obs_dim};
-    if (edge_borrow(self->state, obs, "obs", EDGE_FLOAT32, false, &c->obs) < 0 ||
+    if (borrow_numbers(self, c, obs, false) < 0 ||
         edge_expect_shape("obs", &c->obs, 3, obs_shape) < 0 ||
         edge_expect_finite("sample", &c->noise) < 0 || edge_expect_finite("obs", &c->obs) < 0) {
         return -1;
     }
     void *data;
-    c->library = edge_library_of(obs);
+    c->library = edge_library_of(c->like);
     c->actions = edge_new_array(EDGE_FLOAT32, 3, c->noise.shape, &data);
     c->data = c->actions ? data : NULL;
     return c->actions ? 0 : -1;

@@ -77,6 +77,7 @@ static void policy_close(edge_policy *self)
     self->streams = NULL;
     self->lanes = self->executed = NULL;
     self->listed = NULL;
+    edge_free_features(self);
     tsad_policy_destroy(self->policy);
     self->policy = NULL;
     Py_CLEAR(self->model);
@@ -103,7 +104,7 @@ static int read_warm_start(edge_policy *self, PyObject *object, edge_view *sampl
     return 0;
 }
 
-static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start)
+static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start, PyObject *features)
 {
     tsad_model *m = ((edge_model *)model)->model;
     tsad_policy *policy = NULL;
@@ -124,20 +125,20 @@ static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start)
     self->policy = policy;
     self->info = tsad_policy_get_info(policy);
     self->all_steps = tsad_model_get_info(m).n_steps;
-    return open_streams(self);
+    return edge_read_features(self, features) < 0 ? -1 : open_streams(self);
 }
 
 static int policy_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "lanes", "threads", "warm_start", NULL};
+    static char *names[] = {"model", "lanes", "threads", "warm_start", "features", NULL};
     edge_policy *self = (edge_policy *)object;
-    PyObject *model, *lanes = NULL, *threads = NULL, *warm_start = Py_None;
+    PyObject *model, *lanes = NULL, *threads = NULL, *warm_start = Py_None, *features = Py_None;
     if (self->policy) {
         PyErr_SetString(PyExc_RuntimeError, "policy: already initialised; make another one");
         return -1;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOO:Policy", names, &model, &lanes, &threads,
-                                     &warm_start)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOO:Policy", names, &model, &lanes,
+                                     &threads, &warm_start, &features)) {
         return -1;
     }
     self->state = edge_state_of_type(Py_TYPE(object));
@@ -154,7 +155,7 @@ static int policy_init(PyObject *object, PyObject *args, PyObject *kwargs)
         (threads && read_size(threads, "threads", &self->n_threads) < 0)) {
         return -1;
     }
-    if (policy_open(self, model, warm_start) < 0) {
+    if (policy_open(self, model, warm_start, features) < 0) {
         policy_close(self);
         return -1;
     }
@@ -272,7 +273,9 @@ PyDoc_STRVAR(
     "Run a chunk: actions in raw units, float32 (lanes, n_action_steps, action_dim).\n\n"
     "obs: float32 (lanes, n_obs_steps, obs_dim), raw units, the newest last; with one lane\n"
     "also (n_obs_steps, obs_dim), and the result lacks the first axis. NumPy, torch, JAX, or\n"
-    "anything with __dlpack__ in host memory; the result is of the library of obs.\n"
+    "anything with __dlpack__ in host memory; the result is of the library of obs. Where the\n"
+    "features of an observation have names: a dict of such arrays by name, (lanes, n_obs_steps,\n"
+    "numbers of the feature) each, and the result is of the library of the first feature's.\n"
     "out: where to write the actions; it is returned.\n"
     "noise: float32 (num_inference_steps, lanes, horizon, action_dim) in place of the policy's\n"
     "own, or (lanes, horizon, action_dim), the initial sample alone. With a warm start the first\n"
@@ -288,7 +291,8 @@ PyDoc_STRVAR(predict_noise_doc,
              "predict_noise($self, /, sample, step, obs)\n--\n\n"
              "The network alone, dense, no state touched.\n\n"
              "sample: float32 (N, horizon, action_dim), normalised; step: a loop index, 0 is the\n"
-             "noisiest; obs: float32 (N, n_obs_steps, obs_dim), raw units. Returns the network's\n"
+             "noisiest; obs: float32 (N, n_obs_steps, obs_dim), raw units, or a dict as of a call. "
+             "Returns the network's\n"
              "output, float32 (N, horizon, action_dim), an array of the library that obs is of.");
 PyDoc_STRVAR(
     reset_doc,
@@ -309,6 +313,9 @@ static PyMethodDef policy_methods[] = {
     {"reset", KEYWORDS(edge_policy_reset), METH_VARARGS | METH_KEYWORDS, reset_doc},
     {"_lanes", edge_policy_lanes, METH_O,
      "_lanes($self, lanes, /)\n--\n\nThe lane numbers that `lanes` means, a list of ints."},
+    {"_side_by_side", edge_policy_side_by_side, METH_VARARGS,
+     "_side_by_side($self, obs, n_rows, /)\n--\n\nWhat a call with a dict makes of it: one NumPy "
+     "array."},
     {"_set_plan", KEYWORDS(edge_policy_set_plan), METH_VARARGS | METH_KEYWORDS,
      "_set_plan($self, /, lane, sources, first)\n--\n\nFix the plan of a lane: uint8 (K, B) each."},
     {"_set_plans", edge_policy_set_plans, METH_O,
@@ -332,7 +339,7 @@ static PyMethodDef policy_methods[] = {
 
 PyDoc_STRVAR(
     policy_doc,
-    "Policy(model, *, lanes=1, threads=1, warm_start=None)\n--\n\n"
+    "Policy(model, *, lanes=1, threads=1, warm_start=None, features=None)\n--\n\n"
     "A model with memory for some lanes. Use tsad.load, which makes a SparsePolicy of it.\n\n"
     "policy(obs, *, out=None, noise=None, lanes=None, return_horizon=False) -> actions");
 

@@ -172,10 +172,12 @@ def read_lerobot_folder(path: Path) -> Converted:
             f"{', '.join(described.cameras)}; its image encoder runs in LeRobot: there, "
             f"tsad.lerobot.accelerate(policy) speeds up the rest ({scope('checkpoints')})"
         )
-    features = [{"name": f.name, "type": f.kind, "dim": f.dim} for f in described.features]
-    provenance = {"source": path.name, "weights": "lerobot", "features": features}
     data = {"format": FORMAT, "format_version": FORMAT_VERSION} | described.policy
-    config = PolicyConfig.from_dict(data | {"provenance": provenance}, file=str(path / CONFIG_FILE))
+    data |= {
+        "features": [feature.to_dict() for feature in described.features],
+        "provenance": {"source": path.name, "weights": "lerobot"},
+    }
+    config = PolicyConfig.from_dict(data, file=str(path / CONFIG_FILE))
     tensors = {k: np.ascontiguousarray(v, np.float32) for k, v in described.tensors.items()}
     return Converted(
         config, tensors, policy=f"LeRobot {described.config['type']}", notes=described.notes

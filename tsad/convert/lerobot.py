@@ -31,7 +31,14 @@ from tsad.checkpoint import (
     map_safetensors,
     read_json,
 )
-from tsad.config import BETA_SCHEDULES, EULER, MAX_TIMESTEPS, PREDICTION_TYPES, VELOCITY
+from tsad.config import (
+    BETA_SCHEDULES,
+    EULER,
+    MAX_TIMESTEPS,
+    PREDICTION_TYPES,
+    VELOCITY,
+    Feature,
+)
 from tsad.convert.lerobot_processors import (
     POSTPROCESSOR_FILE,
     Map,
@@ -76,17 +83,6 @@ _DIT_KEYS = (
     "rope_base",
     "use_positional_encoding",
 )
-
-
-@dataclass(frozen=True)
-class Feature:
-    """Some of the numbers of an observation: where they come from and how many."""
-
-    name: str
-    kind: str
-    """LeRobot's type: ``"STATE"``, ``"ENV"``, or, of what an encoder makes of it, ``"VISUAL"`` or
-    ``"LANGUAGE"``."""
-    dim: int
 
 
 @dataclass(frozen=True)
