@@ -106,6 +106,17 @@ def test_half_weights_stay_half_and_a_range_of_0_is_lerobots_epsilon():
     assert found.policy["normalizer"]["obs"]["scale"][0] == 2 / np.float64(np.float32(1e-8))
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_not_a_number_is_refused_in_half_weights_too(value, tmp_path):
+    folder = lerobot.copy(HALF, tmp_path / "policy")
+    values = lerobot.tensors(folder)
+    name = next(name for name in values if name.endswith("mid_modules.0.conv1.block.0.bias"))
+    assert values[name].dtype == np.float16
+    values[name][3] = value
+    lerobot.save(folder, values)
+    refused(folder, rf"mid_modules.0.conv1.block.0.bias: expected finite .* got {value} at \[3\]")
+
+
 def test_more_actions_than_there_are_become_what_lerobot_executes():
     found = read_lerobot(lerobot.FOLDER / COMPILED)
     assert found.config["n_action_steps"] == 8

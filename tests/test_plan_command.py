@@ -45,7 +45,10 @@ def effects(recorded: Path) -> str:
 def test_every_method_makes_a_plan_that_runs(capsys: Any, tmp_path: Path, effects: str) -> None:
     out = str(tmp_path / "plan.npz")
     policy = tsad.load("pusht", sampler="ddim", num_inference_steps=4)
-    for method in METHODS:
+    deep = ["plan", "make", "deepcache", "pusht", "--sparsity", "0.6", "--out", out, *SAMPLER]
+    code, _, err = run(capsys, *deep)
+    assert code == 2 and "argument METHOD: deepcache: expected a UNet" in err
+    for method in set(METHODS) - {"deepcache"}:
         asked = "0.4" if method == "teacache" else "0.6"
         command = ["plan", "make", method, "pusht", "--sparsity", asked, "--out", out]
         command += ["--overwrite"]  # the one before

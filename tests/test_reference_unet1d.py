@@ -148,26 +148,10 @@ SHAPES = {
 }
 
 
-def settings(shape: Shape) -> dict[str, Any]:
-    return {
-        "type": "unet1d",
-        "horizon": shape.horizon,
-        "n_obs_steps": shape.n_obs_steps,
-        "n_action_steps": 4,
-        "obs_dim": shape.obs_dim,
-        "action_dim": shape.action_dim,
-        "down_dims": list(shape.down_dims),
-        "kernel_size": shape.kernel_size,
-        "n_groups": shape.n_groups,
-        "diffusion_step_embed_dim": shape.n_emb,
-        "use_film_scale_modulation": shape.scales,
-    }
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_network_equals_pytorch(name):
     shape = SHAPES[name]
-    network, weights = family.check(settings(shape)), shape.weights(seed=1)
+    network, weights = family.check(shape.network(4)), shape.weights(seed=1)
     assert {k: v.shape for k, v in weights.items()} == shapes(network)
     names = [name for name, *_ in shape.blocks()]
     assert family.block_names(network) == names
@@ -196,7 +180,7 @@ def test_angles_of_the_time_are_those_of_pytorch_in_float32():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_costs_are_the_products_of_both_convolutions(name):
-    network = settings(SHAPES[name])
+    network = SHAPES[name].network(4)
     for block, cost in zip(blocks(network), block_costs(network), strict=True):
         counted = 0.0
         for channels in (block.channels_in, block.channels):
@@ -214,7 +198,7 @@ def policy_of(shape: Shape, K: int, seed: int) -> ReferencePolicy:
     identity = {"scale": 1.0, "offset": 0.0}
     scheduler = {"type": "ddpm", "num_inference_steps": K}
     normalizer = {"obs": identity, "action": identity}
-    config = {"network": settings(shape), "scheduler": scheduler, "normalizer": normalizer}
+    config = {"network": shape.network(4), "scheduler": scheduler, "normalizer": normalizer}
     return ReferencePolicy(config, shape.weights(seed))
 
 
@@ -321,7 +305,7 @@ def test_reuse_of_a_block_is_what_it_computed(source):
 )
 def test_settings_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        family.check(settings(Shape()) | change)
+        family.check(Shape().network(4) | change)
 
 
 def test_names_of_diffusion_policy_become_those_of_lerobot():

@@ -16,50 +16,69 @@ from policies import make_policy, noises, observations
 from tsad import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, SKIP, Plan, planners
 from tsad.config import PolicyConfig
 from tsad.planners.effects import EffectPlanner, Effects
+from tsad.reference import sinusoid
 from tsad.samplers import make_sampler
 
 torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402, N812
+import torch_dit  # noqa: E402
+import torch_unet  # noqa: E402
+
 from tsad.training import sensitivity  # noqa: E402
+from tsad.training.network import from_config  # noqa: E402
 
 STEPS, CHUNKS = 5, 3
+UNET = torch_unet.Shape(down_dims=(8, 16), horizon=8, n_groups=4)
+DIT = torch_dit.Shape(hidden_dim=12, num_heads=3, horizon=6)
+NETWORKS = {
+    "dpt": case_config("tiny")["network"],
+    "unet1d": UNET.network(4),
+    "dit": DIT.network(4),
+}
+WEIGHTS = {
+    "dpt": random_tensors(NETWORKS["dpt"], 0),
+    "unet1d": UNET.weights(0),
+    "dit": DIT.weights(0),
+}
 
 
-def make_twin(steps: int = STEPS, sampler: str | None = None, dtype: Any = torch.float64) -> Any:
-    """The network of `make_policy()`, in double precision."""
+def make_twin(
+    steps: int = STEPS, sampler: str | None = None, dtype: Any = torch.float64, family: str = "dpt"
+) -> Any:
+    """A small network in double precision; the transformer is that of `make_policy()`."""
     case = case_config("tiny", prediction_type="sample", clip_sample=False)
+    case["network"] = NETWORKS[family]
+    case["normalizer"] = {
+        key: {part: numbers[:1] * NETWORKS[family][f"{key}_dim"] for part, numbers in map_.items()}
+        if family != "dpt"
+        else map_
+        for key, map_ in case["normalizer"].items()
+    }
+    del case["cost"]
     table = make_sampler(case["scheduler"], sampler=sampler, num_inference_steps=steps)
-    tensors = random_tensors(case["network"], 0)
-    return sensitivity.Twin(PolicyConfig.from_dict(case), tensors, table, dtype)
+    return sensitivity.Twin(PolicyConfig.from_dict(case), WEIGHTS[family], table, dtype)
 
 
 def play(twin: Any, obs: Any, noise: Any, change: Any = None) -> tuple[Any, Any, Any]:
-    """Final sample (C, horizon, action_dim), inputs (C, K, ...), values {(k, b): (C, T, d)}.
+    """Final sample (C, horizon, action_dim), inputs (C, K, ...), values {(k, b): (C, ...)}.
 
     ``change(k, b, value)`` is what a branch gives instead of its value.
     """
-    condition = twin.condition(obs)
     x, before = noise[:, 0], torch.zeros_like(noise[:, 0])
     values: dict[tuple[int, int], Any] = {}
-    inputs, counter = [], itertools.count()
-    plain = type(twin).branch
+    inputs = []
+    for k in range(len(twin.sampler.timesteps)):
 
-    def branch(block: int, hidden: Any, memory: Any) -> Any:
-        k, b = divmod(next(counter), len(twin.types))
-        assert b == block
-        value = plain(twin, block, hidden, memory)
-        value = value if change is None else change(k, b, value)
-        values[k, b] = value
-        return value
+        def value(b: int, compute: Any, k: int = k) -> Any:
+            given = compute()
+            given.tensor = given.tensor if change is None else change(k, b, given.tensor)
+            values[k, b] = given.tensor
+            return given
 
-    twin.branch = branch
-    try:
-        for k in range(len(twin.sampler.timesteps)):
-            inputs.append(x)
-            x, before, _, _ = twin.step(k, x, before, condition)
-            if k + 1 < noise.shape[1]:
-                x = x + float(twin.sampler.table[k, 7]) * noise[:, k + 1]
-    finally:
-        del twin.branch
+        inputs.append(x)
+        x, before, _, _ = twin.step(k, x, before, twin.condition(obs, k), value)
+        if k + 1 < noise.shape[1]:
+            x = x + float(twin.sampler.table[k, 7]) * noise[:, k + 1]
     return x, torch.stack(inputs, 1), values
 
 
@@ -72,19 +91,46 @@ def scene(twin: Any, chunks: int = CHUNKS, seed: int = 0) -> tuple[Any, Any]:
     return obs, noise
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++"])
-def test_first_order_equals_finite_differences(sampler: str) -> None:
-    twin = make_twin(sampler=sampler)
+def outputs(family: str, x: Any, t: int, condition: Any) -> Any:
+    """What the network gives, by PyTorch's own modules."""
+    if family == "dpt":
+        network = from_config(NETWORKS[family]).double().eval()
+        network.load_state_dict({k: torch.from_numpy(v) for k, v in WEIGHTS[family].items()})
+        with torch.no_grad():
+            return network(x, t, torch.from_numpy(condition))
+    shape, module = (UNET, torch_unet) if family == "unet1d" else (DIT, torch_dit)
+    time = sinusoid(np.full(len(x), t), shape.n_emb, np.float64, angles=np.float32)
+    return module.predict(shape, WEIGHTS[family], x, time, condition)
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_the_twin_is_the_network(family: str) -> None:
+    twin = make_twin(family=family)
+    obs, noise = scene(twin)
+    normalised = twin.config.normalizer.obs.normalise(obs, np.float64)
+    for k in (0, STEPS - 1):
+        *_, e = twin.step(k, noise[:, k], 0 * noise[:, k], twin.condition(obs, k))
+        wanted = outputs(family, noise[:, k], int(twin.sampler.timesteps[k]), normalised)
+        np.testing.assert_allclose(e, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    [("dpt", "ddpm"), ("dpt", "ddim"), ("dpt", "dpmsolver++"), ("unet1d", "ddpm"), ("dit", "ddim")],
+)
+def test_first_order_equals_finite_differences(family: str, sampler: str) -> None:
+    twin = make_twin(sampler=sampler, family=family)
     obs, noise = scene(twin)
     right, inputs, values = play(twin, obs, noise)
     one = torch.zeros_like(right)
     one[:, 2, 1] = 1  # the sample whose derivative is looked at
     window = sensitivity.Window(obs, inputs.numpy())
-    found, slopes, _ = sensitivity.gradients(twin, window, [one])
+    found = sensitivity.gradients(twin, window, [one])
     for (k, b), value in values.items():
-        np.testing.assert_allclose(found[b, k], value.reshape(CHUNKS, -1), atol=1e-12)
+        np.testing.assert_allclose(found.values[b][k], value.reshape(CHUNKS, -1), atol=1e-12)
     small = 1e-6
-    for k, b, i in [(4, 5, 3), (0, 0, 2), (2, 3, 0), (3, 1, 1), (1, 4, 0)]:
+    last = len(twin.types) - 1
+    for k, b, i in [(4, last, 3), (0, 0, 2), (2, 3, 0), (3, 1, 1), (1, last - 1, 0)]:
         away = values[i, b] - values[k, b]
 
         def change(step: int, block: int, value: Any, k: int = k, b: int = b, d: Any = away) -> Any:
@@ -92,7 +138,7 @@ def test_first_order_equals_finite_differences(sampler: str) -> None:
 
         changed = play(twin, obs, noise, change)[0]
         wanted = (changed - right)[:, 2, 1] / small
-        first_order = (slopes[0, b, k] * away.reshape(CHUNKS, -1)).sum(-1)
+        first_order = (found.slopes[b][0, k] * away.reshape(CHUNKS, -1)).sum(-1)
         assert float(wanted.abs().min()) > 1e-6  # there is something to see
         np.testing.assert_allclose(first_order, wanted, rtol=1e-4, atol=1e-9)
 
@@ -114,41 +160,43 @@ def measured(twin: Any, **options: Any) -> tuple[Effects, Any, Any]:
         effects = sensitivity.measure(twin, [window], **options)
     finally:
         sensitivity.gradients = plain
-    return effects, kept[0][0].numpy(), kept[0][1].numpy()
+    found = kept[0]
+    return effects, [v.numpy() for v in found.values], [g.numpy() for g in found.slopes]
 
 
-def test_tables_equal_loops() -> None:
-    twin = make_twin()
+@pytest.mark.parametrize("family", NETWORKS)
+def test_tables_equal_loops(family: str) -> None:
+    twin = make_twin(family=family)
     effects, v, g = measured(twin, projections=2, seed=3)
-    B, K, C, _ = v.shape
+    B, K = len(v), len(v[0])
     numbers = float(twin.executed(1).sum())
     assert numbers == twin.config.network.n_action_steps * twin.config.network.action_dim
 
     def squared(k: int, b: int, value: Any) -> Any:
         """(P, C) projected changes, of cell (k, b) taking value (C, D)."""
-        return (g[:, b, k] * (value - v[b, k])).sum(-1)
+        return (g[b][:, k] * (value - v[b][k])).sum(-1)
 
     def mean(changes: Any) -> float:
         return float((changes**2).mean() / numbers)
 
     for b, i, k in itertools.product(range(B), range(K), range(K)):
         if k > i:
-            assert effects.pair[b, i, k] == pytest.approx(mean(squared(k, b, v[b, i])), rel=1e-4)
-            together = sum(squared(step, b, v[b, i]) for step in range(i + 1, k + 1))
+            assert effects.pair[b, i, k] == pytest.approx(mean(squared(k, b, v[b][i])), rel=1e-4)
+            together = sum(squared(step, b, v[b][i]) for step in range(i + 1, k + 1))
             assert effects.segment[b, i, k + 1] == pytest.approx(mean(together), rel=1e-4)
         else:
             assert effects.pair[b, i, k] == 0
     for k, b in itertools.product(range(K), range(B)):
-        assert effects.skip[k, b] == pytest.approx(mean(squared(k, b, 0 * v[b, k])), rel=1e-4)
+        assert effects.skip[k, b] == pytest.approx(mean(squared(k, b, 0 * v[b][k])), rel=1e-4)
         for c in range(B):
             step = k if c < b else k - 1
-            if c == b or c % 3 != b % 3 or step < 0:
+            if c == b or twin.types[c] != twin.types[b] or step < 0:
                 assert np.isnan(effects.kind[k, b, c])
             else:
-                wanted = mean(squared(k, b, v[c, step]))
+                wanted = mean(squared(k, b, v[c][step]))
                 assert effects.kind[k, b, c] == pytest.approx(wanted, rel=1e-4)
         for age in (1, 2):
-            changes = (g[:, b, k, age:] * (v[b, k, :-age] - v[b, k, age:])).sum(-1)
+            changes = (g[b][:, k, age:] * (v[b][k, :-age] - v[b][k, age:])).sum(-1)
             assert effects.rollout[age - 1, k, b] == pytest.approx(mean(changes), rel=1e-4)
     assert np.isnan(effects.rollout[CHUNKS - 1 :]).all()
     assert effects.metadata["chunks"] == CHUNKS and effects.metadata["projections"] == 2
@@ -166,9 +214,9 @@ def test_random_projections_average_to_the_squared_norm() -> None:
         direction[:, index[0], index[1]] = 1
         every.append(direction)
     window = sensitivity.Window(obs, inputs.numpy())
-    _, slopes, _ = sensitivity.gradients(twin, window, every)
+    slopes = sensitivity.gradients(twin, window, every).slopes
     for b, i, k in [(0, 0, 1), (4, 1, 4), (5, 2, 3)]:
-        change = (slopes[:, b, k].numpy() * (v[b, i] - v[b, k])).sum(-1)
+        change = (slopes[b][:, k].numpy() * (v[b][i] - v[b][k])).sum(-1)
         assert effects.pair[b, i, k] == pytest.approx((change**2).mean(), rel=0.25)
 
 
@@ -307,22 +355,55 @@ def test_blocks_above_the_first_layer_may_begin_late() -> None:
         late(policy, 0.95)
 
 
-def test_what_the_published_rules_look_at() -> None:
-    twin = make_twin()
+def first_input(family: str, x: Any, t: int, condition: Any) -> Any:
+    """What enters the first block with the time in it, by PyTorch's own functions."""
+    w = {name: torch.from_numpy(value).double() for name, value in WEIGHTS[family].items()}
+    if family == "dpt":
+        code = torch.from_numpy(sinusoid(t, NETWORKS[family]["n_emb"], np.float64))
+        return F.linear(x, w["input_emb.weight"], w["input_emb.bias"]) + w["pos_emb"] + code
+    if family == "unet1d":
+        block = "down_modules.0.0"
+        film = torch_unet.linear(w, f"{block}.cond_encoder.1", F.mish(condition))[..., None]
+        scale, shift = film.chunk(2, 1)
+        y = torch_unet.conv_norm(w, f"{block}.conv1.block", x.transpose(1, 2), UNET.n_groups)
+        return scale * y + shift
+    terms = torch_unet.linear(
+        w, "transformer_blocks.0.adaLN_modulation.1", F.silu(condition)[:, None]
+    )
+    x = torch_unet.linear(w, "input_proj", x)
+    shift, scale = terms.chunk(6, -1)[:2]
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_what_the_published_rules_look_at(family: str) -> None:
+    twin = make_twin(family=family)
     effects, v, _ = measured(twin)
-    chunk = v[:, :, 0].swapaxes(0, 1)  # (K, B, D)
-    np.testing.assert_allclose(effects.alike, planners.similarity(chunk), rtol=1e-5)
-    apart = [
-        np.abs(chunk[i] - chunk[k]).mean(-1) for i, k in itertools.permutations(range(STEPS), 2)
-    ]
-    np.testing.assert_allclose(effects.changes, np.mean(apart, axis=0), rtol=1e-5)
-    first = chunk[:, :3].sum(1)
-    wanted = np.abs(first[3] - first[1]).sum() / np.abs(first[1]).sum()
-    assert effects.first_layer[1, 3] == pytest.approx(wanted, rel=1e-5)
-    whole = chunk.sum(1)
-    wanted = np.abs(whole[3] - whole[2]).sum() / np.abs(whole[2]).sum()
-    assert effects.outputs[3] == pytest.approx(wanted, rel=1e-5)
-    assert effects.outputs[0] == effects.inputs[0] == 0 and (effects.inputs[1:] > 0).all()
+    chunk = [value[:, 0] for value in v]  # (K, D) of each block
+    alike = [planners.similarity(value[:, None])[0] for value in chunk]
+    np.testing.assert_allclose(effects.alike, alike, rtol=1e-5, atol=1e-7)
+    pairs = list(itertools.permutations(range(STEPS), 2))
+    apart = [np.mean([np.abs(value[i] - value[k]).mean() for i, k in pairs]) for value in chunk]
+    np.testing.assert_allclose(effects.changes, apart, rtol=1e-5)
+
+    def relative(x: Any, k: int, i: int) -> Any:
+        """Relative L1 of step k to step i."""
+        return pytest.approx(float(abs(x[k] - x[i]).sum() / abs(x[i]).sum()), rel=1e-5)
+
+    first = sum(chunk[b] for b in range(3 if family == "dpt" else 2))
+    assert effects.first_layer[1, 3] == relative(first, 3, 1)
+    obs, noise = scene(twin)
+    samples = play(twin, obs, noise)[1][:1]
+    normalised = twin.config.normalizer.obs.normalise(obs, np.float64)[:1]
+    steps = [int(t) for t in twin.sampler.timesteps]
+    entering, leaving = [], []
+    for k, t in enumerate(steps):
+        condition = torch.from_numpy(twin.condition(obs[:1], k))
+        entering.append(first_input(family, samples[:, k], t, condition))
+        leaving.append(outputs(family, samples[:, k], t, normalised))
+    assert effects.inputs[3] == relative(entering, 3, 2)
+    assert effects.outputs[3] == relative(leaving, 3, 2)
+    assert effects.outputs[0] == effects.inputs[0] == 0
 
 
 def test_files(tmp_path: Path) -> None:

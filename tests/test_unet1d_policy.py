@@ -23,19 +23,7 @@ def config(**scheduler: Any) -> dict[str, Any]:
     return {
         "format": "tsad",
         "format_version": 1,
-        "network": {
-            "type": "unet1d",
-            "horizon": SHAPE.horizon,
-            "n_obs_steps": SHAPE.n_obs_steps,
-            "n_action_steps": 8,
-            "obs_dim": SHAPE.obs_dim,
-            "action_dim": SHAPE.action_dim,
-            "down_dims": list(SHAPE.down_dims),
-            "kernel_size": SHAPE.kernel_size,
-            "n_groups": SHAPE.n_groups,
-            "diffusion_step_embed_dim": SHAPE.n_emb,
-            "use_film_scale_modulation": SHAPE.scales,
-        },
+        "network": SHAPE.network(8),
         "scheduler": {"type": "ddpm", "clip_sample": False, "prediction_type": "sample"}
         | scheduler,
         "normalizer": {

@@ -33,6 +33,22 @@ class Shape:
     n_emb: int = 8
     scales: bool = True
 
+    def network(self, n_action_steps: int = 1) -> dict[str, Any]:
+        """The ``network`` object of a config.json."""
+        return {
+            "type": "unet1d",
+            "horizon": self.horizon,
+            "n_obs_steps": self.n_obs_steps,
+            "n_action_steps": n_action_steps,
+            "obs_dim": self.obs_dim,
+            "action_dim": self.action_dim,
+            "down_dims": list(self.down_dims),
+            "kernel_size": self.kernel_size,
+            "n_groups": self.n_groups,
+            "diffusion_step_embed_dim": self.n_emb,
+            "use_film_scale_modulation": self.scales,
+        }
+
     def blocks(self) -> list[tuple[str, int, int, int]]:
         """(name, channels in, channels out, tokens) in order of execution."""
         found, c, tokens, dims = [], self.action_dim, self.horizon, self.down_dims

@@ -182,7 +182,7 @@ def check_tensors(tensors: Mapping[str, Shaped], shapes: Shapes, file: str) -> N
 def check_finite(tensors: Mapping[str, NDArray[Any]], file: str) -> None:
     """Refuses what no network can represent, NaN and Inf too: ``CheckpointError`` says where."""
     for name, value in tensors.items():
-        good = np.abs(value) <= MAX_MAGNITUDE
+        good = np.abs(value) <= np.float32(MAX_MAGNITUDE)  # which float16 would take for Inf
         if not good.all():
             index = tuple(int(i) for i in np.argwhere(~good)[0])
             raise CheckpointError(

@@ -22,6 +22,7 @@ from tsad.commands.common import (
     EXIT_USAGE,
     InterruptedRunError,
     UsageError,
+    noted,
 )
 from tsad.commands.parser import Formatter, Parser
 
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = sys.argv[1:] if argv is None else argv
             args = build_parser().parse_args([_without_tilde(word) for word in words])
             prog = args.prog
-            with interruptible():
+            with interruptible(), noted():
                 return int(args.run(args))
         finally:
             sys.stdout.flush()  # here, where it can fail

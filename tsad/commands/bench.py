@@ -21,7 +21,6 @@ from tsad.commands.common import (
     check_sparsity,
     cpu_name,
     load_policy,
-    noted,
     planner_name,
     positive_int,
     preset_note,
@@ -109,11 +108,14 @@ def observations(policy: SparsePolicy, n: int) -> NDArray[np.float32]:
 class Clock:
     """The times of one setting, in milliseconds.
 
-    ``setup`` makes the policy run it, before each round: settings may share a policy.
+    ``load`` gives the policy, for each round, and ``setup`` makes it run the setting: several may
+    share a policy.
     """
 
-    def __init__(self, name: str, policy: SparsePolicy, setup: Callable[[], None]) -> None:
-        self.name, self.policy, self._setup = name, policy, setup
+    def __init__(
+        self, name: str, load: Callable[[], SparsePolicy], setup: Callable[[SparsePolicy], None]
+    ) -> None:
+        self.name, self._load, self._setup = name, load, setup
         self.wall: list[float] = []
         self.first: list[float] = []
         self.medians: list[float] = []  # of each round
@@ -125,9 +127,9 @@ class Clock:
 
         ``period``: seconds from one call to the next; whoever takes longer is called at once.
         """
-        policy = self.policy
+        policy = self._load()
         policy.reset(seed=0)  # a plan that reads rollouts can't be set on another plan's
-        self._setup()
+        self._setup(policy)
         self.first.append(_call(policy, obs[0]))
         _call(policy, obs[0])
         begin = len(self.wall)
@@ -146,7 +148,7 @@ class Clock:
 
     def facts(self) -> dict[str, Any]:
         """Percentiles and rates."""
-        policy = self.policy
+        policy = self._load()
         per_second = 1e3 * policy.lanes * len(self.wall) / sum(self.wall)
         return {
             "name": self.name,
@@ -215,8 +217,9 @@ def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
     from tsad.load import policy_folder
     from tsad.presets import find_preset
 
-    def dial(value: float) -> Callable[[], None]:
-        return lambda: setattr(policy, "sparsity", value)
+    def clock(value: float) -> Clock:
+        name = f"{value:.1%}" if value else "dense"
+        return Clock(name, lambda: policy, lambda policy: setattr(policy, "sparsity", value))
 
     default = [] if args.preset else [min(0.9, policy.max_sparsity)]
     values = [value for value in args.sparsity or default if value > 0]
@@ -225,9 +228,9 @@ def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
             check_sparsity(policy, value)
             policy.sparsity = value
     policy.sparsity = 0.0
-    clocks = [Clock(f"{v:.1%}" if v else "dense", policy, dial(v)) for v in [0.0, *values]]
+    clocks = [clock(value) for value in [0.0, *values]]
     if args.preset:
-        with argument("--preset"), noted():
+        with argument("--preset"):
             chosen = tsad.load(
                 args.policy,
                 lanes=args.lanes,
@@ -236,7 +239,7 @@ def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
                 preset=args.preset,
             )
             preset = find_preset(policy_folder(args.policy), args.preset, args.policy)
-        clocks.append(Clock(args.preset, chosen, lambda: None))
+        clocks.append(Clock(args.preset, lambda: chosen, lambda _: None))
         args.preset_note = preset_note(preset)
     return clocks
 

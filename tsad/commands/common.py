@@ -81,11 +81,17 @@ def argument(name: str, options: Mapping[str, str] = OPTIONS) -> Iterator[None]:
 
 @contextlib.contextmanager
 def noted() -> Iterator[None]:
-    """Warnings of the library inside are notes for people, without a place in its source."""
-    with warnings.catch_warnings(record=True) as notes:
+    """Warnings inside are notes for people, each once and without a place in the source."""
+    said: set[str] = set()
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            print(f"note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note
         yield
-    for note in notes:
-        print(f"note: {note.message}", file=sys.stderr)
 
 
 def integer(least: int, most: int) -> Callable[[str], int]:
@@ -187,7 +193,7 @@ def setting_of(words: Mapping[str, Any], source: str) -> Setting:
     asked, name = Setting.of(words), words.get("preset")
     if name is None:
         return asked
-    with argument("--preset"), noted():
+    with argument("--preset"):
         folder = policy_folder(source)
         preset = find_preset(folder, name, source)
         assert folder is not None  # else there was no preset
@@ -389,7 +395,7 @@ def load_policy(
 
     setting = Setting.of(vars(args)) if setting is None else setting
     options = {**setting.options(), "device": args.device, "threads": args.threads}
-    with argument(name), noted():
+    with argument(name):
         return tsad.load(source, lanes=lanes, **options, **more)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tsad.commands.common import (
     OBSERVATIONS,
     OBSERVATIONS_HELP,
+    OPTIONS,
     Formatter,
     InterruptedRunError,
     UsageError,
@@ -38,14 +39,15 @@ if TYPE_CHECKING:
     from tsad.planners.search import Found
     from tsad.sim.recording import Recorded
 
-METHODS = ("effects", "bac", "teacache", "fbcache", "uniform", "random")
+METHODS = ("effects", "bac", "teacache", "fbcache", "deepcache", "uniform", "random")
+UNMEASURED = ("deepcache", "uniform", "random")
 
 DESCRIPTION = """\
 Static plans: which blocks to compute at which denoising step, the same for every observation.
 
 measure   what every reuse does to the executed actions, from recorded chunks (needs PyTorch)
 make      a plan of a given sparsity by a method: effects (the least effect on actions; the one to
-          use), and for comparison bac, teacache, fbcache, uniform, random
+          use), and for comparison bac, teacache, fbcache, deepcache (of UNets), uniform, random
 search    a better plan than that, by trying changes on recorded chunks with the engine
 import    a schedule of another program: EVO's pairs, a step mask, an npy array"""
 
@@ -338,6 +340,8 @@ def _make(args: argparse.Namespace) -> int:
     planner: Any
     if args.method == "uniform":
         planner = planners.uniform_sparse
+    elif args.method == "deepcache":
+        planner = planners.deepcache_sparse
     elif args.method == "random":
         shape = (policy.num_inference_steps, len(policy.blocks))
         scores = np.random.default_rng(args.seed).random(shape)
@@ -345,9 +349,9 @@ def _make(args: argparse.Namespace) -> int:
     else:
         effects = _read_effects(args, policy)
         planner = _calibrated(args.method, effects, args.late)
-    with argument("--sparsity"):
+    with argument("--sparsity", {**OPTIONS, "policy": f"METHOD: {args.method}"}):
         plan = planner(policy, args.sparsity)
-    if args.method not in ("uniform", "random"):
+    if args.method not in UNMEASURED:
         extra["foreseen_rms"] = effects.predict(plan) ** 0.5
     return _save_plan(args, plan, extra)
 

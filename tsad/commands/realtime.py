@@ -94,7 +94,7 @@ def _measured(policy: SparsePolicy) -> float:
 
     The first chunk of an episode, which may be dense, is taken to be as fast as the others.
     """
-    clock, obs = Clock("latency", policy, lambda: None), observations(policy, CHUNKS)
+    clock, obs = Clock("latency", lambda: policy, lambda _: None), observations(policy, CHUNKS)
     with Progress(ROUNDS, "latency", unit="rounds") as progress:
         for _ in range(ROUNDS):
             clock.round(obs)

@@ -65,6 +65,7 @@ CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 RANGES = {"realtime": realtime.hertz, "latency": realtime.milliseconds}
 FORMAT, FORMAT_VERSION = "tsad-sweep", 1
 SUMMARY = "summary.json"
+HELD = 10**9  # bytes of weights: dozens of a UNet's would fill the memory
 RESERVED = ("errors", "summary", "tune")  # files of these names lie beside the rows'
 
 
@@ -198,10 +199,10 @@ class Sweep:
         self.windows: NDArray[np.float32] | None = None
         self.rows: dict[str, Any] = {}
         self.episodes: dict[str, list[Episode]] = {}
+        self._held: dict[str, SparsePolicy] = {}
         self.add(settings)
         if args.simulator is not None:
-            first = next(iter(self._trials.values()))
-            check_policy(args, self.load(first, "--policy"))
+            check_policy(args, self.load(self.first))
 
     def add(self, settings: list[dict[str, Any]]) -> None:
         """Further rows."""
@@ -210,14 +211,26 @@ class Sweep:
         for row in settings:
             name, own = row["name"], _trial(self._args, row, self._folder)
             realtime.check(own.realtime, own.latency, f"--settings: {name}: latency")
-            with argument(f"--settings: {name}"):
-                policy = self.load(own, f"--settings: {name}")
-                sim.check_executed(policy, own.setting.n_action_steps)
             self._trials[name], self._settings[name] = own, row
+            with argument(f"--settings: {name}"):
+                sim.check_executed(self.load(name), own.setting.n_action_steps)
 
-    def load(self, own: Trial, name: str) -> SparsePolicy:
-        """One lane of a row's policy, set."""
-        return own.load(self._source, self._args, name=name, lanes=1)
+    @property
+    def first(self) -> str:
+        """The name of the row that the others are compared with."""
+        return next(iter(self._trials))
+
+    def load(self, name: str) -> SparsePolicy:
+        """One lane of a row's policy, set. Those before it are kept if they are small."""
+        if name not in self._held:
+            held = sum(policy.model.weight_bytes for policy in self._held.values())
+            if held > HELD:
+                self._held.clear()
+            own = self._trials[name]
+            self._held[name] = own.load(
+                self._source, self._args, name=f"--settings: {name}", lanes=1
+            )
+        return self._held[name]
 
     def trials(self) -> dict[str, Trial]:
         """That of every row."""
@@ -231,8 +244,7 @@ class Sweep:
         """From now on `play` and `error` report errors of actions on these."""
         if observations is None:
             return
-        first = next(iter(self._trials.values()))
-        policy = self.load(first, "--settings")
+        policy = self.load(self.first)
         self.windows = recorded_windows(observations, policy, most_windows(draws))
         make_folder(self._out)
         file = self._out / ERRORS_FILE
@@ -241,7 +253,7 @@ class Sweep:
             self.windows,
             machine=self._args,
             draws=draws,
-            reference=first.setting,
+            reference=self._trials[self.first].setting,
             file=file,
         )
 
@@ -249,8 +261,7 @@ class Sweep:
         """The rows whose errors single observations don't tell."""
         if self.windows is None or self.windows.shape[1] > 1:
             return []
-        rows = self._trials.items()
-        return [name for name, own in rows if unknown(self.windows, self.load(own, name))]
+        return [name for name in self._trials if unknown(self.windows, self.load(name))]
 
     def leave_out(self, name: str) -> None:
         """Without this row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from tsad.commands.common import (
     table,
 )
 from tsad.commands.errors import SINGLE
-from tsad.commands.play import Trial, seeds_of
+from tsad.commands.play import seeds_of
 from tsad.commands.progress import Progress
 from tsad.commands.sweep import Sweep, fitting, number, passes, read_settings
 from tsad.files import make_folder, output_folder, write_json
@@ -259,8 +260,7 @@ def _score(sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
         sweep.play()
         return sweep.rows
     return {
-        name: {"passes": passes(sweep.load(own, name)), **sweep.error(name)}
-        for name, own in sweep.trials().items()
+        name: {"passes": passes(sweep.load(name)), **sweep.error(name)} for name in sweep.trials()
     }
 
 
@@ -312,15 +312,11 @@ def _shown_offline(sweep: Sweep, name: str) -> bool:
 
 def _time(sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds per chunk of every setting, in turns: the fastest round's median, and all's."""
-    clocks = []
-    for name, own in sweep.trials().items():
-        policy = sweep.load(own, "--settings")
-
-        def setup(policy: SparsePolicy = policy, own: Trial = own) -> None:
-            configure(policy, own.setting)
-
-        clocks.append(Clock(name, policy, setup))
-    obs = observations(clocks[0].policy, CHUNKS_PER_ROUND)
+    clocks = [
+        Clock(name, partial(sweep.load, name), partial(configure, setting=own.setting))
+        for name, own in sweep.trials().items()
+    ]
+    obs = observations(sweep.load(sweep.first), CHUNKS_PER_ROUND)
     if sweep.windows is not None:
         obs = sweep.windows[:CHUNKS_PER_ROUND, -1][:, None]
     with Progress(args.rounds * len(clocks), "times", unit="rounds") as progress:
@@ -328,18 +324,19 @@ def _time(sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
             for clock in clocks:
                 clock.round(obs)
                 progress.update(clock.name)
-    executed = {name: own.setting.n_action_steps for name, own in sweep.trials().items()}
-    return {
-        clock.name: {
+    found = {}
+    for clock in clocks:
+        policy = sweep.load(clock.name)
+        executed = sweep.trials()[clock.name].setting.n_action_steps
+        found[clock.name] = {
             "milliseconds": min(clock.medians),
-            "n_action_steps": executed[clock.name] or clock.policy.n_action_steps,
+            "n_action_steps": executed or policy.n_action_steps,
             "round_medians": clock.medians,
             "cell_sparsity": float(clock.plan.cell_sparsity),
-            "passes": float(clock.plan.cost) * clock.policy.num_inference_steps,
-            "sampler": sampler_name(clock.policy),
+            "passes": float(clock.plan.cost) * policy.num_inference_steps,
+            "sampler": sampler_name(policy),
         }
-        for clock in clocks
-    }
+    return found
 
 
 # ---- judging
@@ -396,7 +393,7 @@ def _save(
         if name is None:
             continue
         own = sweep.trials()[name].setting
-        policy = sweep.load(sweep.trials()[name], name)
+        policy = sweep.load(name)
         scheduler = policy.config["scheduler"]
         measured = {key: rows[name][key] for key in MEASURED if key in rows[name]}
         made = Preset(
@@ -489,7 +486,7 @@ def _document(
     import tsad
     from tsad.sim.frontier import correlations
 
-    probe = sweep.load(next(iter(sweep.trials().values())), "--settings")
+    probe = sweep.load(sweep.first)
     for name, row in rows.items():
         row |= times[name]
     baseline = next(iter(rows))
@@ -545,7 +542,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"argument --settings: {name}: its {SINGLE}, or leave it out")
         sweep.leave_out(name)
     rows = _score(sweep, args)
-    n = sweep.load(next(iter(sweep.trials().values())), "--settings").n_action_steps
+    n = sweep.load(sweep.first).n_action_steps
     if own_grid if args.int16 is None else args.int16:
         _again(sweep, rows, args, n, "int16", {"precision": "int16"})
         rows = _score(sweep, args)

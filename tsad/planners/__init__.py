@@ -11,11 +11,12 @@ The functions here make plans to be set by hand, ``policy.plan = tsad.planners.u
 * ``random(policy, sparsity, seed)``: any valid plan of that cost, for tests
 * ``from_file(path)``: what `Plan.save` wrote
 * ``import_plan(policy, path)``: schedules of other programs (EVO's pairs, step masks, npy)
-* ``c3ache``, ``delta_dit``, ``teacache``, ``fbcache``, ``l2c``: published rules
+* ``c3ache``, ``delta_dit``, ``deepcache``, ``teacache``, ``fbcache``, ``l2c``: published rules
 
 and these are planners, for the dial: ``policy.planner = tsad.planners.Bac(alike)``:
 
 * ``Bac``: published as block-wise adaptive caching, from the similarity of branch outputs
+* ``deepcache_sparse``: `deepcache` of one level (UNets)
 * ``Scores``: a number per cell (DiP-GO)
 * ``Threshold``: `teacache` or `fbcache` from recorded distances
 * ``EffectPlanner``: the least effect on the executed actions, as `tsad.training.sensitivity`
@@ -32,6 +33,8 @@ from tsad.planners.files import from_pairs, from_steps, import_plan
 from tsad.planners.rules import (
     Threshold,
     c3ache,
+    deepcache,
+    deepcache_sparse,
     delta_dit,
     fbcache,
     fbcache_rows,
@@ -55,6 +58,8 @@ __all__ = [
     "Scores",
     "Threshold",
     "c3ache",
+    "deepcache",
+    "deepcache_sparse",
     "delta_dit",
     "dense",
     "fbcache",

@@ -44,8 +44,8 @@ class Effects:
 
     For the published rules: ``alike`` (B, K, K) cosine similarity of outputs, ``changes`` (B,) mean
     L1 distance between two steps, ``first_layer`` (K, K) relative L1 of the first layer's residual
-    (row: the cached step), ``inputs`` and ``outputs`` (K,) relative L1 to the step before, of the
-    embedded sample plus time, and of the whole network's residual.
+    (row: the cached step), ``inputs`` and ``outputs`` (K,) relative L1 to the step before, of what
+    enters the first block, the time with it, and of what the network gives.
 
     ``metadata``: the policy's files, the sampler, how many chunks.
     """

@@ -1,8 +1,8 @@
 """Published rules that decide whole steps, or layers of them, by a formula or by distances.
 
-Static: `c3ache` and `delta_dit`. Decided from how much something changes from step to step:
-`teacache` and `fbcache`. Their authors measure it while denoising; here the distances are given,
-recorded on some chunks, and the result is a fixed plan (or one per lane, from a chunk's own
+Static: `c3ache`, `delta_dit` and `deepcache`. Decided from how much something changes from step to
+step: `teacache` and `fbcache`. Their authors measure it while denoising; here the distances are
+given, recorded on some chunks, and the result is a fixed plan (or one per lane, from a chunk's own
 distances).
 """
 
@@ -64,6 +64,45 @@ def delta_dit(policy: PolicyFacts, boundary: int, n_layers: int, interval: int) 
         boundary=boundary,
         n_layers=n_layers,
         interval=interval,
+    )
+
+
+def deepcache(policy: PolicyFacts, interval: int, levels: int = 1) -> Plan:
+    """Every ``interval``-th step computed; between, the outer ``levels`` of a UNet alone.
+
+    Outer are its first modules on the way down and as many of the last on the way up; what lies
+    between takes what it added at the last computed step. Source: DeepCache, arXiv 2312.00858,
+    uniform. There the deep levels' features are kept as a whole; here what their blocks add, and
+    the changes of length and the 1x1 convolutions beside the blocks run at every step.
+    """
+    layer = layers(policy)
+    steps, last = policy.num_inference_steps, int(layer.max())
+    if not policy.blocks[0].startswith("down_modules."):
+        raise ValueError(
+            f"policy: expected a UNet, whose blocks are down_modules.0.0 and so on, got blocks as "
+            f"{policy.blocks[0]}; use delta_dit"
+        )
+    most = (last - 1) // 2  # as many up as down, but for the innermost, and the middle
+    if not 1 <= levels <= most:
+        raise ValueError(f"levels: expected 1 to {most}, which leaves some deeper, got {levels}")
+    if interval < 1:
+        raise ValueError(f"interval: expected 1 or more, got {interval}; 1 is dense")
+    computed = np.zeros((steps, len(layer)), bool)
+    computed[::interval] = True
+    computed[:, (layer < levels) | (layer > last - levels)] = True
+    return own_values(policy, computed, planner="deepcache", interval=interval, levels=levels)
+
+
+def deepcache_sparse(policy: PolicyFacts, sparsity: float) -> Plan:
+    """`deepcache` at the dial: of one outer level, the shortest interval that is sparse enough."""
+    check_sparsity(policy, sparsity)
+    for interval in range(1, policy.num_inference_steps + 1):
+        plan = deepcache(policy, interval)
+        if plan.sparsity >= sparsity - 1e-12:
+            return plan
+    raise ValueError(
+        f"sparsity: expected at most {plan.sparsity:.4g}, what deepcache reaches, got {sparsity}; "
+        "ask for less"
     )
 
 

@@ -58,11 +58,15 @@ def modulation(w: Tensors, block: int, condition: Array) -> tuple[Array, Array, 
     return shift, scale, gate
 
 
+def modulated(w: Tensors, block: int, x: Array, condition: Array) -> Array:
+    """What prunable block ``block`` sees of the tokens ``x``: normed, scaled and moved."""
+    shift, scale, _ = modulation(w, block, condition)
+    return standardise(x, EPS) * (1 + scale) + shift
+
+
 def branch(w: Tensors, network: Network, block: int, x: Array, condition: Array) -> Array:
     """What prunable block ``block`` makes of the tokens ``x`` (..., T, D), before its gate."""
-    name = f"transformer_blocks.{block // 2}"
-    shift, scale, _ = modulation(w, block, condition)
-    y = standardise(x, EPS) * (1 + scale) + shift
+    name, y = f"transformer_blocks.{block // 2}", modulated(w, block, x, condition)
     if block % 2:
         return linear(gelu_tanh(linear(y, w, f"{name}.mlp.0")), w, f"{name}.mlp.2")
     module, packed = attention_names(network["use_rope"])
@@ -72,13 +76,16 @@ def branch(w: Tensors, network: Network, block: int, x: Array, condition: Array)
     return attention(y, y, w, f"{name}.{module}", heads, packed=packed, turns=turns)
 
 
+def embed(w: Tensors, network: Network, sample: Array) -> Array:
+    x = linear(sample, w, "input_proj")
+    return x + w["pos_embedding"][0] if network["use_positional_encoding"] else x
+
+
 def predict(
     w: Tensors, network: Network, sample: Array, condition: Array, value: Value = dense
 ) -> Array:
     """The network's output (..., T, action_dim) for ``sample`` of that shape."""
-    x = linear(sample, w, "input_proj")
-    if network["use_positional_encoding"]:
-        x = x + w["pos_embedding"][0]
+    x = embed(w, network, sample)
     for block in range(2 * network["num_layers"]):
         gate = modulation(w, block, condition)[2]
         x = x + gate * value(block, partial(branch, w, network, block, x, condition))

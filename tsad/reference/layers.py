@@ -53,8 +53,9 @@ _erf = np.frompyfunc(math.erf, 1, 1)
 
 
 def gelu(x: Array) -> Array:
-    erf: Array = np.asarray(_erf(x * math.sqrt(0.5)), x.dtype)
-    return x * 0.5 * (1 + erf)
+    erf: Any = _erf(x * math.sqrt(0.5))
+    wide: Array = erf.astype(x.dtype)
+    return x * 0.5 * (1 + wide)
 
 
 def gelu_tanh(x: Array) -> Array:

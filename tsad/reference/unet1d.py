@@ -61,14 +61,20 @@ def conv_block(x: Array, w: Tensors, name: str, groups: int) -> Array:
     return mish(group_norm(y, groups, w, f"{name}.block.1"))
 
 
-def branch(w: Tensors, network: Network, name: str, x: Array, condition: Array) -> Array:
-    """What the residual block ``name`` adds to its residual."""
+def modulated(w: Tensors, network: Network, name: str, x: Array, condition: Array) -> Array:
+    """The first half of the residual block ``name``, scaled and moved by the condition."""
     y = conv_block(x, w, f"{name}.conv1", network["n_groups"])
     film = linear(mish(condition), w, f"{name}.cond_encoder.1")[..., None]
     if network["use_film_scale_modulation"]:
         scale, film = np.split(film, 2, -2)
         y = scale * y
-    return conv_block(y + film, w, f"{name}.conv2", network["n_groups"])
+    return y + film
+
+
+def branch(w: Tensors, network: Network, name: str, x: Array, condition: Array) -> Array:
+    """What the residual block ``name`` adds to its residual."""
+    y = modulated(w, network, name, x, condition)
+    return conv_block(y, w, f"{name}.conv2", network["n_groups"])
 
 
 def residual(w: Tensors, name: str, x: Array) -> Array:
@@ -87,9 +93,9 @@ def downsample(w: Tensors, name: str, x: Array) -> Array:
 
 def upsample(w: Tensors, name: str, x: Array) -> Array:
     """Twice the time steps: a transposed convolution, a convolution of ``x`` with zeros between."""
-    spread = np.zeros((*x.shape[:-1], 2 * x.shape[-1] - 1), x.dtype)
+    spread = np.zeros_like(x, shape=(*x.shape[:-1], 2 * x.shape[-1] - 1))
     spread[..., ::2] = x
-    weight = np.swapaxes(w[f"{name}.weight"][..., ::-1], 0, 1)
+    weight = np.swapaxes(np.flip(w[f"{name}.weight"], -1), 0, 1)
     return convolve(spread, weight, w[f"{name}.bias"], padding=UP_KERNEL - 2)
 
 

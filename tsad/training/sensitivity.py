@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from tsad.config import PolicyConfig
-from tsad.families import as_transformer
 from tsad.planners.bac import similarity
 from tsad.planners.effects import Effects
 from tsad.planners.rules import relative_l1
+from tsad.reference import dit, dpt, sinusoid, unet1d
+from tsad.reference.families import family_of
+from tsad.reference.layers import dense
 from tsad.samplers import Sampler
-from tsad.training.network import from_config
+from tsad.training.traced import Traced
 
 OLDEST = 4  # chunks back that reuse_rollout is measured for
 
@@ -43,7 +45,7 @@ class Window:
 
 
 class Twin:
-    """The dense policy in torch, step by step, with its branch outputs.
+    """The dense policy in torch, step by step, with its branch outputs: the reference, traced.
 
     ``tensors`` are those of ``model.safetensors``, ``sampler`` the loop to unroll.
     """
@@ -56,18 +58,20 @@ class Twin:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.sampler, self.dtype = config, sampler, dtype
-        self.settings = as_transformer(config.network, "policy")
-        self.network = from_config(config.to_dict()["network"])
-        state = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
-        self.network.load_state_dict(state)
-        self.network.to(dtype).eval().requires_grad_(False)
-        self.types = [b % 3 for b in range(3 * self.settings.n_layer)]
+        self.network = config.to_dict()["network"]
+        self.family: Any = family_of(self.network)
+        self.blocks = self.family.block_names(self.network)
+        self.types = self.family.block_types(self.network)
+        self._numpy = torch.empty(0, dtype=dtype).numpy().dtype
+        self._w = {name: np.array(tensor, self._numpy) for name, tensor in tensors.items()}
+        self._traced = {name: Traced(torch.from_numpy(w)) for name, w in self._w.items()}
 
-    def condition(self, obs: NDArray[Any]) -> Tensor:
-        """Normalised observations."""
-        affine = self.config.normalizer.obs
-        scaled = affine.normalise(obs, np.float64)
-        return torch.from_numpy(scaled).to(self.dtype)
+    def condition(self, obs: NDArray[Any], k: int) -> NDArray[Any]:
+        """What conditions step ``k``, (C, ...), of raw observations (C, n_obs_steps, obs_dim)."""
+        normalised = self.config.normalizer.obs.normalise(obs, np.float64).astype(self._numpy)
+        time = np.full(len(obs), self.sampler.timesteps[k])
+        found: NDArray[Any] = self.family.encode(self._w, self.network, time, normalised)
+        return found
 
     def executed(self, rows: int) -> Tensor:
         """1 where an action of the horizon is executed: (rows, horizon, action_dim)."""
@@ -76,75 +80,96 @@ class Twin:
         mask[:, net.n_obs_steps - 1 : net.n_obs_steps - 1 + net.n_action_steps] = 1
         return mask
 
-    def branch(self, block: int, hidden: Tensor, memory: Tensor) -> Tensor:
-        """What a block adds to ``hidden`` (N, horizon, n_emb)."""
-        layer: Any = self.network.decoder.layers[block // 3]
-        if block % 3 == 0:
-            y, mask = layer.norm1(hidden), self.network.mask
-            value = layer.self_attn(y, y, y, attn_mask=mask, need_weights=False)[0]
-        elif block % 3 == 1:
-            y, mask = layer.norm2(hidden), self.network.memory_mask
-            value = layer.multihead_attn(y, memory, memory, attn_mask=mask, need_weights=False)[0]
-        else:
-            value = layer.linear2(nn.functional.gelu(layer.linear1(layer.norm3(hidden))))
-        return torch.as_tensor(value)
-
     def step(
-        self, k: int, x: Tensor, x0_previous: Tensor, condition: Tensor
+        self, k: int, x: Tensor, x0_previous: Tensor, condition: NDArray[Any], value: Any = dense
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-        """One denoising step without its noise: the next sample, x0, the branch outputs, input.
+        """One denoising step without its noise: the next sample, x0, the blocks' values, output.
 
-        The last is what enters the first block.
+        ``value`` is the reference's: what a block gives.
         """
-        memory = self.network.encode(int(self.sampler.timesteps[k]), condition)
-        hidden = begin = self.network.input_emb(x) + self.network.pos_emb
-        values = []
-        for block in range(len(self.types)):
-            values.append(self.branch(block, hidden, memory))
-            hidden = hidden + values[-1]
-        e = self.network.head(self.network.ln_f(hidden))
+        values: list[Tensor] = []
+
+        def kept(block: int, compute: Any) -> Any:
+            given = value(block, compute)
+            values.append(given.tensor)
+            return given
+
+        e = self.family.predict(self._traced, self.network, Traced(x), condition, kept).tensor
         a, b, r, c, d, f, g, _ = self.sampler.table[k].tolist()
         x0 = (a * x + b * e).clamp(-r, r)
-        return c * x0 + d * x + f * e + g * x0_previous, x0, values, begin
+        return c * x0 + d * x + f * e + g * x0_previous, x0, values, e
+
+    def first_input(self, k: int, x: NDArray[Any], condition: NDArray[Any]) -> NDArray[Any]:
+        """What TeaCache looks at: the first block's input, where the time has reached it.
+
+        The transformer's time comes as a token of its own; its embedding is added here.
+        """
+        if self.family is dpt:
+            time = sinusoid(self.sampler.timesteps[k], self.network["n_emb"], x.dtype)
+            return dpt.embed(self._w, x) + time
+        if self.family is dit:
+            return dit.modulated(self._w, 0, dit.embed(self._w, self.network, x), condition)
+        across = np.swapaxes(x, -1, -2)
+        return unet1d.modulated(self._w, self.network, self.blocks[0], across, condition)
 
 
-def gradients(
-    twin: Twin, window: Window, directions: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Branch outputs, gradients, and the first block's inputs, of the chunks of a window.
+@dataclass(frozen=True)
+class Gradients:
+    """Of the chunks of a window; B blocks, whose values have D numbers each, P directions.
 
-    ``directions``: P tensors (C, horizon, action_dim), what the final samples are projected on.
-    Returns values (B, K, C, D), gradients (P, B, K, C, D) of the projections, inputs (K, C, D);
-    D = horizon x n_emb.
+    ``values``    B of (K, C, D)
+    ``slopes``    B of (P, K, C, D): the projections' gradients
+    ``inputs``    (K, C, ...), `Twin.first_input`
+    ``outputs``   (K, C, ...), the network's
     """
-    condition = twin.condition(window.obs)
+
+    values: list[Tensor]
+    slopes: list[Tensor]
+    inputs: NDArray[Any]
+    outputs: Tensor
+
+
+def gradients(twin: Twin, window: Window, directions: Sequence[Tensor]) -> Gradients:
+    """Blocks' values, and what moves the projections of the final samples on ``directions``.
+
+    They are P tensors (C, horizon, action_dim).
+    """
     recorded = torch.from_numpy(window.inputs).to(twin.dtype)
-    C, K = recorded.shape[:2]
-    B, P = len(twin.types), len(directions)
-    D = twin.settings.horizon * twin.settings.n_emb
-    values = torch.empty(B, K, C, D, dtype=twin.dtype)
-    slopes = torch.empty(P, B, K, C, D, dtype=twin.dtype)
-    inputs = torch.empty(K, C, D, dtype=twin.dtype)
+    K = recorded.shape[1]
+    values: list[list[Tensor]] = []
+    slopes: list[list[list[Tensor]]] = []
+    inputs, outputs = [], []
     # of the projection, with respect to the sample and the x0 that leave a step
     to_x = list(directions)
     to_x0 = [torch.zeros_like(u) for u in directions]
     nothing = torch.zeros_like(recorded[:, 0])
     for k in reversed(range(K)):
-        x = recorded[:, k].clone().requires_grad_()
+        x, condition = recorded[:, k].clone().requires_grad_(), twin.condition(window.obs, k)
         # x0 of the step before enters by a constant factor; its value does not matter here
-        after, x0, branches, begin = twin.step(k, x, nothing, condition)
-        inputs[k] = begin.detach().reshape(C, D)
-        for b, value in enumerate(branches):
-            values[b, k] = value.detach().reshape(C, D)
+        after, x0, branches, e = twin.step(k, x, nothing, condition)
+        inputs.append(twin.first_input(k, x.detach().numpy(), condition))
+        outputs.append(e.detach())
+        values.append([value.detach().flatten(1) for value in branches])
+        slopes.append([])
         carried = float(twin.sampler.table[k, 6])
-        for p in range(P):
+        for p in range(len(directions)):
             projection = (to_x[p] * after).sum() + (to_x0[p] * x0).sum()
-            found = torch.autograd.grad(projection, [x, *branches], retain_graph=p + 1 < P)
+            found = torch.autograd.grad(
+                projection, [x, *branches], retain_graph=p + 1 < len(directions)
+            )
             to_x0[p] = carried * to_x[p]
             to_x[p] = found[0]
-            for b, slope in enumerate(found[1:]):
-                slopes[p, b, k] = slope.reshape(C, D)
-    return values, slopes, inputs
+            slopes[-1].append([slope.flatten(1) for slope in found[1:]])
+    B = len(twin.types)
+    return Gradients(
+        [torch.stack([step[b] for step in values[::-1]]) for b in range(B)],
+        [
+            torch.stack([torch.stack([u[b] for u in step]) for step in slopes[::-1]], 1)
+            for b in range(B)
+        ],
+        np.stack(inputs[::-1]),
+        torch.stack(outputs[::-1]),
+    )
 
 
 def _own(values: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,16 +185,16 @@ def _own(values: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (later**2).sum((0, 1)), torch.triu(segment, 1), (right**2).sum((0, 1))
 
 
-def _kinds(types: Sequence[int], values: Tensor, slopes: Tensor) -> Tensor:
+def _kinds(types: Sequence[str], values: list[Tensor], slopes: list[Tensor]) -> Tensor:
     """(K, B, B) sums: block b takes the value of block c of its type, see `Effects.kind`."""
-    B, K = values.shape[:2]
-    table = torch.full((K, B, B), float("nan"), dtype=values.dtype)
+    B, K = len(values), len(values[0])
+    table = torch.full((K, B, B), float("nan"), dtype=values[0].dtype)
     for b in range(B):
         for c in range(B):
             if types[b] != types[c] or b == c:
                 continue
             taken = values[c] if c < b else torch.roll(values[c], 1, 0)
-            change = (slopes[:, b] * (taken - values[b])).sum(-1)  # (P, K, C)
+            change = (slopes[b] * (taken - values[b])).sum(-1)  # (P, K, C)
             table[:, b, c] = (change**2).sum((0, 2))
             if c > b:
                 table[0, b, c] = float("nan")  # nothing is before the first step
@@ -177,28 +202,28 @@ def _kinds(types: Sequence[int], values: Tensor, slopes: Tensor) -> Tensor:
 
 
 def _rollouts(values: Tensor, slopes: Tensor) -> Tensor:
-    """(A, K, B) means over what a window has of each age; NaN where it has none."""
-    C = values.shape[2]
-    table = torch.full((OLDEST, values.shape[1], values.shape[0]), float("nan"))
+    """(A, K) of one block, means over what a window has of each age; NaN where it has none."""
+    K, C, _ = values.shape
+    table = torch.full((OLDEST, K), float("nan"))
     for age in range(1, min(OLDEST, C - 1) + 1):
-        change = (slopes[..., age:, :] * (values[..., :-age, :] - values[..., age:, :])).sum(-1)
-        table[age - 1] = (change**2).mean((0, 3)).T
+        change = (slopes[:, :, age:] * (values[:, :-age] - values[:, age:])).sum(-1)
+        table[age - 1] = (change**2).mean((0, 2))
     return table
 
 
-def _rivals(values: Tensor, inputs: Tensor) -> dict[str, NDArray[Any]]:
-    """Of one chunk, values (B, K, D) and inputs (K, D): what the published rules look at."""
-    outputs = values.double().numpy().swapaxes(0, 1)
-    first = relative_l1(outputs[:, :3].sum(1))
-    apart = -similarity(outputs, "l1")
-    K = len(outputs)
-    pairs = max(K * (K - 1), 1)
+def _rivals(twin: Twin, found: Gradients) -> dict[str, NDArray[Any]]:
+    """Of the first chunk: what the published rules look at."""
+    values = [value[:, None, 0].double().numpy() for value in found.values]  # (K, 1, D)
+    apart = -np.concatenate([similarity(value, "l1") for value in values])
+    K = len(values[0])
+    layer = twin.blocks[0].rpartition(".")[0]
+    first = [v for name, v in zip(twin.blocks, values, strict=True) if name.startswith(f"{layer}.")]
     return {
-        "alike": similarity(outputs),
-        "changes": apart.sum((1, 2)) / pairs,
-        "first_layer": first,
-        "inputs": _to_the_step_before(inputs.double().numpy()),
-        "outputs": _to_the_step_before(outputs.sum(1)),
+        "alike": np.concatenate([similarity(value) for value in values]),
+        "changes": apart.sum((1, 2)) / max(K * (K - 1), 1),
+        "first_layer": relative_l1(np.sum(first, axis=0)),
+        "inputs": _to_the_step_before(found.inputs[:, 0]),
+        "outputs": _to_the_step_before(found.outputs[:, 0].double().numpy()),
     }
 
 
@@ -235,14 +260,15 @@ def measure(
             (torch.randint(0, 2, executed.shape, generator=generator) * 2 - 1).to(twin.dtype)
             for _ in range(projections)
         ]
-        values, slopes, inputs = gradients(twin, window, [sign * executed for sign in signs])
-        own = [_own(values[b], slopes[:, b]) for b in range(len(values))]
+        found = gradients(twin, window, [sign * executed for sign in signs])
+        blocks = list(zip(found.values, found.slopes, strict=True))
+        own = [_own(*block) for block in blocks]
         add("pair", torch.stack([pair for pair, _, _ in own]))
         add("segment", torch.stack([segment for _, segment, _ in own]))
         add("skip", torch.stack([skip for _, _, skip in own], 1))
-        add("kind", _kinds(twin.types, values, slopes))
-        rollouts.append(_rollouts(values, slopes).double().numpy())
-        rivals.append(_rivals(values[:, :, 0], _timed(twin, inputs[:, 0])))
+        add("kind", _kinds(twin.types, found.values, found.slopes))
+        rollouts.append(torch.stack([_rollouts(*block) for block in blocks], 2).double().numpy())
+        rivals.append(_rivals(twin, found))
         done += C
         progress(C)
     if not done:
@@ -263,12 +289,3 @@ def _mean(tables: list[NDArray[Any]]) -> NDArray[np.float32]:
     total, count = np.where(known, stacked, 0).sum(0), known.sum(0)
     mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     return np.asarray(mean, np.float32)
-
-
-def _timed(twin: Twin, inputs: Tensor) -> Tensor:
-    """Inputs (K, D) of the first block plus the time's embedding: TeaCache's input has both."""
-    from tsad.reference import sinusoid
-
-    horizon = twin.settings.horizon
-    time = sinusoid(twin.sampler.timesteps, twin.settings.n_emb, np.float64)
-    return inputs + torch.from_numpy(np.tile(time, (1, horizon))).to(inputs.dtype)
