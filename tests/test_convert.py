@@ -145,7 +145,7 @@ DELETE = object()
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        ("policy._target_", "a.b.DiffusionUnetLowdimPolicy", "supported checkpoints: .*not yet"),
+        ("policy._target_", "a.b.DiffusionUnetVideoPolicy", "supported checkpoints: .*not yet"),
         ("policy._target_", "a.b.MyPolicy", "policy._target_: .*'a.b.MyPolicy'"),
         ("policy._target_", DELETE, "policy._target_"),
         ("policy.model._target_", "a.b.MyTransformer", "policy.model._target_: .*MyTransformer"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lerobot_cases import condition, load, within
 
-from tsad.families.unet1d import block_costs, blocks, lerobot_name, shapes
+from tsad.families.unet1d import block_costs, blocks, shapes
 from tsad.reference import (
     REUSE_ROLLOUT,
     REUSE_STEP,
@@ -306,18 +306,3 @@ def test_reuse_of_a_block_is_what_it_computed(source):
 def test_settings_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         family.check(Shape().network(4) | change)
-
-
-def test_names_of_diffusion_policy_become_those_of_lerobot():
-    for theirs, ours in {
-        "down_modules.0.0.blocks.0.block.0.weight": "down_modules.0.0.conv1.block.0.weight",
-        "mid_modules.1.blocks.1.block.1.bias": "mid_modules.1.conv2.block.1.bias",
-        "up_modules.1.1.cond_encoder.1.weight": "up_modules.1.1.cond_encoder.1.weight",
-        "down_modules.1.2.conv.weight": "down_modules.1.2.weight",
-        "up_modules.0.2.conv.bias": "up_modules.0.2.bias",
-        "up_modules.0.0.residual_conv.weight": "up_modules.0.0.residual_conv.weight",
-        "final_conv.0.block.1.weight": "final_conv.0.block.1.weight",
-        "final_conv.1.bias": "final_conv.1.bias",
-        "diffusion_step_encoder.3.bias": "diffusion_step_encoder.3.bias",
-    }.items():
-        assert lerobot_name(theirs) == ours

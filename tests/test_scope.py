@@ -93,7 +93,7 @@ REFUSED = [
     ("networks", twin),
     ("samplers", lerobot_dit("integration_method", "rk4")),
     ("checkpoints", lerobot("act")),
-    ("checkpoints", checkpoint("policy._target_", "a.DiffusionUnetImagePolicy")),
+    ("checkpoints", checkpoint("policy._target_", "a.DiffusionUnetVideoPolicy")),
     ("networks", checkpoint("policy.model._target_", "a.Mamba")),
     ("networks", checkpoint("policy.pred_action_steps_only", True)),
     ("networks", checkpoint("policy.model.causal_attn", False)),

@@ -14,13 +14,14 @@ class Row(NamedTuple):
 
 SCOPE = {
     "networks": Row(
-        "Diffusion Policy's transformer (time_as_cond, obs_as_cond), LeRobot's UNet and DiT",
+        "Diffusion Policy's transformer (time_as_cond, obs_as_cond) and UNet (obs_as_global_cond), "
+        "LeRobot's UNet and DiT",
         "vision encoders (with LeRobot its own runs, elsewhere give features as observations)",
     ),
     "checkpoints": Row(
-        "Diffusion Policy's .ckpt (transformer), LeRobot folders (diffusion without cameras, "
+        "Diffusion Policy's .ckpt (transformer, UNet), LeRobot folders (diffusion without cameras, "
         "multi_task_dit), tsad folders",
-        "Diffusion Policy's UNet .ckpt, LeRobot's other policies, other formats",
+        "LeRobot's other policies, other formats",
     ),
     "samplers": Row(
         "DDPM, DDIM, DPM-Solver++, predicting the noise or the sample; flow matching's Euler steps",

@@ -47,14 +47,13 @@ def convert(
 ) -> dict[str, Any]:
     """Converts a Diffusion Policy checkpoint, or LeRobot's folder of one, to a tsad folder.
 
-    ``source`` is a ``.ckpt`` of a low-dimensional or hybrid-image transformer policy, or the folder
-    of a LeRobot diffusion policy without cameras or of a multi_task_dit; ``out`` the folder to
-    write. ``weights`` is ``"ema"``, the averaged ones, ``"raw"``, or ``"auto"``, those that the
-    run's own evaluation takes; ``dtype`` of the stored numbers is ``"float32"`` or ``"float16"``.
-    Returns a summary of
-    JSON values. Raises ``FileExistsError`` if ``out`` is there and ``overwrite`` is false or it is
-    no tsad folder, ``FileNotFoundError``, or ``ValueError`` naming what does not fit; nothing is
-    written then.
+    ``source`` is a ``.ckpt`` of a low-dimensional or image policy with a transformer or a UNet, or
+    the folder of a LeRobot diffusion policy without cameras or of a multi_task_dit; ``out`` the
+    folder to write. ``weights`` is ``"ema"``, the averaged ones, ``"raw"``, or ``"auto"``, those
+    that the run's own evaluation takes; ``dtype`` of the stored numbers is ``"float32"`` or
+    ``"float16"``. Returns a summary of JSON values. Raises ``FileExistsError`` if ``out`` is there
+    and ``overwrite`` is false or it is no tsad folder, ``FileNotFoundError``, or ``ValueError``
+    naming what does not fit; nothing is written then.
     """
     folder = Path(out)
     _check_out(folder, overwrite)

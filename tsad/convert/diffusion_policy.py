@@ -1,11 +1,12 @@
 """Checkpoints of Diffusion Policy (github.com/real-stanford/diffusion_policy).
 
 A ``.ckpt`` file holds the settings of the run, and for the raw and the averaged (EMA) policy a
-state dict with the network, the normaliser and, for image policies, the observation encoder. Two
-policies are read: ``DiffusionTransformerLowdimPolicy``, and
-``DiffusionTransformerHybridImagePolicy`` without its encoder, so that its observations are the
-encoder's output. Also here: pruner checkpoints in the layout that the code of "Test-time Sparsity
-for Extreme Fast Action Diffusion" (arXiv 2605.13316) publishes.
+state dict with the network, the normaliser and, for image policies, the observation encoder. Read
+are ``DiffusionTransformerLowdimPolicy`` and ``DiffusionUnetLowdimPolicy``, and without their
+encoder, so that their observations are its output, ``DiffusionTransformerHybridImagePolicy``,
+``DiffusionUnetHybridImagePolicy`` and ``DiffusionUnetImagePolicy`` (UNets: `tsad.convert.unet`).
+Also here: pruner checkpoints in the layout that the code of "Test-time Sparsity for Extreme Fast
+Action Diffusion" (arXiv 2605.13316) publishes.
 """
 
 from __future__ import annotations
@@ -25,16 +26,24 @@ from tsad.config import (
     network_shapes,
     pruner_shapes,
 )
+from tsad.convert import unet
 from tsad.convert.pickle_machine import Placeholder
 from tsad.convert.settings import Settings, plain
 from tsad.convert.torch_file import TensorRef, TorchFile, describe
+from tsad.families import Network
+from tsad.families.unet1d import Unet1dConfig
 from tsad.scope import scope
 
 WEIGHTS = ("auto", "ema", "raw")
 
-_LOWDIM = "DiffusionTransformerLowdimPolicy"
-_HYBRID = "DiffusionTransformerHybridImagePolicy"
-_NETWORK = "TransformerForDiffusion"
+_TRANSFORMERS = ("DiffusionTransformerLowdimPolicy", "DiffusionTransformerHybridImagePolicy")
+_UNETS = (
+    "DiffusionUnetLowdimPolicy",
+    "DiffusionUnetHybridImagePolicy",
+    "DiffusionUnetImagePolicy",
+)
+_LOWDIM = (_TRANSFORMERS[0], _UNETS[0])  # their observations are numbers; they are given a network
+_TRANSFORMER = "TransformerForDiffusion"
 _SCHEDULERS = {
     "DDPMScheduler": "ddpm",
     "DDIMScheduler": "ddim",
@@ -130,12 +139,15 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights: str = "auto") -> C
         network = _read_network(settings, policy, state)
         # shapes first: nothing is read for a network that does not fit
         refs = _network_refs(state, network, file)
-        tensors = {name: checkpoint.read(ref, f"model.{name}") for name, ref in refs.items()}
-        _check_masks(checkpoint, state, network)
+        tensors = {
+            name: checkpoint.read(ref, f"model.{theirs}") for name, (theirs, ref) in refs.items()
+        }
+        if isinstance(network, NetworkConfig):
+            _check_masks(checkpoint, state, network)
         normalizer = _read_normalizer(checkpoint, state, network, policy)
     scheduler = _read_scheduler(settings)
     notes += checkpoint.notes
-    if policy == _HYBRID:
+    if policy not in _LOWDIM:
         notes.append(
             f"the observation encoder stays outside: observations are its output, "
             f"{network.obs_dim} numbers per step"
@@ -198,11 +210,12 @@ def _of_module(module: Any, file: str) -> dict[str, Any]:
 def _policy_class(settings: Settings) -> str:
     target = str(settings.get("policy._target_", ""))[:200]
     name = target.rpartition(".")[2]
-    if name in (_LOWDIM, _HYBRID):
+    if name in (*_TRANSFORMERS, *_UNETS):
         return name
     raise CheckpointError(
-        f"{settings.file}: cfg.policy._target_: expected one of the transformer policies "
-        f"{_LOWDIM}, {_HYBRID}, got {target!r}; train one of these ({scope('checkpoints')})"
+        f"{settings.file}: cfg.policy._target_: expected one of the policies "
+        f"{', '.join((*_TRANSFORMERS, *_UNETS))}, got {target!r}; train one of these "
+        f"({scope('checkpoints')})"
     )
 
 
@@ -263,20 +276,28 @@ def _task(settings: Settings) -> str:
     return ""
 
 
-def _read_network(settings: Settings, policy: str, state: dict[str, Any]) -> NetworkConfig:
-    get = settings.get
-    # the low-dimensional policy is given its network, the image policy makes it
-    at = "policy.model" if policy == _LOWDIM else "policy"
-    defaults: dict[str, Any] = {"n_layer": 8, "n_head": 4, "n_emb": 256, "causal_attn": True}
-    if policy == _LOWDIM:
-        defaults = {"n_layer": 12, "n_head": 12, "n_emb": 768, "causal_attn": False}
-        target = str(get("policy.model._target_", ""))[:200]
-        if target.rpartition(".")[2] != _NETWORK:
+def _read_network(settings: Settings, policy: str, state: dict[str, Any]) -> Network:
+    lowdim, is_unet = policy in _LOWDIM, policy in _UNETS
+    wanted = unet.NETWORK if is_unet else _TRANSFORMER
+    if lowdim:  # it is given its network, an image policy makes it
+        target = str(settings.get("policy.model._target_", ""))[:200]
+        if target.rpartition(".")[2] != wanted:
             raise CheckpointError(
-                f"{settings.file}: cfg.policy.model._target_: expected {_NETWORK}, got {target!r}; "
+                f"{settings.file}: cfg.policy.model._target_: expected {wanted}, got {target!r}; "
                 f"train a policy with it ({scope('networks')})"
             )
-    _check_policy_keys(settings)
+    _check_policy_keys(settings, _POLICY_KEYS | (unet.POLICY_KEYS if is_unet else frozenset()))
+    if is_unet:
+        return unet.read_network(settings, state, lowdim=lowdim)
+    return _read_transformer(settings, state, lowdim)
+
+
+def _read_transformer(settings: Settings, state: dict[str, Any], lowdim: bool) -> NetworkConfig:
+    get = settings.get
+    at = "policy.model" if lowdim else "policy"
+    defaults: dict[str, Any] = {"n_layer": 8, "n_head": 4, "n_emb": 256, "causal_attn": True}
+    if lowdim:
+        defaults = {"n_layer": 12, "n_head": 12, "n_emb": 768, "causal_attn": False}
     values = {key: get(f"{at}.{key}", default) for key, default in defaults.items()}
     for key in ("horizon", "n_obs_steps", "n_action_steps"):
         values[key] = get(f"policy.{key}")
@@ -284,7 +305,7 @@ def _read_network(settings: Settings, policy: str, state: dict[str, Any]) -> Net
             values[key] = get(key)
     values["n_cond_layers"] = get(f"{at}.n_cond_layers", 0)
     values["time_as_cond"] = get(f"{at}.time_as_cond", True)
-    values["obs_as_cond"] = get("policy.obs_as_cond", policy == _HYBRID)
+    values["obs_as_cond"] = get("policy.obs_as_cond", not lowdim)
     # the width of encoded observations stands nowhere but in the weights
     for key, name in (("obs_dim", "cond_obs_emb"), ("action_dim", "input_emb")):
         ref = state.get(f"model.{name}.weight")
@@ -303,14 +324,14 @@ def _read_network(settings: Settings, policy: str, state: dict[str, Any]) -> Net
     return NetworkConfig.from_dict(values, file=f"{settings.file}: cfg")
 
 
-def _check_policy_keys(settings: Settings) -> None:
+def _check_policy_keys(settings: Settings, known: frozenset[str]) -> None:
     if settings.get("policy.pred_action_steps_only", False):
         raise CheckpointError(
             f"{settings.file}: cfg.policy.pred_action_steps_only: expected false, got true; "
             f"train a policy that predicts all of the horizon ({scope('networks')})"
         )
     for key in settings.keys("policy"):
-        if key in _POLICY_KEYS:
+        if key in known:
             continue
         # whatever else the policy is given goes to scheduler.step
         value = settings.get(f"policy.{key}")
@@ -321,9 +342,16 @@ def _check_policy_keys(settings: Settings) -> None:
             )
 
 
-def _network_refs(state: dict[str, Any], network: NetworkConfig, file: str) -> dict[str, TensorRef]:
+def _network_refs(
+    state: dict[str, Any], network: Network, file: str
+) -> dict[str, tuple[str, TensorRef]]:
+    """Of each tensor of the network by its name here: its name in the file, and where it is."""
     refs = {}
     shapes = network_shapes(network)
+    names = {name: name for name in shapes}
+    if isinstance(network, Unet1dConfig):
+        names = unet.names(network)
+        shapes = {theirs: shapes[ours] for theirs, ours in names.items()}
     for name, ref in state.items():
         prefix, _, rest = name.partition(".")
         if prefix != "model" or rest in (*_BUFFERS, "_dummy_variable"):
@@ -336,7 +364,7 @@ def _network_refs(state: dict[str, Any], network: NetworkConfig, file: str) -> d
                 f"{describe(ref)}; save the weights as plain dense tensors"
             )
     check_tensors(refs, shapes, f"{file}: state dict, model")
-    return refs
+    return {names[theirs]: (theirs, ref) for theirs, ref in refs.items()}
 
 
 def _check_masks(checkpoint: TorchFile, state: dict[str, Any], network: NetworkConfig) -> None:
@@ -363,12 +391,12 @@ def _check_masks(checkpoint: TorchFile, state: dict[str, Any], network: NetworkC
 
 
 def _read_normalizer(
-    checkpoint: TorchFile, state: dict[str, Any], network: NetworkConfig, policy: str
+    checkpoint: TorchFile, state: dict[str, Any], network: Network, policy: str
 ) -> dict[str, Any]:
     dims = {"obs": network.obs_dim, "action": network.action_dim}
     result: dict[str, Any] = {}
     for key, dim in dims.items():
-        if key == "obs" and policy == _HYBRID:  # normalised before the encoder
+        if key == "obs" and policy not in _LOWDIM:  # normalised before the encoder
             result[key] = {"scale": [1.0] * dim, "offset": [0.0] * dim}
             continue
         result[key] = {}

@@ -209,16 +209,6 @@ def _convolution(name: str, out_dim: int, in_dim: int, kernel: int) -> Shapes:
     return _layer(f"{name}.block.0", out_dim, in_dim, kernel) | _layer(f"{name}.block.1", out_dim)
 
 
-def lerobot_name(name: str) -> str:
-    """The name of a tensor of Diffusion Policy's ``ConditionalUnet1D`` here.
-
-    It differs in the convolutions of a block and those that change the length.
-    """
-    for theirs, ours in ((".blocks.0.", ".conv1."), (".blocks.1.", ".conv2.")):
-        name = name.replace(theirs, ours)
-    return name.replace(".2.conv.", ".2.")
-
-
 def describe(network: Unet1dConfig) -> str:
     """Its size in a few words."""
     return f"UNet of widths {', '.join(map(str, network.down_dims))}"
