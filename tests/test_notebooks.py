@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,9 @@ def test_a_notebook_runs(name: str) -> None:
         if "image/png" in output.get("data", {})
     ]
     assert len(pictures) >= 3
+    if name.startswith("lerobot"):  # which it times where it is installed
+        said = "".join(
+            output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+        )
+        installed = importlib.util.find_spec("lerobot") is not None
+        assert ("LeRobot is not installed here" in said) != installed
