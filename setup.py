@@ -5,6 +5,7 @@ Switches (environment variables, "1" is on):
                  LD_PRELOAD="$(gcc -print-file-name=libasan.so)" with ASAN_OPTIONS=detect_leaks=0
   TSAD_DEBUG     no optimisation, assertions, debug information
   TSAD_WERROR    warnings are errors
+  TSAD_CUDA      the CUDA backend's library as well: needs nvcc (cuda/build.py)
 """
 
 import os
@@ -70,6 +71,9 @@ class ParallelBuildExt(build_ext):
             scope = runpy.run_path(str(Path(__file__).parent / "tsad" / "scope.py"))["scope"]
             raise SystemExit(f"system: expected Linux, got {sys.platform} ({scope('systems')})")
         super().run()
+        if switched_on("TSAD_CUDA"):
+            build = runpy.run_path(str(Path(__file__).parent / "cuda" / "build.py"))["build"]
+            build(Path(self.get_ext_fullpath("tsad._core")).parent / "_cuda.so")
 
     def build_extension(self, ext):
         compile_all = self.compiler.compile

@@ -81,6 +81,7 @@ typedef struct tsad_backend {
 /* Best first; NULL-terminated. */
 extern const tsad_backend *const tsad_backends[];
 const tsad_backend *tsad_backend_find(const char *name);
+const tsad_backend *tsad_backend_plugged(void); /* plugin.c; NULL: none */
 
 #ifdef __cplusplus
 }

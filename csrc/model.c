@@ -16,7 +16,9 @@ const tsad_backend *tsad_backend_find(const char *name)
             return tsad_backends[i];
         }
     }
-    return NULL;
+    const tsad_backend *plugged = tsad_backend_plugged();
+    return !any && plugged && strcmp(name, plugged->name) == 0 && plugged->usable() ? plugged
+                                                                                    : NULL;
 }
 
 int tsad_backend_names(const char **names, int capacity)

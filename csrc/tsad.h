@@ -174,6 +174,10 @@ tsad_model_info tsad_model_get_info(const tsad_model *model);
 /* Backends compiled in and usable on this CPU, best first; returns the count. */
 int tsad_backend_names(const char **names, int capacity);
 
+/* One more backend, asked for by its name alone. `plugin` is the function that a library of ours
+ * exports (plugin.h). *device: what it runs on; *absent: why it can't here, NULL: it can. */
+tsad_status tsad_backend_attach(void *plugin, const char **device, const char **absent);
+
 /* ---- policy ----------------------------------------------------------------------------- */
 
 enum { TSAD_ENCODE, TSAD_PRUNE, TSAD_PLAN_STAGE, TSAD_DENOISE, TSAD_TOTAL, TSAD_N_TIMERS };

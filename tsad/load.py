@@ -23,6 +23,7 @@ from tsad.checkpoint import (
     read_folder,
 )
 from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
+from tsad.device import check_device
 from tsad.families import Network
 from tsad.families.dit import DitConfig
 from tsad.families.unet1d import Unet1dConfig
@@ -69,8 +70,9 @@ def load(
     (``use_ema: False``); ``weights="ema"`` or ``"raw"`` says which. What should be known of the
     file is said as a warning.
 
-    ``lanes`` environments are stepped together. ``device`` is ``"cpu"``. ``precision`` ``"auto"``
-    is float32 on a CPU; ``"int16"`` keeps the large matrices in 16 bits and rounds the activations
+    ``lanes`` environments are stepped together. ``device`` is ``"cpu"``, or ``"cuda"`` where this
+    build has that backend and there is a GPU (``tsad info`` says). ``precision`` ``"auto"``
+    is float32; ``"int16"`` keeps the large matrices in 16 bits and rounds the activations
     that meet them: faster, and ``stats["error_bound"]`` says what it costs; ``"int8"`` keeps the
     weights of large matrices in 8 bits: half the bytes again, for networks larger than the caches,
     and a loss that you should measure on your policy. ``threads`` defaults to
@@ -94,7 +96,7 @@ def load(
     options = {name: value for name, value in locals().items() if name != "source"}
     lanes = _integer("lanes", lanes, 1, 2**20)
     threads = default_threads(threads, lanes)
-    _check_device(device)
+    device = check_device(device)
     if precision not in PRECISIONS:
         raise ValueError(
             f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}; "
@@ -122,14 +124,15 @@ def load(
     if setting.warm_start is not None:
         tail(table, setting.warm_start)  # refuses what does not fit, before weights are packed
     precision = setting.precision or "float32"
-    model = make_model(config, tensors, pruner, table, precision=precision)
+    backend = None if device == "cpu" else device
+    model = make_model(config, tensors, pruner, table, backend=backend, precision=precision)
     policy = policies.SparsePolicy(
         model,
         config=config,
         sampler=table,
         lanes=lanes,
         threads=threads,
-        device="cpu",
+        device=device,
         precision=precision,
         warm_start=setting.warm_start,
     )
@@ -141,7 +144,7 @@ def load(
         except ValueError as error:
             raise ValueError(f"preset: {preset!r} does not fit this policy: {error}") from error
     place = str(source) if source in bundled() else os.path.abspath(source)
-    policy._loaded = place, {**options, "device": "cpu"}
+    policy._loaded = place, {**options, "device": device}
     return policy
 
 
@@ -180,7 +183,8 @@ def make_model(
 ) -> _core.Model:
     """The core's immutable model of checked tensors; it packs them into memory of its own.
 
-    ``backend`` pins the instruction set, one of ``_core.backends()``; ``None`` is the best one.
+    ``backend`` pins the instruction set, one of ``_core.backends()``, or is ``"cuda"``; ``None`` is
+    the best one of the CPU.
     ``precision``: ``"float32"``, ``"int16"`` or ``"int8"``.
     """
     from tsad import _core
@@ -351,15 +355,6 @@ def _with_notes(path: Path, converted: Converted) -> tuple[PolicyConfig, Tensors
     for note in converted.notes:
         warnings.warn(f"{path}: {note}", stacklevel=4)
     return converted.config, converted.tensors, None
-
-
-def _check_device(device: Any) -> None:
-    name = str(device)  # a torch.device too
-    if name == "cpu":
-        return
-    raise ValueError(
-        f'device: expected "cpu", got {name!r}; leave the argument out ({scope("devices")})'
-    )
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

@@ -30,7 +30,10 @@ SCOPE = {
     "precisions": Row(
         "float32, int16, int8 (large matrices in 16 bits, their weights in 8)", "float16, bfloat16"
     ),
-    "devices": Row("CPU: AVX-512, AVX2, NEON or plain C", "CUDA and other GPUs"),
+    "devices": Row(
+        "CPU: AVX-512, AVX2, NEON or plain C",
+        "CUDA (written, tested in emulation, never run on a GPU), others",
+    ),
     "systems": Row("Linux on x86-64; on ARM64 tested in emulation", "macOS, Windows"),
     "Python": Row("3.10 to 3.13 with NumPy 1.26 or newer", "PyPy, builds without the GIL"),
 }

@@ -165,6 +165,8 @@ PyObject *edge_side_by_side(edge_policy *self, PyObject *obs, int n_rows, bool b
                             PyObject **like);
 PyObject *edge_policy_side_by_side(PyObject *self, PyObject *args);
 
+PyObject *edge_load_backend(PyObject *module, PyObject *path); /* plugin.c */
+
 PyObject *edge_policy_call(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *edge_policy_predict_noise(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *edge_policy_pruner_scores(PyObject *self, PyObject *obs);

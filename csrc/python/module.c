@@ -168,6 +168,11 @@ static PyObject *backends(PyObject *module, PyObject *unused)
     return list;
 }
 
+PyDoc_STRVAR(load_doc,
+             "_load_backend($module, path, /)\n--\n\n"
+             "Loads the library of one more backend, for Model(backend=...): (the name of its\n"
+             "device, why it can't be used here or None). ImportError says what is wrong with it.");
+
 PyDoc_STRVAR(borrow_doc,
              "_borrow($module, array, /)\n--\n\n"
              "For tests: what the core would see of an array: a dict of ptr, shape, dtype,\n"
@@ -241,6 +246,7 @@ static PyMethodDef methods[] = {
     {"_plan_fault", (PyCFunction)(void (*)(void))plan_fault, METH_VARARGS | METH_KEYWORDS,
      plan_fault_doc},
     {"backends", backends, METH_NOARGS, backends_doc},
+    {"_load_backend", edge_load_backend, METH_O, load_doc},
     {"_borrow", borrow, METH_O, borrow_doc},
     {"_copy", copy, METH_VARARGS, copy_doc},
     {"_hand", hand, METH_VARARGS, hand_doc},

@@ -65,7 +65,7 @@ def build_facts() -> dict[str, Any]:
     import numpy
 
     import tsad
-    from tsad import _core
+    from tsad import _core, device
     from tsad.load import usable_cpus
     from tsad.presets import home
 
@@ -74,6 +74,7 @@ def build_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "backends": list(_core.backends()),
+        "cuda": device.cuda().words(),
         "extension": str(_core.__file__),
         "cpu": cpu_name(),
         "cpu_features": _cpu_features(),

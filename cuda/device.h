@@ -1,0 +1,44 @@
+/* device.h: the few things that this backend asks of a GPU's runtime; device.cu answers them, with
+ * CUDA or with its stand-in for tests (emulate/). No CUDA header is needed to include this one, so
+ * the backend itself is C.
+ */
+#pragma once
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#include "base.h"
+
+/* A stream: copies and launches in order, none of them waited for but by tsad_stream_wait. */
+typedef struct tsad_stream tsad_stream;
+
+/* What a stream was asked for since it was made. */
+typedef struct tsad_stream_counts {
+    int64_t launches, uploads, downloads, uploaded_bytes, downloaded_bytes;
+} tsad_stream_counts;
+
+const char *tsad_device_absent(void); /* why there is no device to run on; NULL: there is one */
+const char *tsad_device_name(void);   /* "" without one */
+
+tsad_status tsad_device_allocate(size_t bytes, void **out);
+void tsad_device_free(void *memory); /* NULL is fine */
+/* Memory of the host that copies can be made from while the host goes on. */
+tsad_status tsad_pinned_allocate(size_t bytes, void **out);
+void tsad_pinned_free(void *memory);
+/* Nothing may be written to these bytes of a device's memory: the stand-in looks. */
+void tsad_device_guard(void *from, size_t bytes);
+
+tsad_status tsad_stream_make(tsad_stream **out);
+void tsad_stream_free(tsad_stream *stream);
+/* `from` of an upload and `to` of a download must stay until the next wait. */
+void tsad_upload(tsad_stream *stream, void *to, const void *from, size_t bytes);
+void tsad_download(tsad_stream *stream, void *to, const void *from, size_t bytes);
+void tsad_zero(tsad_stream *stream, void *at, size_t bytes);
+/* Waits for all that was asked for, and says what of it failed. */
+tsad_status tsad_stream_wait(tsad_stream *stream);
+tsad_stream_counts tsad_stream_get_counts(const tsad_stream *stream);
+
+#ifdef __cplusplus
+}
+#endif

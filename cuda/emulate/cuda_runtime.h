@@ -1,0 +1,94 @@
+/* cuda_runtime.h: what stands in for CUDA where there is no GPU: the backend's .cu files, compiled
+ * as C++ for the host, find this header in the place of CUDA's.
+ *
+ * A kernel's blocks run one after the other in random order, each thread of a block as a fiber: up
+ * to a barrier or a shuffle in random order again. A stream's copies and launches wait until
+ * somebody waits for the stream, and between two waits nobody can touch the device's memory.
+ * Memory that nobody wrote is full of NaN, so is a block's shared memory, and the bytes after an
+ * array are looked at after every launch. TSAD_EMULATE_SEED (0) chooses the order.
+ *
+ * Not shown: the hardware's memory model, bank conflicts, alignment, speed.
+ */
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+
+#include <functional>
+
+#define TSAD_EMULATE 1
+
+#define __device__
+#define __host__
+#define __global__ static
+#define __launch_bounds__(threads)
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+/* ---- the runtime ------------------------------------------------------------------------- */
+
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorLaunchFailure = 719
+};
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum { cudaStreamNonBlocking = 1 };
+struct cudaDeviceProp {
+    char name[256];
+};
+typedef struct emulated_stream *cudaStream_t;
+
+cudaError_t cudaGetDeviceCount(int *count);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device);
+cudaError_t cudaGetLastError();
+const char *cudaGetErrorString(cudaError_t error);
+cudaError_t cudaMalloc(void **out, size_t bytes);
+cudaError_t cudaFree(void *memory);
+cudaError_t cudaMallocHost(void **out, size_t bytes);
+cudaError_t cudaFreeHost(void *memory);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stream);
+
+namespace emulate
+{
+
+cudaError_t launch(std::function<void()> thread, dim3 grid, dim3 block, size_t shared,
+                   cudaStream_t stream);
+float warp_read(float value, unsigned lane); /* what thread `lane` of the warp gave */
+void *shared(int line, size_t bytes);
+float *dynamic();
+
+} // namespace emulate
+
+template <typename Arguments>
+cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void **arguments,
+                             size_t shared, cudaStream_t stream)
+{
+    Arguments copy = *static_cast<Arguments *>(arguments[0]);
+    return emulate::launch([kernel, copy] { kernel(copy); }, grid, block, shared, stream);
+}
+
+/* ---- in a kernel ------------------------------------------------------------------------- */
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+#define TSAD_SHARED(type, name, count)                                                             \
+    type *name = static_cast<type *>(emulate::shared(__LINE__, sizeof(type) * (size_t)(count)))
+#define TSAD_DYNAMIC(name) float *name = emulate::dynamic()
+
+void __syncthreads();
+
+static inline float __shfl_xor_sync(unsigned, float value, int lanes)
+{
+    unsigned own = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+    return emulate::warp_read(value, (own % 32) ^ (unsigned)lanes);
+}

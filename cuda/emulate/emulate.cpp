@@ -1,0 +1,559 @@
+/* emulate.cpp: see cuda_runtime.h. */
+#include "cuda_runtime.h"
+
+#include "../device.h"
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define LEAVE(fiber, to)                                                                           \
+    __sanitizer_start_switch_fiber(&(fiber)->fake, (to)->stack, (to)->stack_bytes)
+#define ARRIVE(fiber, from)                                                                        \
+    __sanitizer_finish_switch_fiber((fiber)->fake, &(from)->stack, &(from)->stack_bytes)
+#else
+#define LEAVE(fiber, to) ((void)0)
+#define ARRIVE(fiber, from) ((void)0)
+#endif
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace
+{
+
+constexpr size_t PAGE = 4096, STACK = 64 * 1024, GUARD = 64;
+constexpr int POISON = 0xff; /* four of these bytes are a NaN */
+constexpr unsigned WARP = 32;
+
+uint64_t next_random()
+{
+    static uint64_t state = [] {
+        const char *seed = getenv("TSAD_EMULATE_SEED");
+        return 0x9e3779b97f4a7c15u * (1 + strtoull(seed ? seed : "0", nullptr, 10));
+    }();
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return state;
+}
+
+bool is_poisoned(const char *at, size_t bytes)
+{
+    static const std::vector<char> poison(PAGE, (char)POISON);
+    for (; bytes > PAGE; at += PAGE, bytes -= PAGE) {
+        if (memcmp(at, poison.data(), PAGE) != 0) {
+            return false;
+        }
+    }
+    return memcmp(at, poison.data(), bytes) == 0;
+}
+
+/* ---- a block ----------------------------------------------------------------------------- */
+
+enum class State { fresh, ready, at_barrier, at_shuffle, done };
+
+#ifdef __x86_64__
+/* What a call keeps is on the fiber's stack, so where that ends is all there is to remember.
+ * swapcontext asks the system for the signal mask twice: most of a test's time. */
+struct Context {
+    void *stack_end = nullptr;
+};
+
+extern "C" void tsad_emulate_switch(Context *from, Context *to);
+asm(R"(
+    .text
+    .type tsad_emulate_switch, @function
+tsad_emulate_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq (%rsi), %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size tsad_emulate_switch, .-tsad_emulate_switch
+)");
+
+void begin_context(Context *context, char *stack, size_t bytes, void (*entry)())
+{
+    uintptr_t end = ((uintptr_t)stack + bytes) / 16 * 16;
+    void **top = (void **)end - 8; /* six registers, where to return to, and nowhere from there */
+    memset(top, 0, 8 * sizeof *top);
+    top[6] = (void *)entry;
+    context->stack_end = top;
+}
+#else
+struct Context {
+    ucontext_t context;
+};
+
+void tsad_emulate_switch(Context *from, Context *to) { swapcontext(&from->context, &to->context); }
+
+void begin_context(Context *context, char *stack, size_t bytes, void (*entry)())
+{
+    getcontext(&context->context);
+    context->context.uc_stack.ss_sp = stack;
+    context->context.uc_stack.ss_size = bytes;
+    makecontext(&context->context, entry, 0);
+}
+#endif
+
+struct Fiber {
+    Context context;
+    void *fake = nullptr; /* the address sanitizer's */
+    const void *stack = nullptr;
+    size_t stack_bytes = 0;
+};
+
+struct Thread {
+    State state = State::fresh;
+    Fiber *fiber = nullptr;
+    unsigned shuffles = 0; /* whose values are in the warp's two rooms in turn */
+};
+
+/* All of a block while it runs; one at a time in the process. */
+struct Block {
+    const std::function<void()> *body;
+    dim3 shape;
+    std::vector<Thread> threads;
+    std::vector<unsigned> runnable; /* in any order */
+    std::vector<Fiber *> idle;
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    std::vector<std::unique_ptr<char[]>> stacks;
+    std::vector<float> values; /* (2, threads) given to shuffles */
+    std::map<int, std::pair<std::unique_ptr<char[]>, size_t>> shared;
+    std::unique_ptr<char[]> dynamic;
+    size_t dynamic_bytes = 0;
+    Fiber scheduler, *current_fiber = nullptr, *last_fiber = nullptr;
+    unsigned current = 0, left = 0;
+    const char *fault = nullptr;
+};
+
+Block block;
+
+void switch_to(Fiber *to)
+{
+    Fiber *from = block.current_fiber;
+    block.current_fiber = to;
+    block.last_fiber = from;
+    LEAVE(from, to);
+    tsad_emulate_switch(&from->context, &to->context);
+    ARRIVE(from, block.last_fiber);
+}
+
+void place_thread(unsigned i)
+{
+    dim3 s = block.shape;
+    block.current = i;
+    threadIdx = dim3(i % s.x, i / s.x % s.y, i / (s.x * s.y));
+}
+
+void fiber_main();
+
+void add_fiber()
+{
+    block.fibers.push_back(std::make_unique<Fiber>());
+    block.stacks.push_back(std::make_unique<char[]>(STACK));
+    Fiber &fiber = *block.fibers.back();
+    fiber.stack = block.stacks.back().get();
+    fiber.stack_bytes = STACK;
+    begin_context(&fiber.context, block.stacks.back().get(), STACK, fiber_main);
+    block.idle.push_back(&fiber);
+}
+
+Fiber *idle_fiber()
+{
+    if (block.idle.empty()) {
+        add_fiber();
+    }
+    Fiber *fiber = block.idle.back();
+    block.idle.pop_back();
+    return fiber;
+}
+
+/* all who wait where the last one has come */
+void release(unsigned from, unsigned to, State state)
+{
+    for (unsigned i = from; i < to; i++) {
+        if (block.threads[i].state != state) {
+            return;
+        }
+    }
+    for (unsigned i = from; i < to; i++) {
+        block.threads[i].state = State::ready;
+        block.runnable.push_back(i);
+    }
+}
+
+/* The next thread, any that can run; -1: there is none. */
+int choose()
+{
+    if (block.runnable.empty() || block.fault) {
+        return -1;
+    }
+    size_t at = next_random() % block.runnable.size();
+    unsigned i = block.runnable[at];
+    block.runnable[at] = block.runnable.back();
+    block.runnable.pop_back();
+    return (int)i;
+}
+
+void run_fresh(unsigned i)
+{
+    place_thread(i);
+    block.threads[i].fiber = block.current_fiber;
+    block.threads[i].state = State::ready;
+    (*block.body)();
+    block.threads[i].state = State::done;
+    block.left--;
+}
+
+void fiber_main()
+{
+    ARRIVE(block.current_fiber, block.last_fiber);
+    for (;;) { /* new threads one after the other, until one that waits is to go on */
+        int i = choose();
+        if (i >= 0 && block.threads[(unsigned)i].state == State::fresh) {
+            run_fresh((unsigned)i);
+            continue;
+        }
+        block.idle.push_back(block.current_fiber);
+        switch_to(i < 0 ? &block.scheduler : block.threads[(unsigned)i].fiber);
+    }
+}
+
+/* the current thread waits */
+void pause()
+{
+    unsigned own = block.current;
+    int i = choose();
+    if (i == (int)own) {
+        return;
+    }
+    if (i < 0) {
+        switch_to(&block.scheduler);
+    } else if (block.threads[(unsigned)i].state == State::fresh) {
+        block.runnable.push_back((unsigned)i); /* a fiber that is free chooses anew */
+        switch_to(idle_fiber());
+    } else {
+        switch_to(block.threads[(unsigned)i].fiber);
+    }
+    place_thread(own);
+}
+
+const char *check_shared()
+{
+    for (const auto &entry : block.shared) {
+        if (!is_poisoned(entry.second.first.get() + entry.second.second, GUARD)) {
+            return "a write past the end of shared memory";
+        }
+    }
+    if (!is_poisoned(block.dynamic.get() + block.dynamic_bytes, GUARD)) {
+        return "a write past the end of dynamic shared memory";
+    }
+    return nullptr;
+}
+
+/* why it failed; NULL: it did not */
+const char *run_block(const std::function<void()> &body, dim3 shape, size_t shared)
+{
+    unsigned n = shape.x * shape.y * shape.z;
+    block.body = &body;
+    block.shape = shape;
+    block.threads.assign(n, Thread());
+    block.values.assign(2 * (size_t)n, 0);
+    block.runnable.resize(n);
+    for (unsigned i = 0; i < n; i++) {
+        block.runnable[i] = i;
+    }
+    for (auto &entry : block.shared) {
+        memset(entry.second.first.get(), POISON, entry.second.second + GUARD);
+    }
+    block.dynamic_bytes = shared;
+    block.dynamic.reset(new char[shared + GUARD]);
+    memset(block.dynamic.get(), POISON, shared + GUARD);
+    block.left = n;
+    block.fault = nullptr;
+    block.current_fiber = &block.scheduler;
+    switch_to(idle_fiber());
+    if (block.fault || block.left > 0) {
+        /* threads that wait keep their fibers: these are not used again */
+        const char *fault = block.fault ? block.fault
+                                        : "threads wait at a barrier or a shuffle that others of "
+                                          "the block have left out";
+        block.idle.clear();
+        return fault;
+    }
+    return check_shared();
+}
+
+/* ---- memory ------------------------------------------------------------------------------ */
+
+/* mapped with a page before and after that nobody may touch; the rest is open while work is done */
+struct Allocation {
+    char *at;
+    size_t bytes;
+};
+
+std::recursive_mutex everything;
+std::vector<Allocation> allocations;
+std::vector<Allocation> guards; /* of arrays within them */
+char message[256] = "no error";
+
+size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+
+void protect(int access)
+{
+    for (const Allocation &a : allocations) {
+        mprotect(a.at, pages(a.bytes), access);
+    }
+}
+
+/* an array that was written beyond its end; NULL: none */
+const char *check_guards()
+{
+    for (const Allocation &g : guards) {
+        if (!is_poisoned(g.at, g.bytes)) {
+            memset(g.at, POISON, g.bytes);
+            return "a write past the end of an array";
+        }
+    }
+    return nullptr;
+}
+
+} // namespace
+
+/* ---- streams ------------------------------------------------------------------------------ */
+
+struct emulated_stream {
+    std::vector<std::function<const char *()>> queue;
+};
+
+namespace
+{
+
+void ask(cudaStream_t stream, std::function<const char *()> what)
+{
+    stream->queue.push_back(std::move(what));
+}
+
+cudaError_t drain(cudaStream_t stream)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    const char *fault = nullptr;
+    protect(PROT_READ | PROT_WRITE);
+    for (const auto &what : stream->queue) {
+        fault = what();
+        fault = fault ? fault : check_guards();
+        if (fault) {
+            break;
+        }
+    }
+    protect(PROT_NONE);
+    stream->queue.clear();
+    if (fault) {
+        snprintf(message, sizeof message, "emulated GPU: %s", fault);
+        return cudaErrorLaunchFailure;
+    }
+    return cudaSuccess;
+}
+
+} // namespace
+
+void tsad_device_guard(void *from, size_t bytes)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    guards.push_back({static_cast<char *>(from), bytes});
+}
+
+/* ---- the runtime ------------------------------------------------------------------------- */
+
+cudaError_t cudaGetDeviceCount(int *count)
+{
+    *count = 1;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int)
+{
+    snprintf(properties->name, sizeof properties->name, "no GPU: emulated on the CPU, for tests");
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+const char *cudaGetErrorString(cudaError_t error)
+{
+    return error == cudaErrorMemoryAllocation ? "out of memory" : message;
+}
+
+cudaError_t cudaMalloc(void **out, size_t bytes)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    size_t size = pages(bytes) + 2 * PAGE;
+    void *base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) {
+        return cudaErrorMemoryAllocation;
+    }
+    char *at = static_cast<char *>(base) + PAGE;
+    memset(at, POISON, pages(bytes));
+    mprotect(base, size, PROT_NONE);
+    allocations.push_back({at, bytes});
+    *out = at;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void *memory)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    char *at = static_cast<char *>(memory);
+    for (size_t i = 0; at && i < allocations.size(); i++) {
+        if (allocations[i].at == at) {
+            size_t size = pages(allocations[i].bytes);
+            guards.erase(
+                std::remove_if(guards.begin(), guards.end(),
+                               [&](const Allocation &g) { return g.at >= at && g.at < at + size; }),
+                guards.end());
+            munmap(at - PAGE, size + 2 * PAGE);
+            allocations.erase(allocations.begin() + (long)i);
+            return cudaSuccess;
+        }
+    }
+    return at ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+cudaError_t cudaMallocHost(void **out, size_t bytes)
+{
+    *out = malloc(bytes);
+    return *out ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+cudaError_t cudaFreeHost(void *memory)
+{
+    free(memory);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
+{
+    *out = new emulated_stream();
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream)
+{
+    delete stream;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return drain(stream); }
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t stream)
+{
+    ask(stream, [=]() -> const char * {
+        memcpy(to, from, bytes);
+        return nullptr;
+    });
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stream)
+{
+    ask(stream, [=]() -> const char * {
+        memset(at, value, bytes);
+        return nullptr;
+    });
+    return cudaSuccess;
+}
+
+/* ---- what kernels call -------------------------------------------------------------------- */
+
+cudaError_t emulate::launch(std::function<void()> thread, dim3 grid, dim3 shape, size_t shared,
+                            cudaStream_t stream)
+{
+    unsigned threads = shape.x * shape.y * shape.z, blocks = grid.x * grid.y * grid.z;
+    if (threads == 0 || threads > 1024 || blocks == 0 || grid.y > 65535 || grid.z > 65535 ||
+        shared > 48 * 1024) {
+        snprintf(message, sizeof message, "emulated GPU: a launch that no GPU takes");
+        return cudaErrorInvalidValue;
+    }
+    ask(stream, [=]() -> const char * {
+        std::vector<unsigned> order(blocks);
+        for (unsigned i = 0; i < blocks; i++) {
+            order[i] = i;
+            std::swap(order[i], order[next_random() % (i + 1)]);
+        }
+        block.shared.clear(); /* its keys are another kernel's */
+        gridDim = grid;
+        blockDim = shape;
+        for (unsigned i : order) {
+            blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y));
+            const char *fault = run_block(thread, shape, shared);
+            if (fault) {
+                return fault;
+            }
+        }
+        return nullptr;
+    });
+    return cudaSuccess;
+}
+
+void __syncthreads()
+{
+    block.threads[block.current].state = State::at_barrier;
+    release(0, (unsigned)block.threads.size(), State::at_barrier);
+    pause();
+}
+
+float emulate::warp_read(float value, unsigned lane)
+{
+    unsigned own = block.current, n = (unsigned)block.threads.size(), first = own / WARP * WARP;
+    unsigned end = std::min(first + WARP, n);
+    Thread &thread = block.threads[own];
+    size_t room = (size_t)(thread.shuffles++ % 2) * n;
+    block.values[room + own] = value;
+    thread.state = State::at_shuffle;
+    release(first, end, State::at_shuffle);
+    pause();
+    if (first + lane >= end) {
+        block.fault = "a shuffle from a thread that is not there";
+        return NAN;
+    }
+    return block.values[room + first + lane];
+}
+
+void *emulate::shared(int line, size_t bytes)
+{
+    auto &entry = block.shared[line];
+    if (!entry.first) {
+        entry.first.reset(new char[bytes + GUARD]);
+        entry.second = bytes;
+        memset(entry.first.get(), POISON, bytes + GUARD);
+    }
+    return entry.first.get();
+}
+
+float *emulate::dynamic() { return reinterpret_cast<float *>(block.dynamic.get()); }

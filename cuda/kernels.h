@@ -1,0 +1,151 @@
+/* kernels.h: what is launched on a device: one structure of arguments and one function a kernel.
+ * All pointers are a device's, all numbers float32, rows `ld` floats apart. Only the columns and
+ * rows that are named are read or written: what lies between is never initialised.
+ */
+#pragma once
+
+#include "device.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#include "net/net.h"
+
+/* n numbers of a row's terms: what depends on the step and what on the observation, added. */
+typedef struct tsad_term {
+    const float *step; /* NULL: there is no such term */
+    const float *lane; /* NULL: 0 */
+} tsad_term;
+
+/* Where a result goes: y = v; or, for a branch, slot = v and y += v * gate. */
+typedef struct tsad_delivery {
+    float *y;
+    int ld;
+    bool adds;
+    float *slot; /* of the same ld; NULL: none */
+    tsad_term gate;
+} tsad_delivery;
+
+/* y (rows, n_out) = activation(x W + bias) + table, where row r of x is the `taps` tokens from
+ * r * stride + first on, zero outside of x. Batches: the same with all pointers moved. */
+typedef struct tsad_product {
+    const float *x;
+    int ldx, tokens, channels;
+    int taps, first, stride;
+    const float *w;     /* (taps * channels, n_out) */
+    const float *bias;  /* NULL: 0 */
+    const float *table; /* (rows, n_out); NULL: 0 */
+    int rows, n_out;
+    int step; /* from column to column of y */
+    tsad_activation activation;
+    tsad_delivery to;
+    int batches;
+    size_t x_batch, w_batch, y_batch;
+} tsad_product;
+void tsad_launch_product(tsad_stream *stream, tsad_product p);
+
+/* y = (x - mean) / sqrt(variance + eps) over a row's channels, times scale, plus move */
+typedef struct tsad_layernorm {
+    const float *x;
+    int ldx, rows, channels;
+    float eps;
+    tsad_term scale, move;
+    float *y;
+    int ldy;
+} tsad_layernorm;
+void tsad_launch_layernorm(tsad_stream *stream, tsad_layernorm p);
+
+/* y = activation(GroupNorm(x) gain + shift) times scale, plus move */
+typedef struct tsad_groupnorm {
+    const float *x;
+    int ldx, rows, channels, groups;
+    const float *gain, *shift;
+    tsad_activation activation;
+    tsad_term scale, move;
+    tsad_delivery to;
+} tsad_groupnorm;
+void tsad_launch_groupnorm(tsad_stream *stream, tsad_groupnorm p);
+
+/* queries and keys turned by their positions, in place */
+typedef struct tsad_rotate {
+    float *qkv;
+    int ld, tokens, heads, head_dim;
+    const float *turns; /* (tokens, head_dim): cosines, sines */
+} tsad_rotate;
+void tsad_launch_rotate(tsad_stream *stream, tsad_rotate p);
+
+/* qkv rows: queries (already scaled) of all heads, keys, values; y (tokens, heads * head_dim) */
+typedef struct tsad_attention {
+    const float *qkv;
+    int ld, tokens, heads, head_dim;
+    bool causal;
+    float *y;
+    int ldy;
+} tsad_attention;
+void tsad_launch_attention(tsad_stream *stream, tsad_attention p);
+
+/* folded cross-attention of normalised x (rows, width): see tsad_fold */
+typedef struct tsad_cross_attention {
+    const float *x;
+    int ldx, rows, width, heads, n_memory;
+    const float *first, *rest; /* folded token 0, and from token 1 on, `floats` apart */
+    size_t floats, value, shift;
+    const float *bias;
+    bool causal; /* row i sees token s iff i >= s - 1 */
+    tsad_delivery to;
+} tsad_cross_attention;
+void tsad_launch_cross_attention(tsad_stream *stream, tsad_cross_attention p);
+
+/* y = sum of n sources in order, each times its count; or y += sum * gate */
+typedef struct tsad_addition {
+    const float *base;
+    const int64_t *offset; /* (n) floats from base; NULL: the one source is base */
+    const float *count;    /* (n) */
+    int n, rows, channels;
+    float *kept; /* the sum, for later; NULL: nowhere */
+    tsad_delivery to;
+} tsad_addition;
+void tsad_launch_addition(tsad_stream *stream, tsad_addition p);
+
+/* y row t = activation(x row t / repeat + table row t) */
+typedef struct tsad_copy {
+    const float *x;
+    int ldx, repeat, rows, channels;
+    const float *table; /* (rows, channels); NULL: 0 */
+    tsad_activation activation;
+    float *y;
+    int ldy;
+} tsad_copy;
+void tsad_launch_copy(tsad_stream *stream, tsad_copy p);
+
+/* the sampler's row: x0 = clip(a x + b e), x = c x0 + d x + f e + g x0_previous + h z */
+typedef struct tsad_update {
+    float coefficient[TSAD_SAMPLER_COLUMNS];
+    float *x;
+    const float *e;
+    float *previous;
+    bool first;     /* there is no previous x0 */
+    const float *z; /* (rows, channels); NULL: none */
+    int ld, rows, channels;
+} tsad_update;
+void tsad_launch_update(tsad_stream *stream, tsad_update p);
+
+/* y (blocks, hidden) = token + softmax over memory of the scores, times the values */
+typedef struct tsad_prune_query {
+    const float *token;                    /* (blocks, hidden) */
+    const float *score_first, *score_rest; /* token 0 (blocks, heads); from token 1 on, apart: */
+    const float *value_first, *value_rest; /* (heads, hidden) */
+    size_t score_floats, value_floats;
+    int blocks, hidden, heads, n_memory;
+    float *y;
+    int ldy;
+} tsad_prune_query;
+void tsad_launch_prune_query(tsad_stream *stream, tsad_prune_query p);
+
+/* floats that a block of threads can share */
+enum { TSAD_SHARED_FLOATS = 48 * 1024 / (int)sizeof(float) };
+
+#ifdef __cplusplus
+}
+#endif

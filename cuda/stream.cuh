@@ -1,0 +1,21 @@
+/* stream.cuh: a stream as the .cu files see it. */
+#pragma once
+
+#include "device.h"
+
+#include <cuda_runtime.h>
+
+struct tsad_stream {
+    cudaStream_t cuda;
+    cudaError_t failed; /* the first failure since the last wait */
+    const char *failed_in;
+    tsad_stream_counts counts;
+};
+
+static inline void tsad_stream_note(tsad_stream *stream, cudaError_t error, const char *what)
+{
+    if (error != cudaSuccess && stream->failed == cudaSuccess) {
+        stream->failed = error;
+        stream->failed_in = what;
+    }
+}

@@ -1,0 +1,31 @@
+"""The CUDA backend on a GPU that is emulated on the CPU (cuda/emulate/), for tests."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "cuda"
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+def builder() -> dict[str, Any]:
+    """The names of cuda/build.py."""
+    if not SOURCES.exists():
+        pytest.skip("needs the source tree")
+    return runpy.run_path(str(SOURCES / "build.py"))
+
+
+def build_emulated(out: Path, sources: Path = SOURCES) -> str:
+    """Builds the library; skips where there is no C++ compiler."""
+    build = builder()["build"]
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        pytest.skip("needs a C++ compiler")
+    build(out, sources, emulate=True, sanitize=SANITIZED)
+    return str(out)

@@ -1,0 +1,57 @@
+"""Where a policy runs: on the CPU, or on a GPU if the CUDA backend's library is there."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tsad.scope import scope
+
+CUDA_NAMES = ("cuda", "cuda:0")
+
+
+class Cuda(NamedTuple):
+    """The CUDA backend here: its library, its device's name, and why it is not offered."""
+
+    library: str | None
+    name: str
+    absent: str | None
+
+    def words(self) -> str:
+        """One line of it."""
+        return f"not offered: {self.absent}" if self.absent else f"offered: {self.name}"
+
+
+def cuda() -> Cuda:
+    """What of CUDA is here. ``TSAD_CUDA_LIBRARY`` names another library than the build's own."""
+    named = os.environ.get("TSAD_CUDA_LIBRARY", "")
+    library = Path(named) if named else Path(__file__).parent / "_cuda.so"
+    if not named and not library.exists():
+        return Cuda(None, "", "this build has none; build with TSAD_CUDA=1 (docs/gpu.md)")
+    return _load(str(library))
+
+
+@functools.cache
+def _load(library: str) -> Cuda:
+    from tsad import _core
+
+    try:
+        return Cuda(library, *_core._load_backend(library))
+    except ImportError as error:
+        return Cuda(library, "", str(error))
+
+
+def check_device(device: Any) -> str:
+    """``"cpu"`` or ``"cuda"``; ``ValueError`` says why it is neither, or is not offered here."""
+    name = str(device)  # a torch.device too
+    if name == "cpu":
+        return name
+    absent = cuda().absent if name in CUDA_NAMES else None
+    if name in CUDA_NAMES and absent is None:
+        return "cuda"
+    why = f", which is not offered: {absent}" if absent else ""
+    raise ValueError(
+        f'device: expected "cpu", got {name!r}{why}; leave the argument out ({scope("devices")})'
+    )
