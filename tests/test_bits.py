@@ -96,6 +96,7 @@ def digests(backend: str, threads: int) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("backend", _core.backends())
 def test_bits_are_those_recorded(backend: str, threads: int) -> None:

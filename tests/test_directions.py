@@ -106,6 +106,7 @@ def record(folder: Path, first: int, settings: dict[str, Any]) -> None:
         save_episode(folder, seed, obs, np.zeros((4, 8, 2), np.float32))
 
 
+@pytest.mark.slow
 def test_the_table(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(directions, "LEAST_EPISODES", 2)
     facts = {

@@ -143,6 +143,7 @@ def test_rows_of_zeros_are_zero_and_rows_too_large_are_seen(backend: str) -> Non
         engine.predict_noise(sample, 0, obs)
 
 
+@pytest.mark.slow
 def test_the_bundled_policy_in_16_bits() -> None:
     exact, rounded = (tsad.load("pusht", precision=p, lanes=2) for p in ("auto", "int16"))
     assert (exact.precision, rounded.precision) == ("float32", "int16")

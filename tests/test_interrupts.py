@@ -65,6 +65,7 @@ def full(policy: Any, rows: int) -> Any:
     return np.full((rows, policy.n_obs_steps, policy.obs_dim), 256, np.float32)
 
 
+@pytest.mark.slow
 def test_a_call_of_a_hundred_lanes(bundled: Any) -> None:
     rows = np.arange(4)
     few, noise = full(bundled, 4), noises(bundled, 0, 4)
@@ -76,6 +77,7 @@ def test_a_call_of_a_hundred_lanes(bundled: Any) -> None:
     np.testing.assert_array_equal(bundled(few, noise=noise, lanes=rows), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_lanes_that_were_not_called_go_on(threads: int) -> None:
     """Lanes with earlier rollouts, all but one interrupted; a twin that never heard of it."""
@@ -117,6 +119,7 @@ def test_predicted_noise(backend: str) -> None:
     policy.predict_noise(sample[:3], 5, obs[:3])
 
 
+@pytest.mark.slow
 def test_a_warm_start(bundled: Any) -> None:
     policy = tsad.load("pusht", lanes=100, warm_start=50)
     twin = tsad.load("pusht", lanes=100, warm_start=50)
@@ -155,6 +158,7 @@ def test_a_handlers_own_exception_keeps_its_type(bundled: Any) -> None:
         assert "start anew" in caught.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_a_handler_that_returns_changes_nothing() -> None:
     """It runs within the call: the policy is busy for it, another policy is not."""
     policy, other = (make_policy("pusht", lanes=n, steps=100) for n in (16, 1))
@@ -175,6 +179,7 @@ def test_a_handler_that_returns_changes_nothing() -> None:
     assert state(policy)[0] == state(twin)[0]
 
 
+@pytest.mark.slow
 def test_a_call_in_another_thread_is_not_interrupted() -> None:
     policy = make_policy("pusht", lanes=16, steps=100)
     twin = copy.copy(policy)
