@@ -29,6 +29,7 @@ COMMANDS = [
     "convert",
     "generate",
     "train-policy",
+    "train-pruner",
 ]
 
 

@@ -208,6 +208,7 @@ LINES = {
     "convert": ["convert", "nothing.ckpt", "o"],
     "generate": ["generate", "--out", "o.npz"],
     "train_policy": ["train-policy", "nothing.npz", "--out", "o"],
+    "train_pruner": ["train-pruner", "pusht", "--data", "nothing.npz", "--out", "o"],
 }
 PROGRAM = [sys.executable, "-m", "tsad"]
 SCRIPT = "import sys; sys.argv[0] = 'tsad'; from tsad.cli import main; sys.exit(main())"

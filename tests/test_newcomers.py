@@ -42,6 +42,10 @@ USES = {
         "DATA --init POLICY --out OUT --steps 1 --device cpu",
         "DATA --keypoints KEYPOINTS --out OUT --steps 1 --device cpu",
     ],
+    "train-pruner": [
+        "POLICY --data RECORDED --out OUT --steps 1 --device cpu --chunks 1",
+        "POLICY --data RECORDED --effects EFFECTS --out OUT --steps 1 --device cpu",
+    ],
 }
 READ = ("FILE", "DIR", "SRC", "POLICY", "PLAN", "CHECKPOINT", "DATA")  # metavars of what is read
 WRITTEN = {"out", "png"}

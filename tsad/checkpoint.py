@@ -95,10 +95,12 @@ def write_folder(
     tensors: Mapping[str, NDArray[Any]],
     pruner: Mapping[str, NDArray[Any]] | None = None,
     dtype: str = "float16",
+    pruner_dtype: str | None = None,
 ) -> PolicyConfig:
     """Writes a tsad folder that ``read_folder`` accepts, replacing one that is there.
 
-    ``dtype`` of the numbers on disk is ``"float16"`` or ``"float32"``. Nothing is written unless
+    ``dtype`` of the numbers on disk is ``"float16"`` or ``"float32"``, ``pruner_dtype`` that of the
+    pruner's (default: the same). Nothing is written unless
     configuration and tensors fit and there is room; ``config.json`` is replaced last.
     Returns the configuration as written, whose ``provenance["sha256"]`` maps file to hash.
     """
@@ -115,7 +117,8 @@ def write_folder(
     contents = {}
     for name, (values, shapes) in files.items():
         check_tensors(values, shapes, name)
-        contents[name] = safetensors_bytes(values, dtype, file=name)
+        number = pruner_dtype or dtype if name == PRUNER_FILE else dtype
+        contents[name] = safetensors_bytes(values, number, file=name)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     config = replace(config, provenance=config.provenance | {"sha256": hashes})
     contents[CONFIG_FILE] = format_json(config.to_dict()).encode()

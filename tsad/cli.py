@@ -38,6 +38,7 @@ COMMANDS = (
     "convert",
     "generate",
     "train_policy",
+    "train_pruner",
 )
 
 DESCRIPTION = """\
@@ -52,6 +53,7 @@ examples:
   tsad eval pusht --seeds 50 --sparsity 0.9       score it in the simulator
   tsad collect pusht --out recorded               rollouts to calibrate and search plans on
   tsad plan --help                                static plans: measure, make, search, import
+  tsad train-pruner --help                        plans made anew for every observation
   tsad tune pusht --out tuned                     the fastest settings that lose nothing
   tsad convert policy.ckpt policy/                a Diffusion Policy checkpoint to a tsad folder
   tsad COMMAND --help                             options and examples of one command

@@ -187,7 +187,7 @@ def _check_out(args: argparse.Namespace) -> None:
         output_file(args.out, overwrite=args.overwrite)
 
 
-def _facts(policy: SparsePolicy, source: str) -> dict[str, Any]:
+def policy_facts(policy: SparsePolicy, source: str) -> dict[str, Any]:
     """What effects and plans must share with a policy."""
     return {
         "files_sha256": files_sha256(source),
@@ -196,7 +196,8 @@ def _facts(policy: SparsePolicy, source: str) -> dict[str, Any]:
     }
 
 
-def _check_facts(name: str, path: str, found: Any, wanted: dict[str, Any]) -> None:
+def check_facts(name: str, path: str, found: Any, wanted: dict[str, Any]) -> None:
+    """UsageError if a file is of another policy or sampler."""
     from tsad.sim.results import differences
 
     changed = differences({key: found.get(key) for key in wanted}, wanted)
@@ -207,26 +208,24 @@ def _check_facts(name: str, path: str, found: Any, wanted: dict[str, Any]) -> No
         )
 
 
-def _recorded(args: argparse.Namespace, policy: SparsePolicy) -> list[Recorded]:
+def recorded(args: argparse.Namespace, policy: SparsePolicy) -> list[Recorded]:
+    """The episodes of --data."""
     from tsad.sim.observations import read_observations
 
     with argument("--data"):
         settings, episodes = read_observations(args.data, policy)
     if settings:  # of arrays nobody knows who saw them
-        _check_facts("--data", args.data, settings, {"files_sha256": files_sha256(args.source)})
+        check_facts("--data", args.data, settings, {"files_sha256": files_sha256(args.source)})
     return episodes
 
 
-def _read_effects(args: argparse.Namespace, policy: SparsePolicy) -> Effects:
+def read_effects(args: argparse.Namespace, policy: SparsePolicy) -> Effects:
+    """What --effects names."""
     from tsad.planners import Effects
 
-    if args.effects is None:
-        raise UsageError(
-            f"argument --effects: the method {args.method!r} needs a file of 'tsad plan measure'"
-        )
     with argument("--effects"):
         effects = Effects.load(args.effects)
-    _check_facts("--effects", args.effects, effects.metadata, _facts(policy, args.source))
+    check_facts("--effects", args.effects, effects.metadata, policy_facts(policy, args.source))
     return effects
 
 
@@ -291,7 +290,7 @@ def _measure(args: argparse.Namespace) -> int:
     from tsad.training import sensitivity
 
     policy = load_policy(args.source, args, name="POLICY", lanes=1)
-    episodes = _recorded(args, policy)
+    episodes = recorded(args, policy)
     if args.threads:
         torch.set_num_threads(args.threads)
     length = 8
@@ -303,7 +302,7 @@ def _measure(args: argparse.Namespace) -> int:
     config, tensors, _ = read_policy(args.source)
     twin = sensitivity.Twin(config, tensors, make_sampler(policy.config["scheduler"]))
     total = sum(len(episode.obs[part]) for episode, part in chosen)
-    facts = {**_facts(policy, args.source), "seeds": names_of([e for e, _ in chosen])}
+    facts = {**policy_facts(policy, args.source), "seeds": names_of([e for e, _ in chosen])}
     with Progress(total, "effects", unit="chunks") as progress:
         effects = sensitivity.measure(
             twin,
@@ -347,7 +346,12 @@ def _make(args: argparse.Namespace) -> int:
         scores = np.random.default_rng(args.seed).random(shape)
         planner = planners.Scores(scores, name=f"random cells, seed {args.seed}")
     else:
-        effects = _read_effects(args, policy)
+        if args.effects is None:
+            raise UsageError(
+                f"argument --effects: the method {args.method!r} needs a file of 'tsad plan "
+                "measure'"
+            )
+        effects = read_effects(args, policy)
         planner = _calibrated(args.method, effects, args.late)
     with argument("--sparsity", {**OPTIONS, "policy": f"METHOD: {args.method}"}):
         plan = planner(policy, args.sparsity)
@@ -397,12 +401,12 @@ def _search(args: argparse.Namespace) -> int:
         )
     if args.draws is not None and args.draws < 2:
         raise UsageError("argument --draws: got 1, expected 2 or more: scatter is compared")
-    episodes = _recorded(args, probe)
+    episodes = recorded(args, probe)
     chosen = pick(episodes, args.chunks, 1, args.seed)
     error, shown = _objective(args, chosen)
     with argument("--start"):
         start = starts[0] if len(starts) == 1 else min(starts, key=error)
-        note = {**_facts(probe, args.source), "seeds": names_of([e for e, _ in chosen])}
+        note = {**policy_facts(probe, args.source), "seeds": names_of([e for e, _ in chosen])}
         note |= {} if args.against is None else {"against": args.against}
         note |= {} if args.draws is None else {"draws": args.draws}
         search = Search(error.policy, start, error, sparsity=asked, seed=args.seed, note=note)

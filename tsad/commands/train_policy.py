@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import shlex
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad._extras import require
-from tsad.commands.common import (
-    Formatter,
-    InterruptedRunError,
-    UsageError,
-    argument,
-    integer,
-    natural,
-    positive_int,
-    real,
+from tsad.commands.common import Formatter, argument, natural, positive_int
+from tsad.commands.training import (
+    BUDGET_OPTIONS,
+    Options,
+    add_settings,
+    budget_text,
+    check_new,
+    fit,
+    given,
+    load_resumed,
+    named,
+    number,
+    resumed_settings,
+    steps,
 )
-from tsad.commands.progress import Progress
-from tsad.files import output_folder
 from tsad.load import policy_folder
 from tsad.presets import stale_note
 
 if TYPE_CHECKING:
-    from tsad.training.train import Report, Settings, Trainer
+    from tsad.training.train import Settings, Trainer
 
 DESCRIPTION = """\
 Train a diffusion transformer on low-dimensional demonstrations; DIR becomes a tsad folder.
@@ -52,12 +53,9 @@ examples:
   tsad eval pusht --policy policy                                  then see what it is good for"""
 
 
-_number, _steps = real(lambda value: True, "a number"), integer(1, 10**9)
-
 # option, type, help; the defaults are those of tsad.training.train.Settings
-SETTINGS: tuple[tuple[str, Any, str], ...] = (
-    ("minutes", real(lambda t: 0 <= t < 1e6, "minutes, e.g. 120"), "train that long"),
-    ("steps", _steps, "train that many steps"),
+SETTINGS: Options = (
+    *BUDGET_OPTIONS,
     ("horizon", positive_int, "actions predicted at once (default: 16)"),
     ("n-obs-steps", positive_int, "observations seen (default: 2)"),
     ("n-action-steps", positive_int, "actions executed of those predicted (default: 8)"),
@@ -66,18 +64,19 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("n-emb", positive_int, "width (default: 256)"),
     ("num-train-timesteps", positive_int, "noise levels (default: 100)"),
     ("batch", positive_int, "windows per step (default: 64)"),
-    ("lr", _number, "learning rate (default: 5e-4)"),
-    ("weight-decay", _number, "of matrices (default: 0.01)"),
+    ("lr", number, "learning rate (default: 5e-4)"),
+    ("weight-decay", number, "of matrices (default: 0.01)"),
     ("warmup", natural, "steps in which the rate rises (default: 500)"),
-    ("decay", _number, "share of the training in which the rate falls to 0 (default: 0.5)"),
-    ("ema", _number, "largest decay of the averaged weights (default: 0.9995)"),
-    ("dropout", _number, "rate (default: 0)"),
-    ("snr-power", _number, "p of the loss weight SNR^-p: 0 noise, 1 actions (default: 0.5)"),
+    ("decay", number, "share of the training in which the rate falls to 0 (default: 0.5)"),
+    ("ema", number, "largest decay of the averaged weights (default: 0.9995)"),
+    ("dropout", number, "rate (default: 0)"),
+    ("snr-power", number, "p of the loss weight SNR^-p: 0 noise, 1 actions (default: 0.5)"),
     ("val-episodes", natural, "held out: the last ones of the first file (default: 6)"),
     ("seed", natural, "of weights, order and noise (default: 0)"),
     ("init", str, "start from the weights and normaliser of this tsad folder"),
 )
-BUDGET = ("minutes", "steps")
+CHOICES = ("prediction-type", "shares", "coverage", "precision", "count-padding")
+NAMES = (*(name for name, _, _ in SETTINGS), *CHOICES)
 
 
 def _band(text: str) -> tuple[float, float]:
@@ -98,38 +97,21 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=Formatter,
     )
     parser.add_argument("data", metavar="DATA", nargs="+", help="demonstrations")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the tsad folder to make")
-    parser.add_argument("--resume", action="store_true", help="go on with the training in DIR")
     parser.add_argument("--keypoints", metavar="FILE", help="JSON, for 'state' (default: Push-T's)")
     parser.add_argument("--licence", default="", metavar="TEXT", help="of the data, for the card")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    parser.add_argument("--threads", type=positive_int, metavar="T", help="of torch on the CPU")
-    parser.add_argument(
-        "--report-every",
-        type=_steps,
-        default=250,
-        metavar="N",
-        help="measure the errors every N steps (default: 250)",
-    )
     parser.add_argument(
         "--keep-every",
-        type=_steps,
+        type=steps,
         metavar="N",
         help="keep the policy of every N steps in DIR/step-..., to score them",
     )
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    group = parser.add_argument_group("settings", argument_default=argparse.SUPPRESS)
-    for name, kind, text in SETTINGS:
-        metavar = (
-            "DIR" if name == "init" else "N" if kind in (positive_int, _steps, natural) else "X"
-        )
-        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    group = add_settings(parser, SETTINGS, report_every=250)
     group.add_argument(
         "--prediction-type", choices=("epsilon", "sample"), help="predict noise or actions"
     )
     group.add_argument(
         "--shares",
-        type=_number,
+        type=number,
         nargs="+",
         metavar="X",
         help="share of each DATA in training (default: by size)",
@@ -183,9 +165,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The settings on the command line."""
-    names = [name.replace("-", "_") for name, _, _ in SETTINGS]
-    names += ["prediction_type", "shares", "coverage", "precision", "count_padding"]
-    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    values = given(args, NAMES)
     for name in ("shares", "coverage"):
         if name in values:
             values[name] = tuple(values[name])
@@ -194,19 +174,8 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-@contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """Errors of the training inside name the option; those that no option is at fault for, DATA."""
-    options = {name.replace("-", "_"): f"--{name}" for name, _, _ in SETTINGS}
-    options |= {name: f"--{name}" for name in ("shares", "coverage", "precision", "device")}
-    options |= {"minutes, steps": "--minutes, --steps", "validation episodes": "--val-episodes"}
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        text = str(error).removeprefix("settings: ").removeprefix("network.")
-        name, _, rest = text.partition(": ")
-        where, text = (options[name], rest) if name in options else ("DATA", text)
-        raise UsageError(f"argument {where}: {text}") from error
+def _named() -> AbstractContextManager[None]:
+    return named(NAMES, "DATA", **{"validation episodes": "--val-episodes"})
 
 
 def _make(args: argparse.Namespace, settings: Settings) -> Trainer:
@@ -241,13 +210,7 @@ def _make(args: argparse.Namespace, settings: Settings) -> Trainer:
 def _fresh(args: argparse.Namespace) -> Trainer:
     from tsad.training.train import Settings
 
-    with argument("--out"):
-        out = output_folder(args.out)
-    if out.exists() and (any(out.iterdir())):
-        raise UsageError(
-            f"argument --out: {args.out!r} exists and isn't empty; choose another folder, or go on "
-            "with the training in it by --resume"
-        )
+    check_new(args.out)
     with _named():
         settings = Settings(**_given(args))
     return _make(args, settings)
@@ -256,22 +219,13 @@ def _fresh(args: argparse.Namespace) -> Trainer:
 def _resumed(args: argparse.Namespace) -> Trainer:
     from dataclasses import replace
 
-    from tsad.training.running import load_state
     from tsad.training.train import Settings
 
+    state = load_resumed(args.out)
     with argument("--resume"):
-        state = load_state(args.out)
         settings = Settings.from_dict(state["settings"])
-    given = _given(args)
-    for name, value in given.items():
-        if name not in BUDGET and value != getattr(settings, name):
-            option = "--" + name.replace("_", "-")
-            raise UsageError(
-                f"argument {option}: got {value}, but the training in {args.out} has "
-                f"{getattr(settings, name)}; leave it out, or begin anew in another folder"
-            )
+    budget = resumed_settings(args.out, settings, _given(args))
     with _named():
-        budget = {name: given[name] for name in BUDGET if name in given}
         settings = replace(settings, **budget)
         trainer = _make(args, settings)
         trainer.restore(state)
@@ -281,44 +235,15 @@ def _resumed(args: argparse.Namespace) -> Trainer:
 def _plan(trainer: Trainer, begun: str) -> str:
     episodes = sum(len(source.ends) for source in trainer.sources)
     numbers = sum(p.numel() for p in trainer.net.parameters())
-    s = trainer.settings
-    budget = [f"{s.minutes:g} minutes"] if s.minutes else []
-    budget += [f"{s.steps} steps"] if s.steps else []
     return (
         f"{episodes} episodes, {len(trainer.data.edges)} windows, {numbers:,} parameters, "
-        f"{trainer.device}; {' or '.join(budget)}, {begun}\n"
+        f"{trainer.device}; {budget_text(trainer.settings)}, {begun}\n"
         "x0 error: of the clean actions, in their own units, from little noise to much"
     )
 
 
 def _fit(trainer: Trainer, args: argparse.Namespace) -> Any:
-    from tsad.training.train import InterruptedTrainingError
-
-    done = round(1000 * trainer.fraction)
-    with Progress(1000, "train", unit="parts", done=done) as progress:
-        note = ""
-
-        def on_step(trainer: Trainer) -> None:
-            parts = min(1000, round(1000 * trainer.fraction)) - progress.done
-            if parts > 0:
-                progress.update(note, parts)
-
-        def on_report(report: Report) -> None:
-            nonlocal note
-            note = f"step {report.step}, {report.text()}"
-
-        try:
-            return trainer.fit(
-                report_every=args.report_every,
-                keep_every=args.keep_every,
-                on_step=on_step,
-                on_report=on_report,
-            )
-        except InterruptedTrainingError:
-            command = ["tsad", "train-policy", *args.data, "--out", args.out, "--resume"]
-            command += ["--keypoints", args.keypoints] if args.keypoints else []
-            command += ["--licence", args.licence] if args.licence else []
-            raise InterruptedRunError(
-                f"saved at step {trainer.step}, {trainer.fraction:.0%} of the training; "
-                f"go on with: {shlex.join(command)}"
-            ) from None
+    command = ["tsad", "train-policy", *args.data, "--out", args.out, "--resume"]
+    command += ["--keypoints", args.keypoints] if args.keypoints else []
+    command += ["--licence", args.licence] if args.licence else []
+    return fit(trainer, args, command, keep_every=args.keep_every)

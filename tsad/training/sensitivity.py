@@ -172,17 +172,46 @@ def gradients(twin: Twin, window: Window, directions: Sequence[Tensor]) -> Gradi
     )
 
 
-def _own(values: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one block, sums over chunks and directions: pair (K, K), segment (K, K + 1), skip (K)."""
+def _changes(values: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one block, what the actions change by if step k takes its value of step i < k.
+
+    (P, C, i, k), and if it adds nothing, (P, C, k).
+    """
     v, g = values.transpose(0, 1), slopes.transpose(1, 2)  # (C, K, D), (P, C, K, D)
     products = g @ v.transpose(1, 2)  # (P, C, step k, step i of the value)
     right = products.diagonal(dim1=2, dim2=3)
-    change = (products - right[..., None]).transpose(2, 3)  # (P, C, i, k)
-    K = change.shape[2]
-    later = torch.triu(change, 1)
+    return torch.triu((products - right[..., None]).transpose(2, 3), 1), right
+
+
+def _own(values: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one block, sums over chunks and directions: pair (K, K), segment (K, K + 1), skip (K)."""
+    later, right = _changes(values, slopes)
+    K = later.shape[2]
     segment = torch.zeros(K, K + 1, dtype=values.dtype)
     segment[:, 1:] = (torch.cumsum(later, 3) ** 2).sum((0, 1))
     return (later**2).sum((0, 1)), torch.triu(segment, 1), (right**2).sum((0, 1))
+
+
+def chunk_segments(twin: Twin, window: Window, directions: Sequence[Tensor]) -> NDArray[np.float32]:
+    """`Effects.segment` of each chunk of a window by itself, (C, B, K, K + 1)."""
+    found = gradients(twin, window, directions)
+    numbers = float(twin.executed(1).sum())
+    tables = []
+    for values, slopes in zip(found.values, found.slopes, strict=True):
+        later, _ = _changes(values, slopes)
+        tables.append(((torch.cumsum(later, 3) ** 2).mean(0) / numbers).numpy())
+    table = np.stack(tables, 1).astype(np.float32)
+    return np.triu(np.pad(table, ((0, 0), (0, 0), (0, 0), (1, 0))), 1)
+    return np.triu(table, 1)
+
+
+def random_signs(twin: Twin, rows: int, count: int, generator: torch.Generator) -> list[Tensor]:
+    """Directions to project the executed actions on: independent signs, 0 where not executed."""
+    executed = twin.executed(rows)
+    return [
+        (torch.randint(0, 2, executed.shape, generator=generator) * 2 - 1).to(twin.dtype) * executed
+        for _ in range(count)
+    ]
 
 
 def _kinds(types: Sequence[str], values: list[Tensor], slopes: list[Tensor]) -> Tensor:
@@ -255,12 +284,8 @@ def measure(
 
     for window in windows:
         C = len(window.obs)
-        executed = twin.executed(C)
-        signs = [
-            (torch.randint(0, 2, executed.shape, generator=generator) * 2 - 1).to(twin.dtype)
-            for _ in range(projections)
-        ]
-        found = gradients(twin, window, [sign * executed for sign in signs])
+        signs = random_signs(twin, C, projections, generator)
+        found = gradients(twin, window, signs)
         blocks = list(zip(found.values, found.slopes, strict=True))
         own = [_own(*block) for block in blocks]
         add("pair", torch.stack([pair for pair, _, _ in own]))

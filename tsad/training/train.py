@@ -9,10 +9,8 @@ don't count unless ``count_padding``.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsad.checkpoint import read_folder, write_folder
 from tsad.config import NetworkConfig, NormalizerConfig, PolicyConfig, SchedulerConfig, block_costs
-from tsad.files import Lock, make_folder, write_atomically
+from tsad.files import write_atomically
 from tsad.training.card import model_card
 from tsad.training.data import (
     DataError,
@@ -36,19 +34,23 @@ from tsad.training.data import (
     windows,
 )
 from tsad.training.network import TransformerForDiffusion, from_config
-from tsad.training.running import STATE_FILE, STATE_VERSION, Clock, caught_signals, save_state
+from tsad.training.running import InterruptedTrainingError as InterruptedTrainingError
+from tsad.training.running import (
+    Training,
+    budget_checks,
+    check_settings,
+    find_device,
+    hardware,
+    learning_rate,
+    move_average,
+)
 
-CURVE_FILE = "curve.jsonl"
 CARD_FILE = "README.md"
 NOISE_BINS = 5
 PRECISIONS = ("auto", "float32", "bfloat16")
 _PROBE_WINDOWS = 512
 _MIN_WEIGHT, _MAX_WEIGHT = 0.02, 8.0
 _EMA_POWER = 0.75
-
-
-class InterruptedTrainingError(Exception):
-    """Training was stopped by a signal; its state is saved."""
 
 
 @dataclass(frozen=True)
@@ -82,27 +84,14 @@ class Settings:
     init: str = ""
 
     def __post_init__(self) -> None:
-        if self.minutes is None and self.steps is None:
-            raise ValueError("minutes, steps: expected one of them, got none; e.g. 60 minutes")
-        checks: dict[str, tuple[bool, str]] = {
-            "batch": (self.batch >= 1, "at least 1"),
-            "lr": (0 < self.lr < 1, "a number in (0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < 10, "a number from 0"),
-            "warmup": (self.warmup >= 0, "at least 0"),
-            "decay": (0 <= self.decay <= 1, "a share of the training, 0 to 1"),
-            "ema": (0 <= self.ema < 1, "a number in [0, 1)"),
+        checks = budget_checks(self) | {
             "dropout": (0 <= self.dropout < 1, "a number in [0, 1)"),
-            "val_episodes": (self.val_episodes >= 0, "at least 0"),
-            "minutes": (self.minutes is None or self.minutes > 0, "above 0"),
-            "steps": (self.steps is None or self.steps >= 1, "at least 1"),
             "shares": (all(s > 0 for s in self.shares), "numbers above 0"),
             "coverage": (all(0 <= a < b <= 1 for a, b in self.coverage), "pairs 0 <= a < b <= 1"),
             "precision": (self.precision in PRECISIONS, " or ".join(PRECISIONS)),
             "prediction_type": (self.prediction_type in ("epsilon", "sample"), "epsilon or sample"),
         }
-        for name, (good, expected) in checks.items():
-            if not good:
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        check_settings(self, checks)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Settings:
@@ -121,14 +110,6 @@ class Settings:
             prediction_type=self.prediction_type,
             num_inference_steps=self.num_train_timesteps,
         )
-
-
-def learning_rate(settings: Settings, step: int, fraction: float) -> float:
-    """Rate of a step, from 0, at ``fraction`` of the budget: warm-up, hold, linear decay to 0."""
-    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    left = max(0.0, 1.0 - fraction)
-    fall = min(1.0, left / settings.decay) if settings.decay else float(left > 0)
-    return settings.lr * warm * fall
 
 
 def signal_shares(scheduler: SchedulerConfig) -> Tensor:
@@ -227,7 +208,7 @@ class Report:
         return f"loss {self.train_loss:.4g}, held out {self.val_loss:.4g}, x0 error {errors}"
 
 
-class Trainer:
+class Trainer(Training[Report]):
     """A training in a folder: network, average, optimiser, random state, clock; saved as one."""
 
     def __init__(
@@ -241,7 +222,7 @@ class Trainer:
         compile: bool = True,
         licence: str = "",
     ) -> None:
-        self.out = Path(out)
+        super().__init__(out, settings)
         self.settings = settings
         self.licence = licence
         self.sources = [
@@ -250,17 +231,7 @@ class Trainer:
         ]
         self.paths = [str(path) for path in data]
         self._check_sources()
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        try:
-            self.device = torch.device(name)
-            if device != "auto":
-                torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            why = str(error).partition("\n")[0]
-            raise ValueError(
-                f"device: got {device!r}, which torch {torch.__version__} can't use here ({why}); "
-                "expected one that it can; auto takes the GPU if there is one, else the CPU"
-            ) from error
+        self.device = find_device(device)
         fast = "bfloat16" if self.device.type == "cuda" else "float32"
         self.precision = fast if settings.precision == "auto" else settings.precision
         torch.manual_seed(settings.seed)
@@ -270,8 +241,6 @@ class Trainer:
         self.random = torch.Generator().manual_seed(settings.seed)
         self.signal = signal_shares(settings.scheduler()).to(self.device)
         self.weights = step_weights(self.signal.cpu(), settings).to(self.device)
-        self.step, self.seconds, self.average_loss = 0, 0.0, math.nan
-        self.curve: list[Report] = []
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self.compiled = self.device.type == "cuda" and compile
         self._forward: Callable[..., Tensor] = (
@@ -341,14 +310,6 @@ class Trainer:
         every = replace(self.settings, coverage=())
         self.probe = build([probe], (), every, normalizer, self.device)
 
-    @property
-    def fraction(self) -> float:
-        """Share of the budget that is used."""
-        s = self.settings
-        by_step = self.step / s.steps if s.steps else 0.0
-        by_clock = self.seconds / (60 * s.minutes) if s.minutes else 0.0
-        return max(by_step, by_clock)
-
     def _batch(self) -> Tensor:
         """Windows of the next batch: a pure function of the step, so that resuming is simple."""
         n, batch = len(self.data.edges), self.settings.batch
@@ -409,19 +370,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.step += 1
+        value = self.note_loss(loss)
         keep = min(s.ema, 1 - (1 + self.step) ** -_EMA_POWER)
-        with torch.no_grad():
-            average: list[Tensor] = list(self.ema.parameters())
-            torch._foreach_lerp_(average, list(self.net.parameters()), 1 - keep)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise RuntimeError(
-                f"the loss is {value} at step {self.step}; lower lr (now {s.lr:g}) and go on from "
-                f"the last saved state in {self.out}"
-            )
-        first = math.isnan(self.average_loss)
-        self.average_loss = value if first else 0.99 * self.average_loss + 0.01 * value
+        move_average(self.ema.parameters(), self.net.parameters(), keep)
         return value
 
     @torch.no_grad()
@@ -453,51 +404,9 @@ class Trainer:
         rate = learning_rate(s, self.step, self.fraction)
         return Report(self.step, round(self.seconds, 1), rate, self.average_loss, loss, rms)
 
-    def fit(
-        self,
-        *,
-        report_every: int = 250,
-        save_every: int = 1000,
-        keep_every: int | None = None,
-        on_step: Callable[[Trainer], None] | None = None,
-        on_report: Callable[[Report], None] | None = None,
-    ) -> PolicyConfig:
-        """Train until the budget is used, then write the folder.
-
-        Every ``keep_every`` steps the averaged weights go to a tsad folder of their own in
-        ``out``, so that a simulator can tell which are best. After SIGINT or SIGTERM the state is
-        saved and ``InterruptedTrainingError`` raised.
-        """
-        with Lock(make_folder(self.out) / STATE_FILE):
-            with caught_signals() as received:
-                clock = Clock()
-                while self.fraction < 1:
-                    self.train_step()
-                    self.seconds += clock.lap()
-                    if on_step:
-                        on_step(self)
-                    if self.step % report_every == 0 or self.fraction >= 1:
-                        self._report(on_report)
-                    if keep_every and self.step % keep_every == 0 and self.fraction < 1:
-                        self.write(self.out / f"step-{self.step:06d}")
-                    if self.step % save_every == 0 or self.fraction >= 1 or received:
-                        self.save()
-                    if received:
-                        raise InterruptedTrainingError
-            return self.write()
-
-    def _report(self, on_report: Callable[[Report], None] | None) -> None:
-        report = self.evaluate()
-        self.curve.append(report)
-        lines = "".join(json.dumps(asdict(r)) + "\n" for r in self.curve)
-        write_atomically(self.out / CURVE_FILE, lines.encode())
-        if on_report:
-            on_report(report)
-
     def state(self) -> dict[str, Any]:
         """Everything that a training goes on from."""
-        return {
-            "version": STATE_VERSION,
+        return self.progress_state() | {
             "settings": asdict(self.settings),
             "data": [s.sha256 for s in self.sources],
             "net": self.net.state_dict(),
@@ -505,15 +414,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "random": self.random.get_state(),
             "torch_random": torch.get_rng_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "average_loss": self.average_loss,
-            "curve": [asdict(r) for r in self.curve],
         }
-
-    def save(self) -> None:
-        """Write the state, whole or not at all."""
-        save_state(self.out / STATE_FILE, self.state())
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of the same settings (budget aside) and data."""
@@ -529,9 +430,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.random.set_state(state["random"])
         torch.set_rng_state(state["torch_random"])
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
-        self.average_loss = float(state["average_loss"])
-        self.curve = [Report(**r) for r in state["curve"]]
+        self.restore_progress(state, Report)
 
     def write(self, folder: Path | None = None) -> PolicyConfig:
         """Write the tsad folder (default: ``out``): averaged weights, configuration, card."""
@@ -577,13 +476,6 @@ def thin(curve: Sequence[Report], most: int = 25) -> list[Report]:
         return list(curve)
     picked = np.unique(np.linspace(0, len(curve) - 1, most).round().astype(int))
     return [curve[i] for i in picked]
-
-
-def hardware(device: torch.device) -> str:
-    """What it was trained on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} thread(s)"
 
 
 def _optimizer(net: TransformerForDiffusion, settings: Settings) -> torch.optim.AdamW:

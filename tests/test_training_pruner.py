@@ -1,0 +1,361 @@
+"""`tsad train-pruner`: a pruner that foresees what computing each cell gains."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import config as case_config
+from cases import random_tensors
+from command_line import run
+
+import tsad
+from tsad.checkpoint import read_folder, write_folder
+from tsad.config import PolicyConfig
+from tsad.load import read_policy
+
+torch = pytest.importorskip("torch")
+
+from tsad.reference import ReferencePolicy  # noqa: E402
+from tsad.sim.recording import Recorded  # noqa: E402
+from tsad.training import pruner, sensitivity  # noqa: E402
+from tsad.training.pruner import PrunerSettings, PrunerTrainer  # noqa: E402
+from tsad.training.running import InterruptedTrainingError, load_state  # noqa: E402
+
+STEPS, CHUNKS, HIDDEN = 6, 6, 16
+SETTINGS = PrunerSettings(
+    hidden=HIDDEN, sparsity=0.6, chunks=24, projections=1, batch=8, lr=1e-2, warmup=5, ema=0.9,
+    val_episodes=1, steps=20,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def any_width(monkeypatch):
+    """A pruner for a network of a few thousand numbers can't be small beside it."""
+    monkeypatch.setattr(pruner, "MOST", 0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    case = case_config(
+        "tiny", prediction_type="sample", clip_sample=False, num_inference_steps=STEPS
+    )
+    path: Path = tmp_path_factory.mktemp("policy") / "tiny"
+    tensors = random_tensors(case["network"], 0)
+    write_folder(path, PolicyConfig.from_dict(case), tensors, dtype="float32")
+    return path
+
+
+def episodes(count: int = 4) -> list[Recorded]:
+    rng = np.random.default_rng(0)
+    return [
+        Recorded(n, rng.standard_normal((CHUNKS, 3, 6)).astype(np.float32)) for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: Any) -> Path:
+    path: Path = tmp_path_factory.mktemp("data") / "obs.npz"
+    found = episodes()
+    ends = CHUNKS * np.arange(1, len(found) + 1)
+    np.savez(path, obs=np.concatenate([e.obs for e in found]), episode_ends=ends)
+    return path
+
+
+def make(folder: Path, out: Path, settings: PrunerSettings = SETTINGS) -> PrunerTrainer:
+    config, tensors, _ = read_folder(folder)
+    whole = [(episode, slice(0, CHUNKS)) for episode in episodes()]
+    policy = tsad.load(folder)
+    facts = {"num_inference_steps": STEPS}
+    return PrunerTrainer(
+        (config, tensors), policy, whole[:3], whole[3:], out, settings, facts=facts
+    )
+
+
+# What is learned from
+
+
+def test_segments_of_chunks_average_to_the_measured_effects(folder, tmp_path):
+    trainer = make(folder, tmp_path)
+    window = trainer._window(*trainer.windows[0])
+    effects = sensitivity.measure(trainer.twin, [window], projections=2, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    signs = sensitivity.random_signs(trainer.twin, CHUNKS, 2, generator)
+    each = sensitivity.chunk_segments(trainer.twin, window, signs)
+    assert each.std(0).max() > 0
+    np.testing.assert_allclose(each.mean(0), effects.segment, rtol=1e-4, atol=1e-9)
+
+
+def test_loss_is_least_where_the_score_is_the_logarithm_of_the_mean():
+    """Its gradient by hand, and its least value by float64 search."""
+    rng = np.random.default_rng(0)
+    gains = torch.from_numpy(rng.exponential(size=(5, 2, 3)))
+    lead = torch.from_numpy(rng.standard_normal((5, 2, 3))).requires_grad_()
+    pruner.gain_loss(lead, gains).backward()
+    by_hand = (np.exp(lead.detach().numpy()) - gains.numpy()) / 30
+    np.testing.assert_allclose(lead.grad.numpy(), by_hand, rtol=1e-12)
+    tries = torch.linspace(-2, 2, 4001, dtype=torch.float64)
+    losses = [float(pruner.gain_loss(x.expand_as(gains), gains)) for x in tries]
+    least = float(tries[int(np.argmin(losses))])
+    assert least == pytest.approx(np.log(gains.numpy().mean()), abs=1e-3)
+    assert pruner.gain_loss(torch.zeros(4), torch.ones(4)) == 0
+
+
+def test_it_begins_as_the_static_table(folder, tmp_path):
+    trainer = make(folder, tmp_path)
+    trainer.prepare()
+    tokens, gains = trainer.parts
+    assert tokens.shape == (18, 3, 16) and gains.shape == (18, STEPS, 6)
+    np.testing.assert_allclose(gains.mean(0)[1:], 1, rtol=1e-4)  # in units of the table's
+    lead = trainer._lead(trainer.ema, tokens).detach()
+    assert lead.shape == (18, STEPS - 1, 6) and float(lead.abs().max()) < 1e-2
+    trainer.probe = trainer.parts
+    assert trainer.evaluate().val_loss == pytest.approx(0, abs=0.01)
+    scores = trainer.order.scores
+    order = [np.argsort(-t, axis=None)[6:] for t in (scores, trainer.table.numpy())]
+    np.testing.assert_array_equal(*order)  # drawn together, in the same order
+
+
+def plant(trainer: PrunerTrainer) -> None:
+    """Gains that follow from the observation: five times as much where its first token is high."""
+    for name in ("parts", "probe"):
+        tokens, gains = getattr(trainer, name)
+        high = tokens[:, 0, 0] > trainer.parts[0][:, 0, 0].median()
+        factor = torch.where(high, 5 / 3, 1 / 3)[:, None, None]
+        setattr(trainer, name, (tokens, factor.expand_as(gains).contiguous()))
+
+
+def test_it_learns_what_the_observation_says_and_the_control_does_not(folder, tmp_path):
+    losses = {}
+    for static in (False, True):
+        settings = replace(SETTINGS, steps=150, static=static, weight_decay=0.0)
+        trainer = make(folder, tmp_path / str(static), settings)
+        trainer.prepare()
+        plant(trainer)
+        trainer.probe = trainer.parts
+        trainer.fit(report_every=150)
+        losses[static] = trainer.curve[-1].val_loss
+    known = -np.mean([f * np.log(f) for f in (5 / 3, 1 / 3)])  # the entropy of what was planted
+    assert losses[False] < 0.8 * known < 0
+    assert losses[True] == pytest.approx(0, abs=0.02)
+
+
+def test_only_what_sees_the_observation_is_trained(folder, tmp_path):
+    trainer = make(folder, tmp_path)
+    trainer.prepare()
+    before = {name: value.clone() for name, value in trainer.net.state_dict().items()}
+    for _ in range(5):
+        trainer.train_step()
+    after, n = trainer.net.state_dict(), trainer.fixed
+    assert n == 12
+    for name, part in (("0.weight", np.s_[:n]), ("0.bias", np.s_[:n]), ("2.weight", np.s_[:, :n])):
+        assert torch.equal(before[name][part], after[name][part])
+        assert not torch.equal(before[name], after[name])
+
+
+# What is written
+
+
+def test_a_trained_pruner_scores_in_the_engine_as_in_torch(folder, tmp_path):
+    trainer = make(folder, tmp_path / "out")
+    trainer.prepare()
+    plant(trainer)
+    trainer.fit()
+    config, tensors, weights = read_folder(tmp_path / "out")
+    assert config.pruner.type == "mlp" and config.pruner.hidden_dim == HIDDEN
+    for name, value in read_folder(folder)[1].items():
+        np.testing.assert_array_equal(tensors[name], value)
+    net = pruner.make_net(config, HIDDEN)
+    net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    policy = tsad.load(tmp_path / "out")
+    reference = ReferencePolicy(config.to_dict(), tensors, weights)
+    obs = episodes()[3].obs
+    rows = pruner.pruner_rows(trainer.times, trainer.memory.tokens(obs))
+    wanted = net(rows).detach().reshape(len(obs), STEPS, 6, 4)
+    for one, scores in zip(obs, wanted, strict=True):
+        flipped = policy._pruner_scores(one)[::-1]  # the engine's are in the order of the loop
+        np.testing.assert_allclose(flipped, scores, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(reference.prune(one), scores, rtol=1e-4, atol=1e-3)
+
+
+def test_its_own_choice_costs_what_was_asked_and_the_dial_what_is_said(folder, tmp_path):
+    trainer = make(folder, tmp_path / "out", replace(SETTINGS, steps=150))
+    trainer.prepare()
+    plant(trainer)
+    trainer.fit()
+    policy = tsad.load(tmp_path / "out")
+    assert policy.planner == "pruner"
+    costs: dict[Any, list[float]] = {}
+    for dial in (None, 0.6, 0.75):
+        policy.sparsity = dial
+        for episode in episodes()[:3]:
+            policy.reset(seed=0)
+            policy(episode.obs[0])  # the first chunk is dense
+            for obs in episode.obs:
+                policy(obs)
+                costs.setdefault(dial, []).append(policy.plan.sparsity)
+    assert np.mean(costs[None]) == pytest.approx(0.6, abs=0.03)
+    assert np.std(costs[None]) > 0.02  # it spends where it foresees more
+    for dial in (0.6, 0.75):
+        assert min(costs[dial]) >= dial and max(costs[dial]) < dial + 0.15
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("at", ["measuring", "training"])
+def test_resuming_equals_not_stopping_to_the_bit(folder, tmp_path, monkeypatch, at):
+    whole = make(folder, tmp_path / "whole")
+    whole.prepare()
+    whole.fit(report_every=4)
+    first = make(folder, tmp_path / "parts")
+    if at == "measuring":
+        ran: list[int] = []
+
+        def stop(done: int) -> None:
+            ran.append(done)
+            if len(ran) == 5:  # three windows of effects, then gains
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(InterruptedTrainingError):
+            first.prepare(stop)
+    else:
+        first.prepare()
+        for _ in range(7):
+            first.train_step()
+            if first.step == 4:
+                first._report(None)
+        first.save()
+    torch.manual_seed(99)
+    second = make(folder, tmp_path / "parts")
+    again: list[int] = []
+    second.prepare(again.append)
+    second.restore(load_state(tmp_path / "parts"))
+    second.fit(report_every=4)
+    assert second.step == whole.step == 20
+    assert [replace(r, seconds=0.0) for r in second.curve] == [
+        replace(r, seconds=0.0) for r in whole.curve
+    ]
+    files = [(tmp_path / d / "pruner.safetensors").read_bytes() for d in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+OPTIONS = (
+    "--steps 8 --hidden 16 --sparsity 0.6 --chunks 24 --projections 1 --batch 8 --val-episodes 1 "
+    "--device cpu --report-every 4"
+).split()
+
+
+def test_the_command_and_its_interruptions(folder, data, tmp_path, monkeypatch, capsys):
+    words = ["train-pruner", str(folder), "--data", str(data), "--out", str(tmp_path / "out")]
+    window, step = PrunerTrainer._window, PrunerTrainer.train_step
+    count = [0]
+
+    def interrupted(self, *args):
+        count[0] += 1
+        if count[0] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return window(self, *args)
+
+    monkeypatch.setattr(PrunerTrainer, "_window", interrupted)
+    code, _, err = run(capsys, *words, *OPTIONS)
+    assert code == 130 and "measured 30 of 42 chunks; go on with: tsad train-pruner" in err, err
+    assert not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(pruner, "MOST", 0.5)
+
+    def stopped(self):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(PrunerTrainer, "train_step", stopped)
+    command = re.split("go on with: tsad ", err)[1].split()
+    code, _, err = run(capsys, *command)
+    assert code == 130 and "saved at step 5" in err
+    monkeypatch.undo()
+    monkeypatch.setattr(pruner, "MOST", 0.5)
+    code, _, err = run(capsys, *command, "--lr", "0.5")
+    assert code == 2 and "argument --lr: got 0.5, but the training in" in err
+    code, out, err = run(capsys, *command, "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["steps"] == 8 and 0 < summary["share_of_dense_macs"] < 0.5
+    config, _, _ = read_folder(tmp_path / "out")
+    assert config.provenance["sha256"]["pruner.safetensors"] == summary["sha256"]
+    assert config.provenance["pruner"]["of"]["held_out"]
+    whole = [*words[:-1], str(tmp_path / "whole"), *OPTIONS]
+    assert run(capsys, *whole)[0] == 0
+    files = [(tmp_path / d / "pruner.safetensors").read_bytes() for d in ("out", "whole")]
+    assert files[0] == files[1]
+    code, _, err = run(capsys, *words, *OPTIONS)
+    assert code == 2 and "argument --out: " in err and "isn't empty" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--steps 5 --hidden 5000", "argument --hidden: got 5000, expected 1 to "),
+        ("--steps 5 --sparsity 0.99", "argument --sparsity: expected up to 0.833333"),
+        ("--steps 5 --sparsity 1", "argument --sparsity: expected a number in (0, 1), got 1.0"),
+        ("--steps 5 --lr 2", "argument --lr: expected a number in (0, 1)"),
+        ("", "argument --minutes, --steps: expected one of them"),
+        ("--steps 5 --val-episodes 4", "argument --val-episodes: got 4, expected 0 to 3"),
+        ("--steps 5 --effects nothing.npz", "argument --effects: "),
+        ("--steps 5 --device nowhere", "argument --device: got 'nowhere'"),
+        ("--resume", "argument --resume: "),
+    ],
+)
+def test_the_command_names_what_is_wrong(folder, data, tmp_path, capsys, words, message):
+    command = ["train-pruner", str(folder), "--data", str(data), "--out", str(tmp_path / "out")]
+    code, _, err = run(capsys, *command, *words.split())
+    assert code == 2 and message in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_data_and_other_trainings_are_not_resumed(folder, data, tmp_path, capsys):
+    words = ["train-pruner", str(folder), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert run(capsys, *words, *OPTIONS)[0] == 0
+    arrays = dict(np.load(data))
+    np.savez(tmp_path / "other.npz", obs=arrays["obs"] + 1, episode_ends=arrays["episode_ends"])
+    words[3] = str(tmp_path / "other.npz")
+    code, _, err = run(capsys, *words, "--resume")
+    assert code == 2 and "of another policy or other data; held_out: " in err, err
+    state = {"version": 1, "settings": {}, "data": []}
+    torch.save(state, tmp_path / "out" / "training.pt")
+    code, _, err = run(capsys, *words, "--resume")
+    assert code == 2 and "holds the training of a policy" in err, err
+
+
+def test_an_encoder_with_attention_is_refused(tmp_path, data, capsys):
+    case = case_config("tiny_encoder", num_inference_steps=STEPS)
+    tensors = random_tensors(case["network"], 0)
+    write_folder(tmp_path / "p", PolicyConfig.from_dict(case), tensors)
+    words = ["train-pruner", str(tmp_path / "p"), "--data", str(data), "--out"]
+    code, _, err = run(capsys, *words, str(tmp_path / "out"), "--steps", "5")
+    assert code == 2 and "argument POLICY: " in err and "n_cond_layers 0" in err, err
+
+
+def test_the_default_width_costs_at_most_a_five_hundredth(monkeypatch):
+    monkeypatch.undo()
+    config, _, _ = read_policy("pusht")
+    # by hand: two observation tokens of 256 once a chunk, 100 steps of 24 x 4 outputs
+    dense = 100 * 8 * (2672640 + 61440 + 5242880)
+    assert pruner.pruner_macs(config, 100, 256) == 256 * (2 * 256 + 100 * 96) < 0.002 * dense
+    assert pruner.pruner_macs(config, 100, pruner.most_hidden(config, 100)) <= 0.002 * dense
+    assert pruner.pruner_macs(config, 100, pruner.most_hidden(config, 100) + 1) > 0.002 * dense
