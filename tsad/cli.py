@@ -35,6 +35,7 @@ COMMANDS = (
     "bench",
     "show",
     "info",
+    "certify",
     "convert",
     "generate",
     "train_policy",
@@ -55,6 +56,7 @@ examples:
   tsad plan --help                                static plans: measure, make, search, import
   tsad train-pruner --help                        plans made anew for every observation
   tsad tune pusht --out tuned                     the fastest settings that lose nothing
+  tsad certify mine/ --out certificate            parity, times and losses for a model card
   tsad convert policy.ckpt policy/                a Diffusion Policy checkpoint to a tsad folder
   tsad COMMAND --help                             options and examples of one command
 

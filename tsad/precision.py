@@ -35,14 +35,19 @@ def made_up_observations(policy: SparsePolicy, n: int) -> NDArray[np.float32]:
     return raw.astype(np.float32)
 
 
+def affordable_chunks(policy: SparsePolicy) -> int:
+    """So many dense chunks take seconds of a core: 1 to `MOST_CHUNKS`."""
+    macs = float(policy.block_costs.sum()) * policy.model.n_steps
+    return int(np.clip(MOST_MACS / macs, 1, MOST_CHUNKS))
+
+
 def measured_bound(policy: SparsePolicy, exact: SparsePolicy) -> float:
     """How far a policy's actions may be from float64's, in normalised units, same noise.
 
     `MARGIN` times the largest difference from ``exact``, the same policy in float32, of dense
     chunks, all their steps, on `made_up_observations`; and what float32 itself may be off.
     """
-    macs = float(policy.block_costs.sum()) * policy.model.n_steps
-    n = int(np.clip(MOST_MACS / macs, 1, MOST_CHUNKS))
+    n = affordable_chunks(policy)
     shape = (policy.model.n_steps, 1, policy.horizon, policy.action_dim)
     scale = np.array(policy.config["normalizer"]["action"]["scale"], np.float64)
     largest = 0.0

@@ -130,15 +130,15 @@ class Clock:
         policy = self._load()
         policy.reset(seed=0)  # a plan that reads rollouts can't be set on another plan's
         self._setup(policy)
-        self.first.append(_call(policy, obs[0]))
-        _call(policy, obs[0])
+        self.first.append(milliseconds(policy, obs[0]))
+        milliseconds(policy, obs[0])
         begin = len(self.wall)
         tick = time.perf_counter() + period
         for row in obs:
             if period:
                 time.sleep(max(tick - time.perf_counter(), 0.0))
                 tick = max(tick, time.perf_counter()) + period
-            self.wall.append(_call(policy, row))
+            self.wall.append(milliseconds(policy, row))
             timings = policy.timings
             for stage in STAGES:
                 self.stages[stage].append(float(timings[stage]))
@@ -166,9 +166,10 @@ class Clock:
         }
 
 
-def _call(policy: SparsePolicy, obs: NDArray[np.float32]) -> float:
+def milliseconds(call: Callable[[NDArray[np.float32]], Any], obs: NDArray[np.float32]) -> float:
+    """How long one call takes."""
     begin = time.perf_counter()
-    policy(obs)
+    call(obs)
     return (time.perf_counter() - begin) * 1e3
 
 
@@ -177,7 +178,7 @@ def percentiles(values: list[float]) -> dict[str, float | None]:
     return {**{f"p{q}": percentile(values, q) for q in ENOUGH}, "max": max(values)}
 
 
-def _milliseconds(value: float) -> str:
+def _digits(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
@@ -189,12 +190,12 @@ def _report(document: dict[str, Any]) -> str:
     rows = [[f"ms, {' / '.join(shown)}", *(r["name"] for r in results)]]
 
     def three(values: dict[str, float]) -> str:
-        return " / ".join(_milliseconds(values[name]) for name in shown)
+        return " / ".join(_digits(values[name]) for name in shown)
 
     for stage in STAGES[:-1]:
         rows.append([stage, *(three(r["stages_ms"][stage]) for r in results)])
     rows.append(["chunk, as called", *(three(r["call_ms"]) for r in results)])
-    rows.append(["first after reset", *(_milliseconds(r["first_call_ms"]) for r in results)])
+    rows.append(["first after reset", *(_digits(r["first_call_ms"]) for r in results)])
     rows.append(["chunks/s", *(f"{r['chunks_per_second']:.1f}" for r in results)])
     rows.append(["actions/s", *(f"{r['actions_per_second']:.0f}" for r in results)])
     rows.append(["sparsity of cells", *(f"{r['cell_sparsity']:.1%}" for r in results)])

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from tsad._extras import MissingExtraError, package_versions
 from tsad.arrays import read_any_json
-from tsad.checkpoint import CONFIG_FILE, read_json
 from tsad.commands.parser import Formatter as Formatter
 from tsad.commands.parser import did_you_mean
-from tsad.config import SAMPLERS, TIMESTEP_SPACINGS, PolicyConfig
+from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
 from tsad.files import output_file, sha256
 from tsad.load import files_sha256 as files_sha256
 from tsad.load import policy_folder, read_policy
@@ -196,7 +195,6 @@ def setting_of(words: Mapping[str, Any], source: str) -> Setting:
     with argument("--preset"):
         folder = policy_folder(source)
         preset = find_preset(folder, name, source)
-        assert folder is not None  # else there was no preset
         check_clash(preset, asked)
         for option in ("plan", "planner", "sparsity"):
             if getattr(asked, option) is not None:
@@ -205,7 +203,7 @@ def setting_of(words: Mapping[str, Any], source: str) -> Setting:
                     "what is computed; leave out one of the two"
                 )
         preset.load_plan()
-        scheduler = PolicyConfig.from_dict(read_json(folder / CONFIG_FILE)).scheduler
+        scheduler = read_policy(source)[0].scheduler
     # None where it is the policy's own: the same settings then go on with each other's episodes
     own = preset.timestep_spacing == scheduler.timestep_spacing
     return replace(preset, timestep_spacing=None) if own else preset

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.arrays import read_any_json
 from tsad.commands import realtime
+from tsad.commands.bench import Clock, milliseconds, observations
 from tsad.commands.common import (
     InterruptedRunError,
     UsageError,
@@ -18,7 +20,9 @@ from tsad.commands.common import (
     check_result,
     check_simulator,
     check_source,
+    configure,
     policy_source,
+    sampler_name,
     seed_range,
     span,
     table,
@@ -33,6 +37,7 @@ from tsad.commands.errors import (
     unknown,
 )
 from tsad.commands.play import Trial, evaluate, seeds_of
+from tsad.commands.progress import Progress
 from tsad.config import EULER, SAMPLERS, TIMESTEP_SPACINGS
 from tsad.files import make_folder, output_folder, write_json
 from tsad.setting import is_mask
@@ -65,6 +70,7 @@ CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 RANGES = {"realtime": realtime.hertz, "latency": realtime.milliseconds}
 FORMAT, FORMAT_VERSION = "tsad-sweep", 1
 SUMMARY = "summary.json"
+CHUNKS_PER_ROUND = 30
 HELD = 10**9  # bytes of weights: dozens of a UNet's would fill the memory
 RESERVED = ("errors", "summary", "tune")  # files of these names lie beside the rows'
 
@@ -290,6 +296,52 @@ class Sweep:
             self.rows[name] = _row(document, policy, self.error(name))
             wanted = set(seeds_of(self._args))
             self.episodes[name] = [e for e in read_results(path)[1] if e.seed in wanted]
+
+
+def times(
+    sweep: Sweep,
+    rounds: int,
+    chunks: int = CHUNKS_PER_ROUND,
+    beside: Mapping[str, Callable[[NDArray[np.float32]], Any]] | None = None,
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Milliseconds per chunk of every row, in turns: the fastest round's median, and all's.
+
+    ``beside``: what else takes part, called with (1, n_obs_steps, obs_dim); its rounds' medians are
+    the second result.
+    """
+    import numpy as np
+
+    clocks = [
+        Clock(name, partial(sweep.load, name), partial(configure, setting=own.setting))
+        for name, own in sweep.trials().items()
+    ]
+    obs = observations(sweep.load(sweep.first), chunks)
+    if sweep.windows is not None:
+        obs = sweep.windows[:chunks, -1][:, None]
+    others = beside or {}
+    medians: dict[str, list[float]] = {name: [] for name in others}
+    with Progress(rounds * (len(clocks) + len(others)), "times", unit="rounds") as progress:
+        for _ in range(rounds):
+            for clock in clocks:
+                clock.round(obs)
+                progress.update(clock.name)
+            for name, call in others.items():
+                call(obs[0])  # does not count, as in a clock's round
+                medians[name].append(float(np.median([milliseconds(call, row) for row in obs])))
+                progress.update(name)
+    found = {}
+    for clock in clocks:
+        policy = sweep.load(clock.name)
+        executed = sweep.trials()[clock.name].setting.n_action_steps
+        found[clock.name] = {
+            "milliseconds": min(clock.medians),
+            "n_action_steps": executed or policy.n_action_steps,
+            "round_medians": clock.medians,
+            "cell_sparsity": float(clock.plan.cell_sparsity),
+            "passes": float(clock.plan.cost) * policy.num_inference_steps,
+            "sampler": sampler_name(policy),
+        }
+    return found, medians
 
 
 def run(args: argparse.Namespace) -> int:

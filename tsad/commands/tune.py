@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.commands import jobs
-from tsad.commands.bench import Clock, observations
 from tsad.commands.common import (
     OBSERVATIONS,
     OBSERVATIONS_HELP,
@@ -21,7 +19,6 @@ from tsad.commands.common import (
     check_result,
     check_simulator,
     check_source,
-    configure,
     cpu_name,
     files_sha256,
     load_policy,
@@ -29,15 +26,21 @@ from tsad.commands.common import (
     policy_source,
     positive_int,
     real,
-    sampler_name,
     seed_range,
     span,
     table,
 )
 from tsad.commands.errors import SINGLE
 from tsad.commands.play import seeds_of
-from tsad.commands.progress import Progress
-from tsad.commands.sweep import Sweep, fitting, number, passes, read_settings
+from tsad.commands.sweep import (
+    CHUNKS_PER_ROUND,
+    Sweep,
+    fitting,
+    number,
+    passes,
+    read_settings,
+    times,
+)
 from tsad.files import make_folder, output_folder, write_json
 
 if TYPE_CHECKING:
@@ -45,7 +48,6 @@ if TYPE_CHECKING:
 
 FORMAT, FORMAT_VERSION = "tsad-tune", 1
 RESULT, PICTURE = "tune.json", "tune.png"
-CHUNKS_PER_ROUND = 30
 # To choose by. With fewer the mean loss is known to no better than 0.045 (Push-T, standard error),
 # and of forty settings the luckiest is taken.
 LEAST_SEEDS = 30
@@ -310,35 +312,6 @@ def _shown_offline(sweep: Sweep, name: str) -> bool:
     }
 
 
-def _time(sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds per chunk of every setting, in turns: the fastest round's median, and all's."""
-    clocks = [
-        Clock(name, partial(sweep.load, name), partial(configure, setting=own.setting))
-        for name, own in sweep.trials().items()
-    ]
-    obs = observations(sweep.load(sweep.first), CHUNKS_PER_ROUND)
-    if sweep.windows is not None:
-        obs = sweep.windows[:CHUNKS_PER_ROUND, -1][:, None]
-    with Progress(args.rounds * len(clocks), "times", unit="rounds") as progress:
-        for _ in range(args.rounds):
-            for clock in clocks:
-                clock.round(obs)
-                progress.update(clock.name)
-    found = {}
-    for clock in clocks:
-        policy = sweep.load(clock.name)
-        executed = sweep.trials()[clock.name].setting.n_action_steps
-        found[clock.name] = {
-            "milliseconds": min(clock.medians),
-            "n_action_steps": executed or policy.n_action_steps,
-            "round_medians": clock.medians,
-            "cell_sparsity": float(clock.plan.cell_sparsity),
-            "passes": float(clock.plan.cost) * policy.num_inference_steps,
-            "sampler": sampler_name(policy),
-        }
-    return found
-
-
 # ---- judging
 
 
@@ -550,7 +523,7 @@ def run(args: argparse.Namespace) -> int:
     if n > 1 and (fewer if args.fewer_actions is None else args.fewer_actions):
         _again(sweep, rows, args, n, f"{n // 2}-actions", {"n_action_steps": n // 2})
         rows = _score(sweep, args)
-    document = _document(sweep, rows, _time(sweep, args), args) | run_of
+    document = _document(sweep, rows, times(sweep, args.rounds, CHUNKS_PER_ROUND)[0], args) | run_of
     document["unmeasured"] = sweep.unmeasured()
     write_json(make_folder(out) / RESULT, document)
     if args.save:

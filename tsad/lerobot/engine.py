@@ -6,6 +6,7 @@ normalised ones: the maps at both ends are the identity.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,22 @@ class Settings:
     def is_exact(self) -> bool:
         """Whether actions are LeRobot's own, up to float32 rounding."""
         return all(getattr(self, f.name) == f.default for f in fields(self) if f.name != "threads")
+
+
+def lerobot_noise(policy: SparsePolicy, draw: Callable[[], Any], first: Any) -> Any:
+    """Noise (K, lanes, horizon, action_dim), a torch tensor: ``first``, then what LeRobot draws.
+
+    ``draw`` draws (lanes, horizon, action_dim).
+    """
+    import torch
+
+    z = torch.zeros((policy.num_inference_steps, *first.shape))
+    z[0] = first
+    if policy.adds_noise:  # LeRobot draws after every step but the last timestep's
+        for k, t in enumerate(policy.timesteps[:-1]):
+            if t > 0:
+                z[k + 1] = draw()
+    return z
 
 
 class Engine:
@@ -119,12 +136,7 @@ class Engine:
         def draw() -> Any:
             return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
-        z = torch.zeros((policy.num_inference_steps, *shape))
-        z[0] = draw() if noise is None else noise
-        if policy.adds_noise:  # LeRobot draws after every step but the last timestep's
-            for k, t in enumerate(policy.timesteps[:-1]):
-                if t > 0:
-                    z[k + 1] = draw()
+        z = lerobot_noise(policy, draw, draw() if noise is None else noise)
         cond = condition.detach().to(torch.float32)
         obs = cond.reshape(batch_size, policy.n_obs_steps, -1).contiguous()
         out = np.empty(shape, np.float32)
