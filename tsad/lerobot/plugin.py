@@ -23,10 +23,10 @@ _log = logging.getLogger("tsad")
 def activate() -> None:
     """Look at every policy that tsad can sample from now on; a second time changes nothing."""
     patch.install()
-    patch.on_first_chunk = _engine_for
+    patch.on_first_chunk = engine_for
 
 
-def _engine_for(owner: Any, net: Any) -> Engine | None:
+def engine_for(owner: Any, net: Any) -> Engine | None:
     """The engine that a policy asks for; None: it runs as it is."""
     settings, source = wanted(getattr(owner.config, "pretrained_path", None))
     if settings is None:
