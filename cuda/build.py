@@ -29,14 +29,19 @@ def nvcc() -> str | None:
     return found or shutil.which("nvcc", path=f"{home}/bin")
 
 
-def nvcc_command(compiler: str) -> list[str]:
+def architectures(compiler: str) -> list[int]:
+    """Those of `ARCHITECTURES` that this toolkit has (the last one came with CUDA 12.8)."""
+    known = _run([compiler, "--list-gpu-code"]).split()
+    return [number for number in ARCHITECTURES if f"sm_{number}" in known]
+
+
+def _nvcc_command(compiler: str) -> list[str]:
     """Everything but the file: code for each architecture, and PTX."""
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    newest = ARCHITECTURES[-1]
+    numbers = architectures(compiler)
     return [
         *(compiler, "-std=c++17", "-O3", "-c", "-Xcompiler=-fPIC,-fvisibility=hidden"),
-        *targets,
-        f"-gencode=arch=compute_{newest},code=compute_{newest}",
+        *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers),
+        f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}",
     ]
 
 
@@ -49,7 +54,12 @@ def _flags(emulate: bool, sanitize: bool) -> list[str]:
 
 
 def commands(
-    folder: Path, sources: Path, *, emulate: bool, sanitize: bool = False, ptxas: bool = False
+    folder: Path,
+    sources: Path,
+    *,
+    emulate: bool = False,
+    sanitize: bool = False,
+    ptxas: bool = False,
 ) -> tuple[list[list[str]], list[str]]:
     """What compiles each file into `folder`, and what links them, but for the result's name."""
     cc, cxx = os.environ.get("CC", "cc").split(), os.environ.get("CXX", "c++").split()
@@ -71,10 +81,10 @@ def commands(
         if compiler is None:
             raise SystemExit(
                 "TSAD_CUDA: expected nvcc, found none on PATH or in $CUDA_HOME/bin; install the "
-                "CUDA toolkit (12.8 or newer), name the compiler in TSAD_NVCC, or leave the "
+                "CUDA toolkit (12.4 or newer), name the compiler in TSAD_NVCC, or leave the "
                 "variable out"
             )
-        how = [*nvcc_command(compiler), *(["-Xptxas=-v"] if ptxas else []), *include]
+        how = [*_nvcc_command(compiler), *(["-Xptxas=-v"] if ptxas else []), *include]
         jobs += [[*how, str(sources / name)] for name in KERNELS]
         link = [compiler, "-shared", "-cudart=static"]
     for job in jobs:

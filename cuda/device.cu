@@ -3,6 +3,8 @@
 
 #include <new>
 
+tsad_atomic_counts tsad_counts;
+
 namespace
 {
 
@@ -75,16 +77,16 @@ void tsad_stream_free(tsad_stream *stream)
 
 void tsad_upload(tsad_stream *stream, void *to, const void *from, size_t bytes)
 {
-    stream->counts.uploads++;
-    stream->counts.uploaded_bytes += (int64_t)bytes;
+    tsad_counts.uploads++;
+    tsad_counts.uploaded_bytes += (int64_t)bytes;
     tsad_stream_note(stream, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream->cuda),
                      "upload");
 }
 
 void tsad_download(tsad_stream *stream, void *to, const void *from, size_t bytes)
 {
-    stream->counts.downloads++;
-    stream->counts.downloaded_bytes += (int64_t)bytes;
+    tsad_counts.downloads++;
+    tsad_counts.downloaded_bytes += (int64_t)bytes;
     tsad_stream_note(stream, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream->cuda),
                      "download");
 }
@@ -96,10 +98,15 @@ void tsad_zero(tsad_stream *stream, void *at, size_t bytes)
 
 tsad_status tsad_stream_wait(tsad_stream *stream)
 {
+    tsad_counts.waits++;
     tsad_stream_note(stream, cudaStreamSynchronize(stream->cuda), "waiting for the stream");
     cudaError_t error = stream->failed;
     stream->failed = cudaSuccess;
     return error == cudaSuccess ? TSAD_OK : fail(error, stream->failed_in);
 }
 
-tsad_stream_counts tsad_stream_get_counts(const tsad_stream *stream) { return stream->counts; }
+tsad_device_counts tsad_device_get_counts(void)
+{
+    return {tsad_counts.launches,       tsad_counts.uploads,          tsad_counts.downloads,
+            tsad_counts.uploaded_bytes, tsad_counts.downloaded_bytes, tsad_counts.waits};
+}

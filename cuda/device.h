@@ -13,10 +13,10 @@ extern "C" {
 /* A stream: copies and launches in order, none of them waited for but by tsad_stream_wait. */
 typedef struct tsad_stream tsad_stream;
 
-/* What a stream was asked for since it was made. */
-typedef struct tsad_stream_counts {
-    int64_t launches, uploads, downloads, uploaded_bytes, downloaded_bytes;
-} tsad_stream_counts;
+/* What all streams of the process were asked for. */
+typedef struct tsad_device_counts {
+    int64_t launches, uploads, downloads, uploaded_bytes, downloaded_bytes, waits;
+} tsad_device_counts;
 
 const char *tsad_device_absent(void); /* why there is no device to run on; NULL: there is one */
 const char *tsad_device_name(void);   /* "" without one */
@@ -37,7 +37,8 @@ void tsad_download(tsad_stream *stream, void *to, const void *from, size_t bytes
 void tsad_zero(tsad_stream *stream, void *at, size_t bytes);
 /* Waits for all that was asked for, and says what of it failed. */
 tsad_status tsad_stream_wait(tsad_stream *stream);
-tsad_stream_counts tsad_stream_get_counts(const tsad_stream *stream);
+
+tsad_device_counts tsad_device_get_counts(void);
 
 #ifdef __cplusplus
 }

@@ -110,7 +110,7 @@ void launch(tsad_stream *stream, void (*kernel)(Arguments), Arguments p, dim3 gr
             size_t floats, const char *name)
 {
     void *list[] = {&p};
-    stream->counts.launches++;
+    tsad_counts.launches++;
     tsad_stream_note(
         stream, cudaLaunchKernel(kernel, grid, block, list, floats * sizeof(float), stream->cuda),
         name);

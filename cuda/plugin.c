@@ -23,8 +23,15 @@ int64_t tsad_now(void) { return core.now(); }
 
 extern const tsad_backend tsad_cuda_backend;
 
-__attribute__((visibility("default"))) const tsad_backend *
-tsad_plugin(const tsad_core *host, const char **device, const char **absent)
+#define EXPORTED __attribute__((visibility("default")))
+
+EXPORTED tsad_device_counts tsad_plugin_counts(void);
+
+/* for bench/cuda_counts.py */
+EXPORTED tsad_device_counts tsad_plugin_counts(void) { return tsad_device_get_counts(); }
+
+EXPORTED const tsad_backend *tsad_plugin(const tsad_core *host, const char **device,
+                                         const char **absent)
 {
     if (host->size != tsad_core_size()) {
         return NULL;

@@ -5,12 +5,19 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 struct tsad_stream {
     cudaStream_t cuda;
     cudaError_t failed; /* the first failure since the last wait */
     const char *failed_in;
-    tsad_stream_counts counts;
 };
+
+/* Policies of several threads add to them. */
+struct tsad_atomic_counts {
+    std::atomic<int64_t> launches, uploads, downloads, uploaded_bytes, downloaded_bytes, waits;
+};
+extern tsad_atomic_counts tsad_counts;
 
 static inline void tsad_stream_note(tsad_stream *stream, cudaError_t error, const char *what)
 {

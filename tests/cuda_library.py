@@ -22,10 +22,14 @@ def builder() -> dict[str, Any]:
     return runpy.run_path(str(SOURCES / "build.py"))
 
 
-def build_emulated(out: Path, sources: Path = SOURCES) -> str:
-    """Builds the library; skips where there is no C++ compiler."""
-    build = builder()["build"]
+def need_compiler() -> None:
+    """Skips where there is no C++ compiler."""
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         pytest.skip("needs a C++ compiler")
-    build(out, sources, emulate=True, sanitize=SANITIZED)
+
+
+def build_emulated(out: Path) -> str:
+    """Builds the library."""
+    need_compiler()
+    builder()["build"](out, emulate=True, sanitize=SANITIZED)
     return str(out)

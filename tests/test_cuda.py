@@ -76,13 +76,17 @@ def test_a_dit_equals_pytorch(name: str) -> None:
     assert relative_error(policy.predict_noise(z[0], 4, obs), expected) < NETWORK_TOLERANCE
 
 
-def test_a_dense_chunk_equals_the_reference() -> None:
-    options: dict[str, Any] = OPEN | {"sampler": "ddpm", "steps": 10}
+def check_dense(steps: int) -> None:
+    options: dict[str, Any] = OPEN | {"sampler": "ddpm", "steps": steps}
     reference = make_reference("tiny", lanes=2, **options)
     engine = make("tiny", lanes=2, backend="cuda", **options)
-    obs, noise = random_inputs(config("tiny"), 2, lanes=2, steps=10)
+    obs, noise = random_inputs(config("tiny"), 2, lanes=2, steps=steps)
     got = engine(obs, noise=noise, return_horizon=True)
     assert relative_error(got, reference(obs, noise, return_horizon=True)) < CHUNK_TOLERANCE
+
+
+def test_a_dense_chunk_equals_the_reference() -> None:
+    check_dense(10)
 
 
 def check_plans(family: str, rounds: int) -> None:
@@ -131,14 +135,26 @@ def test_many_random_plans_equal_the_cpu(family: str) -> None:
     check_plans(family, rounds=60)
 
 
-@pytest.mark.parametrize("pruner", ["transformer", "mlp"])
-@pytest.mark.parametrize("name", ["tiny", "tiny_encoder"])
-def test_pruner_scores_equal_the_reference(name: str, pruner: str) -> None:
+def check_pruner(name: str, pruner: str) -> None:
     engine = make(name, pruner=pruner, backend="cuda", steps=6)
     reference = make_reference(name, pruner=pruner, steps=6)
     obs, _ = random_inputs(config(name), 4)
     expected = reference.prune(obs[0])[::-1]
     assert relative_error(engine._pruner_scores(obs[0]), expected) < NETWORK_TOLERANCE
+
+
+@pytest.mark.parametrize("pruner", ["transformer", "mlp"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_encoder"])
+def test_pruner_scores_equal_the_reference(name: str, pruner: str) -> None:
+    check_pruner(name, pruner)
+
+
+def check_all() -> None:
+    """A little of everything: what a planted fault must not pass (cuda_mutants.py)."""
+    for family in ("transformer", "unet", "dit"):
+        check_plans(family, rounds=1)
+    check_pruner("tiny", "transformer")
+    check_dense(3)  # without rollout memory
 
 
 def test_load_runs_on_the_device(

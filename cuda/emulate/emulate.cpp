@@ -138,7 +138,8 @@ struct Block {
     const std::function<void()> *body;
     dim3 shape;
     std::vector<Thread> threads;
-    std::vector<unsigned> runnable; /* in any order */
+    std::vector<std::vector<unsigned>> runnable; /* of each warp, in any order */
+    std::vector<unsigned> favourites;            /* warps, the one that runs ahead first; or none */
     std::vector<Fiber *> idle;
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<std::unique_ptr<char[]>> stacks;
@@ -203,20 +204,34 @@ void release(unsigned from, unsigned to, State state)
     }
     for (unsigned i = from; i < to; i++) {
         block.threads[i].state = State::ready;
-        block.runnable.push_back(i);
+        block.runnable[i / WARP].push_back(i);
     }
 }
 
-/* The next thread, any that can run; -1: there is none. */
+/* A warp that can go on: any, or the one that is to run ahead; -1: there is none. */
+int choose_warp()
+{
+    size_t n = block.runnable.size(), first = next_random() % n;
+    for (size_t i = 0; i < n; i++) {
+        size_t warp = block.favourites.empty() ? (first + i) % n : block.favourites[i];
+        if (!block.runnable[warp].empty()) {
+            return (int)warp;
+        }
+    }
+    return -1;
+}
+
+/* The next thread, any of such a warp; -1: there is none. */
 int choose()
 {
-    if (block.runnable.empty() || block.fault) {
+    int warp = block.fault ? -1 : choose_warp();
+    if (warp < 0) {
         return -1;
     }
-    size_t at = next_random() % block.runnable.size();
-    unsigned i = block.runnable[at];
-    block.runnable[at] = block.runnable.back();
-    block.runnable.pop_back();
+    std::vector<unsigned> &from = block.runnable[(size_t)warp];
+    std::swap(from[next_random() % from.size()], from.back());
+    unsigned i = from.back();
+    from.pop_back();
     return (int)i;
 }
 
@@ -255,7 +270,8 @@ void pause()
     if (i < 0) {
         switch_to(&block.scheduler);
     } else if (block.threads[(unsigned)i].state == State::fresh) {
-        block.runnable.push_back((unsigned)i); /* a fiber that is free chooses anew */
+        block.runnable[(unsigned)i / WARP].push_back(
+            (unsigned)i); /* a fiber that is free chooses anew */
         switch_to(idle_fiber());
     } else {
         switch_to(block.threads[(unsigned)i].fiber);
@@ -284,9 +300,16 @@ const char *run_block(const std::function<void()> &body, dim3 shape, size_t shar
     block.shape = shape;
     block.threads.assign(n, Thread());
     block.values.assign(2 * (size_t)n, 0);
-    block.runnable.resize(n);
+    block.runnable.assign((n + WARP - 1) / WARP, {});
     for (unsigned i = 0; i < n; i++) {
-        block.runnable[i] = i;
+        block.runnable[i / WARP].push_back(i);
+    }
+    /* in every other block warps run as far ahead as they can: threads that are all equally slow
+     * hide barriers that are missing */
+    block.favourites.resize(next_random() % 2 ? block.runnable.size() : 0);
+    for (unsigned i = 0; i < block.favourites.size(); i++) {
+        block.favourites[i] = i;
+        std::swap(block.favourites[i], block.favourites[next_random() % (i + 1)]);
     }
     for (auto &entry : block.shared) {
         memset(entry.second.first.get(), POISON, entry.second.second + GUARD);

@@ -1,0 +1,202 @@
+"""Faults planted in the CUDA backend, and whether a short check on the emulated GPU sees them.
+
+python tests/cuda_mutants.py [WORD ...]     all, or those with one of the words in their name
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from cuda_library import SANITIZED, SOURCES, builder
+
+
+class Mutant(NamedTuple):
+    """One change of one file."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    nth: int = 0  # of the places where `old` is
+
+    def text(self) -> str:
+        """The file with the change."""
+        text = (SOURCES / self.file).read_text()
+        places = [found.start() for found in re.finditer(re.escape(self.old), text)]
+        assert len(places) > self.nth, f"{self.name}: {self.old!r} is not in {self.file}"
+        at = places[self.nth]
+        return text[:at] + self.new + text[at + len(self.old) :]
+
+
+def barriers() -> list[Mutant]:
+    """Each __syncthreads of the kernels, removed."""
+    count = (SOURCES / "kernels.cu").read_text().count("__syncthreads()")
+    return [
+        Mutant(f"barrier {i} removed", "kernels.cu", "__syncthreads()", "", i) for i in range(count)
+    ]
+
+
+K, R, N, E = "kernels.cu", "run.c", "node.c", "engine.c"
+MUTANTS = [
+    Mutant("product: a token too many", K, "token < p.tokens", "token <= p.tokens"),
+    Mutant("product: a token too few", K, "token >= 0 &&", "token > 0 &&"),
+    Mutant("product: rows beyond the last", K, "row + r < p.rows && column", "column"),
+    Mutant(
+        "product: columns beyond the last",
+        K,
+        "row + r < p.rows && column < p.n_out",
+        "row + r < p.rows",
+    ),
+    Mutant("product: the last slice left out", K, "s < SLICES; s++", "s < SLICES - 1; s++"),
+    Mutant("product: half of the warps' rows", K, "r += SLICES)", "r += 2 * SLICES)"),
+    Mutant(
+        "layernorm: a channel too many",
+        K,
+        "i < p.channels; i += THREADS",
+        "i <= p.channels; i += THREADS",
+        2,
+    ),
+    Mutant(
+        "layernorm: a channel too few",
+        K,
+        "i < p.channels; i += THREADS",
+        "i < p.channels - 1; i += THREADS",
+    ),
+    Mutant("groupnorm: the first group for all", K, "first + i % n", "i % n"),
+    Mutant("groupnorm: a row too few", K, "all = p.rows * n", "all = (p.rows - 1) * n"),
+    Mutant("sum: a warp's half", K, "lanes = WARP / 2", "lanes = WARP / 4"),
+    Mutant(
+        "sum: the next warp's room", K, "room[threadIdx.x / WARP]", "room[threadIdx.x / WARP + 1]"
+    ),
+    Mutant(
+        "attention: a token ahead", K, "p.causal ? t + 1 : p.tokens", "p.causal ? t + 2 : p.tokens"
+    ),
+    Mutant(
+        "attention: too little shared memory",
+        K,
+        '(size_t)p.tokens, "attention"',
+        '(size_t)p.tokens - 1, "attention"',
+    ),
+    Mutant("attention: keys for values", K, "*values = keys + width", "*values = keys"),
+    Mutant(
+        "cross-attention: a token ahead",
+        K,
+        "t + 2 < p.n_memory ? t + 2",
+        "t + 3 < p.n_memory ? t + 3",
+    ),
+    Mutant("cross-attention: no constant", K, "sum + token[p.shift + (size_t)h]", "sum"),
+    Mutant("rotation: half of it", K, "2 * p.heads * half", "p.heads * half"),
+    Mutant("addition: the last source left out", K, "s < p.n; s++", "s < p.n - 1; s++"),
+    Mutant("addition: how often is not asked", K, "p.count[s] * p.base", "p.base"),
+    Mutant("addition: the sum is not kept", K, "p.kept[at] = sum", "(void)p.kept[at]"),
+    Mutant("delivery: the slot is not written", K, "to.slot[at] = v;", ""),
+    Mutant("delivery: no gate", K, "v * term(to.gate, o) : v", "v : v"),
+    Mutant("update: x0 of the step before", K, "p.previous[at] = x0", "(void)x0"),
+    Mutant("copy: a row too few", K, "t >= p.rows", "t >= p.rows - 1"),
+    Mutant("prune query: the first score for all", K, "score[b * p.heads + h]", "score[h]"),
+    Mutant("run: nothing is uploaded of the sources", R, "TSAD_TRY(upload_sources(&c));", ""),
+    Mutant(
+        "run: another step's noise", R, "(size_t)(c->row + 1) * floats", "(size_t)c->row * floats"
+    ),
+    Mutant("run: the first row reads x0 before", R, ".first = first", ".first = false"),
+    Mutant("run: one row for all rollouts", "cuda.h", "c->run->rollout ? slot / B : 0", "0"),
+    Mutant("run: the next row's slots", "cuda.h", "c->run->rollout ? slot / B : 0", "slot / B"),
+    Mutant("node: the gate of another block", N, "node->term + 2 * channels", "node->term"),
+    Mutant("node: odd tokens as even ones", N, "p.first = i - 1", "p.first = i"),
+    Mutant(
+        "node: every layer's memory is the first's",
+        N,
+        "folded + layer * (tokens - 1) * p.floats",
+        "folded",
+    ),
+    Mutant("engine: staging is used twice", E, "e->staging.used += taken;", ""),
+    Mutant("engine: actions before they are there", E, "TSAD_TRY(wait(e));\n    for", "for"),
+    Mutant("engine: slots one row too few", E, "i < e->n_lanes ? rows : 1", "1"),
+]
+
+
+class Workshop:
+    """The objects of the sources as they are; a mutant compiles its own file alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.commands = folder, builder()["commands"]
+        (folder / "objects").mkdir(parents=True)
+        jobs, self.link = self.commands(
+            folder / "objects", SOURCES, emulate=True, sanitize=SANITIZED
+        )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self._run, jobs))
+        self.true = folder / "true.so"
+        self._run([*self.link, "-o", str(self.true)])
+
+    @staticmethod
+    def _run(command: list[str]) -> None:
+        subprocess.run(command, check=True, capture_output=True)
+
+    def build(self, mutant: Mutant) -> Path:
+        """The library with the fault."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        shutil.copytree(SOURCES, folder / "cuda")
+        (folder / "cuda" / mutant.file).write_text(mutant.text())
+        jobs, link = self.commands(folder, folder / "cuda", emulate=True, sanitize=SANITIZED)
+        whole = mutant.file.endswith(".h")
+        own = [job[-1] for job in jobs if whole or Path(job[-1]).name == f"{mutant.file}.o"]
+        for job in jobs:
+            if job[-1] in own:
+                self._run(job)
+        names = {Path(name).name for name in own}
+        kept = [part for part in self.link if Path(part).name not in names]
+        library = folder / "mutant.so"
+        self._run([*kept, *own, "-o", str(library)])
+        return library
+
+
+def survives(library: Path | str) -> bool:
+    """Whether the checks pass with this library; asked of a child, which may crash."""
+    import test_cuda
+
+    from tsad import _core
+
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(120)
+            os.close(2)
+            faulthandler.disable()  # a planted fault may crash
+            _core._load_backend(str(library))
+            test_cuda.check_all()
+            status = 0
+        except BaseException:  # caught: that is what it was planted for
+            pass
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def main() -> int:
+    """Runs them and prints what came of it; the exit status is how many were not seen."""
+    words, missed = sys.argv[1:], 0
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(Path(folder) / "shop")
+        print(f"{'pass' if survives(workshop.true) else 'FAIL'}  the sources as they are")
+        for mutant in [*barriers(), *MUTANTS]:
+            if not words or any(word in mutant.name for word in words):
+                lives = survives(workshop.build(mutant))
+                missed += lives
+                print(f"{'MISSED' if lives else 'seen'}  {mutant.name}", flush=True)
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

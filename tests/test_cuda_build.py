@@ -1,0 +1,44 @@
+"""The CUDA backend compiled for GPUs, where nvcc is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from cuda_library import SOURCES, builder
+
+from tsad import _core
+
+SHARED_BYTES = 48 * 1024  # of a block, without asking
+
+
+@pytest.mark.slow
+def test_nothing_spills_and_the_library_loads(tmp_path: Path) -> None:
+    script = builder()
+    compiler = script["nvcc"]()
+    if compiler is None:
+        pytest.skip("needs nvcc")
+    said = script["build"](tmp_path / "cuda.so", ptxas=True)
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+ bytes stack frame[^\n]*)\n"
+        r"[^\n]*Used \d+ registers([^\n]*)",
+        said,
+        re.S,
+    )
+    kernels = set(re.findall(r"\w+_kernel(?=\()", (SOURCES / "kernels.cu").read_text()))
+    expected = {
+        (name, str(number)) for name in kernels for number in script["architectures"](compiler)
+    }
+    seen = set()
+    for mangled, number, spills, used in found:
+        name = next(name for name in kernels if f"{len(name)}{name}E" in mangled)
+        seen.add((name, number))
+        assert re.findall(r"\d+", spills) == ["0", "0", "0"], f"{name}, sm_{number}: {spills}"
+        shared = re.search(r"(\d+) bytes smem", used)
+        assert shared is None or int(shared[1]) <= SHARED_BYTES
+    assert seen == expected
+    _core._load_backend(str(tmp_path / "cuda.so"))  # whether there is a GPU or not
+    needs = subprocess.run(["ldd", str(tmp_path / "cuda.so")], capture_output=True, text=True)
+    assert needs.returncode == 0 and "cuda" not in needs.stdout.replace(str(tmp_path), "")

@@ -1,0 +1,50 @@
+"""Does a planted fault fail on the emulated GPU? `python tests/cuda_mutants.py` runs them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cuda_library import SANITIZED, need_compiler
+from cuda_mutants import MUTANTS, Mutant, Workshop, barriers, survives
+
+# two that are quick to build, of what the host does, and two of the kernels
+FEW = [
+    mutant
+    for mutant in [*barriers()[:1], *MUTANTS]
+    if mutant.name
+    in (
+        "barrier 0 removed",
+        "engine: staging is used twice",
+        "run: the first row reads x0 before",
+        "delivery: the slot is not written",
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    if SANITIZED:
+        pytest.skip("each fault is compiled: minutes, with a sanitizer; the plain build shows them")
+    need_compiler()
+    shop = Workshop(tmp_path_factory.mktemp("mutants") / "shop")
+    assert survives(shop.true), "the sources as they are fail"
+    return shop
+
+
+@pytest.mark.parametrize("mutant", FEW, ids=[mutant.name for mutant in FEW])
+def test_a_planted_fault_is_seen(mutant: Mutant, workshop: Workshop) -> None:
+    assert not survives(workshop.build(mutant))
+
+
+def test_every_fault_can_be_planted() -> None:
+    """A change of the sources must not leave the list behind."""
+    assert len(FEW) == 4 and len(barriers()) > 0
+    for mutant in [*barriers(), *MUTANTS]:
+        assert mutant.text() != (Path(__file__).parents[1] / "cuda" / mutant.file).read_text()
+
+
+@pytest.mark.slow
+def test_all_planted_faults_are_seen(workshop: Workshop) -> None:
+    every = [*barriers(), *MUTANTS]
+    assert [mutant.name for mutant in every if survives(workshop.build(mutant))] == []
