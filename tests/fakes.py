@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tsad.sim import Step
 class FakePolicy:
     n_obs_steps, n_action_steps, horizon = 2, 4, 5
     obs_dim, action_dim = 3, 2
+    model = SimpleNamespace(weight_bytes=0)
 
     def __init__(self, lanes: int = 1) -> None:
         self.lanes = lanes
