@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -120,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
     args = parser.parse_args(argv)
     widths = [int(width) for width in args.widths.split(",")]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folder goes then, too
     folder = Path(tempfile.mkdtemp(prefix="tsad-loading-"))
     try:
         file_bytes = make_folder(folder, widths)
