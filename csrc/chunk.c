@@ -4,6 +4,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 /* ---- the stages of a gang ------------------------------------------------------------------- */
@@ -217,6 +218,14 @@ static tsad_status abandon(tsad_policy *p, const tsad_call *call, tsad_status st
     if (status == TSAD_INTERRUPTED) {
         return tsad_fail(status, "the call was interrupted: nothing is returned, and its lanes "
                                  "start anew, as after reset()");
+    }
+    if (status == TSAD_BACKEND) {
+        char why[256];
+        snprintf(why, sizeof why, "%s", tsad_error_detail());
+        return tsad_fail(status,
+                         "%s; nothing is returned, and the lanes of this call start anew, "
+                         "as after reset()",
+                         why);
     }
     return status != TSAD_NOT_FINITE
                ? status

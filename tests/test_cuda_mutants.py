@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cases import config, random_inputs
 from cuda_library import SANITIZED, need_compiler
 from cuda_mutants import MUTANTS, Mutant, Workshop, barriers, survives
+from engine import make
 
 # two that are quick to build, of what the host does, and two of the kernels
 FEW = [
@@ -35,6 +37,21 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.mark.parametrize("mutant", FEW, ids=[mutant.name for mutant in FEW])
 def test_a_planted_fault_is_seen(mutant: Mutant, workshop: Workshop) -> None:
     assert not survives(workshop.build(mutant))
+
+
+def test_a_failure_of_the_device_is_said(workshop: Workshop) -> None:
+    """In mid-chunk: its lanes start anew, the others go on."""
+
+    def check() -> None:
+        policy = make("tiny", lanes=2, backend="cuda", steps=2)
+        obs, noise = random_inputs(config("tiny"), 0, lanes=1, steps=2)
+        said = "cuda: .*past the end of an array; nothing is returned, and the lanes of this call"
+        with pytest.raises(RuntimeError, match=said):
+            policy(obs, noise=noise, lanes=[1])
+        assert policy._stats(1)["chunks"] == 0
+
+    fault = next(m for m in MUTANTS if m.name == "product: rows beyond the last")
+    assert survives(workshop.build(fault), check)
 
 
 def test_every_fault_can_be_planted() -> None:
