@@ -33,13 +33,12 @@ import measure  # noqa: E402
 import tsad  # noqa: E402
 from tsad import REUSE_STEP, REUSE_TYPE, SKIP, Plan, planners  # noqa: E402
 from tsad.commands.common import files_sha256, table  # noqa: E402
-from tsad.commands.plan import pick  # noqa: E402
 from tsad.files import write_json  # noqa: E402
 from tsad.planners.search import ChunkError  # noqa: E402
 from tsad.setting import plan_sha256  # noqa: E402
 from tsad.sim.frontier import rank_correlation  # noqa: E402
 from tsad.sim.observations import read_observations  # noqa: E402
-from tsad.sim.recording import names_of  # noqa: E402
+from tsad.sim.recording import names_of, pick  # noqa: E402
 from tsad.statistics import percentile  # noqa: E402
 
 Name = int | str  # of an episode

@@ -185,7 +185,7 @@ def test_progress_bar_on_a_terminal_of_any_size(size) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     code = (
-        "from tsad.commands.progress import Progress\n"
+        "from tsad.evaluation.progress import Progress\n"
         "with Progress(4, 'pusht', unit='episodes', done=1) as bar:\n"
         "    for _ in range(3): bar.update('score 0.5')\n"
     )
@@ -435,7 +435,7 @@ def test_bench_at_a_rate(capsys, fake) -> None:
 
 
 def test_bench_observations_are_in_range() -> None:
-    from tsad.commands.bench import observations
+    from tsad.evaluation.timing import observations
 
     obs = observations(FakePushT(3), 4)
     assert obs.shape == (4, 3, 2, 20) and obs.dtype == np.float32

@@ -26,7 +26,7 @@ FLOORS = (
     "setting presets policy precision convert",  # what runs, and how
     "load",
     "sim training recorder plot.frontier",  # episodes and data
-    "tsad lerobot",  # what users import
+    "tsad lerobot evaluation",  # what users import, and what commands do
     "commands cli __main__",
 )
 FLOOR = {

@@ -13,9 +13,9 @@ from command_line import run
 
 import tsad
 from tsad import cli
-from tsad.commands.plan import METHODS, pick
+from tsad.commands.plan import METHODS
 from tsad.planners.search import Search
-from tsad.sim.recording import Recorded
+from tsad.sim.recording import Recorded, pick
 
 SAMPLER = ["--sampler", "ddim", "--steps", "4", "--threads", "1"]
 

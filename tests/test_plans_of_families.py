@@ -16,10 +16,10 @@ from command_line import run
 from test_dit_policy import load
 
 from tsad import COMPUTE, REUSE_STEP, planners
-from tsad.commands import sweep
 from tsad.commands.plan import METHODS
-from tsad.commands.sweep import Sweep
 from tsad.convert.lerobot import read_lerobot
+from tsad.evaluation import sweep
+from tsad.evaluation.sweep import Sweep
 from tsad.reference import ReferencePolicy
 
 UNET, DIT = "ddpm_three_levels", "../lerobot_dit/ddpm_rope"

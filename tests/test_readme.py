@@ -460,7 +460,7 @@ def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["settings", "choose", "headline", "actions"])
 def test_the_settings_of_the_frontier_can_be_played(name: str) -> None:
-    from tsad.commands.sweep import read_settings
+    from tsad.evaluation.sweep import read_settings
 
     folder = ROOT / "bench" / "frontier"
     for row in read_settings(str(folder / f"{name}.json")):

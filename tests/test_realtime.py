@@ -14,7 +14,7 @@ from fakes import FakePolicy, FakePushT, FakeWorld
 
 import tsad
 from tsad import sim
-from tsad.commands import bench, realtime
+from tsad.evaluation import realtime, timing
 from tsad.sim.realtime import delay_ticks
 
 REST = -1.0
@@ -229,7 +229,7 @@ def test_the_latency_is_that_of_the_quietest_round(
         calls += 1
         return 50.0 if first < 2 else measured[number]
 
-    monkeypatch.setattr(bench, "_call", call)
+    monkeypatch.setattr(timing, "milliseconds", call)
     out = str(tmp_path / "r.json")
     options = ["--sparsity", "0.5", "--realtime", "1000", "--out", out]
     one = evaluate(capsys, *options, "--lanes", "2")

@@ -13,7 +13,7 @@ import pytest
 from command_line import run
 
 import tsad
-from tsad.commands.progress import EpisodeProgress, Progress
+from tsad.evaluation.progress import EpisodeProgress, Progress
 
 SHARE = re.compile(r"(\d+) of (\d+) episodes(?: \((\d+)%\))?, ")
 

@@ -167,9 +167,11 @@ def test_a_preset_with_fewer_actions_and_a_warm_start(capsys: Any, folder: Path)
     found = json.loads(text)
     assert list(found["rows"]) == ["one", "warm", "one-4-actions"]
     # by hand: what would be kept if the warm start were chosen is the setting it was
-    sweep = tune.Sweep(_parsed(command), [ROWS[-1]], folder, Path(out))
+    args = _parsed(command)
+    experiment = tune.experiment_of(args, resume=True)
+    sweep = tune.Sweep(experiment, [ROWS[-1]], folder, Path(out), words=vars(args))
     rows = {"warm": found["rows"]["warm"]}
-    tune._save(sweep, rows, {"fast": "warm"}, _parsed(command))
+    tune._save(sweep, rows, {"fast": "warm"}, args)
     policy = tsad.load(folder / "policy", preset="fast")
     assert policy.num_inference_steps == 1 and policy.n_action_steps == 4
     assert policy.config["scheduler"]["num_inference_steps"] == 4

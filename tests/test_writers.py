@@ -16,7 +16,7 @@ from command_line import run
 
 import tsad
 from tsad import cli, files
-from tsad.commands.progress import Progress
+from tsad.evaluation.progress import Progress
 from tsad.plot import save_plan
 
 pytest.importorskip("gym_pusht")

@@ -17,11 +17,11 @@ import numpy as np
 
 from tsad import Plan
 from tsad.checkpoint import read_json, read_safetensors
-from tsad.commands import sweep
 from tsad.commands.common import UsageError
 from tsad.config import NetworkConfig, PolicyConfig
 from tsad.convert import read_checkpoint, read_lerobot_folder, read_pruner
 from tsad.convert.settings import Settings
+from tsad.evaluation import sweep
 from tsad.planners.effects import Effects
 from tsad.planners.files import import_plan
 from tsad.presets import read_presets

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tsad.commands.common import (
     DIAL,
@@ -19,24 +16,21 @@ from tsad.commands.common import (
     add_warm_start,
     argument,
     check_sparsity,
-    cpu_name,
     load_policy,
     planner_name,
     positive_int,
     preset_note,
     real,
-    sampler_name,
     sparsity,
     table,
 )
-from tsad.commands.progress import Progress
-from tsad.precision import made_up_observations
-from tsad.statistics import ENOUGH, percentile
+from tsad.evaluation.progress import Progress
+from tsad.evaluation.timing import STAGES, Clock, cpu_name, observations, sampler_name
+from tsad.statistics import ENOUGH
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
 
-STAGES = ("encode", "prune", "plan", "denoise", "total")
 ROUNDS = 5
 
 DESCRIPTION = """\
@@ -97,85 +91,6 @@ def add_parser(subparsers: Any) -> None:
     add_policy_options(parser)
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.set_defaults(run=run)
-
-
-def observations(policy: SparsePolicy, n: int) -> NDArray[np.float32]:
-    """Made-up observations within the range of the training data, (n, lanes, steps, dim)."""
-    made_up = made_up_observations(policy, n * policy.lanes)
-    return made_up.reshape(n, policy.lanes, *made_up.shape[1:])
-
-
-class Clock:
-    """The times of one setting, in milliseconds.
-
-    ``load`` gives the policy, for each round, and ``setup`` makes it run the setting: several may
-    share a policy.
-    """
-
-    def __init__(
-        self, name: str, load: Callable[[], SparsePolicy], setup: Callable[[SparsePolicy], None]
-    ) -> None:
-        self.name, self._load, self._setup = name, load, setup
-        self.wall: list[float] = []
-        self.first: list[float] = []
-        self.medians: list[float] = []  # of each round
-        self.stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
-        self.plan: Any = None
-
-    def round(self, obs: NDArray[np.float32], period: float = 0.0) -> None:
-        """One chunk per row of `obs`, after a reset and two chunks that do not count.
-
-        ``period``: seconds from one call to the next; whoever takes longer is called at once.
-        """
-        policy = self._load()
-        policy.reset(seed=0)  # a plan that reads rollouts can't be set on another plan's
-        self._setup(policy)
-        self.first.append(milliseconds(policy, obs[0]))
-        milliseconds(policy, obs[0])
-        begin = len(self.wall)
-        tick = time.perf_counter() + period
-        for row in obs:
-            if period:
-                time.sleep(max(tick - time.perf_counter(), 0.0))
-                tick = max(tick, time.perf_counter()) + period
-            self.wall.append(milliseconds(policy, row))
-            timings = policy.timings
-            for stage in STAGES:
-                self.stages[stage].append(float(timings[stage]))
-        self.medians.append(float(np.median(self.wall[begin:])))
-        plan = policy.plan
-        self.plan = plan[0] if isinstance(plan, list) else plan
-
-    def facts(self) -> dict[str, Any]:
-        """Percentiles and rates."""
-        policy = self._load()
-        per_second = 1e3 * policy.lanes * len(self.wall) / sum(self.wall)
-        return {
-            "name": self.name,
-            "sampler": sampler_name(policy),
-            "precision": policy.precision,
-            "sparsity": float(self.plan.sparsity),
-            "cell_sparsity": float(self.plan.cell_sparsity),
-            "passes": float(self.plan.cost) * policy.num_inference_steps,
-            "chunks": len(self.wall) * policy.lanes,
-            "call_ms": percentiles(self.wall),
-            "first_call_ms": float(np.median(self.first)),
-            "stages_ms": {stage: percentiles(self.stages[stage]) for stage in STAGES},
-            "chunks_per_second": per_second,
-            "actions_per_second": per_second * policy.n_action_steps,
-        }
-
-
-def milliseconds(call: Callable[[NDArray[np.float32]], Any], obs: NDArray[np.float32]) -> float:
-    """How long one call takes."""
-    begin = time.perf_counter()
-    call(obs)
-    return (time.perf_counter() - begin) * 1e3
-
-
-def percentiles(values: list[float]) -> dict[str, float | None]:
-    """p50, p90 and p99, None where there are too few to tell, and the largest."""
-    return {**{f"p{q}": percentile(values, q) for q in ENOUGH}, "max": max(values)}
 
 
 def _digits(value: float) -> str:

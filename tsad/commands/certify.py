@@ -13,28 +13,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.commands import jobs
 from tsad.commands.common import (
     OBSERVATIONS,
     OBSERVATIONS_HELP,
     Formatter,
     UsageError,
     add_overwrite,
+    add_workers,
     argument,
     check_result,
     check_simulator,
     check_source,
-    cpu_name,
+    experiment_of,
     files_sha256,
     natural,
+    number,
     positive_int,
-    sampler_name,
     span,
 )
-from tsad.commands.errors import SINGLE
-from tsad.commands.play import seeds_of
-from tsad.commands.progress import Progress
-from tsad.commands.sweep import CHUNKS_PER_ROUND, Sweep, number, times
+from tsad.evaluation.errors import SINGLE
+from tsad.evaluation.progress import Progress
+from tsad.evaluation.sweep import CHUNKS_PER_ROUND, Sweep, times
+from tsad.evaluation.timing import cpu_name, sampler_name
 from tsad.files import make_folder, output_folder, write_json, write_together
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def add_parser(subparsers: Any) -> None:
         "--rounds", type=positive_int, default=5, metavar="N", help="of times (default: 5)"
     )
     add_overwrite(parser, "results of another policy in --out")
-    jobs.add_options(parser)
+    add_workers(parser)
     parser.add_argument("--threads", type=positive_int, metavar="T", help="the engine's choice")
     parser.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -256,7 +256,8 @@ def run(args: argparse.Namespace) -> int:
     with argument("--out"):
         check_result(out, (RESULT, PAGE), run_of, overwrite=args.overwrite)
     rows, notes = _rows(args)
-    sweep = Sweep(args, rows, Path(), out)
+    experiment = experiment_of(args, resume=args.resume)
+    sweep = Sweep(experiment, rows, Path(), out, words=vars(args))
     sweep.measure(args.observations, args.draws)
     policy = sweep.load(DENSE)
     n = args.chunks or min(CHUNKS, affordable_chunks(policy))
@@ -283,7 +284,7 @@ def run(args: argparse.Namespace) -> int:
         "chunks_per_round": chunks,
         "beside": others,
         "simulator": args.simulator,
-        "seeds": None if args.simulator is None else [seeds_of(args)[0], seeds_of(args)[-1]],
+        "seeds": None if args.simulator is None else sweep.seeds,
         "draws": args.draws if recorded else None,
         "rows": {
             name: {

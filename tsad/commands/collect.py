@@ -13,18 +13,16 @@ from tsad.commands.common import (
     add_policy_options,
     add_simulator,
     argument,
-    check_policy,
     check_simulator,
     files_sha256,
     load_policy,
     natural,
-    playing,
     policy_source,
     positive_int,
     seed_range,
-    simulator_settings,
 )
-from tsad.commands.progress import EpisodeProgress
+from tsad.evaluation.play import check_policy, playing, simulator_settings
+from tsad.evaluation.progress import EpisodeProgress
 from tsad.files import output_folder
 
 if TYPE_CHECKING:
@@ -129,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         output_folder(args.out)
     source = policy_source(args)
     policy = load_policy(source, args, name="--policy", lanes=min(args.lanes, args.episodes))
-    check_policy(args, policy)
+    check_policy(args.simulator, policy, own=args.own_simulator is not None)
     settings = {
         **simulator_settings(args.simulator),
         "files_sha256": files_sha256(source),

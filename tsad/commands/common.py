@@ -4,78 +4,42 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
-import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad._extras import MissingExtraError, package_versions
 from tsad.arrays import read_any_json
 from tsad.commands.parser import Formatter as Formatter
 from tsad.commands.parser import did_you_mean
 from tsad.config import SAMPLERS, TIMESTEP_SPACINGS
+from tsad.evaluation.loading import check_sparsity as check_sparsity
+from tsad.evaluation.loading import configure as configure
+from tsad.evaluation.loading import load_policy as load_policy
+from tsad.evaluation.loading import setting_of as setting_of
+from tsad.evaluation.play import Experiment
+from tsad.evaluation.timing import cpu_name
+from tsad.evaluation.timing import sampler_name as sampler_name
+from tsad.evaluation.usage import DIAL as DIAL
+from tsad.evaluation.usage import OPTIONS as OPTIONS
+from tsad.evaluation.usage import InterruptedRunError as InterruptedRunError
+from tsad.evaluation.usage import UsageError as UsageError
+from tsad.evaluation.usage import argument as argument
+from tsad.evaluation.usage import integer as integer
+from tsad.evaluation.usage import real as real
 from tsad.files import output_file, sha256
 from tsad.load import files_sha256 as files_sha256
-from tsad.load import policy_folder, read_policy
-from tsad.presets import Preset, check_clash, find_preset
-from tsad.setting import Setting, read_plan
+from tsad.load import read_policy
+from tsad.presets import Preset
 from tsad.setting import planner_name as planner_name
+from tsad.setting import read_plan
 
 if TYPE_CHECKING:
-    from tsad import Plan, SparsePolicy
+    from tsad import Plan
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
-
-
-class UsageError(Exception):
-    """The user asked for something that cannot be; the message names the argument and the fix."""
-
-
-class InterruptedRunError(Exception):
-    """Ctrl-C, with a message that says what was kept and how to go on."""
-
-
-# The library's messages begin with the name of its own argument; here it has another.
-OPTIONS = {
-    "device": "--device",
-    "n_action_steps": "--n-action-steps",
-    "num_inference_steps": "--steps",
-    "plan": "",
-    "planner": "",
-    "precision": "--precision",
-    "preset": "--preset",
-    "sampler": "--sampler",
-    "source": "",
-    "start": "--start",
-    "sparsity": "",
-    "threads": "--threads",
-    "timestep_spacing": "--spacing",
-    "warm_start": "--warm-start",
-}
-DIAL = {name: f"--{name}" for name in ("plan", "planner", "sparsity")}
-
-
-@contextlib.contextmanager
-def argument(name: str, options: Mapping[str, str] = OPTIONS) -> Iterator[None]:
-    """Errors of the library inside are the user's: they name the argument, without a traceback.
-
-    `options` are the names of the library's own arguments here.
-    """
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        text = str(error)
-        inner, colon, rest = text.partition(": ")
-        if colon and inner in options:
-            name, text = options[inner] or name, rest
-        elif isinstance(error, OSError) and error.errno and error.filename is not None:
-            text = f"{os.fsdecode(error.filename)!r} can't be read: {error.strerror}"
-        raise UsageError(f"argument {name}: {text}") from error
 
 
 @contextlib.contextmanager
@@ -91,39 +55,6 @@ def noted() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = note
         yield
-
-
-def integer(least: int, most: int) -> Callable[[str], int]:
-    """An argparse type: an integer of a range."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            most_words = f" and at most {most}" if value > most else ""
-            raise argparse.ArgumentTypeError(
-                f"got {text!r}, expected an integer of at least {least}{most_words}"
-            )
-        return value
-
-    return parse
-
-
-def real(fits: Callable[[float], bool], expected: str) -> Callable[[Any], float]:
-    """An argparse type: a finite number that fits."""
-
-    def parse(text: Any) -> float:
-        try:
-            value = float(text)
-        except (ValueError, OverflowError):
-            value = math.nan
-        if not math.isfinite(value) or not fits(value):
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
-        return value
-
-    return parse
 
 
 positive_int, natural = integer(1, 10**6), integer(0, 2**62)
@@ -184,31 +115,6 @@ def add_warm_start(parser: Any) -> None:
     )
 
 
-def setting_of(words: Mapping[str, Any], source: str) -> Setting:
-    """What arguments, or a row of a settings file, say, or the preset that they name.
-
-    UsageError if a preset isn't there, or other words contradict it.
-    """
-    asked, name = Setting.of(words), words.get("preset")
-    if name is None:
-        return asked
-    with argument("--preset"):
-        folder = policy_folder(source)
-        preset = find_preset(folder, name, source)
-        check_clash(preset, asked)
-        for option in ("plan", "planner", "sparsity"):
-            if getattr(asked, option) is not None:
-                raise ValueError(
-                    f"--{option}: got {getattr(asked, option)!r}, but the preset {name!r} decides "
-                    "what is computed; leave out one of the two"
-                )
-        preset.load_plan()
-        scheduler = read_policy(source)[0].scheduler
-    # None where it is the policy's own: the same settings then go on with each other's episodes
-    own = preset.timestep_spacing == scheduler.timestep_spacing
-    return replace(preset, timestep_spacing=None) if own else preset
-
-
 def timed_on(measured: Mapping[str, Any]) -> str:
     """A preset's time and the processor that it is of, in words; empty without a time."""
     milliseconds, cpu = measured.get("milliseconds"), measured.get("cpu")
@@ -226,6 +132,23 @@ def preset_note(preset: Preset) -> str:
     """A line for reports of what a preset was chosen for; empty if nothing was measured."""
     text = timed_on(preset.measured)
     return f"preset {preset.name} was timed at {text}" if text else ""
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """--jobs and --ray."""
+    group = parser.add_argument_group("who plays; never changes the results, but for times")
+    group.add_argument(
+        "--jobs",
+        type=positive_int,
+        metavar="N",
+        help="N processes, which share the CPUs (default: 1; with --ray: one per CPU)",
+    )
+    group.add_argument(
+        "--ray",
+        action="store_true",
+        help="processes of a Ray cluster: $RAY_ADDRESS, or the one on this machine, or a new one; "
+        "tsad and the policy's files must be where they run; --threads each, default 1",
+    )
 
 
 def add_overwrite(parser: Any, what: str = "an existing --out") -> None:
@@ -320,126 +243,28 @@ def policy_source(args: argparse.Namespace) -> str:
     return str(args.simulator if args.policy is None else args.policy)
 
 
+def experiment_of(args: argparse.Namespace, *, resume: bool) -> Experiment:
+    """What the options of `add_simulator`, `add_workers` and others ask for."""
+    same = ("simulator", "seeds", "first_seed", "lanes", "jobs", "ray", "device", "threads")
+    return Experiment(
+        policy_source(args),
+        own=args.own_simulator is not None,
+        overwrite=args.overwrite,
+        resume=resume,
+        **{name: getattr(args, name) for name in same},
+    )
+
+
 def check_source(args: argparse.Namespace) -> None:
     """UsageError if there is no policy: a row of --settings would be to blame for it."""
     with argument("--policy"):
         read_policy(policy_source(args))
 
 
-def check_policy(args: argparse.Namespace, policy: SparsePolicy) -> int:
-    """UsageError if the simulator of `check_simulator` can't be made, or the policy doesn't fit.
-
-    Returns its longest episode, in steps.
-    """
-    from tsad import sim
-
-    with argument("SIMULATOR" if args.own_simulator is None else "--simulator"):
-        environment = sim.make(args.simulator)
-    try:
-        with argument("--policy"):
-            sim.check(policy, environment)
-        if getattr(args, "realtime", None) is not None and not hasattr(environment, "rest_action"):
-            raise UsageError(
-                f"argument --realtime: the simulator {args.simulator!r} has no rest_action, and "
-                "with a delay nothing else is known to do at first; give it one "
-                "(tsad.sim.Environment)"
-            )
-        return int(environment.max_steps)
-    finally:
-        environment.close()
-
-
-def simulator_settings(name: str) -> dict[str, Any]:
-    """What decides the results of a simulator: its name, versions, and the hash of your own."""
-    from tsad import sim
-
-    found = sim.facts(name)
-    settings = {"simulator": name, "packages": package_versions(found.packages)}
-    return settings | ({"simulator_sha256": found.source_sha256} if found.source_sha256 else {})
-
-
-@contextlib.contextmanager
-def playing(kept: Callable[[], str]) -> Iterator[None]:
-    """However playing inside ends, the error says what was kept."""
-    from tsad.sim.parallel import WorkerError
-    from tsad.sim.simulators import describe
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise InterruptedRunError(kept()) from None
-    except WorkerError as error:
-        raise WorkerError(f"{error}; {kept()}") from None
-    except (UsageError, MissingExtraError, MemoryError):
-        raise
-    except Exception as error:  # a simulator may be anybody's
-        raise RuntimeError(f"{describe(error)}; {kept()}") from error
-
-
-def load_policy(
-    source: str,
-    args: argparse.Namespace,
-    *,
-    name: str,
-    lanes: int,
-    setting: Setting | None = None,
-    **more: Any,
-) -> SparsePolicy:
-    """`tsad.load` with the options of `add_policy_options`; UsageError names the argument.
-
-    A setting is loaded in place of what the options say of it; `configure` sets the rest of it.
-    """
-    import tsad
-
-    setting = Setting.of(vars(args)) if setting is None else setting
-    options = {**setting.options(), "device": args.device, "threads": args.threads}
-    with argument(name):
-        return tsad.load(source, lanes=lanes, **options, **more)
-
-
-def configure(policy: SparsePolicy, setting: Setting) -> None:
-    """`Setting.apply`; UsageError names the argument."""
-    with argument("--plan", DIAL):
-        if setting.plan is None and setting.planner is not None:
-            policy.planner = setting.planner
-        if setting.plan is None:
-            check_sparsity(policy, setting.sparsity or 0.0)
-        setting.apply(policy)
-
-
-def check_sparsity(policy: SparsePolicy, value: float) -> None:
-    """``ValueError``, in this command line's words, beyond what the planner reaches."""
-    if value > policy.max_sparsity:
-        raise ValueError(
-            f"sparsity: got {value:g}, but the planner {policy.planner!r} reaches "
-            f"{policy.max_sparsity:.4g} at {policy.num_inference_steps} steps; "
-            "use less, or more --steps"
-        )
-
-
 def load_plan(path: str, name: str) -> Plan:
     """A plan file; UsageError if it is missing or not one."""
     with argument(name):
         return read_plan(path)
-
-
-def cpu_name() -> str:
-    """The processor's marketing name, family and model, as well as this system tells them.
-
-    A guest may be told "AMD EPYC", which half a dozen generations are.
-    """
-    with contextlib.suppress(OSError, KeyError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
-        return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
-    return platform.processor() or platform.machine()
-
-
-def sampler_name(policy: SparsePolicy) -> str:
-    """The sampler in words, e.g. "ddpm, 100 steps"."""
-    scheduler = policy.config["scheduler"]
-    steps, run = scheduler["num_inference_steps"], policy.num_inference_steps
-    return f"{scheduler['type']}, {f'the last {run} of ' if run < steps else ''}{steps} steps"
 
 
 def seed_range(seeds: Sequence[int]) -> str:
@@ -457,6 +282,11 @@ def too_few(n: int, what: str) -> str:
     from tsad.statistics import LEAST_EPISODES
 
     return f"no 95 % interval: {n} {what}, it takes {LEAST_EPISODES}"
+
+
+def number(value: float | None, digits: int) -> str:
+    """A cell of a table; empty for None."""
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad.commands.bench import percentiles
 from tsad.commands.common import (
     Formatter,
     UsageError,
@@ -19,7 +18,6 @@ from tsad.commands.common import (
     argument,
     check_result,
     configure,
-    cpu_name,
     load_policy,
     natural,
     planner_name,
@@ -29,7 +27,8 @@ from tsad.commands.common import (
     sparsity,
     table,
 )
-from tsad.commands.progress import Progress
+from tsad.evaluation.progress import Progress
+from tsad.evaluation.timing import cpu_name, percentiles
 from tsad.setting import Setting
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad.commands import jobs, realtime, sweep
+from tsad.commands import realtime
 from tsad.commands.common import (
     OBSERVATIONS,
     Formatter,
@@ -18,22 +18,37 @@ from tsad.commands.common import (
     add_preset,
     add_simulator,
     add_warm_start,
+    add_workers,
     argument,
+    check_result,
     check_simulator,
+    check_source,
+    experiment_of,
     natural,
+    number,
     policy_source,
     positive_int,
     preset_note,
     sampler_name,
     seed_range,
+    span,
     sparsity,
+    table,
     too_few,
 )
-from tsad.commands.play import Trial, evaluate, percent, seeds_of
+from tsad.evaluation.errors import SINGLE
+from tsad.evaluation.play import Trial, evaluate, percent, seeds_of
+from tsad.evaluation.realtime import check as check_realtime
+from tsad.evaluation.sweep import Sweep, read_settings
+from tsad.files import output_folder, write_json
 from tsad.presets import Preset
+from tsad.statistics import LEAST_EPISODES
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
+
+FORMAT, FORMAT_VERSION = "tsad-sweep", 1
+SUMMARY = "summary.json"
 
 DESCRIPTION = f"""\
 Play seeded episodes in a simulator and report score and success with their errors.
@@ -124,7 +139,7 @@ def add_parser(subparsers: Any) -> None:
     )
     realtime.add_options(parser)
     add_warm_start(parser)
-    jobs.add_options(parser)
+    add_workers(parser)
     add_policy_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write the results, per seed, as JSON")
@@ -161,7 +176,7 @@ def _check_arguments(args: argparse.Namespace) -> Path | None:
         raise UsageError("argument --observations: needs --settings FILE")
     if args.draws > 1 and args.observations is None:
         raise UsageError("argument --draws: needs --observations DATA")
-    realtime.check(args.realtime, args.latency, "--latency")
+    check_realtime(args.realtime, args.latency, "--latency")
     if args.resume and args.overwrite:
         raise UsageError("argument --resume: not together with --overwrite")
     if args.out is None:
@@ -175,8 +190,8 @@ def _check_arguments(args: argparse.Namespace) -> Path | None:
     return out
 
 
-def _read_baseline(path: str | None, seeds: list[int]) -> list[Any] | None:
-    """The baseline's episodes, or None; refused at once if no seed is common."""
+def _read_baseline(path: str | None, seeds: list[int]) -> tuple[str, list[Any]] | None:
+    """The baseline and its episodes, or None; refused at once if no seed is common."""
     from tsad.sim.results import ResultsError, read_results
 
     if path is None:
@@ -187,7 +202,7 @@ def _read_baseline(path: str | None, seeds: list[int]) -> list[Any] | None:
             raise ResultsError(
                 f"{path} has none of the seeds {seeds[0]} to {seeds[-1]}; use its --first-seed"
             )
-    return episodes
+    return path, episodes
 
 
 def _sure(row: Mapping[str, Any], n: int, what: str) -> str:
@@ -238,14 +253,87 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
     return "\n".join(lines)
 
 
+def _table(rows: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
+    distance = any("distance" in row for row in rows.values())
+    head = ["setting", "passes", "score", "success", "action rms"]
+    lines = [[*head, *["distance", "spread"] * distance, "difference", "95 % together"]]
+    for name, row in rows.items():
+        other = compared["rows"].get(name)
+        interval = "" if other is None else span(other["simultaneous"])
+        line = [
+            name,
+            number(row["passes"], 2),
+            number(row["score"]["mean"], 3),
+            number(row["success"]["mean"], 3),
+            number(row["action_rms"], 4),
+        ]
+        if distance:
+            line += [number(row["distance"], 3), number(row["spread"], 2)]
+        line += ["" if other is None else f"{other['mean_difference']:+.3f}", interval]
+        lines.append(line)
+    return table(lines)
+
+
+def _check_sweep(args: argparse.Namespace) -> Path:
+
+    check_simulator(args)
+    if args.out is None:
+        raise UsageError("argument --settings: needs --out DIR, a file per setting goes there")
+    if args.seeds < 2:
+        raise UsageError("argument --seeds: expected 2 or more with --settings: rows are compared")
+    for name in ("plan", "planner", "preset", "sparsity", "baseline"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"argument --{name}: not together with --settings; put it in the file")
+    with argument("--out"):
+        out = output_folder(args.out)
+        check_result(out, (SUMMARY,), {"format": FORMAT}, overwrite=args.overwrite)
+    return out
+
+
+def _run_sweep(args: argparse.Namespace) -> int:
+    """Play every setting's missing seeds; print and write the comparison."""
+    from tsad.sim.results import compare_all
+
+    out = _check_sweep(args)
+    check_source(args)
+    settings = read_settings(args.settings)
+    experiment = experiment_of(args, resume=args.resume)
+    folder = Path(args.settings).resolve().parent
+    sweep = Sweep(experiment, settings, folder, out, words=vars(args))
+    sweep.measure(args.observations, args.draws)
+    sweep.play()
+    rows = sweep.rows
+    compared = compare_all(sweep.episodes, settings[0]["name"]) if len(settings) > 1 else None
+    summary = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "seeds": sweep.seeds,
+        "rows": rows,
+        "compared": compared,
+    }
+    write_json(out / SUMMARY, summary)
+    if args.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        print(f"{args.simulator}, {seed_range(sweep.seeds)}, policy {policy_source(args)}")
+        print(_table(rows, compared or {"rows": {}}))
+        for name in sweep.unmeasured():
+            print(f"no errors of {name}: its {SINGLE}")
+        if compared is not None and compared["pairs"] < LEAST_EPISODES:
+            print(too_few(compared["pairs"], "seeds"))
+        print(f"written to {args.out}")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.settings is not None:
-        return sweep.run(args)
+        return _run_sweep(args)
     out = _check_arguments(args)
     trial = Trial.of(vars(args), policy_source(args))
-    baseline = _read_baseline(args.baseline, seeds_of(args))
-    document, policy = evaluate(args, trial, out, baseline=baseline, resume=args.resume)
+    experiment = experiment_of(args, resume=args.resume)
+    baseline = _read_baseline(args.baseline, seeds_of(experiment))
+    document, policy = evaluate(experiment, trial, out, baseline=baseline, resume=args.resume)
     if args.json:
         print(json.dumps(document, indent=1))
     else:

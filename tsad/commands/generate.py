@@ -16,18 +16,16 @@ from tsad.commands.common import (
     add_policy_options,
     add_simulator,
     argument,
-    check_policy,
     check_simulator,
     files_sha256,
     load_policy,
-    playing,
     policy_source,
     positive_int,
     real,
     sampler_name,
-    simulator_settings,
 )
-from tsad.commands.progress import Progress
+from tsad.evaluation.play import check_policy, playing, simulator_settings
+from tsad.evaluation.progress import Progress
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
@@ -140,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     with argument("--particles", {name: f"--{name}" for name in names}):
         search = Search(**{name: getattr(args, name) for name in names})
     policy = load_policy(policy_source(args), args, name="--policy", lanes=search.particles)
-    check_policy(args, policy)
+    check_policy(args.simulator, policy, own=args.own_simulator is not None)
     environments: list[Any] = [sim.make(args.simulator) for _ in range(search.particles)]
     try:
         record = _search(args, search, policy, environments, out)

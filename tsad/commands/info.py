@@ -12,13 +12,13 @@ from typing import Any
 from tsad.commands.common import (
     Formatter,
     add_policy_options,
-    cpu_name,
     files_sha256,
     load_policy,
     planner_name,
     timed_on,
 )
 from tsad.config import EULER
+from tsad.evaluation.timing import cpu_name
 from tsad.families import as_network, describe
 
 DESCRIPTION = "Say what this build and machine can do, and what is in a policy."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,8 @@ from tsad.commands.common import (
     real,
     sparsity,
 )
-from tsad.commands.progress import Progress
 from tsad.config import EULER
+from tsad.evaluation.progress import Progress
 from tsad.files import output_file, write_result
 
 if TYPE_CHECKING:
@@ -229,31 +229,6 @@ def read_effects(args: argparse.Namespace, policy: SparsePolicy) -> Effects:
     return effects
 
 
-def pick(
-    episodes: Sequence[Recorded], chunks: int, length: int, seed: int
-) -> list[tuple[Recorded, slice]]:
-    """Windows of up to ``length`` consecutive chunks, spread over the episodes, none twice.
-
-    As many as it takes for ``chunks``, or all there are.
-    """
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    found = []
-    for episode in episodes:
-        begins = np.arange(0, max(len(episode.obs) - length, 0) + 1, length)
-        order = rng.permutation(begins).tolist()
-        found += [(turn, rng.random(), episode, begin) for turn, begin in enumerate(order)]
-    found.sort(key=lambda item: item[:2])
-    windows, total = [], 0
-    for _, _, episode, begin in found:
-        if total >= chunks:
-            break
-        windows.append((episode, slice(begin, begin + length)))
-        total += len(episode.obs[begin : begin + length])
-    return windows
-
-
 def _save_plan(args: argparse.Namespace, plan: Plan, extra: dict[str, Any]) -> int:
     write_result(args.out, plan.write, overwrite=args.overwrite)
     summary = {
@@ -286,7 +261,7 @@ def _measure(args: argparse.Namespace) -> int:
 
     from tsad.load import read_policy
     from tsad.samplers import make_sampler
-    from tsad.sim.recording import denoising_inputs, names_of
+    from tsad.sim.recording import denoising_inputs, names_of, pick
     from tsad.training import sensitivity
 
     policy = load_policy(args.source, args, name="POLICY", lanes=1)
@@ -384,7 +359,7 @@ def _floats(array: NDArray[Any]) -> NDArray[np.float64]:
 
 def _search(args: argparse.Namespace) -> int:
     from tsad.planners.search import Search
-    from tsad.sim.recording import names_of
+    from tsad.sim.recording import names_of, pick
 
     _check_out(args)
     starts = [load_plan(path, "--start") for path in args.start]

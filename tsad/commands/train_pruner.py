@@ -19,8 +19,7 @@ from tsad.commands.common import (
     noted,
     positive_int,
 )
-from tsad.commands.plan import pick, policy_facts, read_effects, recorded
-from tsad.commands.progress import Progress
+from tsad.commands.plan import policy_facts, read_effects, recorded
 from tsad.commands.training import (
     BUDGET_OPTIONS,
     Options,
@@ -34,6 +33,7 @@ from tsad.commands.training import (
     number,
     resumed_settings,
 )
+from tsad.evaluation.progress import Progress
 
 if TYPE_CHECKING:
     from tsad.training.pruner import PrunerSettings, PrunerTrainer
@@ -148,7 +148,7 @@ def _make(args: argparse.Namespace, settings: PrunerSettings) -> PrunerTrainer:
     import tsad
     from tsad.families import as_transformer
     from tsad.load import read_policy
-    from tsad.sim.recording import names_of
+    from tsad.sim.recording import names_of, pick
     from tsad.training.pruner import PrunerTrainer
 
     with argument("POLICY"), noted():

@@ -18,7 +18,7 @@ from tsad.commands.common import (
     positive_int,
     real,
 )
-from tsad.commands.progress import Progress
+from tsad.evaluation.progress import Progress
 from tsad.files import output_folder
 
 number, steps = real(lambda value: True, "a number"), integer(1, 10**9)

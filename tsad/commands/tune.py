@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad.commands import jobs
 from tsad.commands.common import (
     OBSERVATIONS,
     OBSERVATIONS_HELP,
@@ -15,14 +14,16 @@ from tsad.commands.common import (
     UsageError,
     add_overwrite,
     add_simulator,
+    add_workers,
     argument,
     check_result,
     check_simulator,
     check_source,
-    cpu_name,
+    experiment_of,
     files_sha256,
     load_policy,
     natural,
+    number,
     policy_source,
     positive_int,
     real,
@@ -30,17 +31,9 @@ from tsad.commands.common import (
     span,
     table,
 )
-from tsad.commands.errors import SINGLE
-from tsad.commands.play import seeds_of
-from tsad.commands.sweep import (
-    CHUNKS_PER_ROUND,
-    Sweep,
-    fitting,
-    number,
-    passes,
-    read_settings,
-    times,
-)
+from tsad.evaluation.errors import SINGLE
+from tsad.evaluation.sweep import CHUNKS_PER_ROUND, Sweep, fitting, passes, read_settings, times
+from tsad.evaluation.timing import cpu_name
 from tsad.files import make_folder, output_folder, write_json
 
 if TYPE_CHECKING:
@@ -157,7 +150,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--save", action="store_true", help="keep the presets")
     add_overwrite(parser, "results of other settings in --out, and presets of an earlier --save")
-    jobs.add_options(parser)
+    add_workers(parser)
     parser.add_argument("--threads", type=positive_int, metavar="T", help="the engine's choice")
     parser.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -360,7 +353,7 @@ def _save(
     folder = _folder(args)
     facts: dict[str, Any] = {"cpu": cpu_name()}
     if args.simulator is not None:
-        facts["seeds"] = [seeds_of(args)[0], seeds_of(args)[-1]]
+        facts["seeds"] = sweep.seeds
     presets = []
     for preset, name in chosen.items():
         if name is None:
@@ -476,7 +469,7 @@ def _document(
         "policy": policy_source(args),
         "files_sha256": files_sha256(policy_source(args)),
         "simulator": args.simulator,
-        "seeds": [seeds_of(args)[0], seeds_of(args)[-1]] if played else None,
+        "seeds": sweep.seeds if played else None,
         "machine": {"cpu": cpu_name(), "backend": probe.backend, "threads": probe.threads},
         "drawn": any("distance" in row for row in rows.values()),
         "draws": args.draws if args.observations is not None else None,
@@ -507,7 +500,8 @@ def run(args: argparse.Namespace) -> int:
     run_of |= {"format": FORMAT, "asked": [row["name"] for row in settings]}
     with argument("--out"):
         check_result(out, (RESULT, PICTURE), run_of, overwrite=args.overwrite)
-    sweep = Sweep(args, settings, folder, out)
+    experiment = experiment_of(args, resume=True)
+    sweep = Sweep(experiment, settings, folder, out, words=vars(args))
     sweep.measure(args.observations, args.draws)
     own_grid = args.settings is None
     for name in sweep.unmeasured() if args.simulator is None else ():

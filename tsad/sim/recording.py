@@ -101,6 +101,29 @@ def denoising_inputs(policy: Any, obs: Floats, noise: Floats) -> Floats:
     return inputs
 
 
+def pick(
+    episodes: Sequence[Recorded], chunks: int, length: int, seed: int
+) -> list[tuple[Recorded, slice]]:
+    """Windows of up to ``length`` consecutive chunks, spread over the episodes, none twice.
+
+    As many as it takes for ``chunks``, or all there are.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
+    for episode in episodes:
+        begins = np.arange(0, max(len(episode.obs) - length, 0) + 1, length)
+        order = rng.permutation(begins).tolist()
+        found += [(turn, rng.random(), episode, begin) for turn, begin in enumerate(order)]
+    found.sort(key=lambda item: item[:2])
+    windows, total = [], 0
+    for _, _, episode, begin in found:
+        if total >= chunks:
+            break
+        windows.append((episode, slice(begin, begin + length)))
+        total += len(episode.obs[begin : begin + length])
+    return windows
+
+
 # ---- the folder
 
 

@@ -1,11 +1,10 @@
-"""Offline errors of many settings, kept in a file: what `tsad eval --settings` asks.
+"""Offline errors of many settings, kept in a file: what sweeps ask.
 
 An error costs up to a minute; whoever is interrupted finds those that are done in the file.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from dataclasses import replace
@@ -13,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.arrays import read_any_json
-from tsad.commands.common import argument, configure, files_sha256, load_policy
-from tsad.commands.progress import Progress
+from tsad.evaluation.loading import configure, load_policy
+from tsad.evaluation.progress import Progress
+from tsad.evaluation.usage import argument
 from tsad.files import write_json
+from tsad.load import files_sha256
 from tsad.setting import Setting
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def recorded_windows(path: str, policy: SparsePolicy, most: int) -> NDArray[np.f
     """
     import numpy as np
 
-    from tsad.commands.plan import pick
     from tsad.sim.observations import read_observations
+    from tsad.sim.recording import pick
 
     with argument("--observations"):
         _, episodes = read_observations(path, policy)
@@ -90,7 +91,7 @@ class Errors:
         windows: NDArray[np.float32],
         *,
         draws: int,
-        machine: argparse.Namespace,
+        machine: Any,
         reference: Setting,
         file: Path,
     ) -> None:

@@ -1,29 +1,21 @@
-"""Playing the episodes of one trial: what `tsad eval` does once, and with --settings many times."""
+"""Playing the episodes of one trial, kept one by one, so that a run can be gone on with."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad.commands import jobs, realtime
-from tsad.commands.common import (
-    argument,
-    check_policy,
-    configure,
-    cpu_name,
-    files_sha256,
-    load_policy,
-    playing,
-    policy_source,
-    setting_of,
-    simulator_settings,
-)
-from tsad.commands.progress import EpisodeProgress
+from tsad._extras import MissingExtraError, package_versions
+from tsad.evaluation import jobs, realtime
+from tsad.evaluation.loading import configure, load_policy, setting_of
+from tsad.evaluation.progress import EpisodeProgress
+from tsad.evaluation.timing import cpu_name
+from tsad.evaluation.usage import InterruptedRunError, UsageError, argument
+from tsad.load import files_sha256
 from tsad.setting import Setting
 
 if TYPE_CHECKING:
@@ -33,13 +25,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Experiment:
+    """Which policy is played where: what is the same for all settings.
+
+    Args:
+        source: the policy.
+        simulator: its name; None where settings are compared on observations alone.
+        own: it is one of the user's.
+        seeds, first_seed: how many, from which; None is the simulator's first.
+        lanes: environments stepped together.
+        jobs, ray: who plays, `tsad.evaluation.jobs`.
+        device, threads: as of `tsad.load`.
+        overwrite, resume: what becomes of earlier results.
+    """
+
+    source: str
+    simulator: Any
+    own: bool = False
+    seeds: int = 1
+    first_seed: int | None = None
+    lanes: int = 1
+    jobs: int | None = None
+    ray: bool = False
+    device: str = "cpu"
+    threads: int | None = None
+    overwrite: bool = False
+    resume: bool = False
+
+
+@dataclass(frozen=True)
 class Trial:
     """What is played: a setting, and the conditions of the experiment.
 
     Args:
         setting: how the policy runs.
         noise: other noise in the same scenes, a number.
-        realtime, latency: hertz and milliseconds, as of `tsad.commands.realtime`.
+        realtime, latency: hertz and milliseconds, as of `tsad.evaluation.realtime`.
     """
 
     setting: Setting
@@ -53,21 +74,76 @@ class Trial:
         facts = {name: words[name] for name in ("noise", "realtime", "latency")}
         return cls(setting_of(words, source), **facts)
 
-    def load(self, source: str, args: argparse.Namespace, *, name: str, lanes: int) -> SparsePolicy:
+    def load(self, experiment: Experiment, *, name: str, lanes: int) -> SparsePolicy:
         """A policy that does as the setting says."""
-        policy = load_policy(source, args, name=name, lanes=lanes, setting=self.setting)
+        policy = load_policy(
+            experiment.source, experiment, name=name, lanes=lanes, setting=self.setting
+        )
         configure(policy, self.setting)
         return policy
 
 
-def _settings(policy: SparsePolicy, args: argparse.Namespace, trial: Trial) -> dict[str, Any]:
+def check_policy(
+    simulator: str, policy: SparsePolicy, *, own: bool = False, realtime: bool = False
+) -> int:
+    """UsageError if the simulator can't be made, or the policy doesn't fit.
+
+    ``own``: it is the user's; ``realtime``: it shall not wait for the policy. Returns its longest
+    episode, in steps.
+    """
+    from tsad import sim
+
+    with argument("--simulator" if own else "SIMULATOR"):
+        environment = sim.make(simulator)
+    try:
+        with argument("--policy"):
+            sim.check(policy, environment)
+        if realtime and not hasattr(environment, "rest_action"):
+            raise UsageError(
+                f"argument --realtime: the simulator {simulator!r} has no rest_action, and "
+                "with a delay nothing else is known to do at first; give it one "
+                "(tsad.sim.Environment)"
+            )
+        return int(environment.max_steps)
+    finally:
+        environment.close()
+
+
+def simulator_settings(name: str) -> dict[str, Any]:
+    """What decides the results of a simulator: its name, versions, and the hash of your own."""
+    from tsad import sim
+
+    found = sim.facts(name)
+    settings = {"simulator": name, "packages": package_versions(found.packages)}
+    return settings | ({"simulator_sha256": found.source_sha256} if found.source_sha256 else {})
+
+
+@contextlib.contextmanager
+def playing(kept: Callable[[], str]) -> Iterator[None]:
+    """However playing inside ends, the error says what was kept."""
+    from tsad.sim.parallel import WorkerError
+    from tsad.sim.simulators import describe
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(kept()) from None
+    except WorkerError as error:
+        raise WorkerError(f"{error}; {kept()}") from None
+    except (UsageError, MissingExtraError, MemoryError):
+        raise
+    except Exception as error:  # a simulator may be anybody's
+        raise RuntimeError(f"{describe(error)}; {kept()}") from error
+
+
+def _settings(policy: SparsePolicy, experiment: Experiment, trial: Trial) -> dict[str, Any]:
     """All that decides an episode's result; a run resumes only where these are equal."""
     import tsad
 
     return {
         "tsad": tsad.__version__,
-        **simulator_settings(args.simulator),
-        "files_sha256": files_sha256(policy_source(args)),
+        **simulator_settings(experiment.simulator),
+        "files_sha256": files_sha256(experiment.source),
         **trial.setting.key(policy),
         # only where it differs from the default, so that older results can be gone on with
         **({"noise": trial.noise} if trial.noise else {}),
@@ -98,7 +174,7 @@ def _kept(journal: Journal) -> str:
 
 def _play(
     policy: SparsePolicy,
-    args: argparse.Namespace,
+    experiment: Experiment,
     trial: Trial,
     todo: list[int],
     journal: Journal,
@@ -114,18 +190,17 @@ def _play(
         "delay": delay,
     }
     longest = -(-max_steps // max(trial.setting.n_action_steps or policy.n_action_steps, delay))
-    done = args.seeds - len(todo)
+    done = experiment.seeds - len(todo)
     dense = policy.sparsity == 0
     plan = "dense" if dense else f"sparsity {percent(policy.sparsity)}"
-    label = label or f"{args.simulator}, {plan}"
-    progress = EpisodeProgress(args.seeds, label, longest=longest, done=done)
+    label = label or f"{experiment.simulator}, {plan}"
+    progress = EpisodeProgress(experiment.seeds, label, longest=longest, done=done)
     if workers is None:
         options["on_chunk"] = lambda chunk: progress.chunks(len(chunk.seeds))
-        played = _here(policy, args.simulator, args.lanes, todo, options)
+        played = _here(policy, experiment.simulator, experiment.lanes, todo, options)
     else:
-        source = policy_source(args)
         played = jobs.play(
-            workers, policy, source, args, trial.setting, todo, options, progress.chunks
+            workers, policy, experiment, trial.setting, todo, options, progress.chunks
         )
     with playing(lambda: _kept(journal)), contextlib.closing(played), progress:
         for episode in played:
@@ -136,7 +211,7 @@ def _play(
 
 def _document(
     policy: SparsePolicy,
-    args: argparse.Namespace,
+    experiment: Experiment,
     setting: Setting,
     journal: Journal,
     seeds: list[int],
@@ -154,7 +229,7 @@ def _document(
         "settings": journal.settings,
         # What may differ between runs of the same settings.
         "run": {
-            "policy": policy_source(args),
+            "policy": experiment.source,
             "plan": None if setting.plan is None else str(setting.plan),
             "lanes": policy.lanes,
             "threads": policy.threads,
@@ -174,51 +249,56 @@ def percent(sparsity: float | None) -> str:
     return "of its own choice" if sparsity is None else f"{sparsity:.1%}"
 
 
-def seeds_of(args: argparse.Namespace) -> list[int]:
+def seeds_of(experiment: Experiment) -> list[int]:
     """The seeds that are asked for."""
     from tsad import sim
 
-    first = sim.facts(args.simulator).first_seed if args.first_seed is None else args.first_seed
-    return list(range(first, first + args.seeds))
+    first = (
+        sim.facts(experiment.simulator).first_seed
+        if experiment.first_seed is None
+        else experiment.first_seed
+    )
+    return list(range(first, first + experiment.seeds))
 
 
 def evaluate(
-    args: argparse.Namespace,
+    experiment: Experiment,
     trial: Trial,
     out: Path | None,
     *,
     resume: bool,
-    baseline: list[Any] | None = None,
+    baseline: tuple[str, list[Any]] | None = None,
     label: str | None = None,
 ) -> tuple[dict[str, Any], SparsePolicy]:
     """Play what is missing of one trial; the whole result, written to `out`, and the policy."""
     from tsad import sim
     from tsad.sim.results import Journal, compare
 
-    seeds = seeds_of(args)
+    seeds = seeds_of(experiment)
     # Everything that can be refused is refused here, before a file is touched or time is spent.
-    source = policy_source(args)
-    policy = trial.load(source, args, name="--policy", lanes=min(args.lanes, args.seeds))
-    max_steps = check_policy(args, policy)
+    policy = trial.load(experiment, name="--policy", lanes=min(experiment.lanes, experiment.seeds))
+    waits = trial.realtime is None
+    max_steps = check_policy(experiment.simulator, policy, own=experiment.own, realtime=not waits)
     with argument("--policy"):
         sim.check_executed(policy, trial.setting.n_action_steps)
-    workers = jobs.workers_of(args, policy)
-    settings = _settings(policy, args, trial) | realtime.settings(
+    workers = jobs.workers_of(experiment, policy)
+    settings = _settings(policy, experiment, trial) | realtime.settings(
         trial.realtime,
         trial.latency,
-        None if args.overwrite else out,
-        lambda: trial.load(source, args, name="--policy", lanes=1),
+        None if experiment.overwrite else out,
+        lambda: trial.load(experiment, name="--policy", lanes=1),
     )
     with argument("--out"):
-        journal = Journal(out, settings, resume=resume, overwrite=args.overwrite)
+        journal = Journal(out, settings, resume=resume, overwrite=experiment.overwrite)
     try:
         todo = [seed for seed in seeds if seed not in journal.episodes]
         if todo:
-            _play(policy, args, trial, todo, journal, workers, max_steps, label)
-        document = _document(policy, args, trial.setting, journal, seeds, workers)
+            _play(policy, experiment, trial, todo, journal, workers, max_steps, label)
+        document = _document(policy, experiment, trial.setting, journal, seeds, workers)
         if baseline is not None:
             asked = [journal.episodes[seed] for seed in seeds]
-            document["paired"] = {"baseline": args.baseline, **compare(asked, baseline)}
+            name, episodes = baseline
+            document["paired"] = {"baseline": name, **compare(asked, episodes)}
         journal.finish(document)
     finally:
         journal.close()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tsad.commands.common import UsageError, positive_int
+from tsad.evaluation.usage import UsageError
 from tsad.setting import Setting
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
+    from tsad.evaluation.play import Experiment
     from tsad.sim.rollout import Episode
 
 
@@ -23,49 +23,33 @@ class Workers(NamedTuple):
     ray: bool
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """--jobs and --ray."""
-    group = parser.add_argument_group("who plays; never changes the results, but for times")
-    group.add_argument(
-        "--jobs",
-        type=positive_int,
-        metavar="N",
-        help="N processes, which share the CPUs (default: 1; with --ray: one per CPU)",
-    )
-    group.add_argument(
-        "--ray",
-        action="store_true",
-        help="processes of a Ray cluster: $RAY_ADDRESS, or the one on this machine, or a new one; "
-        "tsad and the policy's files must be where they run; --threads each, default 1",
-    )
-
-
-def workers_of(args: argparse.Namespace, policy: SparsePolicy) -> Workers | None:
+def workers_of(experiment: Experiment, policy: SparsePolicy) -> Workers | None:
     """Who plays; None for this process alone. UsageError if the cluster is too small."""
     from tsad.load import usable_cpus
     from tsad.sim.parallel import ray_cpus
 
-    jobs = args.jobs
-    if not args.ray:
+    jobs = experiment.jobs
+    if not experiment.ray:
         if jobs is None or jobs == 1:
             return None
         share = max(1, usable_cpus() // jobs)
-        return Workers(min(jobs, args.seeds), args.threads or min(policy.threads, share), False)
-    cpus, threads = ray_cpus(), args.threads or 1
+        return Workers(
+            min(jobs, experiment.seeds), experiment.threads or min(policy.threads, share), False
+        )
+    cpus, threads = ray_cpus(), experiment.threads or 1
     jobs = max(1, cpus // threads) if jobs is None else jobs
     if jobs * threads > cpus:
         raise UsageError(
             f"argument --ray: got {jobs} processes (--jobs) of {threads} threads (--threads), but "
             f"the cluster has {cpus} CPUs; ask for less"
         )
-    return Workers(min(jobs, args.seeds), threads, True)
+    return Workers(min(jobs, experiment.seeds), threads, True)
 
 
 def play(
     workers: Workers,
     policy: SparsePolicy,
-    source: str,
-    args: argparse.Namespace,
+    experiment: Experiment,
     setting: Setting,
     todo: list[int],
     options: Mapping[str, Any],
@@ -79,15 +63,16 @@ def play(
     from tsad.load import bundled
     from tsad.sim import parallel
 
+    source = experiment.source
     lanes = min(policy.lanes, -(-len(todo) // workers.jobs))
     work = parallel.Work(
-        simulator=args.simulator,
+        simulator=experiment.simulator,
         source=source if source in bundled() else os.path.abspath(source),
         setting=setting.alone(policy),
         lanes=lanes,
         threads=workers.threads,
-        device=args.device,
+        device=experiment.device,
         options=options,
-        identity=parallel.identity(policy, sim.facts(args.simulator).packages),
+        identity=parallel.identity(policy, sim.facts(experiment.simulator).packages),
     )
     return parallel.play(work, todo, workers.jobs, ray=workers.ray, on_chunks=on_chunks)

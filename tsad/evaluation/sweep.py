@@ -1,47 +1,24 @@
-"""`tsad eval --settings`: many settings over the same seeds, resumable, one table."""
+"""Many settings over the same seeds, resumable."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.arrays import read_any_json
-from tsad.commands import realtime
-from tsad.commands.bench import Clock, milliseconds, observations
-from tsad.commands.common import (
-    InterruptedRunError,
-    UsageError,
-    argument,
-    check_policy,
-    check_result,
-    check_simulator,
-    check_source,
-    configure,
-    policy_source,
-    sampler_name,
-    seed_range,
-    span,
-    table,
-    too_few,
-)
-from tsad.commands.errors import (
-    ERRORS_FILE,
-    SINGLE,
-    Errors,
-    most_windows,
-    recorded_windows,
-    unknown,
-)
-from tsad.commands.play import Trial, evaluate, seeds_of
-from tsad.commands.progress import Progress
 from tsad.config import EULER, SAMPLERS, TIMESTEP_SPACINGS
-from tsad.files import make_folder, output_folder, write_json
+from tsad.evaluation import realtime
+from tsad.evaluation.errors import ERRORS_FILE, Errors, most_windows, recorded_windows, unknown
+from tsad.evaluation.loading import configure
+from tsad.evaluation.play import Experiment, Trial, check_policy, evaluate, seeds_of
+from tsad.evaluation.progress import Progress
+from tsad.evaluation.timing import Clock, milliseconds, observations, sampler_name
+from tsad.evaluation.usage import InterruptedRunError, argument
+from tsad.files import make_folder
 from tsad.setting import is_mask
-from tsad.statistics import LEAST_EPISODES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,8 +45,6 @@ KEYS: dict[str, tuple[type, ...]] = {
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 RANGES = {"realtime": realtime.hertz, "latency": realtime.milliseconds}
-FORMAT, FORMAT_VERSION = "tsad-sweep", 1
-SUMMARY = "summary.json"
 CHUNKS_PER_ROUND = 30
 HELD = 10**9  # bytes of weights: dozens of a UNet's would fill the memory
 RESERVED = ("errors", "summary", "tune")  # files of these names lie beside the rows'
@@ -118,14 +93,6 @@ def read_settings(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _trial(args: argparse.Namespace, row: Mapping[str, Any], folder: Path) -> Trial:
-    """What a row says, and what it leaves to the arguments of the command."""
-    row = dict(row)
-    if "plan" in row and not is_mask(row["plan"]):  # relative to the settings file
-        row["plan"] = str(folder / row["plan"])
-    return Trial.of({**vars(args), **row}, policy_source(args))
-
-
 def passes(policy: SparsePolicy) -> float | None:
     """Dense passes of a chunk; None where the policy has not run and its pruner decides."""
     if policy.sparsity is None:
@@ -146,59 +113,23 @@ def _row(document: Mapping[str, Any], policy: SparsePolicy, errors: Mapping[str,
     }
 
 
-def _table(rows: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
-    distance = any("distance" in row for row in rows.values())
-    head = ["setting", "passes", "score", "success", "action rms"]
-    lines = [[*head, *["distance", "spread"] * distance, "difference", "95 % together"]]
-    for name, row in rows.items():
-        other = compared["rows"].get(name)
-        interval = "" if other is None else span(other["simultaneous"])
-        line = [
-            name,
-            number(row["passes"], 2),
-            number(row["score"]["mean"], 3),
-            number(row["success"]["mean"], 3),
-            number(row["action_rms"], 4),
-        ]
-        if distance:
-            line += [number(row["distance"], 3), number(row["spread"], 2)]
-        line += ["" if other is None else f"{other['mean_difference']:+.3f}", interval]
-        lines.append(line)
-    return table(lines)
-
-
-def number(value: float | None, digits: int) -> str:
-    """A cell of a table; empty for None."""
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _check(args: argparse.Namespace) -> Path:
-
-    check_simulator(args)
-    if args.out is None:
-        raise UsageError("argument --settings: needs --out DIR, a file per setting goes there")
-    if args.seeds < 2:
-        raise UsageError("argument --seeds: expected 2 or more with --settings: rows are compared")
-    for name in ("plan", "planner", "preset", "sparsity", "baseline"):
-        if getattr(args, name) is not None:
-            raise UsageError(f"argument --{name}: not together with --settings; put it in the file")
-    with argument("--out"):
-        out = output_folder(args.out)
-        check_result(out, (SUMMARY,), {"format": FORMAT}, overwrite=args.overwrite)
-    return out
-
-
 class Sweep:
     """The rows of a settings file, checked: each is loaded once, before hours go into others.
 
-    ``folder`` is where the plans of the rows lie; ``out`` gets a file per row.
+    ``words`` are what rows leave unsaid; ``folder`` is where their plans lie; ``out`` gets a file
+    per row.
     """
 
     def __init__(
-        self, args: argparse.Namespace, settings: list[dict[str, Any]], folder: Path, out: Path
+        self,
+        experiment: Experiment,
+        settings: list[dict[str, Any]],
+        folder: Path,
+        out: Path,
+        *,
+        words: Mapping[str, Any],
     ) -> None:
-        self._args, self._folder, self._out = args, folder, out
-        self._source = policy_source(args)
+        self._experiment, self._words, self._folder, self._out = experiment, words, folder, out
         self._trials: dict[str, Trial] = {}
         self._settings: dict[str, dict[str, Any]] = {}
         self._errors: Errors | None = None
@@ -207,19 +138,31 @@ class Sweep:
         self.episodes: dict[str, list[Episode]] = {}
         self._held: dict[str, SparsePolicy] = {}
         self.add(settings)
-        if args.simulator is not None:
-            check_policy(args, self.load(self.first))
+        if experiment.simulator is not None:
+            check_policy(
+                experiment.simulator,
+                self.load(self.first),
+                own=experiment.own,
+                realtime=self._trials[self.first].realtime is not None,
+            )
 
     def add(self, settings: list[dict[str, Any]]) -> None:
         """Further rows."""
         from tsad import sim
 
         for row in settings:
-            name, own = row["name"], _trial(self._args, row, self._folder)
+            name, own = row["name"], self._trial(row)
             realtime.check(own.realtime, own.latency, f"--settings: {name}: latency")
             self._trials[name], self._settings[name] = own, row
             with argument(f"--settings: {name}"):
                 sim.check_executed(self.load(name), own.setting.n_action_steps)
+
+    def _trial(self, row: Mapping[str, Any]) -> Trial:
+        """What a row says, and what it leaves to the words."""
+        row = dict(row)
+        if "plan" in row and not is_mask(row["plan"]):  # relative to the settings file
+            row["plan"] = str(self._folder / row["plan"])
+        return Trial.of({**self._words, **row}, self._experiment.source)
 
     @property
     def first(self) -> str:
@@ -233,10 +176,14 @@ class Sweep:
             if held > HELD:
                 self._held.clear()
             own = self._trials[name]
-            self._held[name] = own.load(
-                self._source, self._args, name=f"--settings: {name}", lanes=1
-            )
+            self._held[name] = own.load(self._experiment, name=f"--settings: {name}", lanes=1)
         return self._held[name]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The first and the last."""
+        played = seeds_of(self._experiment)
+        return [played[0], played[-1]]
 
     def trials(self) -> dict[str, Trial]:
         """That of every row."""
@@ -255,9 +202,9 @@ class Sweep:
         make_folder(self._out)
         file = self._out / ERRORS_FILE
         self._errors = Errors(
-            self._source,
+            self._experiment.source,
             self.windows,
-            machine=self._args,
+            machine=self._experiment,
             draws=draws,
             reference=self._trials[self.first].setting,
             file=file,
@@ -287,14 +234,14 @@ class Sweep:
                 continue
             path = self._out / f"{name}.json"
             label = f"{number} of {len(self._trials)}, {name}"
-            resume = self._args.resume or not self._args.overwrite
+            resume = self._experiment.resume or not self._experiment.overwrite
             try:
-                document, policy = evaluate(self._args, own, path, resume=resume, label=label)
+                document, policy = evaluate(self._experiment, own, path, resume=resume, label=label)
             except (InterruptedRunError, RuntimeError) as stop:
                 text = str(stop).replace("command with --resume", "command")  # a sweep always does
                 raise type(stop)(f"setting {name}: {text}") from None
             self.rows[name] = _row(document, policy, self.error(name))
-            wanted = set(seeds_of(self._args))
+            wanted = set(seeds_of(self._experiment))
             self.episodes[name] = [e for e in read_results(path)[1] if e.seed in wanted]
 
 
@@ -342,41 +289,6 @@ def times(
             "sampler": sampler_name(policy),
         }
     return found, medians
-
-
-def run(args: argparse.Namespace) -> int:
-    """Play every setting's missing seeds; print and write the comparison."""
-    from tsad.sim.results import compare_all
-
-    out = _check(args)
-    check_source(args)
-    settings = read_settings(args.settings)
-    sweep = Sweep(args, settings, Path(args.settings).resolve().parent, out)
-    sweep.measure(args.observations, args.draws)
-    sweep.play()
-    rows, seeds = sweep.rows, seeds_of(args)
-    compared = compare_all(sweep.episodes, settings[0]["name"]) if len(settings) > 1 else None
-    summary = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "seeds": [seeds[0], seeds[-1]],
-        "rows": rows,
-        "compared": compared,
-    }
-    write_json(out / SUMMARY, summary)
-    if args.json:
-        print(json.dumps(summary, indent=1))
-    else:
-        print(
-            f"{args.simulator}, {seed_range([seeds[0], seeds[-1]])}, policy {policy_source(args)}"
-        )
-        print(_table(rows, compared or {"rows": {}}))
-        for name in sweep.unmeasured():
-            print(f"no errors of {name}: its {SINGLE}")
-        if compared is not None and compared["pairs"] < LEAST_EPISODES:
-            print(too_few(compared["pairs"], "seeds"))
-        print(f"written to {args.out}")
-    return 0
 
 
 def fitting(policy: SparsePolicy, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,91 @@
+"""Errors that are the user's, in the words of the command line, and numbers that it takes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be; the message names the argument and the fix."""
+
+
+class InterruptedRunError(Exception):
+    """Ctrl-C, with a message that says what was kept and how to go on."""
+
+
+# The library's messages begin with the name of its own argument; here it has another.
+OPTIONS = {
+    "device": "--device",
+    "n_action_steps": "--n-action-steps",
+    "num_inference_steps": "--steps",
+    "plan": "",
+    "planner": "",
+    "precision": "--precision",
+    "preset": "--preset",
+    "sampler": "--sampler",
+    "source": "",
+    "start": "--start",
+    "sparsity": "",
+    "threads": "--threads",
+    "timestep_spacing": "--spacing",
+    "warm_start": "--warm-start",
+}
+
+
+DIAL = {name: f"--{name}" for name in ("plan", "planner", "sparsity")}
+
+
+@contextlib.contextmanager
+def argument(name: str, options: Mapping[str, str] = OPTIONS) -> Iterator[None]:
+    """Errors of the library inside are the user's: they name the argument, without a traceback.
+
+    `options` are the names of the library's own arguments here.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        text = str(error)
+        inner, colon, rest = text.partition(": ")
+        if colon and inner in options:
+            name, text = options[inner] or name, rest
+        elif isinstance(error, OSError) and error.errno and error.filename is not None:
+            text = f"{os.fsdecode(error.filename)!r} can't be read: {error.strerror}"
+        raise UsageError(f"argument {name}: {text}") from error
+
+
+def integer(least: int, most: int) -> Callable[[str], int]:
+    """An argparse type: an integer of a range."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            most_words = f" and at most {most}" if value > most else ""
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, expected an integer of at least {least}{most_words}"
+            )
+        return value
+
+    return parse
+
+
+def real(fits: Callable[[float], bool], expected: str) -> Callable[[Any], float]:
+    """An argparse type: a finite number that fits."""
+
+    def parse(text: Any) -> float:
+        try:
+            value = float(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value) or not fits(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+        return value
+
+    return parse
