@@ -32,6 +32,7 @@ from cuda_library import build_emulated
 from engine import make, make_reference
 from policies import observations, save_policy
 from test_engine import OPEN
+from test_nodes import check_toy_unet
 
 import tsad
 from tsad import _core, device
@@ -74,6 +75,11 @@ def test_a_dit_equals_pytorch(name: str) -> None:
     codes = dit.time_emb(shape, 5)[4:5]
     expected = torch_dit.predict(shape, weights, z[0], codes, obs).numpy()
     assert relative_error(policy.predict_noise(z[0], 4, obs), expected) < NETWORK_TOLERANCE
+
+
+def test_a_list_of_nodes_equals_the_oracle() -> None:
+    """Strides, concatenation, copies, gates from a table, convolutions without a halo."""
+    check_toy_unet("cuda", seeds=4)
 
 
 def check_dense(steps: int) -> None:

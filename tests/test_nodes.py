@@ -187,11 +187,11 @@ def random_plans(rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8], npt.N
 OBS = np.zeros((1, A), np.float32)
 
 
-@pytest.mark.parametrize("backend", [*_core.backends(), "guarded"])
-def test_toy_unet_equals_the_oracle(backend: str) -> None:
+def check_toy_unet(backend: str, seeds: int) -> None:
+    """Random plans over three rollouts with the weights of each seed, against the oracle."""
     rng = np.random.default_rng(0)
     worst = 0.0
-    for seed in range(20):
+    for seed in range(seeds):
         tensors = make_tensors(seed)
         policy = make_policy(tensors, backend=backend)
         oracle = Oracle(tensors)
@@ -204,6 +204,11 @@ def test_toy_unet_equals_the_oracle(backend: str) -> None:
             expected = oracle.chunk(noise[0].astype(float), first if rollout == 0 else steady)
             worst = max(worst, float(np.abs(got - expected).max()))
     assert worst < 1e-5
+
+
+@pytest.mark.parametrize("backend", [*_core.backends(), "guarded"])
+def test_toy_unet_equals_the_oracle(backend: str) -> None:
+    check_toy_unet(backend, seeds=20)
 
 
 def test_all_compute_equals_dense_bit_for_bit() -> None:
