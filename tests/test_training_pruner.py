@@ -143,11 +143,12 @@ def plant(trainer: PrunerTrainer) -> None:
 def test_it_learns_what_the_observation_says_and_the_control_does_not(folder, tmp_path):
     losses = {}
     for static in (False, True):
-        settings = replace(SETTINGS, steps=150, static=static, weight_decay=0.0)
+        settings = replace(SETTINGS, steps=150, static=static, weight_decay=0.0, power=1.0)
         trainer = make(folder, tmp_path / str(static), settings)
         trainer.prepare()
         plant(trainer)
         trainer.probe = trainer.parts
+        trainer.best_loss = np.inf
         trainer.fit(report_every=150)
         losses[static] = trainer.curve[-1].val_loss
     known = -np.mean([f * np.log(f) for f in (5 / 3, 1 / 3)])  # the entropy of what was planted
@@ -168,6 +169,24 @@ def test_only_what_sees_the_observation_is_trained(folder, tmp_path):
         assert not torch.equal(before[name], after[name])
 
 
+def test_the_weights_that_did_best_on_held_out_episodes_are_kept(folder, tmp_path):
+    kept = {}
+    for last in (False, True):
+        settings = replace(SETTINGS, steps=40, keep_last=last)
+        trainer = make(folder, tmp_path / str(last), settings)
+        trainer.prepare()
+        table = trainer._weights()
+        tokens, gains = trainer.parts  # held out, the table is right; what is learned is wrong
+        trainer.parts = (tokens, 5 * gains)
+        trainer.probe = (tokens, torch.ones_like(gains))
+        trainer.best_loss = trainer.evaluate().val_loss
+        trainer.fit(report_every=10)
+        assert trainer.curve[-1].val_loss > trainer.curve[0].val_loss > 0.01
+        kept[last] = all(torch.equal(value, table[name]) for name, value in trainer.best.items())
+        assert trainer.best_step == (40 if last else 0)
+    assert kept == {False: True, True: False}
+
+
 # What is written
 
 
@@ -175,7 +194,8 @@ def test_a_trained_pruner_scores_in_the_engine_as_in_torch(folder, tmp_path):
     trainer = make(folder, tmp_path / "out")
     trainer.prepare()
     plant(trainer)
-    trainer.fit()
+    trainer.fit(report_every=10)
+    assert trainer.best_step > 0
     config, tensors, weights = read_folder(tmp_path / "out")
     assert config.pruner.type == "mlp" and config.pruner.hidden_dim == HIDDEN
     for name, value in read_folder(folder)[1].items():
@@ -197,7 +217,8 @@ def test_its_own_choice_costs_what_was_asked_and_the_dial_what_is_said(folder, t
     trainer = make(folder, tmp_path / "out", replace(SETTINGS, steps=150))
     trainer.prepare()
     plant(trainer)
-    trainer.fit()
+    trainer.fit(report_every=10)
+    assert trainer.best_step > 0
     policy = tsad.load(tmp_path / "out")
     assert policy.planner == "pruner"
     costs: dict[Any, list[float]] = {}

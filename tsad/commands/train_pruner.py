@@ -68,6 +68,7 @@ SETTINGS: Options = (
     ("sparsity", number, "of its own choice, on average; the order is best there (default: 0.95)"),
     ("chunks", positive_int, "how many of the recorded chunks are measured (default: 512)"),
     ("projections", positive_int, "random directions per chunk (default: 2)"),
+    ("power", number, "of the gains that are foreseen: 1 is their mean (default: 0.5)"),
     ("batch", positive_int, "chunks per step (default: 32)"),
     ("lr", number, "learning rate (default: 1e-3)"),
     ("weight-decay", number, "of the weights that see the observation (default: 0.1)"),
@@ -77,7 +78,7 @@ SETTINGS: Options = (
     ("val-episodes", natural, "held out: the last ones (default: a fifth)"),
     ("seed", natural, "of weights, order and what is picked (default: 0)"),
 )
-NAMES = (*(name for name, _, _ in SETTINGS), "static")
+NAMES = (*(name for name, _, _ in SETTINGS), "keep-last", "static")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -95,6 +96,11 @@ def add_parser(subparsers: Any) -> None:
         "--effects", metavar="FILE", help="of 'tsad plan measure' (default: measures 64 chunks)"
     )
     group = add_settings(parser, SETTINGS, report_every=100)
+    group.add_argument(
+        "--keep-last",
+        action="store_true",
+        help="keep the last weights, not those that did best on held-out episodes",
+    )
     group.add_argument("--static", action="store_true", help="the observation is not looked at")
     parser.set_defaults(run=run)
 
@@ -109,25 +115,26 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(_plan(trainer, begun), flush=True)
     config = fit(trainer, args, _command(args))
-    last = trainer.curve[-1] if trainer.curve else None
     summary = {
         "out": str(trainer.out),
         "sha256": config.provenance["sha256"]["pruner.safetensors"],
         "steps": trainer.step,
         "minutes": round(trainer.seconds / 60, 2),
-        "val_loss": last and last.val_loss,
-        "r2": last and last.r2,
+        "kept_step": trainer.best_step,
+        "val_loss": trainer.best_loss,
         "share_of_dense_macs": config.provenance["pruner"]["training"]["share_of_dense_macs"],
     }
     if args.json:
         print(json.dumps(summary))
     else:
         print(f"written to {trainer.out}: {trainer.step} steps, {trainer.seconds / 60:.1f} minutes")
-        if last:
-            print(
-                f"held out, relative to a static table: {last.val_loss:+.4f} (below 0 the "
-                f"observation helps), R2 of a chunk's logarithm {last.r2:.2f}"
+        found = f"kept is step {trainer.best_step}, {trainer.best_loss:+.4f} beside a static table"
+        if not trainer.best_step:
+            found = (
+                "kept is the static table: on held-out episodes nothing that was learned did "
+                "better; record more chunks"
             )
+        print(found)
     return 0
 
 

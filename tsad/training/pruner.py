@@ -3,9 +3,11 @@
 The effects of `tsad plan measure`, averaged over recorded chunks, order the cells
 (`tsad.planners.nested`): a static table that serves the whole dial. What a single chunk's effects
 say beyond it is learned from the observation. The pruner's score of a cell is the logarithm of the
-gain per cost that it expects; the loss, exp(score) - gain x score in units of the table, has its
-least where exp(score) is the mean gain given what the pruner sees. So a plan for a budget computes
-the cells that gain most, and the pruner's own choice spends more on chunks that need more.
+gain per cost that it expects; with a power of 1, the loss exp(score) - gain x score, in units of
+the table, has its least where exp(score) is the mean gain given what the pruner sees. Few chunks
+have most of all gain, so by default their roots are learned. A plan for a budget computes the cells
+that gain most, and the pruner's own choice spends more on chunks that need more. Kept are the
+averaged weights that did best on held-out episodes, the table being the first.
 
 The pruner is the MLP of `tsad.config.PrunerConfig`, on the policy's own memory tokens.
 """
@@ -71,6 +73,8 @@ class PrunerSettings:
     decay: float = 0.5
     ema: float = 0.99
     val_episodes: int | None = None  # a fifth
+    power: float = 0.5  # of the gains
+    keep_last: bool = False  # not the weights that did best on held-out episodes
     static: bool = False  # the observation is not looked at: a control
     seed: int = 0
     minutes: float | None = None
@@ -81,6 +85,7 @@ class PrunerSettings:
             "hidden": (self.hidden >= 0, "at least 1, or 0 for as many as fit, up to 256"),
             "sparsity": (0 < self.sparsity < 1, "a number in (0, 1)"),
             "chunks": (self.chunks >= 1, "at least 1"),
+            "power": (0 < self.power <= 1, "a number in (0, 1]"),
             "projections": (self.projections >= 1, "at least 1"),
         }
         check_settings(self, checks)
@@ -278,7 +283,7 @@ class PrunerTrainer(Training[PrunerReport]):
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0
         )
-        self.ready = False
+        self.ready, self.best_step = False, 0
 
     # ---- what is measured first
 
@@ -322,6 +327,7 @@ class PrunerTrainer(Training[PrunerReport]):
         obs = [episode.obs[part] for episode, part in [*self.windows, *self.held_out]]
         n = sum(len(o) for o in obs[:counts])
         seen = self.memory.tokens(np.concatenate(obs)).to(self.device)
+        gains = gains**self.settings.power
         mean = gains[:n].mean(0)
         known = mean > 0
         relative = np.where(known, gains / np.where(known, mean, 1), 1.0)
@@ -334,6 +340,16 @@ class PrunerTrainer(Training[PrunerReport]):
         self.fixed = set_table(self.net, self.times, few, self.table, self.settings.seed)
         self.ema.load_state_dict(self.net.state_dict())
         self.ready = True
+        self.best, self.best_loss = self._weights(), self.evaluate().val_loss
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.ema.state_dict().items()}
+
+    def _report(self, on_report: Callable[[PrunerReport], None] | None) -> None:
+        super()._report(on_report)
+        last = self.curve[-1]
+        if last.val_loss < self.best_loss or self.settings.keep_last or not self.held_out:
+            self.best, self.best_loss, self.best_step = self._weights(), last.val_loss, last.step
 
     def _measure_effects(self, progress: Callable[[int], None], received: list[int]) -> Effects:
         path = self.out / EFFECTS_FILE
@@ -396,9 +412,9 @@ class PrunerTrainer(Training[PrunerReport]):
     # ---- the fit
 
     def _lead(self, net: nn.Module, tokens: Tensor) -> Tensor:
-        """(N, K - 1, B): logarithm of the gain that is foreseen, in units of the table's."""
+        """(N, K - 1, B): logarithm of the power of the gain, in units of the table's."""
         scores = compute_scores(net(pruner_rows(self.times, tokens)))
-        return scores[:, 1:] - self.table[1:]
+        return self.settings.power * (scores[:, 1:] - self.table[1:])
 
     def train_step(self) -> float:
         """One optimiser step; the loss before it."""
@@ -456,6 +472,9 @@ class PrunerTrainer(Training[PrunerReport]):
                 "net": self.net.state_dict(),
                 "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "best": self.best,
+                "best_loss": self.best_loss,
+                "best_step": self.best_step,
             }
         facts = {"settings": asdict(self.settings), "facts": self.facts}
         return self.progress_state() | facts | begun
@@ -467,17 +486,21 @@ class PrunerTrainer(Training[PrunerReport]):
         self.net.load_state_dict(state["net"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.best, self.best_loss = dict(state["best"]), float(state["best_loss"])
+        self.best_step = int(state["best_step"])
         self.restore_progress(state, PrunerReport)
 
     @torch.no_grad()
     def own_threshold(self) -> float:
         """The score from which on computing costs what was asked, on the mean of the training."""
+        net = make_net(self.config, self.hidden).to(self.device)
+        net.load_state_dict(self.best)
         tokens, _ = self.parts
         K, costs = self.memory.steps, np.asarray(self.config.costs, np.float64)
         found = []
         for begin in range(0, len(tokens), 64):
             seen = tokens[begin : begin + 64]
-            found.append(compute_scores(self.ema(pruner_rows(self.times, seen)))[:, 1:].cpu())
+            found.append(compute_scores(net(pruner_rows(self.times, seen)))[:, 1:].cpu())
         scores = torch.cat(found).numpy()
         weights = np.broadcast_to(costs, scores.shape).ravel()
         order = np.argsort(-scores, axis=None, kind="stable")
@@ -490,7 +513,7 @@ class PrunerTrainer(Training[PrunerReport]):
     def write(self, folder: Path | None = None) -> PolicyConfig:
         """Write the tsad folder (default: ``out``): the policy's weights, and the pruner."""
         folder = folder or self.out
-        state = {name: value.detach().cpu() for name, value in self.ema.state_dict().items()}
+        state = {name: value.cpu() for name, value in self.best.items()}
         # the sign of the scores is the pruner's own choice
         state["2.bias"] = state["2.bias"].clone()
         state["2.bias"][0::4] -= self.own_threshold()
@@ -498,6 +521,7 @@ class PrunerTrainer(Training[PrunerReport]):
             **asdict(self.settings),
             "hidden": self.hidden,
             "step": self.step,
+            "kept": {"step": self.best_step, "val_loss": self.best_loss},
             "seconds": round(self.seconds, 1),
             "hardware": hardware(self.device),
             "torch": torch.__version__,
