@@ -21,10 +21,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from report import table  # noqa: E402
-
 import tsad  # noqa: E402
 from tsad import Plan, planners  # noqa: E402
+from tsad.commands.common import table  # noqa: E402
 from tsad.files import write_json  # noqa: E402
 from tsad.planners.base import own_values  # noqa: E402
 from tsad.sim.observations import read_observations  # noqa: E402
