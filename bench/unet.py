@@ -39,6 +39,7 @@ from torch_unet import FINAL_GROUPS, Shape, conv_norm, linear, predict  # noqa: 
 from tsad import _core  # noqa: E402
 
 PASSES = 10
+INPUTS = ("sample", "time_emb", "obs")
 SIZES = ((512, 1024, 2048), (128, 256, 512))
 Forward = Callable[[], Any]
 
@@ -108,29 +109,36 @@ def ours(shape: Shape, weights: Any, codes: np.ndarray, obs: np.ndarray, precisi
     return lambda: policy(obs), lambda x, k: policy.predict_noise(x, k, obs[None])
 
 
-def onnx_runner(module: Module, example: tuple[Any, ...], threads: int) -> Callable[..., Any]:
+def export(module: Module, example: tuple[Any, ...], folder: str) -> Path:
+    """The network as ONNX, which both runtimes read (OpenVINO refuses the module itself)."""
+    path = Path(folder) / "unet.onnx"
+    if not path.exists():
+        torch.onnx.export(module, example, path, input_names=INPUTS, dynamo=True, verbose=False)
+    return path
+
+
+def onnx_runner(path: Path, threads: int) -> Callable[..., Any]:
     import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "unet.onnx"
-        names = ["sample", "time_emb", "obs"]
-        torch.onnx.export(module, example, path, input_names=names, dynamo=True, verbose=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))[0]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda *inputs: session.run(None, dict(zip(INPUTS, inputs, strict=True)))[0]
 
 
-def openvino_runner(module: Module, example: tuple[Any, ...], threads: int) -> Callable[..., Any]:
+def openvino_runner(path: Path, threads: int) -> Callable[..., Any]:
     import openvino
 
-    core = openvino.Core()
-    model = openvino.convert_model(module, example_input=example)
-    compiled = core.compile_model(
-        model, "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    )
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
     request = compiled.create_infer_request()
-    return lambda *inputs: request.infer(list(inputs))[compiled.output(0)]
+    inputs_of = [port.get_any_name() for port in compiled.inputs]
+
+    def run(*inputs: Any) -> Any:
+        given = dict(zip(INPUTS, inputs, strict=True))
+        return request.infer([given[name] for name in inputs_of])[compiled.output(0)]
+
+    return run
 
 
 def peers(shape: Shape, weights: Any, codes: np.ndarray, obs: np.ndarray, wanted: list[str],
@@ -150,20 +158,21 @@ def peers(shape: Shape, weights: Any, codes: np.ndarray, obs: np.ndarray, wanted
 
         return run
 
-    for name in wanted:
-        try:
-            if name == "eager":
-                built[name] = in_torch(module)
-            elif name == "compile":
-                built[name] = in_torch(torch.compile(module))
-            else:
-                make = {"onnxruntime": onnx_runner, "openvino": openvino_runner}[name]
-                run = make(module, example, threads)
-                built[name] = lambda x, k, run=run: run(x, codes[k : k + 1], obs[None])
-            built[name](sample, 0)
-        except Exception as error:  # a peer that does not run here is no failure of ours
-            built.pop(name, None)
-            print(f"  {name}: left out: {type(error).__name__}: {str(error)[:100]}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in wanted:
+            try:
+                if name == "eager":
+                    built[name] = in_torch(module)
+                elif name == "compile":
+                    built[name] = in_torch(torch.compile(module))
+                else:
+                    make = {"onnxruntime": onnx_runner, "openvino": openvino_runner}[name]
+                    run = make(export(module, example, folder), threads)
+                    built[name] = lambda x, k, run=run: run(x, codes[k : k + 1], obs[None])
+                built[name](sample, 0)
+            except Exception as error:  # a peer that does not run here is no failure of ours
+                built.pop(name, None)
+                print(f"  {name}: left out: {type(error).__name__}: {str(error)[:100]}", flush=True)
     return built
 
 

@@ -13,6 +13,7 @@ from command_line import run
 
 import tsad
 from tsad.convert import convert
+from tsad.load import files_sha256
 
 
 def observation(policy: tsad.SparsePolicy, raw: dict[str, Any]) -> Any:
@@ -80,3 +81,29 @@ def test_the_command_converts_it(tmp_path: Path, capsys: Any) -> None:
     assert code == 0 and "UNet" in out and (tmp_path / "policy" / "config.json").is_file()
     code, out, _ = run(capsys, "info", folder)
     assert code == 0 and "conv_residual" in out
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_trainings_checkpoint_is_the_policy_in_it(tmp_path: Path) -> None:
+    """Training of LeRobot writes ``checkpoints/000100/pretrained_model``."""
+    checkpoint = tmp_path / "000100"
+    inner = lerobot.copy(lerobot.CASES[0], checkpoint / "pretrained_model")
+    one, two = tsad.load(checkpoint), tsad.load(inner)
+    obs = np.random.default_rng(0).uniform(-1, 1, (one.n_obs_steps, one.obs_dim))
+    for policy in (one, two):
+        policy.reset(seed=1)
+    np.testing.assert_array_equal(one(obs.astype(np.float32)), two(obs.astype(np.float32)))
+    assert convert(checkpoint, tmp_path / "policy")["policy"] == "LeRobot diffusion"
+
+
+def test_the_files_of_a_policy_are_all_that_it_is_read_from(tmp_path: Path) -> None:
+    """Results of other statistics, or of another way to use them, are another policy's."""
+    folder = lerobot.copy(lerobot.CASES[0], tmp_path / "policy")
+    read = {path.name for path in folder.iterdir()} - {"case.json", "expected.npz"}
+    before = files_sha256(folder)
+    assert set(before) == read and len(read) == 6
+    for name in read:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content + b" ")
+        assert {n for n, digest in files_sha256(folder).items() if digest != before[n]} == {name}
+        (folder / name).write_bytes(content)

@@ -49,6 +49,12 @@ class CheckpointError(ValueError):
     """A file that is truncated, foreign, corrupt, or does not fit its configuration."""
 
 
+def of_training(folder: Path) -> Path:
+    """The policy's folder in one of LeRobot's checkpoints of a training; else the folder itself."""
+    inner = folder / "pretrained_model"
+    return inner if inner.is_dir() and not (folder / CONFIG_FILE).exists() else folder
+
+
 def folder_kind(path: Path) -> str:
     """``"tsad"``, ``"lerobot"`` or ``"unknown"``, by what ``config.json`` says of itself.
 

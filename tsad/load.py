@@ -20,6 +20,7 @@ from tsad.checkpoint import (
     CheckpointError,
     Tensors,
     folder_kind,
+    of_training,
     read_folder,
 )
 from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
@@ -291,7 +292,7 @@ def usable_cpus() -> int:
 def policy_folder(source: str | os.PathLike[str]) -> Path | None:
     """The folder that a bundled name or a path stands for; None if it is not one."""
     path = _ASSETS / source if isinstance(source, str) and source in bundled() else Path(source)
-    return path if path.is_dir() else None
+    return of_training(path) if path.is_dir() else None
 
 
 def files_sha256(source: str | os.PathLike[str]) -> dict[str, str]:
@@ -299,7 +300,8 @@ def files_sha256(source: str | os.PathLike[str]) -> dict[str, str]:
     folder = policy_folder(source)
     if folder is None:
         return {"checkpoint": sha256(source)}
-    names = (CONFIG_FILE, MODEL_FILE, PRUNER_FILE)
+    processors = [path.name for path in folder.glob("policy_*processor*") if path.is_file()]
+    names = (CONFIG_FILE, MODEL_FILE, PRUNER_FILE, *sorted(processors))  # LeRobot's statistics
     return {name: sha256(folder / name) for name in names if (folder / name).is_file()}
 
 
@@ -320,7 +322,7 @@ def read_policy(
         )
     if isinstance(source, str) and source in bundled():
         return read_folder(_ASSETS / source)
-    path = Path(source)
+    path = folder or Path(source)
     if path.is_dir():
         kind = folder_kind(path)
         if kind == "tsad":

@@ -20,6 +20,7 @@ from tsad.checkpoint import (
     PRUNER_FILE,
     CheckpointError,
     folder_kind,
+    of_training,
     read_folder,
     read_json,
     write_folder,
@@ -57,7 +58,7 @@ def convert(
     """
     folder = Path(out)
     _check_out(folder, overwrite)
-    path = Path(source)
+    path = of_training(Path(source))
     if path.is_dir():
         if folder_kind(path) != "lerobot":
             raise _wrong_folder(path)

@@ -29,6 +29,7 @@ from tsad.checkpoint import (
     check_finite,
     check_tensors,
     map_safetensors,
+    of_training,
     read_json,
 )
 from tsad.config import (
@@ -52,7 +53,6 @@ from tsad.scope import scope
 from tsad.section import MAX_DIM, Section, Shapes
 
 STATE, ENV_STATE, ACTION = "observation.state", "observation.environment_state", "action"
-CHECKPOINT_FOLDER = "pretrained_model"
 
 _COMPILED = "_orig_mod."  # torch.compile puts it into the names of what it wraps
 _UNET, _ENCODER = "diffusion.unet.", "diffusion.rgb_encoder"
@@ -119,9 +119,7 @@ def read_lerobot(path: str | os.PathLike[str]) -> Description:
     Raises ``FileNotFoundError`` if there is no such folder, ``CheckpointError``, a ``ValueError``,
     naming file and key or tensor, for what is missing, foreign, damaged or not supported.
     """
-    folder = Path(path)
-    if not (folder / CONFIG_FILE).exists() and (folder / CHECKPOINT_FOLDER).is_dir():
-        folder = folder / CHECKPOINT_FOLDER
+    folder = of_training(Path(path))
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a LeRobot folder, found no folder there")
     file = folder / CONFIG_FILE
