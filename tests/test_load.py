@@ -114,7 +114,11 @@ def test_threads_default_to_what_helps(tmp_path: Path, monkeypatch: pytest.Monke
         ({"lanes": True}, TypeError, "lanes"),
         ({"threads": 0}, ValueError, "threads: expected an integer from 1 to 64, got 0"),
         ({"threads": "2"}, TypeError, "threads"),
-        ({"device": "cuda"}, ValueError, "device: expected \"cpu\", got 'cuda', which is not offered: .*not yet: CUDA"),
+        (
+            {"device": "cuda"},
+            ValueError,
+            "device: expected \"cpu\", got 'cuda', which is .*not yet: CUDA",
+        ),
         ({"device": "cuda:1"}, ValueError, "device: .*'cuda:1'"),
         ({"device": "tpu"}, ValueError, "device: .*'tpu'"),
         (
