@@ -1,4 +1,4 @@
-"""Does a planted fault fail on the emulated GPU? `python tests/cuda_mutants.py` runs them all."""
+"""Does a planted fault fail on the emulated GPU? `python tests/cuda_mutants.py` tries all, in minutes."""
 
 from __future__ import annotations
 
@@ -59,9 +59,3 @@ def test_every_fault_can_be_planted() -> None:
     assert len(FEW) == 4 and len(barriers()) > 0
     for mutant in [*barriers(), *MUTANTS]:
         assert mutant.text() != (Path(__file__).parents[1] / "cuda" / mutant.file).read_text()
-
-
-@pytest.mark.slow
-def test_all_planted_faults_are_seen(workshop: Workshop) -> None:
-    every = [*barriers(), *MUTANTS]
-    assert [mutant.name for mutant in every if survives(workshop.build(mutant))] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from policies import save_policy
 
 import tsad
 from tsad import cli
+from tsad.checkpoint import write_folder
 from tsad.commands.parser import Parser
+from tsad.load import read_policy
 from tsad.sim.rollout import Episode
 
 FEW = "--sampler ddim --steps 4 --threads 1"
@@ -36,6 +38,9 @@ USES = {
     "bench": [f"POLICY {FEW}"],
     "show": ["PLAN --png OUT"],
     "info": ["POLICY"],
+    "certify": [
+        "SMALL --data SMALL_RECORDED --out OUT --rounds 1 --chunks 1 --draws 2 --threads 1"
+    ],
     "convert": ["CHECKPOINT OUT"],
     "generate": ["pusht --policy POLICY --seeds 0:2 --out OUT.npz"],
     "train-policy": [
@@ -43,8 +48,8 @@ USES = {
         "DATA --keypoints KEYPOINTS --out OUT --steps 1 --device cpu",
     ],
     "train-pruner": [
-        "POLICY --data RECORDED --out OUT --steps 1 --device cpu --chunks 1",
-        "POLICY --data RECORDED --effects EFFECTS --out OUT --steps 1 --device cpu",
+        "SMALL --data SMALL_RECORDED --out OUT --steps 1 --device cpu --chunks 1",
+        "SMALL --data SMALL_RECORDED --effects SMALL_EFFECTS --out OUT --steps 1 --device cpu",
     ],
 }
 READ = ("FILE", "DIR", "SRC", "POLICY", "PLAN", "CHECKPOINT", "DATA")  # metavars of what is read
@@ -90,13 +95,22 @@ def material(tmp_path_factory: Any) -> dict[str, str]:
     from tsad.sim.pusht import PushT
 
     folder: Path = tmp_path_factory.mktemp("material")
-    files = {name: str(folder / name.lower()) for name in ("RECORDED", "EFFECTS", "CHECKPOINT")}
+    names = ("RECORDED", "EFFECTS", "CHECKPOINT", "SMALL")
+    names = (*names, "SMALL_RECORDED", "SMALL_EFFECTS")
+    files = {name: str(folder / name.lower()) for name in names}
+    config, tensors, _ = read_policy("pusht")
+    few = replace(config.scheduler, type="ddim", num_inference_steps=4)
+    write_folder(Path(files["SMALL"]), replace(config, scheduler=few), tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PushT, "max_steps", 16)
         command = f"collect pusht --out {files['RECORDED']} --episodes 2 {FEW}"
         assert cli.main(command.split()) == 0
+        command = f"collect pusht --out {files['SMALL_RECORDED']} --policy {files['SMALL']}"
+        assert cli.main([*command.split(), "--episodes", "2", "--threads", "1"]) == 0
     command = f"plan measure pusht --data {files['RECORDED']} --out {files['EFFECTS']} --chunks 2"
     assert cli.main([*command.split(), *FEW.split()]) == 0
+    command = f"plan measure {files['SMALL']} --data {files['SMALL_RECORDED']} --chunks 2"
+    assert cli.main([*command.split(), "--out", files["SMALL_EFFECTS"], "--threads", "1"]) == 0
     checkpoints.save(folder / "checkpoint", checkpoints.payload())
     plan = tsad.planners.uniform(tsad.load("pusht", sampler="ddim", num_inference_steps=4), 2)
     plan.save(folder / "plan.npz")

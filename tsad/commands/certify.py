@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> int:
     from tsad.precision import affordable_chunks, made_up_observations
 
     out = _check(args)
-    check_source(args)
+    check_source(args, "SRC")
     source = args.policy
     run_of = {"format": FORMAT, "files_sha256": files_sha256(source)}
     with argument("--out"):
@@ -258,7 +258,7 @@ def run(args: argparse.Namespace) -> int:
     rows, notes = _rows(args)
     experiment = experiment_of(args, resume=args.resume)
     sweep = Sweep(experiment, rows, Path(), out, words=vars(args))
-    sweep.measure(args.observations, args.draws)
+    sweep.measure(args.observations, args.draws, "--data")
     policy = sweep.load(DENSE)
     n = args.chunks or min(CHUNKS, affordable_chunks(policy))
     recorded = sweep.windows is not None

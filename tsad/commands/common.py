@@ -255,9 +255,9 @@ def experiment_of(args: argparse.Namespace, *, resume: bool) -> Experiment:
     )
 
 
-def check_source(args: argparse.Namespace) -> None:
+def check_source(args: argparse.Namespace, name: str = "--policy") -> None:
     """UsageError if there is no policy: a row of --settings would be to blame for it."""
-    with argument("--policy"):
+    with argument(name):
         read_policy(policy_source(args))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tsad._extras import require
@@ -65,7 +66,11 @@ examples:
 SETTINGS: Options = (
     *BUDGET_OPTIONS,
     ("hidden", positive_int, "width of the pruner (default: 256, or what 0.2 %% of the policy is)"),
-    ("sparsity", number, "of its own choice, on average; the order is best there (default: 0.95)"),
+    (
+        "sparsity",
+        number,
+        "of its own choice, on average (default: 0.95, of few steps less)",
+    ),
     ("chunks", positive_int, "how many of the recorded chunks are measured (default: 512)"),
     ("projections", positive_int, "random directions per chunk (default: 2)"),
     ("power", number, "of the gains that are foreseen: 1 is their mean (default: 0.5)"),
@@ -165,6 +170,9 @@ def _make(args: argparse.Namespace, settings: PrunerSettings) -> PrunerTrainer:
         as_transformer(config.network, "policy")
     episodes = recorded(args, policy)
     effects = read_effects(args, policy) if args.effects else None
+    few = 1 - 2 / policy.num_inference_steps
+    if "sparsity" not in args and not args.resume and few > 0:
+        settings = replace(settings, sparsity=min(settings.sparsity, few))
     asked = settings.val_episodes
     split = len(episodes) - (len(episodes) // 5 if asked is None else asked)
     if split < 1:

@@ -37,7 +37,9 @@ def most_windows(draws: int) -> int:
     return max(min(MOST_WINDOWS, MOST_CHUNKS // draws), LEAST_WINDOWS)
 
 
-def recorded_windows(path: str, policy: SparsePolicy, most: int) -> NDArray[np.float32]:
+def recorded_windows(
+    path: str, policy: SparsePolicy, most: int, name: str = "--observations"
+) -> NDArray[np.float32]:
     """(W, 2, n_obs_steps, obs_dim) consecutive observations, all episodes in turn.
 
     (W, 1, n_obs_steps, obs_dim) if there are single ones alone; UsageError if there are none.
@@ -47,7 +49,7 @@ def recorded_windows(path: str, policy: SparsePolicy, most: int) -> NDArray[np.f
     from tsad.sim.observations import read_observations
     from tsad.sim.recording import pick
 
-    with argument("--observations"):
+    with argument(name):
         _, episodes = read_observations(path, policy)
         picked = [episode.obs[part] for episode, part in pick(episodes, 10**9, 2, 0)]
     pairs = [obs for obs in picked if len(obs) == 2]

@@ -193,12 +193,12 @@ class Sweep:
         """A row as it was given."""
         return self._settings[name]
 
-    def measure(self, observations: str | None, draws: int) -> None:
-        """From now on `play` and `error` report errors of actions on these."""
+    def measure(self, observations: str | None, draws: int, name: str = "--observations") -> None:
+        """From now on `play` and `error` report errors of actions on these, the argument `name`."""
         if observations is None:
             return
         policy = self.load(self.first)
-        self.windows = recorded_windows(observations, policy, most_windows(draws))
+        self.windows = recorded_windows(observations, policy, most_windows(draws), name)
         make_folder(self._out)
         file = self._out / ERRORS_FILE
         self._errors = Errors(
