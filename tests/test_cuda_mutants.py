@@ -1,4 +1,4 @@
-"""Does a planted fault fail on the emulated GPU? `python tests/cuda_mutants.py` tries all, in minutes."""
+"""Does a planted fault fail on the emulated GPU? `python tests/cuda_mutants.py` tries them all."""
 
 from __future__ import annotations
 
