@@ -15,7 +15,7 @@ from command_line import run
 import tsad
 from tsad.commands import certify
 from tsad.presets import Preset, model_sha256, save_presets
-from tsad.sim import results
+from tsad.sim import results, simulators
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 UNET, DIT = lerobot.FOLDER / lerobot.CASES[1], lerobot.FOLDER / lerobot.DIT_CASES[0]
@@ -26,6 +26,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certify, "CHUNKS_PER_ROUND", 2)
     monkeypatch.setattr(results, "LEAST_EPISODES", 3)
     monkeypatch.setattr("tsad.lerobot.parity.available", lambda: False)
+    monkeypatch.setattr(simulators, "_REGISTRY", dict(simulators._REGISTRY))
 
 
 def command(source: Any, out: Path, *more: str) -> list[str]:

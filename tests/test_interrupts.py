@@ -205,6 +205,7 @@ LINES = {
     "bench": ["bench", "pusht"],
     "show": ["show", "nothing.npz"],
     "info": ["info", "pusht"],
+    "certify": ["certify", "pusht", "--out", "o"],
     "convert": ["convert", "nothing.ckpt", "o"],
     "generate": ["generate", "--out", "o.npz"],
     "train_policy": ["train-policy", "nothing.npz", "--out", "o"],
