@@ -3,6 +3,7 @@
  * (emulate/), where a block's threads are fibers that run in any order between two barriers.
  */
 #include "kernels.h"
+#include "activate.h"
 #include "shared.cuh"
 #include "stream.cuh"
 
@@ -15,24 +16,6 @@ constexpr int WARP = 32, THREADS = 128;
 constexpr unsigned ALL = 0xffffffffu;
 
 /* ---- what kernels share ------------------------------------------------------------------ */
-
-__device__ float activate(float x, tsad_activation act)
-{
-    switch (act) {
-    case TSAD_GELU:
-        return 0.5f * x * (1 + erff(x * 0.70710678f));
-    case TSAD_RELU:
-        return x < 0 ? 0 : x; /* NaN stays */
-    case TSAD_MISH:
-        return x > 20 ? x : x * tanhf(log1pf(expf(x)));
-    case TSAD_GELU_TANH:
-        return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    case TSAD_SILU:
-        return x / (1 + expf(-x));
-    default:
-        return x;
-    }
-}
 
 __device__ float term(const tsad_term &t, int i)
 {
@@ -174,7 +157,7 @@ __global__ void __launch_bounds__(WARP *SLICES) product_kernel(tsad_product p)
         for (int s = 0; s < SLICES; s++) {
             v += part[s][r][threadIdx.x];
         }
-        v = activate(v, p.activation);
+        v = tsad_activate(v, p.activation);
         if (p.table) {
             v += p.table[(size_t)(row + r) * (size_t)p.n_out + (size_t)column];
         }
@@ -223,7 +206,7 @@ __global__ void __launch_bounds__(THREADS) groupnorm_kernel(tsad_groupnorm p)
     for (int i = (int)threadIdx.x; i < all; i += THREADS) {
         int c = first + i % n;
         float v = p.x[(size_t)(i / n) * (size_t)p.ldx + (size_t)c];
-        v = activate((v - mean) * scale * p.gain[c] + p.shift[c], p.activation);
+        v = tsad_activate((v - mean) * scale * p.gain[c] + p.shift[c], p.activation);
         v = modulated(v, p.scale, p.move, c);
         deliver(p.to, (size_t)(i / n) * (size_t)p.to.ld + (size_t)c, c, v);
     }
@@ -353,7 +336,7 @@ __global__ void __launch_bounds__(THREADS) copy_kernel(tsad_copy p)
     }
     float v = p.x[(size_t)(t / p.repeat) * (size_t)p.ldx + (size_t)c];
     v = p.table ? v + p.table[i] : v;
-    p.y[(size_t)t * (size_t)p.ldy + (size_t)c] = activate(v, p.activation);
+    p.y[(size_t)t * (size_t)p.ldy + (size_t)c] = tsad_activate(v, p.activation);
 }
 
 __global__ void __launch_bounds__(THREADS) update_kernel(tsad_update p)

@@ -8,8 +8,7 @@
  *   ./smoke chunks N   N dense and N planned chunks of the tiny model, for leak checkers
  *
  * --wrap lets the test move the clock (a thread that waited long has another's core taken, and the
- * chunk goes on without it), hold threads back until a given point of a chunk, and be out of
- * memory.
+ * chunk goes on without it), hold threads back at a given point of a chunk, and be out of memory.
  */
 #include "policy.h"
 #include "random_model.h"

@@ -143,7 +143,7 @@ def test_commands_parse(page: Path) -> None:
 @each_page
 def test_files_and_links_exist(page: Path) -> None:
     text = page.read_text()
-    named = re.findall(r"`((?:tsad|csrc|bench|docs|notebooks|tests)/[\w./-]*)`", text)
+    named = re.findall(r"`((?:tsad|csrc|cuda|plugins|bench|docs|notebooks|tests)/[\w./-]*)`", text)
     linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     assert named
     for path in [*(ROOT / name for name in named), *(page.parent / name for name in linked)]:

@@ -59,7 +59,7 @@ MAY_INCLUDE = {
     "net": ANYBODY | {"model.h", "plan/plan_core.h"},
     "plan": ANYBODY | {"model.h", "net/net.h"},
     "stage": ANYBODY | {"policy.h", "plan/plan_core.h"},
-    "cpu": ANYBODY | {"backend.h", "clock.h"},
+    "cpu": ANYBODY | {"activate.h", "backend.h", "clock.h"},
     "python": {"tsad.h"},
     "": {"net/net.h", "plan/program.h", "plan/plan_core.h", "stage/stage.h"},
 }

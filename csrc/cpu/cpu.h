@@ -6,6 +6,7 @@
  */
 #pragma once
 
+#include "../activate.h"
 #include "worker.h"
 
 #include <float.h>
@@ -146,24 +147,6 @@ static inline float tsad_row_scale(float square, float *unit)
 static inline float tsad_norm_scale(float variance, float eps)
 {
     return 1 / sqrtf(variance + eps) + (variance - variance);
-}
-
-static inline float tsad_activate(float x, tsad_activation act)
-{
-    switch (act) {
-    case TSAD_GELU:
-        return 0.5f * x * (1 + erff(x * 0.70710678f));
-    case TSAD_RELU:
-        return x < 0 ? 0 : x; /* NaN stays */
-    case TSAD_MISH:
-        return x > 20 ? x : x * tanhf(log1pf(expf(x)));
-    case TSAD_GELU_TANH:
-        return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    case TSAD_SILU:
-        return x / (1 + expf(-x));
-    default:
-        return x;
-    }
 }
 
 /* floats of room for `rows` rows of n activations in 16 bits */

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad.commands.common import (
+    NOT_ASKED,
     OBSERVATIONS,
     OBSERVATIONS_HELP,
     Formatter,
@@ -121,11 +122,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     # what a row may say, and this command leaves to the rows
-    parser.set_defaults(
-        run=run, simulator=None, sampler=None, steps=None, spacing=None, precision="auto",
-        plan=None, planner=None, sparsity=None, preset=None, n_action_steps=None, noise=0,
-        resume=True, realtime=None, latency=None, warm_start=None, baseline=None,
-    )  # fmt: skip
+    parser.set_defaults(run=run, simulator=None, baseline=None, **NOT_ASKED)
 
 
 def _check(args: argparse.Namespace) -> Path:

@@ -134,6 +134,14 @@ def preset_note(preset: Preset) -> str:
     return f"preset {preset.name} was timed at {text}" if text else ""
 
 
+# of a command that plays rows of settings: what others ask for all of them
+NOT_ASKED: dict[str, Any] = {
+    "sampler": None, "steps": None, "spacing": None, "precision": "auto", "plan": None,
+    "planner": None, "sparsity": None, "preset": None, "n_action_steps": None, "warm_start": None,
+    "noise": 0, "realtime": None, "latency": None, "resume": True,
+}  # fmt: skip
+
+
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """--jobs and --ray."""
     group = parser.add_argument_group("who plays; never changes the results, but for times")

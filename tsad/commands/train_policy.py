@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsad._extras import require
 from tsad.commands.common import Formatter, argument, natural, positive_int
 from tsad.commands.training import (
     BUDGET_OPTIONS,
     Options,
     add_settings,
+    begin,
     budget_text,
     check_new,
     fit,
@@ -138,13 +138,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    torch = require("torch", extra="train", purpose="tsad train-policy")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    trainer = _resumed(args) if args.resume else _fresh(args)
-    begun = f"from step {trainer.step}" if trainer.step else "from the beginning"
-    if not args.json:
-        print(_plan(trainer, begun), flush=True)
+    trainer = begin(args, "tsad train-policy", _fresh, _resumed, _plan)
     config = _fit(trainer, args)
     notes = stale_note(trainer.out)
     summary = {

@@ -8,7 +8,6 @@ import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tsad._extras import require
 from tsad.commands.common import (
     OBSERVATIONS,
     OBSERVATIONS_HELP,
@@ -25,6 +24,7 @@ from tsad.commands.training import (
     BUDGET_OPTIONS,
     Options,
     add_settings,
+    begin,
     budget_text,
     check_new,
     fit,
@@ -112,13 +112,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    torch = require("torch", extra="train", purpose="tsad train-pruner")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    trainer = _resumed(args) if args.resume else _fresh(args)
-    begun = f"from step {trainer.step}" if trainer.step else "from the beginning"
-    if not args.json:
-        print(_plan(trainer, begun), flush=True)
+    trainer = begin(args, "tsad train-pruner", _fresh, _resumed, _plan)
     config = fit(trainer, args, _command(args))
     summary = {
         "out": str(trainer.out),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tsad._extras import require
 from tsad.commands.common import (
     InterruptedRunError,
     UsageError,
@@ -23,6 +24,8 @@ from tsad.files import output_folder
 
 number, steps = real(lambda value: True, "a number"), integer(1, 10**9)
 
+Begin = Callable[[argparse.Namespace], Any]
+Plan = Callable[[Any, str], str]
 # option, type, help
 Option = tuple[str, Any, str]
 Options = tuple[Option, ...]
@@ -111,6 +114,18 @@ def budget_text(settings: Any) -> str:
     budget = [f"{settings.minutes:g} minutes"] if settings.minutes else []
     budget += [f"{settings.steps} steps"] if settings.steps else []
     return " or ".join(budget)
+
+
+def begin(args: argparse.Namespace, command: str, fresh: Begin, resumed: Begin, plan: Plan) -> Any:
+    """The trainer of a command, whose plan is printed."""
+    torch = require("torch", extra="train", purpose=command)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    trainer = resumed(args) if args.resume else fresh(args)
+    if not args.json:
+        begun = f"from step {trainer.step}" if trainer.step else "from the beginning"
+        print(plan(trainer, begun), flush=True)
+    return trainer
 
 
 def fit(trainer: Any, args: argparse.Namespace, command: Sequence[str], **options: Any) -> Any:

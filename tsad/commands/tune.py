@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.commands.common import (
+    NOT_ASKED,
     OBSERVATIONS,
     OBSERVATIONS_HELP,
     Formatter,
@@ -155,11 +156,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     # what a setting may say, and this command leaves to the settings
-    parser.set_defaults(
-        run=run, sampler=None, steps=None, spacing=None, precision="float32", plan=None,
-        planner=None, sparsity=None, preset=None, n_action_steps=None, noise=0,
-        resume=True, realtime=None, latency=None, warm_start=None,
-    )  # fmt: skip
+    parser.set_defaults(run=run, **NOT_ASKED | {"precision": "float32"})
 
 
 def default_grid(policy: SparsePolicy) -> list[dict[str, Any]]:
