@@ -250,6 +250,46 @@ def test_speeds_back_to_back() -> None:
                 same(row[place + 1].rstrip("x"), times["best_p50"] / dense)
 
 
+def test_lerobots_unet_beside_its_peers() -> None:
+    document = results(read("lerobot.md"), "unet")
+    cases = document["cases"]
+    found = rows(read("lerobot.md"), "ms for one forward pass")
+    names = ["eager", "compile", "onnxruntime", "openvino"]
+    names += ["tsad float32", "tsad int16", "tsad int8"]
+    assert list(cases[0]["contenders"]) == names and len(found) == len(names) + 1
+    for name, row in zip(names, found, strict=False):
+        for written, case in zip(row[1:], cases, strict=True):
+            same(written, case["contenders"][name]["ms"]["median"])
+    for written, case in zip(found[-1][1:], cases, strict=True):
+        same(written, case["contenders"]["eager"]["floor_ms"])
+
+    def away(ending: str) -> float:
+        """The largest error of those contenders, in shares of the largest output."""
+        return max(
+            one["error"] / (case["largest_output"] if ending != "32" else 1)
+            for case in cases
+            for name, one in case["contenders"].items()
+            if name.endswith(ending) or (ending == "32" and "tsad" not in name)
+        )
+
+    said(
+        "lerobot.md",
+        r"within (\S+) of float64; 16 bits are away by up to (\S+) % .* 8 bits by (\S+) %",
+        away("32"),
+        100 * away("int16"),
+        100 * away("int8"),
+    )
+    said("lerobot.md", r"\((\d+) million parameters\)", cases[0]["parameters"] / 1e6)
+    medians = [cases[0]["contenders"][name]["ms"]["median"] for name in ("tsad float32", *names)]
+    said(
+        "README.md",
+        r"takes (\S+) ms, in PyTorch (\d+), in ONNX Runtime (\S+)\.",
+        medians[0],
+        medians[1],
+        medians[3],
+    )
+
+
 def test_sentences_about_speed() -> None:
     share = {
         name: one.get("floor_share", 0) * 100 for name, one in bench_case("", "ddpm100").items()
