@@ -10,7 +10,7 @@ on a network's blocks, not on its width, so the network is the bundled policy's,
 from __future__ import annotations
 
 import argparse
-import ctypes
+import os
 import runpy
 import sys
 import tempfile
@@ -20,14 +20,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("launches", "uploads", "downloads", "uploaded_bytes", "downloaded_bytes", "waits")
 STEPS = 100
-
-
-class Counts(ctypes.Structure):
-    """`tsad_device_counts` of cuda/device.h."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in NAMES]
 
 
 def plans() -> dict[str, Any]:
@@ -44,13 +37,12 @@ def count(library: str) -> dict[str, dict[str, int]]:
     import cases
     import engine
 
-    from tsad import _core
+    from tsad import device
 
-    _, absent = _core._load_backend(library)
+    os.environ["TSAD_CUDA_LIBRARY"] = library
+    absent = device.cuda().absent
     if absent is not None:
         raise SystemExit(f"--library: {library}: {absent}")
-    read = ctypes.CDLL(library).tsad_plugin_counts
-    read.restype = Counts
     cases.NETWORKS["narrow"] = cases.NETWORKS["pusht"] | {"n_emb": 16}
     found = {}
     for name, plan in plans().items():
@@ -59,11 +51,10 @@ def count(library: str) -> dict[str, dict[str, int]]:
         )
         policy._set_plan(0, plan, np.zeros_like(plan))
         for seed in range(2):
-            before = read()
+            before = device.counts()
             obs, noise = cases.random_inputs(cases.config("narrow"), seed)
             policy(obs, noise=noise)
-            after = read()
-        found[name] = {key: getattr(after, key) - getattr(before, key) for key in NAMES}
+        found[name] = device.counts().since(before)._asdict()
     return found
 
 
@@ -78,10 +69,11 @@ def main() -> None:
             build = runpy.run_path(str(ROOT / "cuda" / "build.py"))["build"]
             build(Path(library), emulate=True)
         found = count(library)
-    print("| a chunk | " + " | ".join(NAMES) + " |")
-    print("| --- |" + " --- |" * len(NAMES))
+    names = [name for name in next(iter(found.values())) if name != "device_ns"]
+    print("| a chunk | " + " | ".join(names) + " |")
+    print("| --- |" + " --- |" * len(names))
     for name, counts in found.items():
-        print(f"| {name} | " + " | ".join(str(counts[key]) for key in NAMES) + " |")
+        print(f"| {name} | " + " | ".join(str(counts[key]) for key in names) + " |")
 
 
 if __name__ == "__main__":

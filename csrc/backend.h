@@ -29,10 +29,11 @@ typedef struct tsad_run {
     int lane; /* whose slots and arrays */
     tsad_part part;
     const tsad_program *program;
-    int first_step;       /* row of the tables over steps that the program's row 0 has */
-    bool rows_apart;      /* rows need nothing of each other: any order, side by side */
-    bool rollout;         /* slots hold all rows, not one */
-    tsad_sums_use sums;   /* of rollout slots: leave, make before the first row, or use */
+    int first_step;     /* row of the tables over steps that the program's row 0 has */
+    bool rows_apart;    /* rows need nothing of each other: any order, side by side */
+    bool rollout;       /* slots hold all rows, not one */
+    bool fixed;         /* the chunk's programs are not made for it: they are likely to run again */
+    tsad_sums_use sums; /* of rollout slots: leave, make before the first row, or use */
     const float *sampler; /* on the host: (rows, 8); NULL: the network alone */
     const float *noise;   /* on the host: z of row k at noise + k * noise_step; NULL: none */
     size_t noise_step;

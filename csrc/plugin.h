@@ -14,7 +14,7 @@ typedef struct tsad_core {
 static inline size_t tsad_core_size(void)
 {
     return sizeof(tsad_core) << 48 ^ sizeof(tsad_backend) << 36 ^ sizeof(struct tsad_model) << 20 ^
-           sizeof(tsad_node) << 8 ^ sizeof(tsad_run);
+           sizeof(tsad_node) << 8 ^ sizeof(tsad_program) << 4 ^ sizeof(tsad_run);
 }
 
 /* The backend, the device's name, and why it can't be used here (NULL: it can); NULL: this is not

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("kernels.cu", "device.cu")
-HOST = ("engine.c", "node.c", "pack.c", "plugin.c", "prune.c", "run.c")
+HOST = ("engine.c", "graph.c", "node.c", "pack.c", "plugin.c", "prune.c", "run.c")
 CORE = ("arena.c",)  # of csrc/: what the files here call and the core does not lend
 ARCHITECTURES = (80, 86, 87, 89, 90, 100)  # and PTX of the newest, for those to come
 

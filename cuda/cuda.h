@@ -32,35 +32,71 @@ static inline const tsad_cuda_model *tsad_cuda_of(const tsad_model *m)
 typedef struct tsad_cuda_lane {
     float *slots;
     float *array[TSAD_N_ARRAYS];
+    tsad_reused *sources;        /* of the program that it ran last: */
+    const tsad_program *program; /* which that was, NULL: none, */
+    uint64_t serial;             /* compiled for the how many-th time, */
+    bool rollout;                /* with slots of all rows */
 } tsad_cuda_lane;
 
-/* Memory of the host that copies are made from and to, used up from one wait to the next. */
-typedef struct tsad_staging {
-    char *base;
-    size_t used, size;
-} tsad_staging;
+/* What one track works on, on the device; tracks of a denoiser are lanes of a gang, others rows of
+ * any lane. */
+typedef struct tsad_cuda_place {
+    float **registers[TSAD_N_PARTS];
+    float *scratch[3]; /* each for the widest rows of any node */
+    /* of a denoiser's */
+    float *noise;                 /* (K, T, A) of the running program */
+    float *previous_x0;           /* (T, A padded) */
+    float *sums[TSAD_REMEMBERED]; /* shaped as the widest branch */
+} tsad_cuda_place;
+
+/* Runs that begin a chunk of a fixed plan: they wait for those that end it. */
+typedef struct tsad_deferred {
+    tsad_run runs[TSAD_GANG];
+    int n, row_begin, row_end;
+} tsad_deferred;
+
+/* What a graph is of: programs, each of one lane's and for one sampler, and of slots. */
+typedef struct tsad_graph_key {
+    int n;
+    struct {
+        const tsad_program *program;
+        uint64_t serial;
+        bool rollout;
+    } run[TSAD_GANG];
+} tsad_graph_key;
+
+enum { TSAD_GRAPHS = 16, TSAD_DEFERRED = 2 };
 
 struct tsad_engine {
     const tsad_model *model;
     tsad_stream *stream;
     int n_lanes, slot_rows; /* n_lanes without the last one, which no caller has */
+    int n_gang;             /* places of a denoiser */
     tsad_arena host;        /* of the arrays of pointers below */
     tsad_cuda_lane *lanes;  /* (n_lanes + 1) */
-    float **registers[TSAD_N_PARTS];
-    void *memory, *slot_memory; /* of the device, as all that follows */
+    tsad_cuda_place place[TSAD_TOGETHER];
+    void *memory, *slot_memory; /* of the device */
     size_t bytes, slot_bytes;
-    float *previous_x0;           /* (T, A padded) */
-    float *sums[TSAD_REMEMBERED]; /* shaped as the widest branch */
-    float *scratch[3];            /* each for the widest rows of any node */
-    float *noise;                 /* (K, T, A) of the running program */
-    int64_t *offsets;             /* of its sources, in the lane's slots, */
-    float *counts;                /* and how often each is taken */
-    tsad_staging staging;
+    /* What goes in is written to pinned memory of the host, laid out as the device's, and copied in
+     * one piece: nothing of it is written again before the next wait. */
+    char *in, *staged_in;
+    size_t in_bytes, in_from, in_to; /* what of it is not yet copied */
+    tsad_reused *staged_sources;     /* (n_gang, cells) */
+    char *staged_out;
+    bool waits;         /* the stream was not waited for since something was asked of it */
+    tsad_part out_part; /* where what is in staged_out is from: */
+    int out_reg;        /* this register of all places, -1: nothing is */
+    bool graphs_used;   /* TSAD_CUDA_GRAPHS=0 */
+    tsad_deferred deferred[TSAD_DEFERRED];
+    int n_deferred;
+    tsad_graph *graph[TSAD_GRAPHS];
+    tsad_graph_key key[TSAD_GRAPHS];
+    int oldest_graph;
     const tsad_interrupt *interrupt; /* of the running call, NULL: none */
     int64_t asked_at;                /* when the call began, or its interrupt was asked last */
 };
 
-/* Lanes go one after the other through one stream. */
+/* Lanes of a call go through one stream, a gang at a time. */
 struct tsad_queue {
     tsad_engine *engine;
 };
@@ -73,24 +109,41 @@ typedef struct tsad_cuda_context {
     const tsad_cuda_model *cuda;
     const tsad_net *net;
     const tsad_cuda_lane *lane;
+    const tsad_cuda_place *place;
     float **registers;
     int row;  /* of the program */
     int step; /* of the tables over steps */
 } tsad_cuda_context;
 
-/* n bytes of staging; waits for the stream if they are all taken */
-tsad_status tsad_cuda_stage(tsad_engine *e, size_t bytes, void **out);
+/* engine.c: where to write what goes to these bytes of the device's `in`; what was staged goes
+ * there; this register of n places goes to staged_out */
+void *tsad_cuda_stage(tsad_engine *e, const void *device, size_t bytes);
+void tsad_cuda_upload(tsad_engine *e);
+void tsad_cuda_ask_for(tsad_engine *e, tsad_part part, int reg, int places);
 bool tsad_cuda_stops(tsad_engine *e);
+/* run.c: sources and noise of runs; then their rows, op by op */
+void tsad_cuda_bring(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end);
+tsad_status tsad_cuda_run_rows(tsad_engine *e, const tsad_run *runs, int n, int row_begin,
+                               int row_end, bool capturing);
+/* graph.c: the backend's `run`: whole chunks of fixed plans as graphs, the rest as launches */
 tsad_status tsad_cuda_run(tsad_queue *queue, const tsad_run *runs, int n, int row_begin,
                           int row_end);
+void tsad_cuda_drop_graphs(tsad_engine *e);
 
-/* node.c: a branch that is computed; a fixed node */
+/* node.c: a branch that is computed; a fixed node; the end of a step, sum and sampler's row
+ * included, and the node that begins the next one (NULL: none) */
 void tsad_cuda_compute(const tsad_cuda_context *c, const tsad_op *op);
 void tsad_cuda_fixed(const tsad_cuda_context *c, const tsad_node *node);
+void tsad_cuda_tail(const tsad_cuda_context *c, const tsad_node *head, tsad_sum sum,
+                    tsad_update update, const tsad_node *next);
+bool tsad_cuda_is_head(const tsad_cuda_context *c, const tsad_node *node);
+bool tsad_cuda_begins(const tsad_cuda_context *c, const tsad_node *node);
 /* prune.c: the pruner's own, and the encoder's folding */
 bool tsad_cuda_prune(const tsad_cuda_context *c, const tsad_node *node);
 void tsad_cuda_fold(const tsad_cuda_context *c, const tsad_node *node);
 
+/* a row's terms from `at` on */
+tsad_term tsad_cuda_terms(const tsad_cuda_context *c, int at);
 /* the gate (c_out) of a branch that is cached before it, in this row */
 tsad_term tsad_cuda_gate(const tsad_cuda_context *c, const tsad_node *node);
 /* the lane's memory of this row */

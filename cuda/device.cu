@@ -8,6 +8,8 @@ tsad_atomic_counts tsad_counts;
 namespace
 {
 
+std::atomic<bool> timed;
+
 tsad_status fail(cudaError_t error, const char *what)
 {
     cudaGetLastError(); /* forget it, where that can be */
@@ -63,30 +65,50 @@ tsad_status tsad_stream_make(tsad_stream **out)
     if (!*out) {
         return tsad_fail(TSAD_MEMORY, "out of memory for a stream");
     }
+    (*out)->asked = &tsad_counts;
     cudaError_t error = cudaStreamCreateWithFlags(&(*out)->cuda, cudaStreamNonBlocking);
+    error = error == cudaSuccess ? cudaEventCreate(&(*out)->begun) : error;
+    error = error == cudaSuccess ? cudaEventCreate(&(*out)->ended) : error;
     return error == cudaSuccess ? TSAD_OK : fail(error, "a stream");
 }
 
 void tsad_stream_free(tsad_stream *stream)
 {
-    if (stream && stream->cuda) {
+    if (!stream) {
+        return;
+    }
+    for (cudaEvent_t event : {stream->begun, stream->ended}) {
+        if (event) {
+            cudaEventDestroy(event);
+        }
+    }
+    if (stream->cuda) {
         cudaStreamDestroy(stream->cuda);
     }
     delete stream;
 }
 
+void tsad_stream_begin(tsad_stream *stream)
+{
+    if (timed && !stream->busy && !stream->capturing) {
+        stream->busy = true;
+        tsad_stream_note(stream, cudaEventRecord(stream->begun, stream->cuda), "an event");
+    }
+}
+
 void tsad_upload(tsad_stream *stream, void *to, const void *from, size_t bytes)
 {
-    tsad_counts.uploads++;
-    tsad_counts.uploaded_bytes += (int64_t)bytes;
+    stream->asked->uploads++;
+    stream->asked->uploaded_bytes += (int64_t)bytes;
+    tsad_stream_begin(stream);
     tsad_stream_note(stream, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream->cuda),
                      "upload");
 }
 
 void tsad_download(tsad_stream *stream, void *to, const void *from, size_t bytes)
 {
-    tsad_counts.downloads++;
-    tsad_counts.downloaded_bytes += (int64_t)bytes;
+    stream->asked->downloads++;
+    stream->asked->downloaded_bytes += (int64_t)bytes;
     tsad_stream_note(stream, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream->cuda),
                      "download");
 }
@@ -98,15 +120,91 @@ void tsad_zero(tsad_stream *stream, void *at, size_t bytes)
 
 tsad_status tsad_stream_wait(tsad_stream *stream)
 {
+    bool busy = stream->busy;
+    float milliseconds;
+    stream->busy = false;
     tsad_counts.waits++;
+    if (busy) {
+        tsad_stream_note(stream, cudaEventRecord(stream->ended, stream->cuda), "an event");
+    }
     tsad_stream_note(stream, cudaStreamSynchronize(stream->cuda), "waiting for the stream");
+    if (busy && stream->failed == cudaSuccess &&
+        cudaEventElapsedTime(&milliseconds, stream->begun, stream->ended) == cudaSuccess) {
+        tsad_counts.device_ns += (int64_t)(1e6 * (double)milliseconds);
+    }
     cudaError_t error = stream->failed;
     stream->failed = cudaSuccess;
     return error == cudaSuccess ? TSAD_OK : fail(error, stream->failed_in);
 }
 
+/* ---- graphs ------------------------------------------------------------------------------ */
+
+void tsad_capture_begin(tsad_stream *stream)
+{
+    stream->capturing = new (std::nothrow) tsad_graph();
+    if (!stream->capturing) {
+        tsad_stream_note(stream, cudaErrorMemoryAllocation, "a graph");
+        return;
+    }
+    stream->asked = &stream->capturing->counts;
+    tsad_stream_note(stream, cudaStreamBeginCapture(stream->cuda, cudaStreamCaptureModeThreadLocal),
+                     "capturing a graph");
+}
+
+tsad_status tsad_capture_end(tsad_stream *stream, tsad_graph **out)
+{
+    tsad_graph *made = stream->capturing;
+    cudaGraph_t graph = NULL;
+    *out = NULL;
+    stream->capturing = NULL;
+    stream->asked = &tsad_counts;
+    if (made) {
+        tsad_stream_note(stream, cudaStreamEndCapture(stream->cuda, &graph), "capturing a graph");
+    }
+    if (graph && stream->failed == cudaSuccess) {
+        tsad_stream_note(stream, cudaGraphInstantiateWithFlags(&made->exec, graph, 0), "a graph");
+    }
+    if (graph) {
+        cudaGraphDestroy(graph);
+    }
+    cudaError_t error = stream->failed;
+    stream->failed = cudaSuccess;
+    if (error != cudaSuccess) {
+        tsad_graph_free(made);
+        return fail(error, stream->failed_in);
+    }
+    *out = made;
+    return TSAD_OK;
+}
+
+void tsad_graph_launch(tsad_stream *stream, tsad_graph *graph)
+{
+    tsad_counts.graphs++;
+    tsad_counts.replayed += graph->counts.launches;
+    tsad_counts.uploads += graph->counts.uploads;
+    tsad_counts.downloads += graph->counts.downloads;
+    tsad_counts.uploaded_bytes += graph->counts.uploaded_bytes;
+    tsad_counts.downloaded_bytes += graph->counts.downloaded_bytes;
+    tsad_stream_begin(stream);
+    tsad_stream_note(stream, cudaGraphLaunch(graph->exec, stream->cuda), "a graph");
+}
+
+void tsad_graph_free(tsad_graph *graph)
+{
+    if (graph && graph->exec) {
+        cudaGraphExecDestroy(graph->exec);
+    }
+    delete graph;
+}
+
+/* ---- counts ------------------------------------------------------------------------------ */
+
+void tsad_device_time(bool on) { timed = on; }
+
 tsad_device_counts tsad_device_get_counts(void)
 {
-    return {tsad_counts.launches,       tsad_counts.uploads,          tsad_counts.downloads,
-            tsad_counts.uploaded_bytes, tsad_counts.downloaded_bytes, tsad_counts.waits};
+    const tsad_atomic_counts &c = tsad_counts;
+    return {c.launches,         c.graphs,    c.launches + c.replayed,
+            c.uploads,          c.downloads, c.uploaded_bytes,
+            c.downloaded_bytes, c.waits,     c.device_ns};
 }

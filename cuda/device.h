@@ -13,9 +13,14 @@ extern "C" {
 /* A stream: copies and launches in order, none of them waited for but by tsad_stream_wait. */
 typedef struct tsad_stream tsad_stream;
 
-/* What all streams of the process were asked for. */
+/* What is launched again as a whole. */
+typedef struct tsad_graph tsad_graph;
+
+/* What all streams of the process were asked for: launches of kernels and of graphs, kernels of
+ * both, copies of both, waits, and the device's time from a stream's first work to its wait. */
 typedef struct tsad_device_counts {
-    int64_t launches, uploads, downloads, uploaded_bytes, downloaded_bytes, waits;
+    int64_t launches, graphs, kernels, uploads, downloads, uploaded_bytes, downloaded_bytes, waits;
+    int64_t device_ns; /* while tsad_device_time is on */
 } tsad_device_counts;
 
 const char *tsad_device_absent(void); /* why there is no device to run on; NULL: there is one */
@@ -38,7 +43,15 @@ void tsad_zero(tsad_stream *stream, void *at, size_t bytes);
 /* Waits for all that was asked for, and says what of it failed. */
 tsad_status tsad_stream_wait(tsad_stream *stream);
 
+/* Between the two nothing is done: it is kept as a graph, with the addresses and arguments of now.
+ * A failure leaves none, and the stream as before. */
+void tsad_capture_begin(tsad_stream *stream);
+tsad_status tsad_capture_end(tsad_stream *stream, tsad_graph **out);
+void tsad_graph_launch(tsad_stream *stream, tsad_graph *graph);
+void tsad_graph_free(tsad_graph *graph); /* NULL is fine; none of its launches may be under way */
+
 tsad_device_counts tsad_device_get_counts(void);
+void tsad_device_time(bool on);
 
 #ifdef __cplusplus
 }

@@ -4,6 +4,7 @@
 #include "cuda.h"
 #include "clock.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* ---- layout ------------------------------------------------------------------------------ */
@@ -37,13 +38,13 @@ static size_t widest_branch(const tsad_net *net)
     return most;
 }
 
-/* rows between two launches of a node: normalised, or of a matrix of its own */
-static size_t widest_rows(const tsad_model *m)
+/* rows between two launches of a node of these parts: normalised, or of a matrix of its own */
+static size_t widest_rows(const tsad_model *m, bool denoises)
 {
     size_t most = (size_t)m->pruner.query_tokens * (size_t)m->pruner.hidden;
     for (int i = 0; i < TSAD_N_PARTS; i++) {
         const tsad_net *net = &m->nets[i];
-        for (int n = 0; n < net->n_nodes; n++) {
+        for (int n = 0; n < net->n_nodes && (denoises || i != TSAD_DENOISER); n++) {
             const tsad_node *node = &net->nodes[n];
             const tsad_register *in = &net->registers[node->in], *out = &net->registers[node->out];
             int rows = in->tokens > out->tokens ? in->tokens : out->tokens, width = in->channels;
@@ -57,31 +58,70 @@ static size_t widest_rows(const tsad_model *m)
     return most;
 }
 
+/* the places that have registers of a part */
+static int places(const tsad_engine *e, int part)
+{
+    return part == TSAD_DENOISER ? e->n_gang : TSAD_TOGETHER;
+}
+
+static void place_register(tsad_engine *e, space *s, int part, int reg)
+{
+    size_t floats = tsad_register_floats(&e->model->nets[part].registers[reg]);
+    for (int i = 0; i < places(e, part); i++) {
+        e->place[i].registers[part][reg] = place_floats(s, floats);
+    }
+}
+
+/* what a chunk puts in, in one piece */
+static void layout_in(tsad_engine *e, space *s)
+{
+    const tsad_model *m = e->model;
+    size_t from = s->used;
+    e->in = s->base + from;
+    for (int part = 0; part < TSAD_N_PARTS; part++) {
+        if (m->nets[part].n_registers > 0 && part != TSAD_PRUNER_NET) {
+            place_register(e, s, part, m->nets[part].input);
+        }
+    }
+    for (int i = 0; i < e->n_gang; i++) {
+        size_t chunk = (size_t)m->horizon * (size_t)m->action_dim;
+        e->place[i].noise = place_floats(s, (size_t)m->n_steps * chunk);
+    }
+    e->in_bytes = s->used - from;
+}
+
 static void layout(tsad_engine *e, space *s)
 {
     const tsad_model *m = e->model;
-    size_t K = (size_t)m->n_steps, T = (size_t)m->horizon, cells = K * (size_t)m->n_blocks;
+    size_t cells = (size_t)m->n_steps * (size_t)m->n_blocks;
+    layout_in(e, s);
     for (int i = 0; i <= e->n_lanes; i++) {
         for (int a = 0; a < TSAD_N_ARRAYS; a++) {
             e->lanes[i].array[a] = place_floats(s, m->array_floats[a]);
         }
+        e->lanes[i].sources = place(s, sizeof(tsad_reused) * cells);
     }
     for (int part = 0; part < TSAD_N_PARTS; part++) {
         const tsad_net *net = &m->nets[part];
         for (int r = 0; r < net->n_registers; r++) {
-            e->registers[part][r] = place_floats(s, tsad_register_floats(&net->registers[r]));
+            if (r != net->input || part == TSAD_PRUNER_NET) {
+                place_register(e, s, part, r);
+            }
         }
     }
-    e->previous_x0 = place_floats(s, T * (size_t)tsad_pad(m->action_dim));
-    for (int i = 0; i < TSAD_REMEMBERED; i++) {
-        e->sums[i] = place_floats(s, widest_branch(tsad_denoiser(m)));
+    for (int i = 0; i < TSAD_TOGETHER; i++) {
+        bool denoises = i < e->n_gang;
+        for (int j = 0; j < 3; j++) {
+            e->place[i].scratch[j] = place_floats(s, widest_rows(m, denoises));
+        }
+        for (int j = 0; j < TSAD_REMEMBERED && denoises; j++) {
+            e->place[i].sums[j] = place_floats(s, widest_branch(tsad_denoiser(m)));
+        }
+        if (denoises) {
+            size_t floats = (size_t)m->horizon * (size_t)tsad_pad(m->action_dim);
+            e->place[i].previous_x0 = place_floats(s, floats);
+        }
     }
-    for (int i = 0; i < 3; i++) {
-        e->scratch[i] = place_floats(s, widest_rows(m));
-    }
-    e->noise = place_floats(s, K * T * (size_t)m->action_dim);
-    e->offsets = place(s, sizeof(int64_t) * cells);
-    e->counts = place_floats(s, cells);
 }
 
 static void layout_slots(tsad_engine *e, space *s, int rows)
@@ -103,6 +143,7 @@ static tsad_status place_slots(tsad_engine *e, int rows)
     void *memory;
     layout_slots(e, &s, rows);
     TSAD_TRY(tsad_device_allocate(s.used, &memory));
+    tsad_cuda_drop_graphs(e); /* which have the old addresses */
     tsad_device_free(e->slot_memory);
     s = (space){.base = memory};
     layout_slots(e, &s, rows);
@@ -116,28 +157,47 @@ static tsad_status place_slots(tsad_engine *e, int rows)
 static void layout_host(tsad_engine *e)
 {
     e->lanes = TSAD_CARVE(&e->host, tsad_cuda_lane, e->n_lanes + 1);
-    for (int part = 0; part < TSAD_N_PARTS; part++) {
-        e->registers[part] = TSAD_CARVE(&e->host, float *, e->model->nets[part].n_registers + 1);
+    for (int i = 0; i < TSAD_TOGETHER; i++) {
+        for (int part = 0; part < TSAD_N_PARTS; part++) {
+            int n = e->model->nets[part].n_registers;
+            e->place[i].registers[part] = TSAD_CARVE(&e->host, float *, n + 1);
+        }
     }
 }
 
-/* what a chunk copies at most between two waits */
-static size_t staging_bytes(const tsad_model *m)
+static size_t most(size_t a, size_t b) { return a > b ? a : b; }
+
+/* of one place's register, with what guards it */
+static size_t place_bytes(const tsad_register *r)
 {
-    size_t K = (size_t)m->n_steps, cells = K * (size_t)m->n_blocks;
-    size_t floats = K * (size_t)m->horizon * (size_t)m->action_dim + cells;
-    for (int part = 0; part < TSAD_N_PARTS; part++) {
-        const tsad_net *net = &m->nets[part];
-        floats += net->n_registers ? tsad_register_floats(&net->registers[net->input]) : 0;
-    }
-    floats += m->array_floats[TSAD_ARRAY_SCORES];
-    return sizeof(float) * floats + sizeof(int64_t) * cells + 16 * TSAD_ALIGN;
+    space s = {0};
+    place_floats(&s, tsad_register_floats(r));
+    return s.used;
+}
+
+/* memory of the host that copies are made from and to */
+static tsad_status open_staging(tsad_engine *e)
+{
+    const tsad_net *net = tsad_denoiser(e->model);
+    size_t cells = (size_t)e->model->n_steps * (size_t)e->model->n_blocks;
+    size_t input = place_bytes(&net->registers[net->input]) * (size_t)e->n_gang;
+    size_t output = place_bytes(&net->registers[net->output]) * (size_t)e->n_gang;
+    size_t scores = sizeof(float) * e->model->array_floats[TSAD_ARRAY_SCORES];
+    void *in, *sources, *out;
+    TSAD_TRY(tsad_pinned_allocate(e->in_bytes, &in));
+    e->staged_in = in;
+    TSAD_TRY(tsad_pinned_allocate(sizeof(tsad_reused) * cells * (size_t)e->n_gang, &sources));
+    e->staged_sources = sources;
+    TSAD_TRY(tsad_pinned_allocate(most(most(input, output), scores), &out));
+    e->staged_out = out;
+    /* as the device's, between arrays too: there lies what nobody may write */
+    memset(e->staged_in, 0xff, e->in_bytes);
+    return TSAD_OK;
 }
 
 static tsad_status open_memory(tsad_engine *e)
 {
     space s = {0};
-    void *pinned;
     layout_host(e);
     TSAD_TRY(tsad_arena_allocate(&e->host));
     layout_host(e);
@@ -147,9 +207,7 @@ static tsad_status open_memory(tsad_engine *e)
     s = (space){.base = e->memory};
     layout(e, &s);
     e->bytes = s.used;
-    e->staging.size = staging_bytes(e->model);
-    TSAD_TRY(tsad_pinned_allocate(e->staging.size, &pinned));
-    e->staging.base = pinned;
+    TSAD_TRY(open_staging(e));
     return place_slots(e, 1);
 }
 
@@ -161,8 +219,12 @@ static tsad_status cuda_open(const tsad_model *model, int lanes, int threads, ts
     if (!e) {
         return tsad_fail(TSAD_MEMORY, "out of memory for an engine");
     }
+    const char *graphs = getenv("TSAD_CUDA_GRAPHS");
     e->model = model;
     e->n_lanes = lanes;
+    e->n_gang = lanes < TSAD_GANG ? lanes : TSAD_GANG;
+    e->out_reg = -1;
+    e->graphs_used = !graphs || strcmp(graphs, "0") != 0;
     return open_memory(e);
 }
 
@@ -171,8 +233,11 @@ static void cuda_close(tsad_engine *e)
     if (!e) {
         return;
     }
+    tsad_cuda_drop_graphs(e);
     tsad_stream_free(e->stream);
-    tsad_pinned_free(e->staging.base);
+    tsad_pinned_free(e->staged_in);
+    tsad_pinned_free(e->staged_sources);
+    tsad_pinned_free(e->staged_out);
     tsad_device_free(e->slot_memory);
     tsad_device_free(e->memory);
     tsad_arena_free(&e->host);
@@ -197,19 +262,45 @@ static bool cuda_prepare(tsad_engine *e, int lane, const tsad_program *program)
 
 static tsad_status wait(tsad_engine *e)
 {
-    e->staging.used = 0;
+    e->waits = false;
     return tsad_stream_wait(e->stream);
 }
 
-tsad_status tsad_cuda_stage(tsad_engine *e, size_t bytes, void **out)
+/* what was staged of `in` is to be copied */
+static void note_in(tsad_engine *e, const void *device, size_t bytes)
 {
-    size_t taken = (bytes + TSAD_ALIGN - 1) / TSAD_ALIGN * TSAD_ALIGN;
-    if (e->staging.used + taken > e->staging.size) {
-        TSAD_TRY(wait(e));
+    size_t from = (size_t)((const char *)device - e->in);
+    bool none = e->in_from == e->in_to;
+    e->in_from = none || from < e->in_from ? from : e->in_from;
+    e->in_to = none || from + bytes > e->in_to ? from + bytes : e->in_to;
+}
+
+void *tsad_cuda_stage(tsad_engine *e, const void *device, size_t bytes)
+{
+    note_in(e, device, bytes);
+    return e->staged_in + ((const char *)device - e->in);
+}
+
+void tsad_cuda_upload(tsad_engine *e)
+{
+    if (e->in_from < e->in_to) {
+        tsad_upload(e->stream, e->in + e->in_from, e->staged_in + e->in_from,
+                    e->in_to - e->in_from);
+        e->waits = true;
     }
-    *out = e->staging.base + e->staging.used;
-    e->staging.used += taken;
-    return TSAD_OK;
+    e->in_from = e->in_to = 0;
+}
+
+void tsad_cuda_ask_for(tsad_engine *e, tsad_part part, int reg, int n)
+{
+    const float *first = e->place[0].registers[part][reg];
+    const tsad_register *r = &e->model->nets[part].registers[reg];
+    size_t apart = n > 1 ? (size_t)(e->place[1].registers[part][reg] - first) : 0;
+    size_t floats = apart * (size_t)(n - 1) + tsad_register_floats(r);
+    tsad_download(e->stream, e->staged_out, first, sizeof(float) * floats);
+    e->waits = true;
+    e->out_part = part;
+    e->out_reg = reg;
 }
 
 bool tsad_cuda_stops(tsad_engine *e)
@@ -231,59 +322,56 @@ static tsad_status cuda_each(tsad_engine *e, int count, bool alone, tsad_each_fn
     *queues = 1;
     e->interrupt = interrupt;
     e->asked_at = tsad_now();
-    for (int row = 0; row < count && status == TSAD_OK; row++) {
-        status = tsad_cuda_stops(e) ? TSAD_INTERRUPTED : fn(context, &queue, 0, row, 1);
+    for (int row = 0; row < count && status == TSAD_OK; row += e->n_gang) {
+        int n = count - row < e->n_gang ? count - row : e->n_gang;
+        status = tsad_cuda_stops(e) ? TSAD_INTERRUPTED : fn(context, &queue, 0, row, n);
     }
     if (status != TSAD_OK) {
-        tsad_stream_wait(e->stream); /* nothing of the call goes on; what failed is said */
-        e->staging.used = 0;
+        wait(e); /* nothing of the call goes on; what failed is said */
+        for (int i = 0; i <= e->n_lanes; i++) {
+            e->lanes[i].program = NULL;
+        }
+        e->in_from = e->in_to = 0;
     }
+    e->n_deferred = 0;
+    e->out_reg = -1;
     return status;
 }
 
 /* ---- arrays in and out --------------------------------------------------------------------- */
 
-static float *rows_of(tsad_queue *queue, tsad_part part, int reg, int first, int *ld)
-{
-    *ld = tsad_pad(queue->engine->model->nets[part].registers[reg].channels);
-    return queue->engine->registers[part][reg] + (size_t)first * (size_t)*ld;
-}
-
 static tsad_status cuda_put(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows from)
 {
     tsad_engine *e = queue->engine;
-    int ld;
-    float *device = rows_of(queue, part, reg, from.first, &ld);
-    size_t bytes = sizeof(float) * (size_t)from.rows * (size_t)ld;
-    void *staged;
-    (void)place; /* one lane at a time */
-    TSAD_TRY(tsad_cuda_stage(e, bytes, &staged));
-    memset(staged, 0, bytes);
+    int ld = tsad_pad(e->model->nets[part].registers[reg].channels);
+    float *device = e->place[place].registers[part][reg] + (size_t)from.first * (size_t)ld;
+    float *staged = tsad_cuda_stage(e, device, sizeof(float) * (size_t)from.rows * (size_t)ld);
     for (int t = 0; t < from.rows; t++) {
         const float *row = from.data + (size_t)t * (size_t)from.stride;
-        float *to = (float *)staged + (size_t)t * (size_t)ld;
+        float *to = staged + (size_t)t * (size_t)ld;
         for (int i = 0; i < from.channels; i++) {
             float x = from.shift ? row[i] - from.shift[i] : row[i];
             to[i] = from.scale ? x * from.scale[i] + from.offset[i] : x;
         }
     }
-    tsad_upload(e->stream, device, staged, bytes);
     return TSAD_OK;
 }
 
 static tsad_status cuda_get(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to)
 {
     tsad_engine *e = queue->engine;
-    int ld;
-    const float *device = rows_of(queue, part, reg, to.first, &ld);
-    size_t bytes = sizeof(float) * (size_t)to.rows * (size_t)ld;
-    void *staged;
-    (void)place;
-    TSAD_TRY(tsad_cuda_stage(e, bytes, &staged));
-    tsad_download(e->stream, staged, device, bytes);
-    TSAD_TRY(wait(e));
+    int ld = tsad_pad(e->model->nets[part].registers[reg].channels);
+    if (e->out_reg != reg || e->out_part != part) {
+        tsad_cuda_ask_for(e, part, reg, place + 1);
+    }
+    if (e->waits) {
+        TSAD_TRY(wait(e));
+    }
+    float *const *registers = e->place[place].registers[part];
+    size_t at = (size_t)(registers[reg] - e->place[0].registers[part][reg]);
+    const float *staged = (const float *)(const void *)e->staged_out + at;
     for (int t = 0; t < to.rows; t++) {
-        const float *from = (const float *)staged + (size_t)t * (size_t)ld;
+        const float *from = staged + (size_t)(to.first + t) * (size_t)ld;
         float *row = to.data + (size_t)t * (size_t)to.stride;
         for (int i = 0; i < to.channels; i++) {
             float x = to.scale ? (from[i] - to.offset[i]) / to.scale[i] : from[i];
@@ -297,11 +385,10 @@ static tsad_status cuda_get_array(tsad_queue *queue, int lane, tsad_array which,
 {
     tsad_engine *e = queue->engine;
     size_t bytes = sizeof(float) * e->model->array_floats[which];
-    void *staged;
-    TSAD_TRY(tsad_cuda_stage(e, bytes, &staged));
-    tsad_download(e->stream, staged, e->lanes[lane].array[which], bytes);
+    tsad_download(e->stream, e->staged_out, e->lanes[lane].array[which], bytes);
+    e->out_reg = -1;
     TSAD_TRY(wait(e));
-    memcpy(to, staged, bytes);
+    memcpy(to, e->staged_out, bytes);
     return TSAD_OK;
 }
 

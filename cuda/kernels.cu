@@ -8,6 +8,7 @@
 #include "stream.cuh"
 
 #include <math.h>
+#include <string.h>
 
 namespace
 {
@@ -41,6 +42,11 @@ __device__ void deliver(const tsad_delivery &to, size_t at, int o, float v)
     }
 }
 
+/* A track's part of a launch: the grid's z counts tracks, or all tracks' batches. */
+template <typename Arguments> struct Tracks {
+    Arguments track[TSAD_TOGETHER];
+};
+
 __device__ float warp_sum(float v)
 {
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
@@ -72,6 +78,43 @@ __device__ float norm_scale(float variance, float eps)
     return 1 / sqrtf(variance + eps) + (variance - variance);
 }
 
+struct Moments {
+    float mean, scale;
+};
+
+/* of a row of n, by a block: each thread reads its own columns, `threads` apart */
+__device__ Moments block_moments(const float *x, int n, float eps, float *room)
+{
+    float sum = 0, square = 0;
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        sum += x[i];
+    }
+    float mean = block_sum(sum, room) / (float)n;
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        square += (x[i] - mean) * (x[i] - mean);
+    }
+    return {mean, norm_scale(block_sum(square, room) / (float)n, eps)};
+}
+
+/* the same by a warp, thread `lane` of it */
+__device__ Moments warp_moments(const float *x, int n, float eps, int lane)
+{
+    float sum = 0, square = 0;
+    for (int i = lane; i < n; i += WARP) {
+        sum += x[i];
+    }
+    float mean = warp_sum(sum) / (float)n;
+    for (int i = lane; i < n; i += WARP) {
+        square += (x[i] - mean) * (x[i] - mean);
+    }
+    return {mean, norm_scale(warp_sum(square) / (float)n, eps)};
+}
+
+__device__ float normalised(float x, const Moments &m, const tsad_normaliser &norm, int i)
+{
+    return modulated((x - m.mean) * m.scale, norm.scale, norm.move, i);
+}
+
 /* weight[0 .. n) = softmax, in place, by one thread */
 __device__ void softmax(float *weight, int n)
 {
@@ -88,15 +131,42 @@ __device__ void softmax(float *weight, int n)
     }
 }
 
-template <typename Arguments>
-void launch(tsad_stream *stream, void (*kernel)(Arguments), Arguments p, dim3 grid, dim3 block,
-            size_t floats, const char *name)
+/* A launch that is held back, with the arguments of each track. */
+void hold(tsad_stream *stream, tsad_issue_fn issue, const void *kernel, const void *arguments,
+          size_t bytes, dim3 grid, dim3 block, size_t floats, const char *name)
 {
-    void *list[] = {&p};
-    tsad_counts.launches++;
-    tsad_stream_note(
-        stream, cudaLaunchKernel(kernel, grid, block, list, floats * sizeof(float), stream->cuda),
-        name);
+    tsad_held *held = &stream->held[stream->next++];
+    if (stream->next > stream->n_held) {
+        *held = {issue, kernel, grid, block, floats * sizeof(float), name, 0, {}};
+        stream->n_held++;
+    }
+    memcpy(held->arguments + bytes * (size_t)held->n++, arguments, bytes);
+}
+
+template <typename Arguments> void issue(tsad_stream *stream, const tsad_held &held)
+{
+    void *list[] = {const_cast<char *>(held.arguments)};
+    dim3 grid = held.grid;
+    grid.z *= (unsigned)held.n;
+    stream->asked->launches++;
+    tsad_stream_begin(stream);
+    tsad_stream_note(stream,
+                     cudaLaunchKernel(reinterpret_cast<void (*)(Tracks<Arguments>)>(
+                                          const_cast<void *>(held.kernel)),
+                                      grid, held.block, list, held.bytes, stream->cuda),
+                     held.name);
+}
+
+template <typename Arguments>
+void launch(tsad_stream *stream, void (*kernel)(Tracks<Arguments>), const Arguments &p, dim3 grid,
+            dim3 block, size_t floats, const char *name)
+{
+    static_assert(sizeof(Tracks<Arguments>) <= sizeof tsad_held::arguments, "room for them");
+    hold(stream, issue<Arguments>, reinterpret_cast<const void *>(kernel), &p, sizeof p, grid,
+         block, floats, name);
+    if (!stream->together) {
+        tsad_launch_all(stream);
+    }
 }
 
 unsigned blocks_of(size_t n, size_t each) { return (unsigned)((n + each - 1) / each); }
@@ -111,34 +181,46 @@ typedef float columns_of_rows[ROWS][WARP];
 
 /* inputs [from, from + CHUNK) of ROWS rows, zero where there are none */
 __device__ void fetch_rows(const tsad_product &p, const float *from_x, int row, int from,
-                           inputs_of_row *x)
+                           const Moments *moments, inputs_of_row *x)
 {
     int n_in = p.taps * p.channels;
     for (int i = (int)(threadIdx.y * WARP + threadIdx.x); i < ROWS * CHUNK; i += SLICES * WARP) {
         int r = i / CHUNK, k = from + i % CHUNK, tap = k / p.channels;
         int token = (row + r) * p.stride + p.first + tap;
         bool there = row + r < p.rows && k < n_in && token >= 0 && token < p.tokens;
-        x[r][i % CHUNK] =
+        float v =
             there ? from_x[(size_t)token * (size_t)p.ldx + (size_t)(k - tap * p.channels)] : 0;
+        x[r][i % CHUNK] = there && p.norm.used ? normalised(v, moments[r], p.norm, k) : v;
     }
 }
 
-__global__ void __launch_bounds__(WARP *SLICES) product_kernel(tsad_product p)
+__global__ void __launch_bounds__(WARP *SLICES)
+    product_kernel(const __grid_constant__ Tracks<tsad_product> tracks)
 {
+    unsigned batch = blockIdx.z % (unsigned)tracks.track[0].batches;
+    const tsad_product &p = tracks.track[blockIdx.z / (unsigned)tracks.track[0].batches];
     TSAD_SHARED(inputs_of_row, x, ROWS);
     TSAD_SHARED(columns_of_rows, part, SLICES);
+    TSAD_SHARED(Moments, moments, ROWS);
     int column = (int)(blockIdx.x * WARP + threadIdx.x), row = (int)blockIdx.y * ROWS;
     int slice = (int)threadIdx.y, n_in = p.taps * p.channels;
-    const float *from = p.x + blockIdx.z * p.x_batch, *w = p.w + blockIdx.z * p.w_batch;
+    const float *from = p.x + batch * p.x_batch, *w = p.w + batch * p.w_batch;
     float sum[ROWS];
+    for (int r = slice; p.norm.used && r < ROWS && row + r < p.rows; r += SLICES) {
+        Moments m = warp_moments(from + (size_t)(row + r) * (size_t)p.ldx, p.channels, p.norm.eps,
+                                 (int)threadIdx.x);
+        if (threadIdx.x == 0) {
+            moments[r] = m;
+        }
+    }
     for (int r = 0; r < ROWS; r++) {
         sum[r] = 0;
     }
     for (int k0 = 0; k0 < n_in; k0 += CHUNK) {
-        if (k0 > 0) {
-            __syncthreads(); /* the inputs before are used up */
+        if (k0 > 0 || p.norm.used) {
+            __syncthreads(); /* the inputs before are used up, the moments are there */
         }
-        fetch_rows(p, from, row, k0, x);
+        fetch_rows(p, from, row, k0, moments, x);
         __syncthreads();
         int k1 = k0 + (slice + 1) * (CHUNK / SLICES);
         for (int k = k0 + slice * (CHUNK / SLICES); k < k1 && k < n_in && column < p.n_out; k++) {
@@ -161,7 +243,7 @@ __global__ void __launch_bounds__(WARP *SLICES) product_kernel(tsad_product p)
         if (p.table) {
             v += p.table[(size_t)(row + r) * (size_t)p.n_out + (size_t)column];
         }
-        size_t at = blockIdx.z * p.y_batch + (size_t)(row + r) * (size_t)p.to.ld;
+        size_t at = batch * p.y_batch + (size_t)(row + r) * (size_t)p.to.ld;
         deliver(p.to, at + (size_t)(column * p.step), column, v);
     }
 }
@@ -169,28 +251,24 @@ __global__ void __launch_bounds__(WARP *SLICES) product_kernel(tsad_product p)
 /* ---- norms ------------------------------------------------------------------------------- */
 
 /* a block a row */
-__global__ void __launch_bounds__(THREADS) layernorm_kernel(tsad_layernorm p)
+__global__ void __launch_bounds__(THREADS)
+    layernorm_kernel(const __grid_constant__ Tracks<tsad_layernorm> tracks)
 {
+    const tsad_layernorm &p = tracks.track[blockIdx.z];
     TSAD_SHARED(float, room, THREADS / WARP);
     const float *x = p.x + blockIdx.x * (size_t)p.ldx;
     float *y = p.y + blockIdx.x * (size_t)p.ldy;
-    float sum = 0, square = 0;
+    Moments m = block_moments(x, p.channels, p.norm.eps, room);
     for (int i = (int)threadIdx.x; i < p.channels; i += THREADS) {
-        sum += x[i];
-    }
-    float mean = block_sum(sum, room) / (float)p.channels;
-    for (int i = (int)threadIdx.x; i < p.channels; i += THREADS) {
-        square += (x[i] - mean) * (x[i] - mean);
-    }
-    float scale = norm_scale(block_sum(square, room) / (float)p.channels, p.eps);
-    for (int i = (int)threadIdx.x; i < p.channels; i += THREADS) {
-        y[i] = modulated((x[i] - mean) * scale, p.scale, p.move, i);
+        y[i] = normalised(x[i], m, p.norm, i);
     }
 }
 
 /* a block a group: some channels of all rows */
-__global__ void __launch_bounds__(THREADS) groupnorm_kernel(tsad_groupnorm p)
+__global__ void __launch_bounds__(THREADS)
+    groupnorm_kernel(const __grid_constant__ Tracks<tsad_groupnorm> tracks)
 {
+    const tsad_groupnorm &p = tracks.track[blockIdx.z];
     TSAD_SHARED(float, room, THREADS / WARP);
     int n = p.channels / p.groups, first = (int)blockIdx.x * n, all = p.rows * n;
     float sum = 0, square = 0;
@@ -214,32 +292,31 @@ __global__ void __launch_bounds__(THREADS) groupnorm_kernel(tsad_groupnorm p)
 
 /* ---- attention --------------------------------------------------------------------------- */
 
-__global__ void __launch_bounds__(THREADS) rotate_kernel(tsad_rotate p)
-{
-    int half = p.head_dim / 2, pairs = 2 * p.heads * half; /* keys follow queries */
-    int i = (int)(blockIdx.x * THREADS + threadIdx.x), t = i / pairs, h = i % pairs / half;
-    if (t >= p.tokens) {
-        return;
-    }
-    const float *cosine = p.turns + (size_t)t * (size_t)p.head_dim + (size_t)(i % half);
-    float *x = p.qkv + (size_t)t * (size_t)p.ld + (size_t)(h * p.head_dim + i % half);
-    float a = x[0], b = x[half], c = cosine[0], s = cosine[half];
-    x[0] = a * c - b * s;
-    x[half] = b * c + a * s;
-}
-
-__device__ float dot(const float *a, const float *b, int n)
+/* Of two vectors of a head, at positions with these turns: the first half of each turns against its
+ * second half. NULL: they are as they are. */
+__device__ float dot(const float *a, const float *turn_a, const float *b, const float *turn_b,
+                     int n)
 {
     float sum = 0;
-    for (int i = 0; i < n; i++) {
-        sum += a[i] * b[i];
+    if (!turn_a) {
+        for (int i = 0; i < n; i++) {
+            sum += a[i] * b[i];
+        }
+        return sum;
+    }
+    for (int i = 0, half = n / 2; i < half; i++) {
+        float ca = turn_a[i], sa = turn_a[i + half], cb = turn_b[i], sb = turn_b[i + half];
+        sum += (a[i] * ca - a[i + half] * sa) * (b[i] * cb - b[i + half] * sb);
+        sum += (a[i + half] * ca + a[i] * sa) * (b[i + half] * cb + b[i] * sb);
     }
     return sum;
 }
 
 /* a block a token and head; shared: a weight a token */
-__global__ void __launch_bounds__(THREADS) attention_kernel(tsad_attention p)
+__global__ void __launch_bounds__(THREADS)
+    attention_kernel(const __grid_constant__ Tracks<tsad_attention> tracks)
 {
+    const tsad_attention &p = tracks.track[blockIdx.z];
     TSAD_DYNAMIC(weight);
     TSAD_SHARED(float, room, THREADS / WARP);
     int t = (int)blockIdx.x, h = (int)blockIdx.y, width = p.heads * p.head_dim;
@@ -248,7 +325,9 @@ __global__ void __launch_bounds__(THREADS) attention_kernel(tsad_attention p)
     const float *keys = p.qkv + (size_t)(width + h * p.head_dim), *values = keys + width;
     float sum = 0, top;
     for (int u = (int)threadIdx.x; u < n; u += THREADS) {
-        weight[u] = dot(q, keys + (size_t)u * (size_t)p.ld, p.head_dim);
+        const float *own = p.turns ? p.turns + (size_t)t * (size_t)p.head_dim : NULL;
+        const float *other = p.turns ? p.turns + (size_t)u * (size_t)p.head_dim : NULL;
+        weight[u] = dot(q, own, keys + (size_t)u * (size_t)p.ld, other, p.head_dim);
     }
     __syncthreads();
     top = weight[0];
@@ -276,18 +355,25 @@ __device__ const float *token_of(const tsad_cross_attention &p, int s)
 }
 
 /* a block a row; shared: a weight a head and token */
-__global__ void __launch_bounds__(THREADS) cross_attention_kernel(tsad_cross_attention p)
+__global__ void __launch_bounds__(THREADS)
+    cross_attention_kernel(const __grid_constant__ Tracks<tsad_cross_attention> tracks)
 {
+    const tsad_cross_attention &p = tracks.track[blockIdx.z];
     TSAD_DYNAMIC(weight);
+    TSAD_SHARED(float, room, THREADS / WARP);
     int t = (int)blockIdx.x, lane = (int)threadIdx.x % WARP;
     int n = p.causal && t + 2 < p.n_memory ? t + 2 : p.n_memory;
     const float *x = p.x + (size_t)t * (size_t)p.ldx;
+    Moments m = {0, 1};
+    if (p.norm.used) {
+        m = block_moments(x, p.width, p.norm.eps, room);
+    }
     for (int i = (int)threadIdx.x / WARP; i < p.heads * n; i += THREADS / WARP) {
         int h = i / n;
         const float *token = token_of(p, i % n), *key = token + (size_t)h * (size_t)p.width;
         float sum = 0;
         for (int j = lane; j < p.width; j += WARP) {
-            sum += x[j] * key[j];
+            sum += (p.norm.used ? normalised(x[j], m, p.norm, j) : x[j]) * key[j];
         }
         sum = warp_sum(sum);
         if (lane == 0) {
@@ -311,25 +397,37 @@ __global__ void __launch_bounds__(THREADS) cross_attention_kernel(tsad_cross_att
 
 /* ---- a thread a number ------------------------------------------------------------------- */
 
-__global__ void __launch_bounds__(THREADS) addition_kernel(tsad_addition p)
+/* column c of a row; `at` is where that is in each source */
+__device__ float sum_of(const tsad_sum &p, size_t at, int c)
 {
+    float sum = p.source ? 0 : p.base[at];
+    for (int s = 0; p.source && s < p.n; s++) {
+        const tsad_reused source = p.source[s];
+        float v = source.count * p.base[(size_t)source.offset + at];
+        sum += source.gate < 0 ? v : v * term(p.terms, source.gate + c);
+    }
+    if (p.kept) {
+        p.kept[at] = sum;
+    }
+    return sum;
+}
+
+__global__ void __launch_bounds__(THREADS)
+    addition_kernel(const __grid_constant__ Tracks<tsad_addition> tracks)
+{
+    const tsad_addition &p = tracks.track[blockIdx.z];
     int i = (int)(blockIdx.x * THREADS + threadIdx.x), c = i % p.channels;
     if (i >= p.rows * p.channels) {
         return;
     }
     size_t at = (size_t)(i / p.channels) * (size_t)p.to.ld + (size_t)c;
-    float sum = 0;
-    for (int s = 0; s < p.n; s++) {
-        sum += p.offset ? p.count[s] * p.base[(size_t)p.offset[s] + at] : p.base[at];
-    }
-    if (p.kept) {
-        p.kept[at] = sum;
-    }
-    deliver(p.to, at, c, sum);
+    deliver(p.to, at, c, sum_of(p.sum, at, c));
 }
 
-__global__ void __launch_bounds__(THREADS) copy_kernel(tsad_copy p)
+__global__ void __launch_bounds__(THREADS)
+    copy_kernel(const __grid_constant__ Tracks<tsad_copy> tracks)
 {
+    const tsad_copy &p = tracks.track[blockIdx.z];
     int i = (int)(blockIdx.x * THREADS + threadIdx.x), t = i / p.channels, c = i % p.channels;
     if (t >= p.rows) {
         return;
@@ -339,28 +437,84 @@ __global__ void __launch_bounds__(THREADS) copy_kernel(tsad_copy p)
     p.y[(size_t)t * (size_t)p.ldy + (size_t)c] = tsad_activate(v, p.activation);
 }
 
-__global__ void __launch_bounds__(THREADS) update_kernel(tsad_update p)
+/* the sampler's row of channel c of token t, whose output was e; the next sample */
+__device__ float updated(const tsad_update &p, int t, int c, float e)
 {
-    int i = (int)(blockIdx.x * THREADS + threadIdx.x);
-    if (i >= p.rows * p.channels) {
-        return;
-    }
-    const float *t = p.coefficient;
-    size_t at = (size_t)(i / p.channels) * (size_t)p.ld + (size_t)(i % p.channels);
-    float x0 = t[0] * p.x[at] + t[1] * p.e[at];
-    x0 = x0 > t[2] ? t[2] : x0 < -t[2] ? -t[2] : x0;
+    const float *k = p.coefficient;
+    size_t at = (size_t)t * (size_t)p.ld + (size_t)c;
+    float x0 = k[0] * p.x[at] + k[1] * e;
+    x0 = x0 > k[2] ? k[2] : x0 < -k[2] ? -k[2] : x0;
     /* the range hides nothing: where e is infinite f e is NaN, also if f is 0 */
-    float next = t[3] * x0 + t[4] * p.x[at] + t[5] * p.e[at];
-    next = p.first ? next : next + t[6] * p.previous[at];
-    p.x[at] = p.z ? next + t[7] * p.z[i] : next;
+    float next = k[3] * x0 + k[4] * p.x[at] + k[5] * e;
+    next = p.first ? next : next + k[6] * p.previous[at];
+    next = p.z ? next + k[7] * p.z[(size_t)(t * p.channels + c)] : next;
+    p.x[at] = next;
     p.previous[at] = x0;
+    return next;
+}
+
+__global__ void __launch_bounds__(THREADS)
+    update_kernel(const __grid_constant__ Tracks<tsad_update> tracks)
+{
+    const tsad_update &p = tracks.track[blockIdx.z];
+    int i = (int)(blockIdx.x * THREADS + threadIdx.x), t = i / p.channels, c = i % p.channels;
+    if (t < p.rows) {
+        updated(p, t, c, p.e[(size_t)t * (size_t)p.ld + (size_t)c]);
+    }
+}
+
+/* a block a token; shared: its row, then its output, which becomes the next sample */
+__global__ void __launch_bounds__(THREADS)
+    tail_kernel(const __grid_constant__ Tracks<tsad_tail> tracks)
+{
+    const tsad_tail &p = tracks.track[blockIdx.z];
+    TSAD_DYNAMIC(row);
+    TSAD_SHARED(float, room, THREADS / WARP);
+    int t = (int)blockIdx.x, lane = (int)threadIdx.x % WARP, actions = p.update.channels;
+    float *sample = row + p.channels;
+    for (int i = (int)threadIdx.x; i < p.channels; i += THREADS) {
+        float x = p.x[(size_t)t * (size_t)p.ldx + (size_t)i];
+        size_t at = (size_t)t * (size_t)p.sum.ld + (size_t)i;
+        row[i] = p.sum.n ? x + sum_of(p.sum, at, i) : x;
+    }
+    if (p.norm.used) { /* each thread reads and writes its own columns */
+        Moments m = block_moments(row, p.channels, p.norm.eps, room);
+        for (int i = (int)threadIdx.x; i < p.channels; i += THREADS) {
+            row[i] = normalised(row[i], m, p.norm, i);
+        }
+    }
+    __syncthreads();
+    for (int o = (int)threadIdx.x / WARP; o < actions; o += THREADS / WARP) {
+        float sum = 0;
+        for (int i = lane; i < p.channels; i += WARP) {
+            sum += row[i] * p.w[(size_t)i * (size_t)actions + (size_t)o];
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) {
+            sample[o] = sum + p.bias[o];
+        }
+    }
+    __syncthreads();
+    for (int o = (int)threadIdx.x; o < actions; o += THREADS) {
+        sample[o] = updated(p.update, t, o, sample[o]);
+    }
+    __syncthreads();
+    for (int j = (int)threadIdx.x; p.v && j < p.n_next; j += THREADS) {
+        float v = p.v_bias[j] + (p.table ? p.table[(size_t)(t * p.n_next + j)] : 0);
+        for (int o = 0; o < actions; o++) {
+            v += sample[o] * p.v[(size_t)o * (size_t)p.n_next + (size_t)j];
+        }
+        p.y[(size_t)t * (size_t)p.ldy + (size_t)j] = v;
+    }
 }
 
 /* ---- the pruner -------------------------------------------------------------------------- */
 
 /* a block a row of y; shared: a weight a head and token */
-__global__ void __launch_bounds__(THREADS) prune_query_kernel(tsad_prune_query p)
+__global__ void __launch_bounds__(THREADS)
+    prune_query_kernel(const __grid_constant__ Tracks<tsad_prune_query> tracks)
 {
+    const tsad_prune_query &p = tracks.track[blockIdx.z];
     TSAD_DYNAMIC(weight);
     int b = (int)blockIdx.x, n = p.n_memory;
     for (int h = (int)threadIdx.x; h < p.heads; h += THREADS) {
@@ -405,12 +559,6 @@ void tsad_launch_groupnorm(tsad_stream *stream, tsad_groupnorm p)
     launch(stream, groupnorm_kernel, p, (unsigned)p.groups, THREADS, 0, "groupnorm");
 }
 
-void tsad_launch_rotate(tsad_stream *stream, tsad_rotate p)
-{
-    size_t n = (size_t)p.tokens * (size_t)(p.heads * p.head_dim);
-    launch(stream, rotate_kernel, p, blocks_of(n, THREADS), THREADS, 0, "rotate");
-}
-
 void tsad_launch_attention(tsad_stream *stream, tsad_attention p)
 {
     dim3 grid((unsigned)p.tokens, (unsigned)p.heads);
@@ -446,4 +594,25 @@ void tsad_launch_prune_query(tsad_stream *stream, tsad_prune_query p)
 {
     size_t weights = (size_t)p.heads * (size_t)p.n_memory;
     launch(stream, prune_query_kernel, p, (unsigned)p.blocks, THREADS, weights, "prune query");
+}
+
+void tsad_launch_tail(tsad_stream *stream, tsad_tail p)
+{
+    launch(stream, tail_kernel, p, (unsigned)p.update.rows, THREADS,
+           (size_t)(p.channels + p.update.channels), "tail");
+}
+
+void tsad_together(tsad_stream *stream)
+{
+    stream->together = true;
+    stream->next = 0;
+}
+
+void tsad_launch_all(tsad_stream *stream)
+{
+    for (int i = 0; i < stream->n_held; i++) {
+        stream->held[i].issue(stream, stream->held[i]);
+    }
+    stream->together = false;
+    stream->n_held = stream->next = 0;
 }

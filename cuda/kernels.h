@@ -1,6 +1,9 @@
 /* kernels.h: what is launched on a device: one structure of arguments and one function a kernel.
  * All pointers are a device's, all numbers float32, rows `ld` floats apart. Only the columns and
  * rows that are named are read or written: what lies between is never initialised.
+ *
+ * Tracks, lanes of a call or rows that need nothing of each other, go through the same launches:
+ * between tsad_together and tsad_launch_all the i-th launch of each joins the others'.
  */
 #pragma once
 
@@ -12,11 +15,24 @@ extern "C" {
 
 #include "net/net.h"
 
+enum { TSAD_TOGETHER = 4 }; /* tracks of a launch, at most */
+
+/* The launches that follow are those of the next track, held back. */
+void tsad_together(tsad_stream *stream);
+void tsad_launch_all(tsad_stream *stream);
+
 /* n numbers of a row's terms: what depends on the step and what on the observation, added. */
 typedef struct tsad_term {
     const float *step; /* NULL: there is no such term */
     const float *lane; /* NULL: 0 */
 } tsad_term;
+
+/* x becomes (x - mean) / sqrt(variance + eps) over a row's channels, times scale, plus move */
+typedef struct tsad_normaliser {
+    bool used;
+    float eps;
+    tsad_term scale, move;
+} tsad_normaliser;
 
 /* Where a result goes: y = v; or, for a branch, slot = v and y += v * gate. */
 typedef struct tsad_delivery {
@@ -28,11 +44,13 @@ typedef struct tsad_delivery {
 } tsad_delivery;
 
 /* y (rows, n_out) = activation(x W + bias) + table, where row r of x is the `taps` tokens from
- * r * stride + first on, zero outside of x. Batches: the same with all pointers moved. */
+ * r * stride + first on, zero outside of x. With one tap, x may be normalised first. Batches: the
+ * same with all pointers moved. */
 typedef struct tsad_product {
     const float *x;
     int ldx, tokens, channels;
     int taps, first, stride;
+    tsad_normaliser norm;
     const float *w;     /* (taps * channels, n_out) */
     const float *bias;  /* NULL: 0 */
     const float *table; /* (rows, n_out); NULL: 0 */
@@ -45,12 +63,11 @@ typedef struct tsad_product {
 } tsad_product;
 void tsad_launch_product(tsad_stream *stream, tsad_product p);
 
-/* y = (x - mean) / sqrt(variance + eps) over a row's channels, times scale, plus move */
+/* y = x, normalised: for what has several taps */
 typedef struct tsad_layernorm {
     const float *x;
     int ldx, rows, channels;
-    float eps;
-    tsad_term scale, move;
+    tsad_normaliser norm;
     float *y;
     int ldy;
 } tsad_layernorm;
@@ -67,28 +84,22 @@ typedef struct tsad_groupnorm {
 } tsad_groupnorm;
 void tsad_launch_groupnorm(tsad_stream *stream, tsad_groupnorm p);
 
-/* queries and keys turned by their positions, in place */
-typedef struct tsad_rotate {
-    float *qkv;
-    int ld, tokens, heads, head_dim;
-    const float *turns; /* (tokens, head_dim): cosines, sines */
-} tsad_rotate;
-void tsad_launch_rotate(tsad_stream *stream, tsad_rotate p);
-
 /* qkv rows: queries (already scaled) of all heads, keys, values; y (tokens, heads * head_dim) */
 typedef struct tsad_attention {
     const float *qkv;
     int ld, tokens, heads, head_dim;
+    const float *turns; /* (tokens, head_dim): cosines, sines; NULL: positions turn nothing */
     bool causal;
     float *y;
     int ldy;
 } tsad_attention;
 void tsad_launch_attention(tsad_stream *stream, tsad_attention p);
 
-/* folded cross-attention of normalised x (rows, width): see tsad_fold */
+/* folded cross-attention of x (rows, width): see tsad_fold */
 typedef struct tsad_cross_attention {
     const float *x;
     int ldx, rows, width, heads, n_memory;
+    tsad_normaliser norm;
     const float *first, *rest; /* folded token 0, and from token 1 on, `floats` apart */
     size_t floats, value, shift;
     const float *bias;
@@ -97,13 +108,26 @@ typedef struct tsad_cross_attention {
 } tsad_cross_attention;
 void tsad_launch_cross_attention(tsad_stream *stream, tsad_cross_attention p);
 
-/* y = sum of n sources in order, each times its count; or y += sum * gate */
-typedef struct tsad_addition {
+/* One reused branch of an addition. */
+typedef struct tsad_reused {
+    int64_t offset; /* of the slot: floats from the lane's first */
+    float count;    /* how often it is taken */
+    int32_t gate;   /* where its gate is among the terms; -1: it has none */
+} tsad_reused;
+
+/* The sum of n sources in order, each times its count and gate, (rows, channels). */
+typedef struct tsad_sum {
     const float *base;
-    const int64_t *offset; /* (n) floats from base; NULL: the one source is base */
-    const float *count;    /* (n) */
-    int n, rows, channels;
+    const tsad_reused *source; /* (n) on the device; NULL: the one source is base */
+    tsad_term terms;           /* gates are of them */
+    int n, ld;
     float *kept; /* the sum, for later; NULL: nowhere */
+} tsad_sum;
+
+/* y += the sum, or += the sum * gate */
+typedef struct tsad_addition {
+    tsad_sum sum;
+    int rows, channels;
     tsad_delivery to;
 } tsad_addition;
 void tsad_launch_addition(tsad_stream *stream, tsad_addition p);
@@ -130,6 +154,23 @@ typedef struct tsad_update {
     int ld, rows, channels;
 } tsad_update;
 void tsad_launch_update(tsad_stream *stream, tsad_update p);
+
+/* The end of a step, token by token: e = (x + sum, normalised) W + bias, the sampler's row, and
+ * what the next step begins with, y = sample V + its bias + table. */
+typedef struct tsad_tail {
+    const float *x;
+    int ldx, channels;
+    tsad_sum sum; /* n 0: nothing is added */
+    tsad_normaliser norm;
+    const float *w, *bias; /* (channels, update.channels) */
+    tsad_update update;    /* its e is not read */
+    const float *v;        /* (update.channels, n_next); NULL: there is no next step */
+    const float *v_bias, *table;
+    int n_next;
+    float *y;
+    int ldy;
+} tsad_tail;
+void tsad_launch_tail(tsad_stream *stream, tsad_tail p);
 
 /* y (blocks, hidden) = token + softmax over memory of the scores, times the values */
 typedef struct tsad_prune_query {

@@ -9,8 +9,7 @@ static const tsad_register *shape(const tsad_cuda_context *c, int i)
     return &c->net->registers[i];
 }
 
-/* a row's terms from `at` on */
-static tsad_term terms(const tsad_cuda_context *c, int at)
+tsad_term tsad_cuda_terms(const tsad_cuda_context *c, int at)
 {
     return (tsad_term){.step = c->cuda->time_terms + (size_t)c->step * (size_t)c->m->n_terms + at,
                        .lane = c->lane->array[TSAD_ARRAY_TERMS] + at};
@@ -20,7 +19,7 @@ tsad_term tsad_cuda_gate(const tsad_cuda_context *c, const tsad_node *node)
 {
     int channels = shape(c, node->out)->channels;
     if (node->modulated) {
-        return terms(c, node->term + 2 * channels);
+        return tsad_cuda_terms(c, node->term + 2 * channels);
     }
     return (tsad_term){.step = tsad_cuda_node_of(node)->table + (size_t)c->step * (size_t)channels};
 }
@@ -52,28 +51,15 @@ static tsad_delivery branch(const tsad_cuda_context *c, const tsad_node *node, c
     return to;
 }
 
-/* the node's input, normalised where it asks for it */
-static const float *input(const tsad_cuda_context *c, const tsad_node *node, int *ld)
+/* what a node does to its input first */
+static tsad_normaliser normaliser(const tsad_cuda_context *c, const tsad_node *node)
 {
-    const tsad_register *in = shape(c, node->in);
-    *ld = tsad_pad(in->channels);
-    if (!node->normalise) {
-        return reg(c, node->in);
+    tsad_normaliser norm = {.used = node->normalise, .eps = node->eps};
+    if (node->normalise && node->modulated) {
+        norm.move = tsad_cuda_terms(c, node->term);
+        norm.scale = tsad_cuda_terms(c, node->term + shape(c, node->in)->channels);
     }
-    tsad_layernorm p = {.x = reg(c, node->in),
-                        .ldx = *ld,
-                        .rows = in->tokens,
-                        .channels = in->channels,
-                        .eps = node->eps,
-                        .y = c->e->scratch[0],
-                        .ldy = in->channels};
-    if (node->modulated) {
-        p.move = terms(c, node->term);
-        p.scale = terms(c, node->term + in->channels);
-    }
-    tsad_launch_layernorm(c->e->stream, p);
-    *ld = in->channels;
-    return c->e->scratch[0];
+    return norm;
 }
 
 /* matrix i of a convolution over `tokens` rows of x to the register's tokens */
@@ -89,30 +75,46 @@ static tsad_product taps(const tsad_node *node, int i, const float *x, int ld,
     return p;
 }
 
+/* a node's first matrix, over its input */
+static tsad_product first_product(const tsad_cuda_context *c, const tsad_node *node, int tokens_out,
+                                  tsad_delivery to)
+{
+    const tsad_register *in = shape(c, node->in);
+    int ld = tsad_pad(in->channels);
+    const float *x = reg(c, node->in);
+    tsad_normaliser norm = normaliser(c, node);
+    if (norm.used && node->kernel > 1) { /* a row would be normalised once a tap */
+        tsad_launch_layernorm(c->e->stream, (tsad_layernorm){.x = x,
+                                                             .ldx = ld,
+                                                             .rows = in->tokens,
+                                                             .channels = in->channels,
+                                                             .norm = norm,
+                                                             .y = c->place->scratch[0],
+                                                             .ldy = in->channels});
+        x = c->place->scratch[0];
+        ld = in->channels;
+        norm.used = false;
+    }
+    tsad_product p = taps(node, 0, x, ld, in, tokens_out, to);
+    p.norm = norm;
+    return p;
+}
+
 /* ---- branches ---------------------------------------------------------------------------- */
 
 static void self_attention(const tsad_cuda_context *c, const tsad_node *node, tsad_delivery to)
 {
     const tsad_cuda_node *packed = tsad_cuda_node_of(node);
-    float *qkv = c->e->scratch[1], *y = c->e->scratch[2];
-    int ld, T = shape(c, node->in)->tokens, d = shape(c, node->in)->channels;
+    float *qkv = c->place->scratch[1], *y = c->place->scratch[2];
+    int T = shape(c, node->in)->tokens;
     int heads = node->n_heads, head_dim = node->m[0].n_out / 3 / heads;
-    const float *x = input(c, node, &ld);
-    tsad_launch_product(c->e->stream, tsad_cuda_product(packed, &node->m[0], 0, x, ld, T, d,
-                                                        overwrite(qkv, node->m[0].n_out)));
-    if (node->table) {
-        tsad_launch_rotate(c->e->stream, (tsad_rotate){.qkv = qkv,
-                                                       .ld = node->m[0].n_out,
-                                                       .tokens = T,
-                                                       .heads = heads,
-                                                       .head_dim = head_dim,
-                                                       .turns = packed->table});
-    }
+    tsad_launch_product(c->e->stream, first_product(c, node, T, overwrite(qkv, node->m[0].n_out)));
     tsad_launch_attention(c->e->stream, (tsad_attention){.qkv = qkv,
                                                          .ld = node->m[0].n_out,
                                                          .tokens = T,
                                                          .heads = heads,
                                                          .head_dim = head_dim,
+                                                         .turns = packed->table,
                                                          .causal = node->causal,
                                                          .y = y,
                                                          .ldy = heads * head_dim});
@@ -143,20 +145,22 @@ static void cross_attention(const tsad_cuda_context *c, const tsad_node *node, t
         p.first = c->cuda->time_fold + ((size_t)c->step * L + layer) * p.floats;
         p.rest = folded + layer * (tokens - 1) * p.floats;
     }
-    p.x = input(c, node, &p.ldx);
+    p.x = reg(c, node->in);
+    p.ldx = tsad_pad(in->channels);
+    p.norm = normaliser(c, node);
     tsad_launch_cross_attention(c->e->stream, p);
 }
 
 static void feed_forward(const tsad_cuda_context *c, const tsad_node *node, tsad_delivery to)
 {
-    int ld, hidden = node->m[0].n_out;
+    int hidden = node->m[0].n_out;
     tsad_register in = *shape(c, node->in);
-    const float *x = input(c, node, &ld);
-    tsad_product p = taps(node, 0, x, ld, &in, in.tokens, overwrite(c->e->scratch[1], hidden));
+    tsad_product p = first_product(c, node, in.tokens, overwrite(c->place->scratch[1], hidden));
     p.activation = node->activation;
     tsad_launch_product(c->e->stream, p);
     in.channels = hidden;
-    tsad_launch_product(c->e->stream, taps(node, 1, c->e->scratch[1], hidden, &in, in.tokens, to));
+    tsad_launch_product(c->e->stream,
+                        taps(node, 1, c->place->scratch[1], hidden, &in, in.tokens, to));
 }
 
 /* the i-th convolution of a node with its GroupNorm, from register `in` */
@@ -166,7 +170,7 @@ static void conv_norm(const tsad_cuda_context *c, const tsad_node *node, int i, 
     const tsad_register *from = shape(c, in), *out = shape(c, node->out);
     int channels = out->channels, ld = tsad_pad(from->channels);
     const float *norm = tsad_cuda_node_of(node)->norm + 2 * i * channels;
-    tsad_groupnorm p = {.x = c->e->scratch[0],
+    tsad_groupnorm p = {.x = c->place->scratch[0],
                         .ldx = channels,
                         .rows = out->tokens,
                         .channels = channels,
@@ -176,11 +180,11 @@ static void conv_norm(const tsad_cuda_context *c, const tsad_node *node, int i, 
                         .activation = node->activation,
                         .to = to};
     if (has_terms) {
-        p.move = terms(c, node->term + (node->scales ? channels : 0));
-        p.scale = node->scales ? terms(c, node->term) : p.scale;
+        p.move = tsad_cuda_terms(c, node->term + (node->scales ? channels : 0));
+        p.scale = node->scales ? tsad_cuda_terms(c, node->term) : p.scale;
     }
     tsad_launch_product(c->e->stream, taps(node, i, reg(c, in), ld, from, out->tokens,
-                                           overwrite(c->e->scratch[0], channels)));
+                                           overwrite(c->place->scratch[0], channels)));
     tsad_launch_groupnorm(c->e->stream, p);
 }
 
@@ -208,10 +212,7 @@ void tsad_cuda_compute(const tsad_cuda_context *c, const tsad_op *op)
 
 static void linear(const tsad_cuda_context *c, const tsad_node *node)
 {
-    int ld;
-    const float *x = input(c, node, &ld);
-    tsad_product p = taps(node, 0, x, ld, shape(c, node->in), shape(c, node->out)->tokens,
-                          to_register(c, node->out));
+    tsad_product p = first_product(c, node, shape(c, node->out)->tokens, to_register(c, node->out));
     p.activation = node->activation;
     p.table = tsad_cuda_node_of(node)->table;
     tsad_launch_product(c->e->stream, p);
@@ -309,4 +310,51 @@ void tsad_cuda_fixed(const tsad_cuda_context *c, const tsad_node *node)
             move(c, node);
         }
     }
+}
+
+/* ---- the end of a step ----------------------------------------------------------------------- */
+
+/* a matrix over single tokens, as many as the sample has */
+static bool is_plain(const tsad_cuda_context *c, const tsad_node *node)
+{
+    return (node->kind == TSAD_LINEAR || node->kind == TSAD_CONV) && node->kernel == 1 &&
+           node->stride == 1 && node->activation == TSAD_LINEAR_ONLY &&
+           shape(c, node->in)->tokens == c->m->horizon;
+}
+
+bool tsad_cuda_is_head(const tsad_cuda_context *c, const tsad_node *node)
+{
+    int channels = shape(c, node->in)->channels;
+    return is_plain(c, node) && node->out == c->net->output && !node->table &&
+           channels + c->m->action_dim <= TSAD_SHARED_FLOATS;
+}
+
+bool tsad_cuda_begins(const tsad_cuda_context *c, const tsad_node *node)
+{
+    return is_plain(c, node) && node->in == c->net->input && !node->normalise;
+}
+
+void tsad_cuda_tail(const tsad_cuda_context *c, const tsad_node *head, tsad_sum sum,
+                    tsad_update update, const tsad_node *next)
+{
+    const tsad_register *in = shape(c, head->in);
+    const tsad_cuda_node *packed = tsad_cuda_node_of(head);
+    tsad_tail p = {.x = reg(c, head->in),
+                   .ldx = tsad_pad(in->channels),
+                   .channels = in->channels,
+                   .sum = sum,
+                   .norm = normaliser(c, head),
+                   .w = packed->w[0],
+                   .bias = packed->bias[0],
+                   .update = update};
+    if (next) {
+        const tsad_cuda_node *begins = tsad_cuda_node_of(next);
+        p.v = begins->w[0];
+        p.v_bias = begins->bias[0];
+        p.table = begins->table;
+        p.n_next = shape(c, next->out)->channels;
+        p.y = reg(c, next->out);
+        p.ldy = tsad_pad(p.n_next);
+    }
+    tsad_launch_tail(c->e->stream, p);
 }

@@ -26,9 +26,11 @@ extern const tsad_backend tsad_cuda_backend;
 #define EXPORTED __attribute__((visibility("default")))
 
 EXPORTED tsad_device_counts tsad_plugin_counts(void);
+EXPORTED void tsad_plugin_time(int on);
 
-/* for bench/cuda_counts.py */
+/* for tsad/device.py */
 EXPORTED tsad_device_counts tsad_plugin_counts(void) { return tsad_device_get_counts(); }
+EXPORTED void tsad_plugin_time(int on) { tsad_device_time(on != 0); }
 
 EXPORTED const tsad_backend *tsad_plugin(const tsad_core *host, const char **device,
                                          const char **absent)

@@ -34,7 +34,7 @@ void tsad_cuda_fold(const tsad_cuda_context *c, const tsad_node *node)
     size_t step = c->m->encode_rows ? (size_t)c->row : 0;
     size_t at = step * (size_t)c->m->n_layers + (size_t)node->layer;
     float *out = c->lane->array[TSAD_ARRAY_FOLDED] + at * (size_t)tokens * fold->floats;
-    float *kv = c->e->scratch[1];
+    float *kv = c->place->scratch[1];
     tsad_launch_product(stream, tsad_cuda_product(packed, &node->m[0], 0,
                                                   tsad_cuda_memory(c, tokens), tsad_pad(d), tokens,
                                                   d, (tsad_delivery){.y = kv, .ld = 2 * d}));
@@ -53,7 +53,7 @@ static void keys(const tsad_cuda_context *c)
     const tsad_cuda_model *cuda = c->cuda;
     int n = p->hidden, heads = p->n_heads, dh = n / heads, S = p->query_tokens, B = p->n_blocks;
     const float *tokens = tsad_cuda_memory(c, S);
-    float *key = c->e->scratch[1], *value = c->e->scratch[2];
+    float *key = c->place->scratch[1], *value = c->place->scratch[2];
     size_t at = (size_t)c->row * (size_t)S;
     if (c->row > 0 && !c->m->encode_rows) {
         return; /* observation tokens are the same at every step */

@@ -1,43 +1,113 @@
-/* run.c: rows of a program, op by op, as launches on the engine's stream. */
+/* run.c: rows of programs, op by op, as launches on the engine's stream. Tracks that do the same at
+ * the same time go through the same launches, each with its own arguments: lanes of a gang, whose
+ * plans may differ, and rows that need nothing of each other. */
 #include "cuda.h"
 
+#include <limits.h>
 #include <string.h>
+
+/* A lane in a row, or a row of those apart, and what of it is still to be done. */
+typedef struct track {
+    tsad_cuda_context c;
+    const tsad_op *at, *end;
+    int row_end;
+    bool first; /* its run's first row */
+    bool begun; /* the tail of the row before has done this row's first node */
+} track;
+
+/* What a track does next: `n_ops` ops in one. */
+typedef struct action {
+    enum { OP, TAIL } kind;
+    int node;         /* that orders it; tracks with the same one and the same kind go together */
+    int n_sum, n_ops; /* so many ops are additions */
+} action;
 
 static float *reg(const tsad_cuda_context *c, int i) { return c->registers[i]; }
 
-static void add(const tsad_cuda_context *c, const tsad_op *op)
+static const tsad_node *node_of(const tsad_cuda_context *c, const tsad_op *op)
 {
-    const tsad_node *node = &c->net->nodes[op->node];
+    return &c->net->nodes[op->node];
+}
+
+/* whether the gate is one of the terms, which a sum can apply to each source */
+static bool is_termed(const tsad_cuda_context *c, const tsad_op *op)
+{
+    return op->kind == TSAD_OP_GATED && node_of(c, op)->modulated;
+}
+
+/* how many ops from here on are one addition */
+static int summed(const track *t)
+{
+    const tsad_op *op = t->at;
+    int n = op->kind == TSAD_OP_ADD || op->kind == TSAD_OP_GATED;
+    while (n && is_termed(&t->c, op) && op + n < t->end && is_termed(&t->c, &op[n]) &&
+           op[n].src == op[n - 1].src + 1 &&
+           node_of(&t->c, &op[n])->out == node_of(&t->c, op)->out) {
+        n++;
+    }
+    return n;
+}
+
+/* where the sources of a program's additions are in the lane's slots */
+static void make_sources(const tsad_cuda_context *c, tsad_reused *to)
+{
+    const tsad_program *program = c->run->program;
+    for (int i = 0; i < program->n_sources; i++) {
+        to[i] = (tsad_reused){.offset = tsad_cuda_slot(c, program->sources[i]) - c->lane->slots,
+                              .count = program->counts[i],
+                              .gate = -1};
+    }
+    for (int i = 0; i < program->n_ops; i++) {
+        const tsad_op *op = &program->ops[i];
+        if (is_termed(c, op)) {
+            const tsad_node *node = node_of(c, op);
+            to[op->src].gate = node->term + 2 * c->net->registers[node->out].channels;
+        }
+    }
+}
+
+static tsad_sum sum_of(const tsad_cuda_context *c, const tsad_op *op, int n)
+{
+    int ld = tsad_pad(c->net->registers[node_of(c, op)->out].channels);
+    tsad_sum sum = {.base = c->lane->slots,
+                    .source = c->lane->sources + op->src,
+                    .n = n > 1 ? n : op->n_src,
+                    .ld = ld};
+    if (is_termed(c, op)) {
+        sum.terms = tsad_cuda_terms(c, 0);
+    } else if (op->repeat) {
+        sum.base = c->place->sums[op->repeat - 1];
+        sum.source = NULL;
+    } else if (op->remember) {
+        sum.kept = c->place->sums[op->remember - 1];
+    }
+    return sum;
+}
+
+static void add(const tsad_cuda_context *c, const tsad_op *op, int n)
+{
+    const tsad_node *node = node_of(c, op);
     const tsad_register *out = &c->net->registers[node->out];
     tsad_addition p = {
-        .base = c->lane->slots,
-        .offset = c->e->offsets + op->src,
-        .count = c->e->counts + op->src,
-        .n = op->n_src,
+        .sum = sum_of(c, op, n),
         .rows = out->tokens,
         .channels = out->channels,
         .to = {.y = reg(c, node->out), .ld = tsad_pad(out->channels), .adds = true},
     };
-    if (op->kind == TSAD_OP_GATED) {
+    if (op->kind == TSAD_OP_GATED && !is_termed(c, op)) {
         p.to.gate = tsad_cuda_gate(c, node);
-    } else if (op->repeat) {
-        p.base = c->e->sums[op->repeat - 1];
-        p.offset = NULL;
-        p.n = 1;
-    } else if (op->remember) {
-        p.kept = c->e->sums[op->remember - 1];
     }
     tsad_launch_addition(c->e->stream, p);
 }
 
-static void update_sample(const tsad_cuda_context *c, bool first)
+static tsad_update update_of(const tsad_cuda_context *c, bool first)
 {
     const tsad_run *run = c->run;
     size_t floats = (size_t)c->m->horizon * (size_t)c->m->action_dim;
     tsad_update p = {
         .x = reg(c, c->net->input),
         .e = reg(c, c->net->output),
-        .previous = c->e->previous_x0,
+        .previous = c->place->previous_x0,
         .first = first,
         .ld = tsad_pad(c->m->action_dim),
         .rows = c->m->horizon,
@@ -45,99 +115,228 @@ static void update_sample(const tsad_cuda_context *c, bool first)
     };
     memcpy(p.coefficient, run->sampler + (size_t)c->row * TSAD_SAMPLER_COLUMNS,
            sizeof p.coefficient);
-    p.z = p.coefficient[TSAD_SAMPLER_COLUMNS - 1] != 0 ? c->e->noise + (size_t)(c->row + 1) * floats
-                                                       : NULL;
-    tsad_launch_update(c->e->stream, p);
+    p.z = p.coefficient[TSAD_SAMPLER_COLUMNS - 1] != 0
+              ? c->place->noise + (size_t)(c->row + 1) * floats
+              : NULL;
+    return p;
 }
 
-static void run_op(const tsad_cuda_context *c, const tsad_op *op, bool first)
+/* does the step end after n additions, with a head that a tail can have? */
+static bool ends(const track *t, int n)
 {
+    const tsad_op *op = t->at, *head = op + n;
+    if (!t->c.run->sampler || head + 2 != t->end || head->kind != TSAD_OP_NODE ||
+        !tsad_cuda_is_head(&t->c, node_of(&t->c, head))) {
+        return false;
+    }
+    return n == 0 || (node_of(&t->c, op)->out == node_of(&t->c, head)->in &&
+                      (op->kind == TSAD_OP_ADD || is_termed(&t->c, op)));
+}
+
+static action next_of(const track *t)
+{
+    action a = {.kind = OP, .node = t->at->node >= 0 ? t->at->node : INT_MAX, .n_sum = summed(t)};
+    a.n_ops = a.n_sum ? a.n_sum : 1;
+    if (ends(t, a.n_sum)) {
+        a.kind = TAIL;
+        a.node = t->at[a.n_sum].node;
+        a.n_ops = a.n_sum + 2;
+    }
+    return a;
+}
+
+static void tail(track *t, const action *a)
+{
+    const tsad_cuda_context *c = &t->c;
+    const tsad_program *program = c->run->program;
+    const tsad_op *next = &program->ops[program->row_start[c->row + 1]];
+    tsad_sum sum = {0};
+    if (a->n_sum) {
+        sum = sum_of(c, t->at, a->n_sum);
+    }
+    t->begun = c->row + 1 < t->row_end && next->kind == TSAD_OP_NODE &&
+               tsad_cuda_begins(c, node_of(c, next));
+    tsad_cuda_tail(c, node_of(c, &t->at[a->n_sum]), sum, update_of(c, t->first),
+                   t->begun ? node_of(c, next) : NULL);
+}
+
+static void perform(track *t, const action *a)
+{
+    const tsad_cuda_context *c = &t->c;
+    const tsad_op *op = t->at;
+    if (a->kind == TAIL) {
+        tail(t, a);
+        return;
+    }
     switch (op->kind) {
     case TSAD_OP_NODE:
-        tsad_cuda_fixed(c, &c->net->nodes[op->node]);
+        tsad_cuda_fixed(c, node_of(c, op));
         break;
     case TSAD_OP_COMPUTE:
         tsad_cuda_compute(c, op);
         break;
     case TSAD_OP_ADD:
     case TSAD_OP_GATED:
-        add(c, op);
+        add(c, op, a->n_sum);
         break;
     default:
         if (c->run->sampler) {
-            update_sample(c, first);
+            tsad_launch_update(c->e->stream, update_of(c, t->first));
         }
     }
 }
 
-/* where the program's sources are in the lane's slots */
-static tsad_status upload_sources(const tsad_cuda_context *c)
+/* Folds of all layers have one shape, and rows apart may be of different layers. */
+static bool alike(const track *s, const action *a, const track *t, const action *b)
 {
-    const tsad_program *program = c->run->program;
-    size_t n = (size_t)program->n_sources;
-    void *offsets, *counts;
-    if (n == 0) {
+    bool folds = s->at->kind == TSAD_OP_NODE && t->at->kind == TSAD_OP_NODE &&
+                 node_of(&s->c, s->at)->kind == TSAD_FOLD &&
+                 node_of(&t->c, t->at)->kind == TSAD_FOLD;
+    return a->kind == b->kind && s->at->kind == t->at->kind && (a->node == b->node || folds);
+}
+
+/* One row of each track, in the order of the nodes: a track whose plan has nothing to do at a node
+ * waits for those that have. */
+static void run_tracks(tsad_engine *e, track *tracks, int n)
+{
+    for (;;) {
+        action todo[TSAD_TOGETHER];
+        int first = -1;
+        for (int i = 0; i < n; i++) {
+            if (tracks[i].at < tracks[i].end) {
+                todo[i] = next_of(&tracks[i]);
+                first = first < 0 || todo[i].node < todo[first].node ? i : first;
+            }
+        }
+        if (first < 0) {
+            return;
+        }
+        const track leader = tracks[first];
+        for (int i = 0; i < n; i++) {
+            track *t = &tracks[i];
+            if (t->at < t->end && alike(&leader, &todo[first], t, &todo[i])) {
+                tsad_together(e->stream);
+                perform(t, &todo[i]);
+                t->at += todo[i].n_ops;
+            }
+        }
+        tsad_launch_all(e->stream);
+    }
+}
+
+static track track_of(tsad_engine *e, const tsad_run *run, int place, int row_begin, int row_end)
+{
+    const tsad_cuda_place *p = &e->place[place];
+    return (track){.c = {.e = e,
+                         .run = run,
+                         .m = e->model,
+                         .cuda = tsad_cuda_of(e->model),
+                         .net = &e->model->nets[run->part],
+                         .lane = &e->lanes[run->lane],
+                         .place = p,
+                         .registers = p->registers[run->part],
+                         .row = row_begin},
+                   .row_end = row_end};
+}
+
+static void enter_row(track *t, int row, bool first)
+{
+    const tsad_program *program = t->c.run->program;
+    t->c.row = row;
+    t->c.step = row + t->c.run->first_step;
+    t->at = &program->ops[program->row_start[row] + t->begun];
+    t->end = &program->ops[program->row_start[row + 1]];
+    t->first = first;
+    t->begun = false;
+}
+
+static void run_apart(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end)
+{
+    track tracks[TSAD_TOGETHER];
+    int found = 0, all = n * (row_end - row_begin);
+    for (int i = 0; i < all; i++) {
+        tracks[found] = track_of(e, &runs[i % n], found, row_begin, row_end);
+        enter_row(&tracks[found++], row_begin + i / n, true);
+        if (found == TSAD_TOGETHER || i + 1 == all) {
+            run_tracks(e, tracks, found);
+            found = 0;
+        }
+    }
+}
+
+tsad_status tsad_cuda_run_rows(tsad_engine *e, const tsad_run *runs, int n, int row_begin,
+                               int row_end, bool capturing)
+{
+    track tracks[TSAD_GANG];
+    tsad_cuda_upload(e);
+    e->waits = true;
+    if (runs->rows_apart) {
+        run_apart(e, runs, n, row_begin, row_end);
         return TSAD_OK;
     }
-    TSAD_TRY(tsad_cuda_stage(c->e, n * sizeof(int64_t), &offsets));
-    for (size_t i = 0; i < n; i++) {
-        ((int64_t *)offsets)[i] = tsad_cuda_slot(c, program->sources[i]) - c->lane->slots;
+    for (int i = 0; i < n; i++) {
+        tracks[i] = track_of(e, &runs[i], i, row_begin, row_end);
     }
-    tsad_upload(c->e->stream, c->e->offsets, offsets, n * sizeof(int64_t));
-    TSAD_TRY(tsad_cuda_stage(c->e, n * sizeof(float), &counts));
-    memcpy(counts, program->counts, n * sizeof(float));
-    tsad_upload(c->e->stream, c->e->counts, counts, n * sizeof(float));
+    for (int row = row_begin; row < row_end; row++) {
+        if (runs->sampler && !capturing && tsad_cuda_stops(e)) {
+            return TSAD_INTERRUPTED;
+        }
+        for (int i = 0; i < n; i++) {
+            enter_row(&tracks[i], row, row == row_begin);
+        }
+        run_tracks(e, tracks, n);
+    }
+    if (runs->sampler) {
+        tsad_cuda_ask_for(e, runs->part, e->model->nets[runs->part].input, n);
+    }
     return TSAD_OK;
+}
+
+/* ---- what runs need besides the weights ---------------------------------------------------- */
+
+static void bring_sources(tsad_engine *e, const tsad_run *run, int place)
+{
+    track t = track_of(e, run, place, 0, 0);
+    const tsad_program *program = run->program;
+    tsad_cuda_lane *lane = &e->lanes[run->lane];
+    size_t cells = (size_t)e->model->n_steps * (size_t)e->model->n_blocks;
+    tsad_reused *staged = e->staged_sources + (size_t)place * cells;
+    if (program->n_sources == 0 || (lane->program == program && lane->serial == program->serial &&
+                                    lane->rollout == run->rollout)) {
+        return;
+    }
+    make_sources(&t.c, staged);
+    tsad_upload(e->stream, lane->sources, staged, sizeof(tsad_reused) * (size_t)program->n_sources);
+    e->waits = true;
+    lane->program = program;
+    lane->serial = program->serial;
+    lane->rollout = run->rollout;
 }
 
 /* what the sampler adds after these rows */
-static tsad_status upload_noise(const tsad_cuda_context *c, int row_begin, int row_end)
+static void stage_noise(tsad_engine *e, const tsad_run *run, int place, int row_begin, int row_end)
 {
-    const tsad_run *run = c->run;
-    size_t floats = (size_t)c->m->horizon * (size_t)c->m->action_dim,
-           bytes = sizeof(float) * floats;
+    size_t floats = (size_t)e->model->horizon * (size_t)e->model->action_dim;
     int rows = 0; /* the last one that any of them reads, and one */
-    void *staged;
     for (int k = row_begin; k < row_end && run->sampler; k++) {
         bool adds = run->sampler[(size_t)(k + 1) * TSAD_SAMPLER_COLUMNS - 1] != 0;
-        rows = adds ? k + 2 - row_begin : rows;
+        rows = adds ? k + 2 : rows;
     }
     if (rows == 0) {
-        return TSAD_OK;
+        return;
     }
-    TSAD_TRY(tsad_cuda_stage(c->e, bytes * (size_t)(rows - 1), &staged));
-    for (int k = 1; k < rows; k++) {
-        memcpy((char *)staged + bytes * (size_t)(k - 1),
-               run->noise + (size_t)(row_begin + k) * run->noise_step, bytes);
+    const float *device = e->place[place].noise + floats * (size_t)(row_begin + 1);
+    float *staged =
+        tsad_cuda_stage(e, device, sizeof(float) * floats * (size_t)(rows - row_begin - 1));
+    for (int k = row_begin + 1; k < rows; k++, staged += floats) {
+        memcpy(staged, run->noise + (size_t)k * run->noise_step, sizeof(float) * floats);
     }
-    tsad_upload(c->e->stream, c->e->noise + floats * (size_t)(row_begin + 1), staged,
-                bytes * (size_t)(rows - 1));
-    return TSAD_OK;
 }
 
-tsad_status tsad_cuda_run(tsad_queue *queue, const tsad_run *runs, int n, int row_begin,
-                          int row_end)
+void tsad_cuda_bring(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end)
 {
-    tsad_engine *e = queue->engine;
-    const tsad_program *program = runs->program;
-    tsad_cuda_context c = {.e = e,
-                           .run = runs,
-                           .m = e->model,
-                           .cuda = tsad_cuda_of(e->model),
-                           .net = &e->model->nets[runs->part],
-                           .lane = &e->lanes[runs->lane],
-                           .registers = e->registers[runs->part]};
-    (void)n; /* one: see each */
-    TSAD_TRY(upload_sources(&c));
-    TSAD_TRY(upload_noise(&c, row_begin, row_end));
-    for (c.row = row_begin; c.row < row_end; c.row++) {
-        c.step = c.row + runs->first_step;
-        if (runs->sampler && tsad_cuda_stops(e)) {
-            return TSAD_INTERRUPTED;
-        }
-        for (int i = program->row_start[c.row]; i < program->row_start[c.row + 1]; i++) {
-            run_op(&c, &program->ops[i], c.row == row_begin);
-        }
+    for (int i = 0; i < n; i++) {
+        bring_sources(e, &runs[i], i);
+        stage_noise(e, &runs[i], i, row_begin, row_end);
     }
-    return TSAD_OK;
 }

@@ -7,17 +7,44 @@
 
 #include <atomic>
 
-struct tsad_stream {
-    cudaStream_t cuda;
-    cudaError_t failed; /* the first failure since the last wait */
-    const char *failed_in;
+struct tsad_held;
+typedef void (*tsad_issue_fn)(tsad_stream *stream, const tsad_held &held);
+
+/* A launch that is held back, until all tracks that go through it have come. */
+struct tsad_held {
+    tsad_issue_fn issue;
+    const void *kernel;
+    dim3 grid, block;
+    size_t bytes; /* of dynamic shared memory */
+    const char *name;
+    int n; /* tracks */
+    alignas(16) char arguments[1536];
 };
 
 /* Policies of several threads add to them. */
 struct tsad_atomic_counts {
-    std::atomic<int64_t> launches, uploads, downloads, uploaded_bytes, downloaded_bytes, waits;
+    std::atomic<int64_t> launches, graphs, replayed, uploads, downloads, uploaded_bytes,
+        downloaded_bytes, waits, device_ns;
 };
 extern tsad_atomic_counts tsad_counts;
+
+struct tsad_graph {
+    cudaGraphExec_t exec;
+    tsad_atomic_counts counts; /* what it asks for */
+};
+
+struct tsad_stream {
+    cudaStream_t cuda;
+    cudaError_t failed; /* the first failure since the last wait */
+    const char *failed_in;
+    tsad_atomic_counts *asked; /* of all, or of the graph that is being captured */
+    tsad_graph *capturing;
+    bool together; /* launches are held back */
+    int next, n_held;
+    tsad_held held[8];
+    cudaEvent_t begun, ended; /* where device time is measured */
+    bool busy;                /* begun was recorded */
+};
 
 static inline void tsad_stream_note(tsad_stream *stream, cudaError_t error, const char *what)
 {
@@ -26,3 +53,6 @@ static inline void tsad_stream_note(tsad_stream *stream, cudaError_t error, cons
         stream->failed_in = what;
     }
 }
+
+/* before anything is asked of it */
+void tsad_stream_begin(tsad_stream *stream);

@@ -34,3 +34,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library of the CUDA backend for the emulated GPU."""
+    from cuda_library import build_emulated
+
+    return build_emulated(tmp_path_factory.mktemp("cuda") / "emulated.so")

@@ -47,7 +47,7 @@ def barriers() -> list[Mutant]:
     ]
 
 
-K, R, N, E = "kernels.cu", "run.c", "node.c", "engine.c"
+K, R, N, E, G = "kernels.cu", "run.c", "node.c", "engine.c", "graph.c"
 MUTANTS = [
     Mutant("product: a token too many", K, "token < p.tokens", "token <= p.tokens"),
     Mutant("product: a token too few", K, "token >= 0 &&", "token > 0 &&"),
@@ -61,17 +61,25 @@ MUTANTS = [
     Mutant("product: the last slice left out", K, "s < SLICES; s++", "s < SLICES - 1; s++"),
     Mutant("product: half of the warps' rows", K, "r += SLICES)", "r += 2 * SLICES)"),
     Mutant(
-        "layernorm: a channel too many",
-        K,
-        "i < p.channels; i += THREADS",
-        "i <= p.channels; i += THREADS",
-        2,
+        "product: the first row's moments for all", K, "moments[r], p.norm", "moments[0], p.norm"
     ),
+    Mutant("product: not normalised", K, "there && p.norm.used ?", "there && false ?"),
+    Mutant("moments: a channel too many", K, "i < n; i += WARP", "i <= n; i += WARP"),
+    Mutant("moments: a channel too few", K, "i < n; i += WARP", "i < n - 1; i += WARP"),
     Mutant(
-        "layernorm: a channel too few",
+        "tracks: all have the first one's",
         K,
-        "i < p.channels; i += THREADS",
-        "i < p.channels - 1; i += THREADS",
+        "&p = tracks.track[blockIdx.z /",
+        "&p = tracks.track[0 *",
+    ),
+    Mutant("tail: nothing is added", K, "p.sum.n ? x + sum_of(p.sum, at, i) : x", "x"),
+    Mutant("tail: the next sample is the output", K, "sample[o] = updated(", "updated("),
+    Mutant("tail: the first token's table", K, "p.table[(size_t)(t * p.n_next + j)]", "p.table[j]"),
+    Mutant(
+        "tail: a channel too few",
+        K,
+        "i < p.channels; i += WARP",
+        "i < p.channels - 1; i += WARP",
     ),
     Mutant("groupnorm: the first group for all", K, "first + i % n", "i % n"),
     Mutant("groupnorm: a row too few", K, "all = p.rows * n", "all = (p.rows - 1) * n"),
@@ -96,16 +104,32 @@ MUTANTS = [
         "t + 3 < p.n_memory ? t + 3",
     ),
     Mutant("cross-attention: no constant", K, "sum + token[p.shift + (size_t)h]", "sum"),
-    Mutant("rotation: half of it", K, "2 * p.heads * half", "p.heads * half"),
+    Mutant(
+        "rotation: the key's position is the query's",
+        K,
+        "(size_t)u * (size_t)p.head_dim",
+        "(size_t)t * (size_t)p.head_dim",
+    ),
     Mutant("addition: the last source left out", K, "s < p.n; s++", "s < p.n - 1; s++"),
-    Mutant("addition: how often is not asked", K, "p.count[s] * p.base", "p.base"),
+    Mutant("addition: how often is not asked", K, "source.count * p.base", "p.base"),
+    Mutant("addition: the first gate for all", K, "source.gate + c)", "p.source[0].gate + c)"),
     Mutant("addition: the sum is not kept", K, "p.kept[at] = sum", "(void)p.kept[at]"),
     Mutant("delivery: the slot is not written", K, "to.slot[at] = v;", ""),
     Mutant("delivery: no gate", K, "v * term(to.gate, o) : v", "v : v"),
     Mutant("update: x0 of the step before", K, "p.previous[at] = x0", "(void)x0"),
     Mutant("copy: a row too few", K, "t >= p.rows", "t >= p.rows - 1"),
     Mutant("prune query: the first score for all", K, "score[b * p.heads + h]", "score[h]"),
-    Mutant("run: nothing is uploaded of the sources", R, "TSAD_TRY(upload_sources(&c));", ""),
+    Mutant("run: nothing is uploaded of the sources", R, "bring_sources(e, &runs[i], i);", ""),
+    Mutant("run: lanes share a place", R, "&e->place[place]", "&e->place[0]"),
+    Mutant("run: all tracks go together", R, "(a->node == b->node || folds)", "true"),
+    Mutant("run: the next step begins twice", R, "row_start[row] + t->begun", "row_start[row]"),
+    Mutant("run: what the step before began is left out", R, "t->begun = false;", ""),
+    Mutant("run: another program's sources", R, "lane->serial == program->serial &&", ""),
+    Mutant("graph: of another plan", G, "key->run[i].serial = runs[i].program->serial;", ""),
+    Mutant("graph: the plan that ran before", G, "key->run[i].program = runs[i].program;", ""),
+    Mutant("graph: is not launched", G, "tsad_graph_launch(e->stream, graph);", ""),
+    Mutant("graph: without the runs put off", G, "i < e->n_deferred; i++", "i < 0; i++"),
+    Mutant("graph: has the old slots", E, "tsad_cuda_drop_graphs(e); /* which", "/* which"),
     Mutant(
         "run: another step's noise", R, "(size_t)(c->row + 1) * floats", "(size_t)c->row * floats"
     ),
@@ -120,8 +144,25 @@ MUTANTS = [
         "folded + layer * (tokens - 1) * p.floats",
         "folded",
     ),
-    Mutant("engine: staging is used twice", E, "e->staging.used += taken;", ""),
-    Mutant("engine: actions before they are there", E, "TSAD_TRY(wait(e));\n    for", "for"),
+    Mutant(
+        "engine: all lanes' input in one place",
+        E,
+        "e->place[place].registers[part][reg] + (s",
+        "e->place[0].registers[part][reg] + (s",
+    ),
+    Mutant(
+        "engine: the last number is not copied",
+        E,
+        "from + bytes : e->in_to",
+        "from + bytes - 4 : e->in_to",
+    ),
+    Mutant(
+        "engine: actions before they are there",
+        E,
+        "TSAD_TRY(wait(e));\n    }\n    float",
+        "}\n    float",
+    ),
+    Mutant("engine: the lane before's actions", E, "e->staged_out + at", "e->staged_out + 0 * at"),
     Mutant("engine: slots one row too few", E, "i < e->n_lanes ? rows : 1", "1"),
 ]
 

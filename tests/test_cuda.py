@@ -28,7 +28,6 @@ from cases import (
     relative_error,
 )
 from cases import random_plan as random_dpt_plan
-from cuda_library import build_emulated
 from engine import make, make_reference
 from policies import observations, save_policy
 from test_engine import OPEN
@@ -39,11 +38,10 @@ from tsad import _core, device
 
 
 @pytest.fixture(autouse=True, scope="module")
-def cuda(tmp_path_factory: pytest.TempPathFactory) -> str:
-    library = build_emulated(tmp_path_factory.mktemp("cuda") / "emulated.so")
-    name, absent = _core._load_backend(library)
+def cuda(emulated_cuda: str) -> str:
+    name, absent = _core._load_backend(emulated_cuda)
     assert "emulated" in name and absent is None
-    return library
+    return emulated_cuda
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -158,8 +156,35 @@ def test_pruner_scores_equal_the_reference(name: str, pruner: str) -> None:
     check_pruner(name, pruner)
 
 
+def check_changes() -> None:
+    """Plans that change, slots that move when the first one reads rollouts, lanes apart."""
+    still = np.full((3, 6), tsad.REUSE_STEP, np.uint8)
+    still[0] = tsad.COMPUTE
+    steps = still.copy()
+    steps[1] = tsad.COMPUTE
+    rollout = still.copy()
+    rollout[1] = tsad.REUSE_ROLLOUT
+    dense = np.zeros_like(still)
+    policies = [make("tiny", lanes=3, backend=b, steps=3, **OPEN) for b in ("cuda", None)]
+    for turn, plans in enumerate(((still, steps, dense), (steps, dense, still), (rollout,) * 3)):
+        for policy in policies:
+            policy.reset()
+            for lane in range(3):
+                policy._set_plan(lane, plans[lane], dense)
+        for seed, lanes in enumerate((None, None, [2], [0, 2], [1], None)):
+            rows = 3 if lanes is None else len(lanes)
+            obs, noise = random_inputs(config("tiny"), 10 * turn + seed, lanes=rows, steps=3)
+            got, expected = (p(obs, noise=noise, lanes=lanes) for p in policies)
+            assert relative_error(got, expected) < PLAN_TOLERANCE
+
+
+def test_changes_equal_the_cpu() -> None:
+    check_changes()
+
+
 def check_all() -> None:
     """A little of everything: what a planted fault must not pass (cuda_mutants.py)."""
+    check_changes()
     for family in ("transformer", "unet", "dit"):
         check_plans(family, rounds=1)
     check_pruner("tiny", "transformer")

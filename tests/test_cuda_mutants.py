@@ -17,7 +17,7 @@ FEW = [
     if mutant.name
     in (
         "barrier 0 removed",
-        "engine: staging is used twice",
+        "engine: actions before they are there",
         "run: the first row reads x0 before",
         "delivery: the slot is not written",
     )

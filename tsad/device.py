@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +25,53 @@ class Cuda(NamedTuple):
     def words(self) -> str:
         """One line of it."""
         return f"not offered: {self.absent}" if self.absent else f"offered: {self.name}"
+
+
+class Counts(NamedTuple):
+    """What all policies of this process have asked of the GPU."""
+
+    launches: int
+    """Of kernels, one by one."""
+    graphs: int
+    """Of graphs."""
+    kernels: int
+    """Of both."""
+    uploads: int
+    downloads: int
+    uploaded_bytes: int
+    downloaded_bytes: int
+    waits: int
+    device_ns: int
+    """The GPU's time within `timed`."""
+
+    def since(self, before: Counts) -> Counts:
+        """What came after."""
+        return Counts(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+class _Counts(ctypes.Structure):
+    """`tsad_device_counts` of cuda/device.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in Counts._fields]
+
+
+def counts() -> Counts:
+    """The counts of now; the backend's library must be here."""
+    read = ctypes.CDLL(cuda().library).tsad_plugin_counts
+    read.restype = _Counts
+    found = read()
+    return Counts(*(getattr(found, name) for name in Counts._fields))
+
+
+@contextlib.contextmanager
+def timed() -> Iterator[None]:
+    """Within, chunks measure the GPU's time, which costs two events a chunk."""
+    switch = ctypes.CDLL(cuda().library).tsad_plugin_time
+    switch(1)
+    try:
+        yield
+    finally:
+        switch(0)
 
 
 def cuda() -> Cuda:

@@ -163,6 +163,7 @@ void tsad_program_compile(tsad_program *program, const tsad_model *model, const 
     memset(c.again, -1, sizeof c.again);
     tsad_resolver resolver;
     tsad_resolver_begin(&resolver, B, last_of_block);
+    program->serial++;
     program->kept_floats = 0;
     program->n_ops = program->n_sources = 0;
     program->cost = 0;

@@ -32,7 +32,8 @@ typedef struct tsad_program {
     uint8_t *closed;    /* (n_rows) 1 + the remembered sum that the closed form is of, 0: run ops */
     tsad_op *ops;
     int32_t *sources;
-    float *counts; /* how often an addition takes each of its sources */
+    float *counts;   /* how often an addition takes each of its sources */
+    uint64_t serial; /* how often it was compiled: a backend knows the one that it has seen */
     int64_t cost;
     int32_t cells[TSAD_N_SOURCES];
     bool reads_rollout;

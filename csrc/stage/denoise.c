@@ -92,6 +92,7 @@ tsad_status tsad_denoise(const tsad_gang *g)
                              .program = lane->program,
                              .first_step = g->steps->first,
                              .rollout = lane->rollout_memory && !lane->cold,
+                             .fixed = tsad_is_fixed(g->policy, tsad_gang_index(g, i)),
                              .sums = lane->sums_use,
                              .sampler = g->steps->sampler,
                              .noise = noise,

@@ -25,6 +25,7 @@ tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, const tsad_step
         runs[i] = (tsad_run){.lane = lanes[i],
                              .part = TSAD_ENCODER,
                              .program = &p->encode,
+                             .fixed = tsad_is_fixed(p, lanes[i]),
                              .first_step = steps->first};
     }
     if (m->encode_rows) {

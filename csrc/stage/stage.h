@@ -21,6 +21,13 @@ static inline tsad_lane *tsad_gang_lane(const tsad_gang *g, int i)
     return &g->policy->lanes[tsad_gang_index(g, i)];
 }
 
+/* Does the lane run plans that somebody set, or those that the pruner makes for each chunk? The
+ * last lane, which no caller has, runs single rows. */
+static inline bool tsad_is_fixed(const tsad_policy *p, int lane)
+{
+    return lane < p->n_lanes && p->lanes[lane].planner == TSAD_FIXED_PLAN;
+}
+
 /* obs, n of (n_obs_steps, O), raw -> memory of the lanes (n), by the network of this name */
 tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, const tsad_steps *steps, int n,
                         const int *lanes, const float *const *obs);

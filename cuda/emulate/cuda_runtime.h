@@ -5,7 +5,9 @@
  * to a barrier or a shuffle in random order again. A stream's copies and launches wait until
  * somebody waits for the stream, and between two waits nobody can touch the device's memory.
  * Memory that nobody wrote is full of NaN, so is a block's shared memory, and the bytes after an
- * array are looked at after every launch. TSAD_EMULATE_SEED (0) chooses the order.
+ * array are looked at after every launch. A graph is the list of what was asked for while it was
+ * captured; memory of the host is full of NaN at first, too. TSAD_EMULATE_SEED (0) chooses the
+ * order.
  *
  * Not shown: the hardware's memory model, bank conflicts, alignment, speed.
  */
@@ -22,6 +24,7 @@
 #define __host__
 #define __global__ static
 #define __launch_bounds__(threads)
+#define __grid_constant__
 
 struct dim3 {
     unsigned x, y, z;
@@ -34,14 +37,19 @@ enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
-    cudaErrorLaunchFailure = 719
+    cudaErrorLaunchFailure = 719,
+    cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum { cudaStreamNonBlocking = 1 };
 struct cudaDeviceProp {
     char name[256];
 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 typedef struct emulated_stream *cudaStream_t;
+typedef struct emulated_graph *cudaGraph_t;
+typedef struct emulated_exec *cudaGraphExec_t;
+typedef struct emulated_event *cudaEvent_t;
 
 cudaError_t cudaGetDeviceCount(int *count);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device);
@@ -57,6 +65,17 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stream);
+cudaError_t cudaEventCreate(cudaEvent_t *out);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out);
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph,
+                                          unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 
 namespace emulate
 {

@@ -13,6 +13,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -370,8 +371,24 @@ const char *check_guards()
 
 /* ---- streams ------------------------------------------------------------------------------ */
 
+typedef std::vector<std::function<const char *()>> Work;
+
 struct emulated_stream {
-    std::vector<std::function<const char *()>> queue;
+    Work queue;
+    bool captures = false;
+    Work captured;
+};
+
+struct emulated_graph {
+    Work work;
+};
+
+struct emulated_exec {
+    Work work;
+};
+
+struct emulated_event {
+    char unused;
 };
 
 namespace
@@ -379,13 +396,17 @@ namespace
 
 void ask(cudaStream_t stream, std::function<const char *()> what)
 {
-    stream->queue.push_back(std::move(what));
+    (stream->captures ? stream->captured : stream->queue).push_back(std::move(what));
 }
 
 cudaError_t drain(cudaStream_t stream)
 {
     std::lock_guard<std::recursive_mutex> lock(everything);
     const char *fault = nullptr;
+    if (stream->captures) {
+        snprintf(message, sizeof message, "emulated GPU: a wait within a capture");
+        return cudaErrorStreamCaptureUnsupported;
+    }
     protect(PROT_READ | PROT_WRITE);
     for (const auto &what : stream->queue) {
         fault = what();
@@ -470,7 +491,11 @@ cudaError_t cudaFree(void *memory)
 cudaError_t cudaMallocHost(void **out, size_t bytes)
 {
     *out = malloc(bytes);
-    return *out ? cudaSuccess : cudaErrorMemoryAllocation;
+    if (!*out) {
+        return cudaErrorMemoryAllocation;
+    }
+    memset(*out, POISON, bytes);
+    return cudaSuccess;
 }
 
 cudaError_t cudaFreeHost(void *memory)
@@ -509,6 +534,86 @@ cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stre
         memset(at, value, bytes);
         return nullptr;
     });
+    return cudaSuccess;
+}
+
+/* time does not pass */
+cudaError_t cudaEventCreate(cudaEvent_t *out)
+{
+    *out = new emulated_event();
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event)
+{
+    delete event;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t, cudaEvent_t)
+{
+    *milliseconds = 0;
+    return cudaSuccess;
+}
+
+/* ---- graphs ------------------------------------------------------------------------------ */
+
+static std::atomic<long> live_graphs;
+
+extern "C" __attribute__((visibility("default"))) long tsad_emulate_graphs();
+long tsad_emulate_graphs() { return live_graphs; }
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode)
+{
+    if (stream->captures) {
+        return cudaErrorStreamCaptureUnsupported;
+    }
+    stream->captures = true;
+    stream->captured.clear();
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
+{
+    if (!stream->captures) {
+        return cudaErrorInvalidValue;
+    }
+    stream->captures = false;
+    *out = new emulated_graph{std::move(stream->captured)};
+    stream->captured.clear();
+    live_graphs++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph,
+                                          unsigned long long)
+{
+    *out = new emulated_exec{graph->work};
+    live_graphs++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
+{
+    for (const auto &what : exec->work) {
+        ask(stream, what);
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+{
+    live_graphs--;
+    delete graph;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec)
+{
+    live_graphs--;
+    delete exec;
     return cudaSuccess;
 }
 
