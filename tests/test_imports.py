@@ -27,7 +27,7 @@ FLOORS = (
     "load",
     "sim training recorder plot.frontier",  # episodes and data
     "tsad lerobot evaluation",  # what users import, and what commands do
-    "commands cli __main__",
+    "commands cli __main__ gpu_check",
 )
 FLOOR = {
     name if name == "tsad" else f"tsad.{name}": number

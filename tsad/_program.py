@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 EXIT_INTERRUPTED = 130
+PROGRAMS = ("tsad", "tsad.gpu_check")
 
 
 def _leave(number: int, frame: object) -> None:
@@ -24,7 +25,7 @@ def _is_program() -> bool:
     """Whether this process is `python -m tsad`, about to run it, or the script `tsad`."""
     argument: str = getattr(sys, "argv", [""])[0]
     if argument == "-m":
-        return any(part in ("tsad", "-mtsad") for part in sys.orig_argv)
+        return any(part.removeprefix("-m") in PROGRAMS for part in sys.orig_argv)
     return os.path.splitext(os.path.basename(argument))[0] == "tsad"
 
 

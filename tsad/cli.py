@@ -108,15 +108,19 @@ def _give_up_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. Wrong options leave by SystemExit(2)."""
+def main(argv: Sequence[str] | None = None, parser: Parser | None = None) -> int:
+    """Run one command; returns its exit code. Wrong options leave by SystemExit(2).
+
+    ``parser``: another program's, of the same kind.
+    """
     for name in ("stdout", "stderr"):
         _prepare(name)
     prog = "tsad"
     try:
         try:
             words = sys.argv[1:] if argv is None else argv
-            args = build_parser().parse_args([_without_tilde(word) for word in words])
+            parser = parser or build_parser()
+            args = parser.parse_args([_without_tilde(word) for word in words])
             prog = args.prog
             with interruptible(), noted():
                 return int(args.run(args))

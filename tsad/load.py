@@ -83,9 +83,9 @@ def load(
 
     ``preset`` is the name of a measured setting of these weights, from the policy's folder or from
     one of yours (``tsad.presets``; ``tsad info`` lists them). It says sampler, steps, spacing,
-    precision, plan, and maybe warm start and how many actions a chunk returns. An argument that
-    says otherwise is refused, as nobody measured the mixture; afterwards the policy's plan and dial
-    are yours.
+    precision (on a GPU always float32, which rounds less), plan, and maybe warm start and how many
+    actions a chunk returns. An argument that says otherwise is refused, as nobody measured the
+    mixture; afterwards the policy's plan and dial are yours.
 
     ``warm_start=N`` denoises a chunk from the one before it, in the last N steps alone; the first
     one after a reset runs all. Tell the policy how many actions you execute (`SparsePolicy`).
@@ -114,7 +114,8 @@ def load(
     if preset is not None:
         chosen = find_preset(policy_folder(source), preset, str(source))
         check_clash(chosen, setting)
-        setting = chosen
+        # 16 and 8 bits are a CPU's; what they round is not lost
+        setting = replace(chosen, precision="float32") if device == "cuda" else chosen
     config = _configured(config, setting)
     table = make_sampler(
         config.scheduler.to_dict(),

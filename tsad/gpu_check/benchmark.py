@@ -1,0 +1,89 @@
+"""How long chunks take on the GPU, and what they ask of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import tsad
+from tsad import device
+from tsad.evaluation.timing import observations, percentiles, sampler_name
+from tsad.gpu_check.conformance import LARGE_UNET, TRANSFORMER, random_policy
+from tsad.gpu_check.model import find_gpu, floor_ms, work_of
+
+WARM_UP, MOST_CHUNKS, SECONDS = 5, 1000, 8.0
+"""Chunks that do not count; then as many as come in so many seconds."""
+
+
+class Case(NamedTuple):
+    """A policy and how it is run."""
+
+    name: str
+    make: Callable[[], tsad.SparsePolicy]
+    small: bool = False
+
+
+def _pusht(sparsity: float = 0.0, **options: Any) -> tsad.SparsePolicy:
+    policy = tsad.load("pusht", device="cuda", **options)
+    policy.sparsity = sparsity
+    return policy
+
+
+def cases() -> Iterator[Case]:
+    """What is timed."""
+    yield Case("tiny, dense", partial(random_policy, TRANSFORMER, "cuda"), small=True)
+    yield Case("dense", _pusht)
+    yield Case("DDIM-10", partial(_pusht, sampler="ddim", num_inference_steps=10))
+    for name in ("lossless", "fast"):
+        yield Case(f"preset {name}", partial(tsad.load, "pusht", device="cuda", preset=name))
+    for sparsity in (0.8, 0.9, 0.95):
+        yield Case(f"{sparsity:.0%} sparse", partial(_pusht, sparsity))
+    yield Case("UNet, DDPM-100", partial(random_policy, LARGE_UNET, "cuda", steps=100))
+
+
+def run(case: Case, *, gpu: str, emulated: bool) -> dict[str, Any]:
+    """Times and counts of a case; of an emulated GPU the counts alone, which are as true."""
+    policy = case.make()
+    policy.reset(seed=0)
+    given = observations(policy, 64)
+    for obs in given[: 2 if emulated else WARM_UP]:
+        policy(obs)
+    before = device.counts()
+    policy(given[0])
+    asked = device.counts().since(before)
+    plan = policy.plan
+    assert isinstance(plan, tsad.Plan)
+    work = work_of(policy, plan)
+    facts: dict[str, Any] = {
+        "case": case.name,
+        "sampler": sampler_name(policy),
+        "sparsity": float(plan.sparsity),
+        "precision": policy.precision,
+        **asked._asdict(),
+        "weights": work.weights,
+        "bytes": work.bytes,
+    }
+    if emulated:
+        return facts
+    wall: list[float] = []
+    spent: list[float] = []
+    begin = time.perf_counter()
+    with device.timed():
+        while len(wall) < MOST_CHUNKS and time.perf_counter() - begin < SECONDS:
+            before, tick = device.counts(), time.perf_counter()
+            policy(given[len(wall) % len(given)])
+            wall.append((time.perf_counter() - tick) * 1e3)
+            spent.append(device.counts().since(before).device_ns / 1e6)
+    least = floor_ms(work, asked, find_gpu(gpu))
+    facts |= {
+        "chunks": len(wall),
+        "wall_ms": percentiles(wall),
+        "device_ms": percentiles(spent),
+        "floor_ms": least,
+        "share_of_floor": None if least is None else least / float(np.median(wall)),
+    }
+    return facts

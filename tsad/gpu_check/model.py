@@ -1,0 +1,94 @@
+"""A model of a chunk's time on GPUs that nobody here has: launches and bytes, no more.
+
+A chunk is a chain of kernels that wait for each other, so its time is at least
+
+    launches x pitch + bytes / bandwidth
+
+``pitch`` is the time from one tiny dependent kernel to the next, and ``bytes`` are what the chain
+reads at least: the weights of what is computed, once per computed block, and the branches that are
+reused. Weights that fit a GPU's second-level cache come from there. Facts and their sources are in
+`GPUS`; what follows from them is a prediction, and no kernel of ours may be as good.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tsad import Plan, SparsePolicy
+from tsad.device import Counts
+from tsad.plan import COMPUTE, SKIP
+
+
+class Gpu(NamedTuple):
+    """Facts about a GPU: bytes and seconds."""
+
+    word: str
+    """What its name has in it."""
+    pitch: float
+    graph_pitch: float
+    """The same within a CUDA graph."""
+    memory: float
+    """Bytes a second from its memory."""
+    cache: int
+    cache_rate: float
+    """Bytes a second from its second-level cache, all of the GPU together."""
+    source: str
+
+
+GPUS = (
+    Gpu(
+        "H200", 2.5e-6, 1.36e-6, 4.8e12, 50_000_000, 10e12,
+        "pitch and cache rate measured on an H200 by github.com/te42kyfo/gpu-benches "
+        "(gpu-small-kernels, gpu-l2-cache); memory and cache of NVIDIA's data sheet",
+    ),
+    Gpu(
+        "4090", 1.64e-6, 1.0e-6, 1.008e12, 72_000_000, 5.2e12,
+        "pitch and cache rate measured on an L40, the same generation, by "
+        "github.com/te42kyfo/gpu-benches; memory and cache of NVIDIA's data sheet",
+    ),
+    Gpu(
+        "Orin", 5.0e-6, 3.5e-6, 0.2048e12, 4_000_000, 1.0e12,
+        "memory and cache of NVIDIA's data sheet (Jetson AGX Orin 64 GB); pitch and cache rate "
+        "are guesses from other GPUs at its clock",
+    ),
+)  # fmt: skip
+
+
+class Work(NamedTuple):
+    """What a chunk has to do at least."""
+
+    weights: int
+    """Bytes of weights of all blocks and what is beside them, each once."""
+    bytes: int
+    """Bytes read in a chunk."""
+
+
+def work_of(policy: SparsePolicy, plan: Plan) -> Work:
+    """What a chunk along a plan reads: float32 weights per computed cell, slots per reused one.
+
+    A multiply-accumulate of a cell is one of its weights at one of the tokens, so a cell's weights
+    are its cost by the horizon: a little more than they are, as attention has none, and less than
+    they are of a UNet, whose inner levels have fewer tokens.
+    """
+    costs = policy.block_costs / policy.horizon
+    computed = plan.sources == COMPUTE
+    reused = ~computed & (plan.sources != SKIP)
+    network = policy.config["network"]
+    width = network.get("n_emb") or network.get("hidden_dim") or max(network.get("down_dims", [0]))
+    weights = 4 * float(computed.astype(float).sum(0) @ costs)
+    slots = 4.0 * policy.horizon * width * float(reused.sum())
+    return Work(int(4 * costs.sum()), int(weights + slots))
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The GPU of a driver's name for it; None if nothing is known of it here."""
+    return next((gpu for gpu in GPUS if gpu.word in name), None)
+
+
+def floor_ms(work: Work, asked: Counts, gpu: Gpu | None) -> float | None:
+    """What the model says of a chunk with these launches, in milliseconds."""
+    if gpu is None:
+        return None
+    pitch = gpu.graph_pitch if asked.graphs else gpu.pitch
+    rate = gpu.cache_rate if work.weights < gpu.cache else gpu.memory
+    return (asked.kernels * pitch + work.bytes / rate) * 1e3
