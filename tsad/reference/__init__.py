@@ -11,6 +11,7 @@ Action Diffusion", arXiv 2605.13316. Read in this order:
 ``pruner``     the published pruner, which chooses the sources
 ``policy``     the stages behind the interface of ``tsad.load``, with lanes and episodes
 ``warm``       chunks that start from the one before
+``resnet``     images to the numbers of an observation
 
 Letters: K denoising steps in loop order, B blocks, T horizon. ``w`` is a dict of tensors by name;
 weights are (out, in).

@@ -1,0 +1,146 @@
+"""The image encoder of LeRobot and Diffusion Policy: pixels to a policy's numbers.
+
+Resize, crop, normalise; torchvision's ResNet-18 or 34 without its last two layers; a 1x1
+convolution to keypoint maps, of each the expected place under its softmax (spatial softmax); a
+linear layer and a ReLU. Everything is (images, channels, height, width), in the dtype of the
+weights; ``w`` is an encoder's tensors by the names of `tsad.families.resnet`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from tsad.families.resnet import BLOCKS, WIDTHS, Camera, EncoderConfig, Size
+from tsad.reference.layers import Array, Tensors, group_norm, linear, relu, softmax
+
+Images = NDArray[np.uint8] | NDArray[np.float32]
+
+CHANNELS_A_GROUP = 16
+
+
+def encode(w: Tensors, encoder: EncoderConfig, camera: Camera, images: Images) -> Array:
+    """A camera's features (N, feature_dim) of images uint8 (N, H, W, 3), or float (N, 3, H, W)."""
+    x = prepare(camera, pixels(images, w["out.weight"].dtype))
+    return head(w, trunk(w, encoder, normalise(camera, x)))
+
+
+def pixels(images: Images, dtype: DTypeLike) -> Array:
+    """(..., 3, H, W) from 0 to 1."""
+    if images.dtype == np.uint8:
+        x: Array = np.moveaxis(images, -1, -3).astype(dtype) / np.asarray(255, dtype)
+        return x
+    return images.astype(dtype)
+
+
+def prepare(camera: Camera, x: Array) -> Array:
+    """Resized and cropped, (..., H, W)."""
+    if camera.resize is not None:
+        x = resize(x, camera.resize)
+    return x if camera.crop is None else center_crop(x, camera.crop)
+
+
+def normalise(camera: Camera, x: Array) -> Array:
+    """Pixels from 0 to 1 (..., 3, H, W) in the network's units."""
+    scale, offset = (np.array(n, x.dtype)[:, None, None] for n in (camera.scale, camera.offset))
+    y: Array = x * scale + offset
+    return y
+
+
+def resize(x: Array, size: Size) -> Array:
+    """torchvision's ``Resize(size)`` of tensors: bilinear, antialiased."""
+    rows, columns = (
+        resampling(n, new).astype(x.dtype) for n, new in zip(x.shape[-2:], size, strict=True)
+    )
+    y: Array = rows @ x @ columns.T
+    return y
+
+
+@lru_cache(maxsize=64)
+def resampling(n: int, new: int) -> Array:
+    """(new, n): how much of each of n pixels in a row is in each of ``new``.
+
+    A triangle around the middle of the new pixel, as wide as it where it is larger than the old.
+    """
+    width = max(n / new, 1.0)
+    middle = (np.arange(new)[:, None] + 0.5) * (n / new)
+    weight = np.maximum(1 - np.abs(np.arange(n) + 0.5 - middle) / width, 0)
+    share: Array = weight / weight.sum(-1, keepdims=True)
+    return share
+
+
+def center_crop(x: Array, size: Size) -> Array:
+    """torchvision's ``CenterCrop(size)`` of the last two axes; an odd margin as it rounds it."""
+    top, left = (round((n - new) / 2) for n, new in zip(x.shape[-2:], size, strict=True))
+    return x[..., top : top + size[0], left : left + size[1]]
+
+
+def trunk(w: Tensors, encoder: EncoderConfig, x: Array) -> Array:
+    """(N, 512, h, w), each a 32nd of what is seen, rounded up."""
+    x = relu(convolve(x, w, "conv1", "bn1", stride=2))
+    x = max_pool(x)
+    for layer, blocks in enumerate(BLOCKS[encoder.type], 1):
+        for i in range(blocks):
+            x = block(x, w, f"layer{layer}.{i}", stride=2 if layer > 1 and i == 0 else 1)
+    return x
+
+
+def block(x: Array, w: Tensors, name: str, stride: int) -> Array:
+    """Two convolutions beside the input, or beside a 1x1 convolution of it."""
+    y = relu(convolve(x, w, f"{name}.conv1", f"{name}.bn1", stride=stride))
+    y = convolve(y, w, f"{name}.conv2", f"{name}.bn2")
+    if f"{name}.downsample.weight" in w:
+        x = convolve(x, w, f"{name}.downsample", f"{name}.downsample_norm", stride=stride)
+    return relu(x + y)
+
+
+def convolve(x: Array, w: Tensors, name: str, norm: str, stride: int = 1) -> Array:
+    """Zeros around, half a window; then the bias of a folded norm, or the GroupNorm."""
+    weight = w[f"{name}.weight"]
+    out_dim, _, side, _ = weight.shape
+    windows = _windows(np.pad(x, _around(side // 2)), side, stride)
+    rows = np.moveaxis(windows, 1, 3)  # (N, H', W', C, side, side)
+    y = rows.reshape(*rows.shape[:3], -1) @ weight.reshape(out_dim, -1).T
+    y = np.moveaxis(y, -1, 1)
+    if f"{name}.bias" in w:
+        y = y + w[f"{name}.bias"][:, None, None]
+    if f"{norm}.weight" not in w:
+        return y
+    flat = y.reshape(*y.shape[:2], -1)
+    return group_norm(flat, out_dim // CHANNELS_A_GROUP, w, norm).reshape(y.shape)
+
+
+def max_pool(x: Array) -> Array:
+    """The largest of 3 x 3, every other one."""
+    windows = _windows(np.pad(x, _around(1), constant_values=-np.inf), 3, 2)
+    y: Array = windows.max((-1, -2))
+    return y
+
+
+def _around(n: int) -> tuple[tuple[int, int], ...]:
+    return (0, 0), (0, 0), (n, n), (n, n)
+
+
+def _windows(x: Array, side: int, stride: int) -> Array:
+    """(N, C, H', W', side, side)."""
+    view = np.lib.stride_tricks.sliding_window_view(x, (side, side), (-2, -1))
+    return view[:, :, ::stride, ::stride]
+
+
+def head(w: Tensors, x: Array) -> Array:
+    """(N, feature_dim) of the trunk's output."""
+    n, channels, height, width = x.shape
+    assert channels == WIDTHS[-1]
+    weight = w["pool.weight"].reshape(-1, channels)
+    maps = weight @ x.reshape(n, channels, -1) + w["pool.bias"][:, None]
+    return relu(linear(keypoints(maps, (height, width)), w, "out"))
+
+
+def keypoints(maps: Array, size: Size) -> Array:
+    """(N, 2 K): x and y, from -1 to 1, expected under the softmax of each of K maps (N, K, H W)."""
+    y, x = np.meshgrid(*(np.linspace(-1, 1, n).astype(np.float32) for n in size), indexing="ij")
+    places = np.stack([x.ravel(), y.ravel()], -1).astype(maps.dtype)
+    expected: Array = softmax(maps) @ places
+    return expected.reshape(len(maps), -1)
