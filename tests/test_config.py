@@ -168,6 +168,7 @@ def test_provenance_is_copied() -> None:
         ("pruner.n_head", 7, "pruner.hidden_dim"),
         ("pruner", {"type": "cnn"}, 'pruner.type: expected one of "transformer", "mlp"'),
         ("pruner", {"type": "mlp", "n_head": 4}, "unknown key 'n_head' in pruner"),
+        ("pruner", {"default": 1}, "pruner.default: expected true or false"),
         ("provenance", [], "provenance: expected a JSON object"),
         ("network", [], "network: expected a JSON object"),
         ("extra", 1, "unknown key 'extra'"),
@@ -190,6 +191,15 @@ def test_refused_by_name(path: str, value: Any, says: str) -> None:
 def test_missing_keys_are_named(path: str) -> None:
     with pytest.raises(ValueError, match=f"{path}: expected this key, got nothing"):
         PolicyConfig.from_dict(removed(path))
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mlp"])
+def test_a_pruner_is_the_default_unless_it_says_otherwise(kind: str) -> None:
+    for default in (True, False):
+        config = PolicyConfig.from_dict(changed("pruner", {"type": kind, "default": default}))
+        assert config.pruner is not None and config.pruner.default is default
+        assert config.to_dict()["pruner"].get("default", True) is default
+        assert PolicyConfig.from_dict(config.to_dict()) == config
 
 
 def test_every_key_is_described() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,26 @@ def test_a_folder_with_a_pruner_plans_with_it(tmp_path: Path) -> None:
     policy = tsad.load(a_folder(tmp_path / "with", pruner=True))
     assert policy.planner == "pruner"
     assert tsad.load(a_folder(tmp_path / "without")).planner == "uniform"
+
+
+def test_a_pruner_that_is_not_the_default_waits_to_be_chosen(tmp_path: Path) -> None:
+    """Then the dial is that of a policy without any, to the bit, at any dial."""
+    folder, without = a_folder(tmp_path / "with", pruner=True), a_folder(tmp_path / "without")
+    config = json.loads((folder / "config.json").read_text())
+    config["pruner"]["default"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    policy, other = tsad.load(folder), tsad.load(without)
+    assert policy.planner == "uniform"
+    for sparsity in (0.0, 0.5, 0.9):
+        policy.sparsity = other.sparsity = sparsity
+        assert policy.plan == other.plan
+        np.testing.assert_array_equal(actions(policy), actions(other))
+    policy.planner = "pruner"
+    policy.sparsity = None
+    assert "'pruner', its own sparsity" in repr(policy)
+    actions(policy)
+    policy(np.ones((policy.n_obs_steps, policy.obs_dim), np.float32))
+    assert policy.plan.sparsity > 0
 
 
 def test_a_checkpoint_equals_its_converted_folder(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tsad import planners
+from tsad import REUSE_STEP, REUSE_TYPE, SKIP, Plan, planners
 from tsad.planners.effects import Effects
 from tsad.planners.nested import NestedOrder, nested_order
 
@@ -106,3 +106,60 @@ def test_nothing_between_the_ends_is_an_order_too() -> None:
         order = nested_order(effects, POLICY, sparsity)
         assert isinstance(order, NestedOrder) and np.isfinite(order.scores).all()
         assert len(np.unique(order.scores[1:])) == (K - 1) * B
+
+
+def searched(seed: int, *shares: float) -> list[Plan]:
+    """Plans that compute these shares of the cells, with sources of every kind."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for share in shares:
+        sources = rng.choice([REUSE_TYPE, REUSE_STEP, SKIP], (K, B)).astype(np.uint8)
+        sources[rng.random((K, B)) < share] = 0
+        sources[0] = 0
+        found.append(Plan(sources, sources, blocks=POLICY.blocks, types=POLICY.block_types))
+    return found
+
+
+def spent(mask: Any) -> int:
+    return int((mask * COSTS).sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_searched_plans_lead_the_way(seed: int) -> None:
+    """The nearest is met as it is; what a denser one computes comes before the rest, and so on."""
+    plans = searched(seed, 0.2, 0.4, 0.6, 0.8)
+    masks = sorted((plan.sources == 0 for plan in plans), key=spent)
+    middle = masks[1]
+    plan = next(p for p in plans if spent(p.sources == 0) == spent(middle))
+    order = nested_order(make_effects(seed), POLICY, 1 - spent(middle) / (K * sum(COSTS)), plans)
+    found = order.within(POLICY, spent(middle)).sources
+    np.testing.assert_array_equal(found, np.where(plan.sources == SKIP, REUSE_STEP, plan.sources))
+    scores = order.scores
+    for denser in (masks[2], masks[2] | masks[3]):
+        outside = ~(middle | denser)
+        if outside.any():
+            assert scores[middle | denser].min() > scores[outside].max()
+    sparser = middle & masks[0]
+    leaves = middle & ~masks[0]
+    assert scores[sparser].min() > scores[leaves].max(initial=-np.inf)
+
+
+def test_a_plan_of_other_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"plans: expected 7 steps x 3 blocks.*got 2 x 3"):
+        nested_order(make_effects(0), POLICY, 0.5, [Plan(np.zeros((2, 3), np.uint8))])
+
+
+def test_calibrated_scores_are_what_the_error_falls_by() -> None:
+    """Of errors that fall with the third power of the cost: slopes are known, the order stays."""
+    order = nested_order(make_effects(3), POLICY, 0.5)
+    upto = np.geomspace(30.0, 90.0, 9)
+    found = order.calibrated(COSTS, upto, upto**-3.0)
+    before, after = (np.argsort(-o.scores[1:], axis=None) for o in (order, found))
+    np.testing.assert_array_equal(before, after)
+    assert (np.diff(found.scores[1:].ravel()[after]) <= -9.9e-4).all()
+    cost = np.broadcast_to(COSTS, (K - 1, B)).ravel()[after]
+    total = sum(COSTS) + np.cumsum(cost)
+    inside = (total > 32) & (total < 85)
+    wanted = np.log(3) - 4 * np.log(total[inside])
+    np.testing.assert_allclose(found.scores[1:].ravel()[after][inside], wanted, atol=0.05)
+    assert found.scores[0].min() >= found.scores[1:].max()

@@ -50,6 +50,7 @@ name, and keys without a default must be there.
   ``hidden_dim``             width (default 512, of an MLP 128), divisible by ``n_head``
   ``n_head``                 attention heads (default 8)
   ``dim_feedforward``        feed-forward width (default 1024)
+  ``default``                (default true) false: ``policy.planner = "pruner"`` has to choose it
 
 ``features``                 what the numbers of an observation are, side by side in this order
                              (default: they have no names); a list, of each:
@@ -285,26 +286,32 @@ class PrunerConfig:
     ``"transformer"``: one pre-norm ReLU decoder layer over block tokens (arXiv 2605.13316).
     ``"mlp"``: the (1 + n_obs_steps) memory tokens of a step in a row, one hidden ReLU layer of
     ``hidden_dim``, 4 logits per block; ``n_head`` and ``dim_feedforward`` are 0.
+
+    ``default``: whether it turns the dial of a policy just loaded; otherwise
+    ``policy.planner = "pruner"`` chooses it.
     """
 
     hidden_dim: int = 512
     n_head: int = 8
     dim_feedforward: int = 1024
     type: str = PRUNER_TYPES[0]
+    default: bool = True
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, file: str = "config.json") -> PrunerConfig:
         """The checked ``pruner`` object; ``ValueError`` names key, value and expectation."""
         section = Section(data, "pruner", file)
         kind = section.choice("type", PRUNER_TYPES, PRUNER_TYPES[0])
+        default = section.flag("default", True)
         if kind == "mlp":
-            mlp = cls(section.integer("hidden_dim", 1, MAX_WIDTH, 128), 0, 0, kind)
+            mlp = cls(section.integer("hidden_dim", 1, MAX_WIDTH, 128), 0, 0, kind, default)
             section.done()
             return mlp
         pruner = cls(
             hidden_dim=section.integer("hidden_dim", 4, MAX_WIDTH, 512),
             n_head=section.integer("n_head", 1, MAX_HEADS, 8),
             dim_feedforward=section.integer("dim_feedforward", 1, 4 * MAX_WIDTH, 1024),
+            default=default,
         )
         section.done()
         if pruner.hidden_dim % 2 or pruner.hidden_dim % pruner.n_head:
@@ -314,10 +321,12 @@ class PrunerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``pruner`` object of ``config.json``."""
-        if self.type == "mlp":
-            return {"type": self.type, "hidden_dim": self.hidden_dim}
         data = asdict(self)
-        return {"type": data.pop("type"), **data}
+        if self.type == "mlp":
+            data = {"type": self.type, "hidden_dim": self.hidden_dim, "default": self.default}
+        if data.pop("default"):
+            return {"type": data.pop("type"), **data}
+        return {"type": data.pop("type"), **data, "default": False}
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,8 @@ class SparsePolicy(_core.Policy):
                 f"steps as the model has, got {len(self._blocks)} and {len(sampler.timesteps)}; "
                 "make the model from them (tsad.load)"
             )
-        self._planner: str | Planner = "pruner" if self.has_pruner else "uniform"
+        own = config.pruner is None or config.pruner.default
+        self._planner: str | Planner = "pruner" if self.has_pruner and own else "uniform"
         self._dial: float | None = 0.0
         self._fixed = False  # by the user
         self._plans: list[Plan] | None = None  # one per lane; None: the pruner plans
@@ -166,6 +167,8 @@ class SparsePolicy(_core.Policy):
     def planner(self) -> str | Planner:
         """Who turns the dial into plans: "dense", "uniform", "pruner", or your own `Planner`.
 
+        At first it is "pruner" where the policy has one and its ``config.json`` does not say
+        ``"default": false`` of it (the bundled policy's does), else "uniform".
         Setting it keeps the dial (the planner "dense" turns it to 0) and frees a fixed plan.
         """
         return self._planner

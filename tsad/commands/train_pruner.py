@@ -43,10 +43,13 @@ DESCRIPTION = f"""\
 Train a pruner for a policy, on recorded observations: it looks at each observation and decides
 which blocks of which denoising steps are computed. DIR becomes a tsad folder, the policy with it.
 
-First the effects of reuse on the executed actions are measured, chunk by chunk (a few seconds
-each); then a small network learns to foresee them, in minutes. One pruner serves the whole dial
-(policy.sparsity); policy.sparsity = None is its own choice, which spends more where more is lost,
-and on average leaves out the share --sparsity. It is known for diffusion transformers.
+It begins as a static table, around the plan of least effect or around --plans that were searched,
+and learns what the observation says beyond it: --method effects, what each cell gains in each chunk
+(a few seconds a chunk to measure); levels, how much a chunk needs, from its true error at several
+sparsities (a second); gates, straight through the sparse chunk (some seconds a step). One pruner
+serves the whole dial (policy.sparsity); policy.sparsity = None is its own choice, which spends more
+where more is lost, and on average leaves out the share --sparsity. Kept is what has the least true
+error on held-out episodes, maybe the table itself. It is known for diffusion transformers.
 
 Ctrl-C saves, while measuring too; --resume goes on, on a CPU and by --steps to the bit as if there
 had been no stop. --static trains the control that does not look at the observation: what a pruner
@@ -60,6 +63,8 @@ examples:
   tsad train-pruner pusht --data recorded --out adaptive --steps 2000
   tsad train-pruner pusht --data recorded --out adaptive --resume             after Ctrl-C
   tsad train-pruner pusht --data recorded --out adaptive --resume --steps 4000
+  tsad train-pruner pusht --data recorded --plans plan.npz --method levels --out levels --steps 999
+  tsad train-pruner pusht --data recorded --method gates --batch 4 --out gates --minutes 30
   tsad train-pruner pusht --data recorded --effects effects.npz --static --out fixed --steps 500
   tsad eval pusht --policy adaptive --planner pruner --sparsity 0.95          then see"""
 
@@ -83,7 +88,7 @@ SETTINGS: Options = (
     ("val-episodes", natural, "held out: the last ones (default: a fifth)"),
     ("seed", natural, "of weights, order and what is picked (default: 0)"),
 )
-NAMES = (*(name for name, _, _ in SETTINGS), "keep-last", "static")
+NAMES = (*(name for name, _, _ in SETTINGS), "method", "keep-last", "static")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -100,7 +105,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--effects", metavar="FILE", help="of 'tsad plan measure' (default: measures 64 chunks)"
     )
+    parser.add_argument(
+        "--plans", nargs="+", default=[], metavar="FILE", help="searched plans, to begin with"
+    )
     group = add_settings(parser, SETTINGS, report_every=100)
+    group.add_argument(
+        "--method",
+        metavar="NAME",
+        help="effects, levels or gates: what is learned from (default: effects)",
+    )
     group.add_argument(
         "--keep-last",
         action="store_true",
@@ -120,26 +133,28 @@ def run(args: argparse.Namespace) -> int:
         "steps": trainer.step,
         "minutes": round(trainer.seconds / 60, 2),
         "kept_step": trainer.best_step,
-        "val_loss": trainer.best_loss,
+        "val_error": trainer.best_error,
+        "table_error": trainer.table_error,
         "share_of_dense_macs": config.provenance["pruner"]["training"]["share_of_dense_macs"],
     }
     if args.json:
         print(json.dumps(summary))
     else:
         print(f"written to {trainer.out}: {trainer.step} steps, {trainer.seconds / 60:.1f} minutes")
-        found = f"kept is step {trainer.best_step}, {trainer.best_loss:+.4f} beside a static table"
+        found = f"kept is step {trainer.best_step}, with an error of {trainer.best_error:.4f}"
         if not trainer.best_step:
             found = (
                 "kept is the static table: on held-out episodes nothing that was learned did "
-                "better; record more chunks"
+                f"better (record more chunks), with an error of {trainer.best_error:.4f}"
             )
-        print(found)
+        print(f"{found}, the static table's {trainer.table_error:.4f}")
     return 0
 
 
 def _command(args: argparse.Namespace) -> list[str]:
     command = ["tsad", "train-pruner", args.source, "--data", args.data, "--out", args.out]
     command += ["--effects", args.effects] if args.effects else []
+    command += ["--plans", *args.plans] if args.plans else []
     return [*command, "--resume"]
 
 
@@ -154,6 +169,7 @@ def _make(args: argparse.Namespace, settings: PrunerSettings) -> PrunerTrainer:
     import tsad
     from tsad.families import as_transformer
     from tsad.load import read_policy
+    from tsad.setting import plan_sha256, read_plan
     from tsad.sim.recording import names_of, pick
     from tsad.training.pruner import PrunerTrainer
 
@@ -177,7 +193,11 @@ def _make(args: argparse.Namespace, settings: PrunerSettings) -> PrunerTrainer:
     windows = pick(episodes[:split], settings.chunks, 8, settings.seed)
     held_out = pick(episodes[split:], max(settings.chunks // 4, 1), 8, settings.seed)
     seen = {"seeds": names_of([e for e, _ in windows]), "held_out": names_of(episodes[split:])}
-    with named(NAMES, "POLICY"):
+    with argument("--plans"):
+        plans = [read_plan(path) for path in args.plans]
+    if plans:
+        seen["plans"] = [plan_sha256(plan) for plan in plans]
+    with named(NAMES, "POLICY", plans="--plans"):
         return PrunerTrainer(
             (config, tensors),
             policy,
@@ -187,6 +207,7 @@ def _make(args: argparse.Namespace, settings: PrunerSettings) -> PrunerTrainer:
             settings,
             facts=policy_facts(policy, args.source) | seen,
             effects=effects,
+            plans=plans,
             device=args.device,
         )
 
@@ -196,7 +217,7 @@ def _prepare(args: argparse.Namespace, trainer: PrunerTrainer) -> None:
 
     with Progress(trainer.measured_chunks, "measure", unit="chunks") as progress:
         try:
-            with named(NAMES, "--out"):
+            with named(NAMES, "--out", plans="--plans"):
                 trainer.prepare(lambda done: progress.update(n=done))
         except InterruptedTrainingError:
             raise InterruptedRunError(

@@ -1,13 +1,20 @@
-"""A pruner by regression: it foresees, per observation, what computing each cell gains.
+"""A pruner that looks at each observation: how much a chunk needs, and of what.
 
-The effects of `tsad plan measure`, averaged over recorded chunks, order the cells
-(`tsad.planners.nested`): a static table that serves the whole dial. What a single chunk's effects
-say beyond it is learned from the observation. The pruner's score of a cell is the logarithm of the
-gain per cost that it expects; with a power of 1, the loss exp(score) - gain x score, in units of
-the table, has its least where exp(score) is the mean gain given what the pruner sees. Few chunks
-have most of all gain, so by default their roots are learned. A plan for a budget computes the cells
-that gain most, and the pruner's own choice spends more on chunks that need more. Kept are the
-averaged weights that did best on held-out episodes, the table being the first.
+It begins as a static table, one order of all cells for the whole dial (`tsad.planners.nested`),
+around plans that were searched or the plan of least effect; what is trained is a term in the
+observation beyond it, nothing at first. Three methods say what that term learns from:
+
+* ``effects``: for each chunk, what computing each cell gains, to first order, as ``tsad plan
+  measure`` has it. A cell's score is the logarithm of the gain per cost that it expects.
+* ``levels``: for each chunk, its true error at several sparsities along the table. One number per
+  observation moves all scores: how much is computed, not what.
+* ``gates``: the sparse chunk itself, by straight-through gates (`tsad.training.gates`).
+
+Of the first two, with a power of 1, the loss exp(lead) - gain x lead, in units of the table, has
+its least where exp(lead) is the mean gain given what the pruner sees. Few chunks have most of all
+gain, so by default their roots are learned. A plan for a budget computes the cells that gain most,
+and the pruner's own choice spends more on chunks that need more. Kept are the averaged weights of
+least true error on held-out episodes at the average cost asked for, the table being the first.
 
 The pruner is the MLP of `tsad.config.PrunerConfig`, on the policy's own memory tokens.
 """
@@ -32,11 +39,26 @@ from tsad.checkpoint import Tensors, write_folder
 from tsad.config import PolicyConfig, PrunerConfig
 from tsad.families import as_transformer
 from tsad.files import Lock, make_folder, write_atomically
+from tsad.plan import COMPUTE, Plan
+from tsad.planners.base import make_plan
 from tsad.planners.effects import Effects
-from tsad.planners.nested import NestedOrder, nested_order
+from tsad.planners.nested import nested_order
 from tsad.samplers import make_sampler
 from tsad.sim.recording import Recorded, denoising_inputs
 from tsad.training import sensitivity
+from tsad.training.gates import gate_loss, gated_chunks, gates_of
+from tsad.training.pruner_net import (
+    MOST,
+    Memory,
+    compute_scores,
+    make_net,
+    most_hidden,
+    pruner_macs,
+    pruner_rows,
+    reachable,
+    reused,
+    set_table,
+)
 from tsad.training.running import (
     STATE_FILE,
     InterruptedTrainingError,
@@ -49,11 +71,13 @@ from tsad.training.running import (
     learning_rate,
     move_average,
 )
+from tsad.training.true_errors import TrueErrors
 
-EFFECTS_FILE, GAINS_FILE = "effects.npz", "gains.npz"
-MOST = 0.002  # of the dense multiply-accumulates, for the pruner's own
+METHODS = ("effects", "levels", "gates")
+EFFECTS_FILE, GAINS_FILE, ERRORS_FILE = "effects.npz", "gains.npz", "errors.npz"
+COSTS = 2.0 ** np.arange(-1, 2.5, 0.5)  # levels, in units of what the asked sparsity costs
 _EFFECT_CHUNKS = 64
-_NEVER = -100.0  # a score below all others
+_PROBE = 64  # chunks of the training that are looked at if no episode is held out
 
 Windows = Sequence[tuple[Recorded, slice]]
 
@@ -62,6 +86,7 @@ Windows = Sequence[tuple[Recorded, slice]]
 class PrunerSettings:
     """What is trained and how. ``minutes`` or ``steps`` ends the fit; of both, the first."""
 
+    method: str = METHODS[0]
     hidden: int = 0
     sparsity: float = 0.95
     chunks: int = 512
@@ -82,6 +107,7 @@ class PrunerSettings:
 
     def __post_init__(self) -> None:
         checks = budget_checks(self) | {
+            "method": (self.method in METHODS, f"one of {', '.join(METHODS)}"),
             "hidden": (self.hidden >= 0, "at least 1, or 0 for as many as fit, up to 256"),
             "sparsity": (0 < self.sparsity < 1, "a number in (0, 1)"),
             "chunks": (self.chunks >= 1, "at least 1"),
@@ -98,133 +124,28 @@ class PrunerSettings:
 
 @dataclass
 class PrunerReport:
-    """A line of the curve.
+    """A line of the curve, of held-out episodes (else of some of the training's).
 
-    ``val_loss`` of held-out episodes (else of the training's), relative to the static table, which
+    ``val_error``: the root mean squared error of executed actions of the pruner's own choice, at
+    the average cost asked for. ``val_loss``: what is trained, relative to the static table, which
     has 0: below, the observation says something. ``r2``: of the logarithm of a chunk's gains, the
-    share of its variance that is foreseen.
+    share of its variance that is foreseen. Of gates these are 0.
     """
 
     step: int
     seconds: float
     lr: float
     train_loss: float
+    val_error: float
     val_loss: float
     r2: float
 
     def text(self) -> str:
         """For people."""
-        return f"loss {self.train_loss:.4f}, held out {self.val_loss:.4f}, R2 {self.r2:.2f}"
-
-
-def pruner_macs(config: PolicyConfig, steps: int, hidden: int) -> int:
-    """Multiply-accumulates of an MLP pruner a chunk, as the engine runs it."""
-    net = as_transformer(config.network, "policy")
-    return hidden * (net.n_obs_steps * net.n_emb + steps * 4 * len(config.costs))
-
-
-def most_hidden(config: PolicyConfig, steps: int) -> int:
-    """The widest pruner that costs at most `MOST` of the dense chunk."""
-    return int(MOST * steps * sum(config.costs) / pruner_macs(config, steps, 1))
-
-
-class Memory:
-    """What a pruner sees: the policy's memory tokens, one of the step and those of observations."""
-
-    def __init__(self, twin: sensitivity.Twin) -> None:
-        self.twin = twin
-        self.steps = len(twin.sampler.timesteps)
-
-    def tokens(self, obs: NDArray[Any]) -> Tensor:
-        """(N, n_obs_steps, n_emb) of raw observations; they are the same at all steps."""
-        return torch.from_numpy(self.twin.condition(obs, 0)[:, 1:].copy())
-
-    def times(self) -> Tensor:
-        """(K, n_emb): the time tokens, the same for all observations."""
-        net = self.twin.config.network
-        nothing = np.zeros((1, net.n_obs_steps, net.obs_dim))
-        rows = [self.twin.condition(nothing, k)[:, 0] for k in range(self.steps)]
-        return torch.from_numpy(np.concatenate(rows))
-
-
-def pruner_rows(times: Tensor, tokens: Tensor) -> Tensor:
-    """(N, K, (1 + n_obs_steps) x n_emb), a pruner's input, of what `Memory` gives."""
-    n, steps = len(tokens), len(times)
-    seen = tokens.flatten(1)[:, None].expand(n, steps, -1)
-    return torch.cat([times.expand(n, *times.shape), seen], 2)
-
-
-def make_net(config: PolicyConfig, hidden: int) -> nn.Sequential:
-    """The pruner in torch; its names are those of ``pruner.safetensors``."""
-    net = as_transformer(config.network, "policy")
-    inputs = (1 + net.n_obs_steps) * net.n_emb
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 4 * len(config.costs))
-    )
-
-
-def compute_scores(output: Tensor) -> Tensor:
-    """(..., K, B) in the order of the loop, from a pruner's output (..., K, 4 B).
-
-    What a cell's first class leads the best of its others by; row k is that of step K - 1 - k.
-    """
-    logits = output.reshape(*output.shape[:-1], -1, 4).flip(-3)
-    return logits[..., 0] - logits[..., 1:].amax(-1)
-
-
-@torch.no_grad()
-def set_table(net: nn.Sequential, times: Tensor, tokens: Tensor, table: Tensor, seed: int) -> int:
-    """Make the pruner a static table: whatever the observation, it says ``table`` (K, B).
-
-    Three in four of its units see the time token ``times`` (K, n_emb) alone: random features, and
-    by ridge regression what they add up to. The others see the observation ``tokens`` (N,
-    n_obs_steps, n_emb) too and add nothing yet. Own values (`reuse_step`) are what is reused.
-    Returns how many units the table has.
-    """
-    first: Any = net[0]
-    last: Any = net[2]
-    units, d = len(first.bias), times.shape[1]
-    count = units - units // 4
-    random = torch.Generator().manual_seed(seed)
-    rows = pruner_rows(times, tokens).cpu().double()
-    flat = rows.flatten(0, 1)
-    centre = flat.mean(0)
-
-    def spread(part: slice) -> Tensor:
-        return (flat[:, part] - centre[part]).square().sum(1).mean().sqrt().clamp(min=1e-6)
-
-    weight = torch.randn(units, rows.shape[2], generator=random, dtype=torch.float64)
-    weight[:, :d] /= spread(slice(d))
-    weight[:, d:] /= spread(slice(d, None))
-    weight[:count, d:] = 0
-    offset = torch.rand(units, generator=random, dtype=torch.float64) * 2 - 1
-    first.weight.copy_(weight)
-    first.bias.copy_(offset - weight @ centre)
-    hidden = net[1](first(rows[0].to(times)))[:, :count].double().cpu()
-    wanted = table.flip(0).double().cpu()
-    middle = wanted.mean(0)
-    gram = hidden @ hidden.T
-    ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    last.weight.zero_()
-    solved = hidden.T @ torch.linalg.solve(gram + ridge, wanted - middle)
-    last.weight[0::4, :count] = solved.T.to(last.weight)
-    last.bias.copy_(last.bias.new_tensor([0.0, _NEVER, 0.0, _NEVER]).repeat(table.shape[1]))
-    last.bias[0::4] += middle.to(last.bias)
-    return count
-
-
-def reachable(order: NestedOrder, costs: Sequence[int]) -> NDArray[np.float32]:
-    """The order's scores, with those of cells that no sparsity above 0.5 computes drawn together.
-
-    What they differ by then takes no precision from the others'.
-    """
-    scores = order.scores.copy()
-    cells = np.argsort(-scores, axis=None, kind="stable")
-    spent = np.cumsum(np.broadcast_to(np.asarray(costs, np.float64), scores.shape).ravel()[cells])
-    least = scores.ravel()[cells[np.searchsorted(spent, 0.5 * spent[-1])]]
-    low = scores < least
-    scores[low] = least - 0.05 * (least - scores[low])
-    return scores.astype(np.float32)
+        return (
+            f"loss {self.train_loss:.4f}, held out {self.val_loss:.4f}, R2 {self.r2:.2f}, "
+            f"error {self.val_error:.4f}"
+        )
 
 
 class PrunerTrainer(Training[PrunerReport]):
@@ -232,11 +153,12 @@ class PrunerTrainer(Training[PrunerReport]):
 
     Args:
         parts: configuration and tensors of the policy, as `tsad.load.read_policy` gives them.
-        policy: the same, loaded, with its own sampler; for the dense chunks.
+        policy: the same, loaded with one lane, with its own sampler; for chunks to compare with.
         windows: consecutive recorded chunks, to train on.
         held_out: others; they may be none.
         facts: what the pruner is of, for its provenance and for resuming.
         effects: of the policy, if they were measured already.
+        plans: searched ones, for `nested_order`.
     """
 
     def __init__(
@@ -250,11 +172,12 @@ class PrunerTrainer(Training[PrunerReport]):
         *,
         facts: Mapping[str, Any],
         effects: Effects | None = None,
+        plans: Sequence[Plan] = (),
         device: str = "auto",
     ) -> None:
         super().__init__(out, settings)
         self.settings, self.facts, self.effects = settings, dict(facts), effects
-        (self.config, self.tensors), self.policy = parts, policy
+        (self.config, self.tensors), self.policy, self.plans = parts, policy, list(plans)
         self.windows, self.held_out = list(windows), list(held_out)
         self.device = find_device(device)
         sampler = make_sampler(policy.config["scheduler"])
@@ -278,6 +201,8 @@ class PrunerTrainer(Training[PrunerReport]):
                 f"sparsity: expected up to {1 - 1 / steps:.6g} (step 0 is computed), got "
                 f"{settings.sparsity}; ask for less"
             )
+        self.budget = (1 - settings.sparsity) * steps * sum(self.config.costs)
+        self.errors = TrueErrors(policy, [*self.windows, *self.held_out])
         self.net = make_net(self.config, self.hidden).to(self.device)
         self.ema = make_net(self.config, self.hidden).to(self.device)
         self.optimizer = torch.optim.AdamW(
@@ -290,7 +215,7 @@ class PrunerTrainer(Training[PrunerReport]):
     @property
     def measured_chunks(self) -> int:
         """How many `prepare` runs, those that are there already included."""
-        rows = [*self.windows, *self.held_out]
+        rows = [] if self.settings.method == "gates" else [*self.windows, *self.held_out]
         if self.effects is None and not (self.out / EFFECTS_FILE).exists():
             rows += self._effect_windows()
         return sum(len(episode.obs[part]) for episode, part in rows)
@@ -317,30 +242,50 @@ class PrunerTrainer(Training[PrunerReport]):
         done is kept and ``InterruptedTrainingError`` raised; the state of a training that has not
         begun is written first, so that the folder can be resumed.
         """
+        n, method = sum(len(e.obs[part]) for e, part in self.windows), self.settings.method
+        costs = self.config.costs
+        gains = np.ones((len(self.errors), 1, 1), np.float32)
         with Lock(make_folder(self.out) / STATE_FILE), caught_signals() as received:
             if not (self.out / STATE_FILE).exists():
                 self.save()
             effects = self._measure_effects(progress, received)
-            self.order = nested_order(effects, self.policy, self.settings.sparsity)
-            gains = self._measure_gains(progress, received)
-        counts = len(self.windows)
-        obs = [episode.obs[part] for episode, part in [*self.windows, *self.held_out]]
-        n = sum(len(o) for o in obs[:counts])
-        seen = self.memory.tokens(np.concatenate(obs)).to(self.device)
+            self.order = nested_order(effects, self.policy, self.settings.sparsity, self.plans)
+            if method == "effects":
+                gains = self._measure_gains(progress, received)
+            elif method == "levels":
+                levels = self._measure_levels(progress, received)
+                mean = np.maximum(levels[:n].mean(0), np.finfo(np.float64).tiny)
+                self.order = self.order.calibrated(costs, self._level_costs(), mean)
+                gains = (levels / mean).mean(1)[:, None, None]
+        seen = self.memory.tokens(self.errors.obs).to(self.device)
         gains = gains**self.settings.power
         mean = gains[:n].mean(0)
         known = mean > 0
-        relative = np.where(known, gains / np.where(known, mean, 1), 1.0)
-        y = torch.from_numpy(relative.astype(np.float32)).to(self.device)
+        relative = np.where(known, gains / np.where(known, mean, 1), 1.0).astype(np.float32)
+        whole = (len(relative), self.memory.steps, len(costs))
+        y = torch.from_numpy(relative).to(self.device).expand(whole)
         self.parts = (seen[:n], y[:n])
-        self.probe = (seen[n:], y[n:]) if len(seen) > n else self.parts
+        few = slice(n, None) if self.held_out else slice(0, _PROBE)
+        self.probe = (seen[few], y[few])
+        self.probed = range(len(self.errors))[few]
         self.times = self.memory.times().to(self.device)
-        self.table = torch.from_numpy(reachable(self.order, self.config.costs)).to(self.device)
-        few = self.parts[0][:64]
-        self.fixed = set_table(self.net, self.times, few, self.table, self.settings.seed)
+        self.table = torch.from_numpy(reachable(self.order, costs)).to(self.device)
+        first = self.parts[0][:64]
+        # beside 0 of the own value: near enough that a gate has a gradient
+        of_type = torch.from_numpy(np.where(self.order.of_type, 0.5, -3.0)).to(self.table)
+        self.fixed = set_table(
+            self.net,
+            self.times,
+            first,
+            self.table,
+            self.settings.seed,
+            of_type,
+            timeless=method == "levels",
+        )
         self.ema.load_state_dict(self.net.state_dict())
         self.ready = True
-        self.best, self.best_loss = self._weights(), self.evaluate().val_loss
+        self.best, self.best_error = self._weights(), self.evaluate().val_error
+        self.table_error = self.best_error
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.ema.state_dict().items()}
@@ -348,8 +293,8 @@ class PrunerTrainer(Training[PrunerReport]):
     def _report(self, on_report: Callable[[PrunerReport], None] | None) -> None:
         super()._report(on_report)
         last = self.curve[-1]
-        if last.val_loss < self.best_loss or self.settings.keep_last or not self.held_out:
-            self.best, self.best_loss, self.best_step = self._weights(), last.val_loss, last.step
+        if last.val_error < self.best_error or self.settings.keep_last or not self.held_out:
+            self.best, self.best_error, self.best_step = self._weights(), last.val_error, last.step
 
     def _measure_effects(self, progress: Callable[[int], None], received: list[int]) -> Effects:
         path = self.out / EFFECTS_FILE
@@ -374,40 +319,73 @@ class PrunerTrainer(Training[PrunerReport]):
             self.effects.save(path)
         return self.effects
 
-    def _measure_gains(
-        self, progress: Callable[[int], None], received: list[int]
-    ) -> NDArray[np.float32]:
-        """(chunks, K, B): what computing each cell gains, at its place in the order, >= 0."""
-        path, done = self.out / GAINS_FILE, []
+    def _measure(
+        self,
+        name: str,
+        one: Callable[[int], NDArray[Any]],
+        progress: Callable[[int], None],
+        received: list[int],
+    ) -> NDArray[Any]:
+        """``one`` of every window, in the order of the table, side by side; kept in a file."""
+        path, done = self.out / name, []
         rows = [*self.windows, *self.held_out]
         made_of = hashlib.sha256(self.order.scores.tobytes()).hexdigest()
         if path.exists():
             found = read_npz(path)
             if str(found["order"]) != made_of:
                 raise ValueError(
-                    f"{path}: expected gains in the order of this training, got another's; "
-                    "delete it, or train in another folder"
+                    f"{path}: expected what was measured in the order of this training, got "
+                    "another's; delete it, or train in another folder"
                 )
-            done = list(np.split(found["gains"], np.cumsum(found["lengths"])[:-1]))
+            done = list(np.split(found["values"], np.cumsum(found["lengths"])[:-1]))
             progress(sum(len(part) for part in done))
         for number in range(len(done), len(rows)):
+            done.append(one(number))
+            lengths, values = [len(part) for part in done], np.concatenate(done)
+            if received or number % 4 == 3 or number + 1 == len(rows):
+                stream = BytesIO()
+                np.savez(stream, values=values, lengths=lengths, order=made_of)
+                write_atomically(path, stream.getvalue())
+            progress(lengths[-1])
+            if received:
+                raise InterruptedTrainingError
+        return np.concatenate(done)
+
+    def _measure_gains(
+        self, progress: Callable[[int], None], received: list[int]
+    ) -> NDArray[np.float32]:
+        """(chunks, K, B): what computing each cell gains, at its place in the order, >= 0."""
+        rows = [*self.windows, *self.held_out]
+
+        def one(number: int) -> NDArray[np.float32]:
             window = self._window(*rows[number])
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number)
             signs = sensitivity.random_signs(
                 self.twin, len(window.obs), self.settings.projections, generator
             )
             segments = sensitivity.chunk_segments(self.twin, window, signs)
-            gained = self.order.gains(segments).clip(min=0)
-            done.append(np.ascontiguousarray(gained, np.float32))
-            lengths, gains = [len(part) for part in done], np.concatenate(done)
-            if received or number % 4 == 3 or number + 1 == len(rows):
-                stream = BytesIO()
-                np.savez(stream, gains=gains, lengths=lengths, order=made_of)
-                write_atomically(path, stream.getvalue())
-            progress(len(window.obs))
-            if received:
-                raise InterruptedTrainingError
-        return np.concatenate(done)
+            return np.ascontiguousarray(self.order.gains(segments).clip(min=0), np.float32)
+
+        return self._measure(GAINS_FILE, one, progress, received)
+
+    def _level_costs(self) -> NDArray[np.float64]:
+        """(L,): what the levels cost, ascending; step 0 at least, and less than everything."""
+        row = sum(self.config.costs)
+        return np.unique((COSTS * self.budget).clip(row, (self.memory.steps - 1) * row))
+
+    def _measure_levels(
+        self, progress: Callable[[int], None], received: list[int]
+    ) -> NDArray[np.float64]:
+        """(chunks, L): the true error of each chunk at each level."""
+        lengths = [len(e.obs[part]) for e, part in [*self.windows, *self.held_out]]
+        begins = np.cumsum([0, *lengths])
+        plans = [self.order.within(self.policy, cost) for cost in self._level_costs()]
+
+        def one(number: int) -> NDArray[np.float64]:
+            chunks = range(begins[number], begins[number + 1])
+            return np.array([[self.errors(i, plan) for plan in plans] for i in chunks])
+
+        return self._measure(ERRORS_FILE, one, progress, received)
 
     # ---- the fit
 
@@ -416,18 +394,31 @@ class PrunerTrainer(Training[PrunerReport]):
         scores = compute_scores(net(pruner_rows(self.times, tokens)))
         return self.settings.power * (scores[:, 1:] - self.table[1:])
 
+    def _loss(self, random: np.random.Generator) -> Tensor:
+        s = self.settings
+        tokens, gains = self.parts
+        picked = random.integers(len(tokens), size=min(s.batch, len(tokens)))
+        index = torch.from_numpy(picked).to(self.device)
+        if s.method != "gates":
+            return gain_loss(self._lead(self.net, tokens[index]), gains[index][:, 1:])
+        logits = self.net(pruner_rows(self.times, tokens[index]))
+        logits = logits.reshape(*logits.shape[:2], -1, 4).flip(1)
+        spent = self.budget * COSTS[-1] ** random.uniform(-0.5, 1)  # half of it to four times
+        gates = gates_of(logits, self.config.costs, min(spent, self._level_costs()[-1])).cpu()
+        noise = torch.from_numpy(np.stack([self.errors.noise(i) for i in picked]))
+        right = torch.from_numpy(np.stack([self.errors.dense(i) for i in picked])).float()
+        return gate_loss(
+            self.twin, gated_chunks(self.twin, self.errors.obs[picked], noise, gates), right
+        )
+
     def train_step(self) -> float:
         """One optimiser step; the loss before it."""
         s = self.settings
         rate = learning_rate(s, self.step, self.fraction)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        tokens, gains = self.parts
-        random = np.random.default_rng([s.seed, self.step])  # a function of the step: resumable
-        index = torch.from_numpy(random.integers(len(tokens), size=min(s.batch, len(tokens))))
-        index = index.to(self.device)
-        lead = self._lead(self.net, tokens[index])
-        loss = gain_loss(lead, gains[index][:, 1:])
+        # what is drawn is a function of the step: resumable
+        loss = self._loss(np.random.default_rng([s.seed, self.step]))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         first: Any = self.net[0]
@@ -435,7 +426,13 @@ class PrunerTrainer(Training[PrunerReport]):
         with torch.no_grad():
             first.weight.grad[: self.fixed] = 0  # the units of the table stay
             first.bias.grad[: self.fixed] = 0
+            if s.method == "levels":  # one number moves all cells of all steps
+                first.weight.grad[:, : self.times.shape[1]] = 0
             last.weight.grad[:, : self.fixed] = 0
+            for grad in (last.weight.grad, last.bias.grad) if s.method != "gates" else ():
+                computed = grad[0::4].clone()
+                grad.zero_()  # what is reused stays
+                grad[0::4] = computed.mean(0) if s.method == "levels" else computed
             self.optimizer.step()
             last.weight[:, self.fixed :] *= 1 - rate * s.weight_decay  # towards the table
             if s.static:
@@ -447,7 +444,7 @@ class PrunerTrainer(Training[PrunerReport]):
 
     @torch.no_grad()
     def evaluate(self) -> PrunerReport:
-        """Of held-out episodes (else of the training's), with the averaged weights."""
+        """Of held-out episodes (else of some of the training's), with the averaged weights."""
         tokens, gains = self.probe
         total, foreseen = 0.0, []
         for begin in range(0, len(tokens), 64):
@@ -457,10 +454,45 @@ class PrunerTrainer(Training[PrunerReport]):
             foreseen.append(lead.exp().mean((1, 2)).log())
         x, y = torch.cat(foreseen), gains[:, 1:].mean((1, 2)).clamp(min=1e-6).log()
         rest, all_ = (y - y.mean() - x + x.mean()).square().sum(), (y - y.mean()).square().sum()
-        r2 = float(1 - rest / all_) if float(all_) else 0.0
+        r2, loss = float(1 - rest / all_) if float(all_) else 0.0, total / len(tokens)
+        if self.settings.method == "gates":
+            r2 = loss = 0.0
         rate = learning_rate(self.settings, self.step, self.fraction)
-        loss = total / len(tokens)
-        return PrunerReport(self.step, round(self.seconds, 1), rate, self.average_loss, loss, r2)
+        error, seconds = self._true_error(self.ema), round(self.seconds, 1)
+        return PrunerReport(self.step, seconds, rate, self.average_loss, error, loss, r2)
+
+    @torch.no_grad()
+    def _scores(
+        self, net: nn.Module, tokens: Tensor
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """(N, K, B) of observations: the scores, and what is reused where none is computed."""
+        scores, sources = [], []
+        for begin in range(0, len(tokens), 64):
+            output = net(pruner_rows(self.times, tokens[begin : begin + 64]))
+            scores.append(compute_scores(output).cpu())
+            sources.append(reused(output).to(torch.uint8).cpu())
+        return torch.cat(scores).numpy(), torch.cat(sources).numpy()
+
+    def _price(self, scores: NDArray[np.float32]) -> float:
+        """The score from which on computing costs what was asked, on the mean of these chunks."""
+        costs = np.asarray(self.config.costs, np.float64)
+        later = scores[:, 1:]
+        order = np.argsort(-later, axis=None, kind="stable")
+        spent = np.cumsum(np.broadcast_to(costs, later.shape).ravel()[order])
+        room = (self.budget - costs.sum()) * len(scores)
+        last = min(int(np.searchsorted(spent, room, side="right")), len(order) - 1)
+        return float(later.ravel()[order[last]])
+
+    def _true_error(self, net: nn.Module) -> float:
+        """Root of the mean squared error on the probe, every chunk along its own choice."""
+        scores, sources = self._scores(net, self.probe[0])
+        sources[scores > self._price(scores)] = COMPUTE
+        sources[:, 0] = COMPUTE
+        found = [
+            self.errors(i, make_plan(self.policy, each, each, planner="pruner"))
+            for i, each in zip(self.probed, sources, strict=True)
+        ]
+        return float(np.sqrt(np.mean(found)))
 
     # ---- state and result
 
@@ -473,7 +505,7 @@ class PrunerTrainer(Training[PrunerReport]):
                 "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best": self.best,
-                "best_loss": self.best_loss,
+                "best_error": self.best_error,
                 "best_step": self.best_step,
             }
         facts = {"settings": asdict(self.settings), "facts": self.facts}
@@ -486,29 +518,15 @@ class PrunerTrainer(Training[PrunerReport]):
         self.net.load_state_dict(state["net"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best, self.best_loss = dict(state["best"]), float(state["best_loss"])
+        self.best, self.best_error = dict(state["best"]), float(state["best_error"])
         self.best_step = int(state["best_step"])
         self.restore_progress(state, PrunerReport)
 
-    @torch.no_grad()
     def own_threshold(self) -> float:
         """The score from which on computing costs what was asked, on the mean of the training."""
         net = make_net(self.config, self.hidden).to(self.device)
         net.load_state_dict(self.best)
-        tokens, _ = self.parts
-        K, costs = self.memory.steps, np.asarray(self.config.costs, np.float64)
-        found = []
-        for begin in range(0, len(tokens), 64):
-            seen = tokens[begin : begin + 64]
-            found.append(compute_scores(net(pruner_rows(self.times, seen)))[:, 1:].cpu())
-        scores = torch.cat(found).numpy()
-        weights = np.broadcast_to(costs, scores.shape).ravel()
-        order = np.argsort(-scores, axis=None, kind="stable")
-        room = (1 - self.settings.sparsity) * K * costs.sum() - costs.sum()
-        spent = np.cumsum(weights[order])
-        last = int(np.searchsorted(spent, room * len(scores), side="right"))
-        last = min(last, len(order) - 1)
-        return float(scores.ravel()[order[last]])
+        return self._price(self._scores(net, self.parts[0])[0])
 
     def write(self, folder: Path | None = None) -> PolicyConfig:
         """Write the tsad folder (default: ``out``): the policy's weights, and the pruner."""
@@ -521,7 +539,8 @@ class PrunerTrainer(Training[PrunerReport]):
             **asdict(self.settings),
             "hidden": self.hidden,
             "step": self.step,
-            "kept": {"step": self.best_step, "val_loss": self.best_loss},
+            "kept": {"step": self.best_step, "val_error": self.best_error},
+            "table": {"val_error": self.table_error},
             "seconds": round(self.seconds, 1),
             "hardware": hardware(self.device),
             "torch": torch.__version__,
