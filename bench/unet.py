@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -117,16 +117,16 @@ def export(module: Module, example: tuple[Any, ...], folder: str) -> Path:
     return path
 
 
-def onnx_runner(path: Path, threads: int) -> Callable[..., Any]:
+def onnx_runner(path: Path, threads: int, names: Sequence[str] = INPUTS) -> Callable[..., Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda *inputs: session.run(None, dict(zip(INPUTS, inputs, strict=True)))[0]
+    return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))[0]
 
 
-def openvino_runner(path: Path, threads: int) -> Callable[..., Any]:
+def openvino_runner(path: Path, threads: int, names: Sequence[str] = INPUTS) -> Callable[..., Any]:
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
@@ -135,7 +135,7 @@ def openvino_runner(path: Path, threads: int) -> Callable[..., Any]:
     inputs_of = [port.get_any_name() for port in compiled.inputs]
 
     def run(*inputs: Any) -> Any:
-        given = dict(zip(INPUTS, inputs, strict=True))
+        given = dict(zip(names, inputs, strict=True))
         return request.infer([given[name] for name in inputs_of])[compiled.output(0)]
 
     return run

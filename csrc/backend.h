@@ -19,6 +19,7 @@ extern "C" {
 
 typedef struct tsad_engine tsad_engine;
 typedef struct tsad_queue tsad_queue;
+typedef struct tsad_eye tsad_eye; /* an image encoder's memory and threads: vision.h */
 
 #define TSAD_GANG 4 /* lanes that one queue takes through the steps together, at most */
 
@@ -77,11 +78,22 @@ typedef struct tsad_backend {
     tsad_status (*put)(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows from);
     tsad_status (*get)(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to);
     tsad_status (*get_array)(tsad_queue *queue, int lane, tsad_array which, float *to);
+
+    /* Image encoders; NULL: this backend has none. Opening packs the weights of the nodes, which
+     * are borrowed until then. */
+    tsad_status (*open_vision)(const tsad_vision *vision, int threads, tsad_eye **out);
+    void (*close_vision)(tsad_eye *eye); /* NULL is fine */
+    /* bytes of packed weights, and of all else */
+    void (*size_vision)(const tsad_eye *eye, size_t *weights, size_t *rest);
+    tsad_status (*see)(tsad_eye *eye, const tsad_images *images, float *features,
+                       const tsad_interrupt *interrupt);
 } tsad_backend;
 
 /* Best first; NULL-terminated. */
 extern const tsad_backend *const tsad_backends[];
 const tsad_backend *tsad_backend_find(const char *name);
+/* ... or a failure that names it */
+tsad_status tsad_backend_choose(const char *name, const tsad_backend **out);
 const tsad_backend *tsad_backend_plugged(void); /* plugin.c; NULL: none */
 
 #ifdef __cplusplus

@@ -30,6 +30,9 @@ tsad_status tsad_fail(tsad_status status, const char *format, ...);
 
 /* Where x is first NaN or beyond `limit` in magnitude; n: nowhere. */
 size_t tsad_first_beyond(const float *x, size_t n, float limit);
+/* A failure that names the first number beyond TSAD_MAX_MAGNITUDE; x NULL: nothing to check. */
+tsad_status tsad_check_numbers(const char *name, const float *x, size_t n);
+tsad_status tsad_check_tensors(const tsad_tensor *tensors, int n);
 
 /* ---- arena.c ---------------------------------------------------------------------------- */
 

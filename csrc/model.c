@@ -21,6 +21,17 @@ const tsad_backend *tsad_backend_find(const char *name)
                                                                                     : NULL;
 }
 
+tsad_status tsad_backend_choose(const char *name, const tsad_backend **out)
+{
+    *out = tsad_backend_find(name);
+    if (!*out) {
+        const char *wanted = name && strcmp(name, "auto") ? name : getenv("TSAD_CPU");
+        return tsad_fail(TSAD_ARGUMENT, "backend '%s' is unknown or not usable on this CPU",
+                         wanted ? wanted : "auto");
+    }
+    return TSAD_OK;
+}
+
 int tsad_backend_names(const char **names, int capacity)
 {
     int n = 0;
@@ -64,37 +75,15 @@ static tsad_status check_spec(const tsad_model_spec *s)
     return TSAD_OK;
 }
 
-static tsad_status check_numbers(const char *name, const float *x, size_t n)
-{
-    size_t at = x ? tsad_first_beyond(x, n, TSAD_MAX_MAGNITUDE) : n;
-    return at == n ? TSAD_OK
-                   : tsad_fail(TSAD_ARGUMENT,
-                               "%s: expected numbers of magnitude up to %g, got %g at flat index "
-                               "%zu; a network can't represent that",
-                               name, (double)TSAD_MAX_MAGNITUDE, (double)x[at], at);
-}
-
-static tsad_status check_tensors(const tsad_tensor *tensors, int n)
-{
-    for (int i = 0; i < n; i++) {
-        size_t size = 1;
-        for (int d = 0; d < tensors[i].n_dims; d++) {
-            size *= (size_t)tensors[i].shape[d];
-        }
-        TSAD_TRY(check_numbers(tensors[i].name, tensors[i].data, size));
-    }
-    return TSAD_OK;
-}
-
 static tsad_status check_tables(const tsad_model_spec *s)
 {
     size_t O = (size_t)s->obs_dim, A = (size_t)s->action_dim, K = (size_t)s->n_steps;
-    TSAD_TRY(check_numbers("obs_scale", s->obs_scale, O));
-    TSAD_TRY(check_numbers("obs_offset", s->obs_offset, O));
-    TSAD_TRY(check_numbers("action_scale", s->action_scale, A));
-    TSAD_TRY(check_numbers("action_offset", s->action_offset, A));
-    TSAD_TRY(check_numbers("obs_shift", s->obs_shift, O));
-    TSAD_TRY(check_numbers("action_shift", s->action_shift, A));
+    TSAD_TRY(tsad_check_numbers("obs_scale", s->obs_scale, O));
+    TSAD_TRY(tsad_check_numbers("obs_offset", s->obs_offset, O));
+    TSAD_TRY(tsad_check_numbers("action_scale", s->action_scale, A));
+    TSAD_TRY(tsad_check_numbers("action_offset", s->action_offset, A));
+    TSAD_TRY(tsad_check_numbers("obs_shift", s->obs_shift, O));
+    TSAD_TRY(tsad_check_numbers("action_shift", s->action_shift, A));
     for (size_t a = 0; a < A; a++) {
         if (fabsf(s->action_scale[a]) < 1 / TSAD_MAX_MAGNITUDE) {
             return tsad_fail(TSAD_ARGUMENT,
@@ -103,12 +92,12 @@ static tsad_status check_tables(const tsad_model_spec *s)
                              a, 1 / (double)TSAD_MAX_MAGNITUDE, (double)s->action_scale[a]);
         }
     }
-    TSAD_TRY(check_numbers("time_emb", s->time_emb, K * (size_t)s->n_emb));
+    TSAD_TRY(tsad_check_numbers("time_emb", s->time_emb, K * (size_t)s->n_emb));
     size_t head = s->n_heads ? (size_t)(s->hidden_dim / s->n_heads) : 0;
-    TSAD_TRY(check_numbers("rotation", s->rotation, (size_t)s->horizon * head));
+    TSAD_TRY(tsad_check_numbers("rotation", s->rotation, (size_t)s->horizon * head));
     if (s->n_pruner_tensors) {
         size_t n = (size_t)s->n_blocks * (size_t)s->pruner_hidden;
-        TSAD_TRY(check_numbers("block_emb", s->block_emb, n));
+        TSAD_TRY(tsad_check_numbers("block_emb", s->block_emb, n));
     }
     return TSAD_OK;
 }
@@ -217,13 +206,7 @@ static tsad_status check_length(const tsad_model *m)
 static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
 {
     TSAD_TRY(check_spec(spec));
-    m->backend = tsad_backend_find(spec->backend);
-    if (!m->backend) {
-        const char *wanted =
-            spec->backend && strcmp(spec->backend, "auto") ? spec->backend : getenv("TSAD_CPU");
-        return tsad_fail(TSAD_ARGUMENT, "backend '%s' is unknown or not usable on this CPU",
-                         wanted ? wanted : "auto");
-    }
+    TSAD_TRY(tsad_backend_choose(spec->backend, &m->backend));
     TSAD_TRY(check_tables(spec));
     m->precision = spec->precision;
     TSAD_TRY(copy_tables(spec, m));
@@ -242,8 +225,8 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
                          spec->family);
     }
     /* after the shapes, which say how many numbers there are */
-    TSAD_TRY(check_tensors(spec->tensors, spec->n_tensors));
-    TSAD_TRY(check_tensors(spec->pruner_tensors, spec->n_pruner_tensors));
+    TSAD_TRY(tsad_check_tensors(spec->tensors, spec->n_tensors));
+    TSAD_TRY(tsad_check_tensors(spec->pruner_tensors, spec->n_pruner_tensors));
     if (tsad_denoiser(m)->n_blocks != spec->n_blocks) {
         return tsad_fail(TSAD_SHAPE, "block_cost: expected %d entries, one per block, got %d",
                          tsad_denoiser(m)->n_blocks, spec->n_blocks);

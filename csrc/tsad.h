@@ -286,6 +286,55 @@ float *tsad_policy_noise_buffer(tsad_policy *policy);
 /* and how many steps' noise the lane's next chunk reads, from step *first on. */
 int tsad_policy_noise_steps(const tsad_policy *policy, int lane, int *first);
 
+/* ---- image encoders --------------------------------------------------------------------- */
+
+typedef struct tsad_vision tsad_vision;
+
+#define TSAD_MAX_IMAGE 4096 /* pixels of a side */
+#define TSAD_MAX_CHANNELS 16
+
+/* A ResNet trunk (torchvision's, without its last two layers), keypoints by spatial softmax, a
+ * linear layer: what LeRobot's and Diffusion Policy's image encoders are made of. Tensor names
+ * stand in net/resnet.c. Borrowed for the call. */
+typedef struct tsad_vision_spec {
+    int depth;      /* 18 or 34 */
+    int group_norm; /* 1: groups of 16 channels; 0: BatchNorm, folded into weights and biases */
+    int n_keypoints;
+    int height, width, channels; /* of the image that the trunk sees */
+    /* (channels) the trunk sees pixel * scale + offset, of pixels from 0 to 1 */
+    const float *scale, *offset;
+    int relu; /* after the linear layer */
+    int n_threads;
+    const char *backend; /* as a model's */
+    const tsad_tensor *tensors;
+    int n_tensors;
+} tsad_vision_spec;
+
+typedef struct tsad_vision_info {
+    int n_features, n_keypoints, height, width, channels, n_threads;
+    const char *backend;
+    size_t weight_bytes; /* packed */
+    size_t bytes;        /* everything else */
+} tsad_vision_info;
+
+/* n images, one of the two. */
+typedef struct tsad_images {
+    const uint8_t *bytes; /* (n, height, width, channels), 255 is 1 */
+    const float *planes;  /* (n, channels, height, width), 0 to 1 */
+    int64_t n;
+} tsad_images;
+
+tsad_status tsad_vision_create(const tsad_vision_spec *spec, tsad_vision **out);
+void tsad_vision_destroy(tsad_vision *vision); /* NULL is fine */
+tsad_vision_info tsad_vision_get_info(const tsad_vision *vision);
+/* One thread at a time: to encode, it must be acquired. */
+tsad_status tsad_vision_acquire(tsad_vision *vision); /* TSAD_BUSY if another thread holds it */
+void tsad_vision_release(tsad_vision *vision);
+/* features (n, n_features). Bits depend on the instruction set alone, neither on threads nor on how
+ * many images there are. Where it fails (TSAD_NOT_FINITE, TSAD_INTERRUPTED) some are written. */
+tsad_status tsad_vision_encode(tsad_vision *vision, const tsad_images *images, float *features,
+                               const tsad_interrupt *interrupt);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,4 +1,4 @@
-"""The C core of tsad: models, policies, the resolver of plans."""
+"""The C core of tsad: models, policies, image encoders, the resolver of plans."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex, final
@@ -156,6 +156,47 @@ class Policy:
     def _stats(self, lane: SupportsIndex, /) -> dict[str, Any]: ...
     def _timings(self) -> dict[str, float]: ...
     def _pruner_scores(self, obs: _Array, /) -> NDArray[np.float32]: ...
+
+@final
+class Vision:
+    """An image encoder: a ResNet trunk, spatial softmax, a linear layer."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, _Array],
+        *,
+        depth: int = 18,
+        norm: str = "folded",
+        keypoints: int,
+        height: int,
+        width: int,
+        channels: int = 3,
+        scale: _Array | None = None,
+        offset: _Array | None = None,
+        relu: bool = False,
+        threads: int = 1,
+        backend: str | None = None,
+        precision: str = "float32",
+    ) -> None: ...
+    def encode(self, images: _Array, out: _Array | None = None) -> Any: ...
+    @property
+    def features(self) -> int: ...
+    @property
+    def keypoints(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def _bytes(self) -> int: ...
 
 def resolve(
     sources: NDArray[np.uint8],

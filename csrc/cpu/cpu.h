@@ -11,6 +11,9 @@
 
 #include <float.h>
 #include <math.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 enum { TSAD_THIN = 4 }; /* a panel's columns would be mostly empty */
 /* weights of a matrix, from where on halving their bytes is worth what 8 bits lose */
@@ -78,8 +81,24 @@ typedef struct tsad_after {
     const float *scale, *move; /* after the activation; NULL: no such */
 } tsad_after;
 
+/* Pixels of an output grid by one panel of its channels, over n inputs that lie in one row, in each
+ * of `rows` rows of the window: weights in that order. */
+typedef struct tsad_tile {
+    int pixels;            /* at most the kernels' tile */
+    const float *const *x; /* (pixels) the first number of each one's window; */
+    size_t skip, ld;       /* floats from there to the first input, and from row to row */
+    float *const *y;       /* (pixels) */
+    size_t at;             /* floats from there to the panel */
+    int rows, n;
+    const float *w;      /* (rows, n, panel) */
+    const float *bias;   /* sums start from it; NULL: from what is in y */
+    bool residual, relu; /* start from both; the sums are whole after this */
+} tsad_tile;
+
+enum { TSAD_MAX_TILE = 12 };
+
 typedef struct tsad_kernels {
-    int panel;
+    int panel, tile; /* columns; pixels */
     /* y (rows, n_out) = activation(x (rows, n_in) W + bias) */
     void (*linear)(const tsad_packed *w, const float *x, int ldx, int rows, tsad_activation act,
                    float *y, int ldy);
@@ -100,6 +119,7 @@ typedef struct tsad_kernels {
     void (*cross)(const tsad_cross *c, const float *x, int ld, int rows, float *y);
     /* x += sum of n arrays, each times its weight, summed first, in order */
     void (*add)(float *x, const float *const *source, const float *weight, int n, size_t floats);
+    void (*conv)(const tsad_tile *t);
     /* s = ((g0 + g1) + (g2 + g3)) of the n given; x += s; slot = s where slot is not NULL */
     void (*finish)(float *x, float *slot, const float *const *group, int n, size_t floats);
 } tsad_kernels;
@@ -114,6 +134,32 @@ static inline const tsad_kernels *tsad_cpu_kernels(const tsad_model *m)
 {
     return ((const tsad_cpu_backend *)m->backend)->kernels;
 }
+
+/* How denormal numbers are treated, before; the caller's own treatment comes back. */
+#if defined(__SSE__)
+static inline unsigned tsad_flush_denormals(void)
+{
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040); /* flush to zero, denormals are zero */
+    return before;
+}
+static inline void tsad_restore_denormals(unsigned before) { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+static inline unsigned tsad_flush_denormals(void)
+{
+    uint64_t before;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" ::"r"(before | (1u << 24)));
+    return (unsigned)before;
+}
+static inline void tsad_restore_denormals(unsigned before)
+{
+    __asm__ volatile("msr fpcr, %0" ::"r"((uint64_t)before));
+}
+#else
+static inline unsigned tsad_flush_denormals(void) { return 0; }
+static inline void tsad_restore_denormals(unsigned before) { (void)before; }
+#endif
 
 /* Where the interpreter is. */
 typedef struct context {
@@ -224,6 +270,13 @@ bool tsad_cpu_stops(tsad_worker *w);
  * thread was released. */
 bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row_end);
 
+/* eye.c: image encoders */
+tsad_status tsad_cpu_open_vision(const tsad_vision *vision, int threads, tsad_eye **out);
+void tsad_cpu_close_vision(tsad_eye *eye);
+void tsad_cpu_size_vision(const tsad_eye *eye, size_t *weights, size_t *rest);
+tsad_status tsad_cpu_see(tsad_eye *eye, const tsad_images *images, float *features,
+                         const tsad_interrupt *interrupt);
+
 #define TSAD_CPU_BACKEND(symbol, label, usable_function, kernel_table)                             \
     const tsad_cpu_backend symbol = {.base = {.name = label,                                       \
                                               .usable = usable_function,                           \
@@ -238,7 +291,11 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
                                               .run = tsad_cpu_run,                                 \
                                               .put = tsad_cpu_put,                                 \
                                               .get = tsad_cpu_get,                                 \
-                                              .get_array = tsad_cpu_get_array},                    \
+                                              .get_array = tsad_cpu_get_array,                     \
+                                              .open_vision = tsad_cpu_open_vision,                 \
+                                              .close_vision = tsad_cpu_close_vision,               \
+                                              .size_vision = tsad_cpu_size_vision,                 \
+                                              .see = tsad_cpu_see},                                \
                                      .kernels = kernel_table}
 
 extern const tsad_kernels tsad_ref_kernels;

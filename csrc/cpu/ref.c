@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-enum { PANEL = 16 };
+enum { PANEL = 16, TILE = 4 };
 
 static void thin(const tsad_packed *w, const float *x, int ldx, int rows, tsad_activation act,
                  float *y, int ldy)
@@ -245,9 +245,34 @@ static void ref_finish(float *x, float *slot, const float *const *group, int n, 
     }
 }
 
+/* input by input, as the vectors do: the compiler sees a panel's sums beside each other */
+static void ref_conv(const tsad_tile *t)
+{
+    for (int p = 0; p < t->pixels; p++) {
+        float *y = t->y[p] + t->at, sum[PANEL];
+        for (int o = 0; o < PANEL; o++) {
+            sum[o] = t->bias ? t->bias[o] : y[o];
+            sum[o] += t->bias && t->residual ? y[o] : 0;
+        }
+        const float *w = t->w;
+        for (int r = 0; r < t->rows; r++) {
+            const float *x = t->x[p] + t->skip + (size_t)r * t->ld;
+            for (int i = 0; i < t->n; i++, w += PANEL) {
+                for (int o = 0; o < PANEL; o++) {
+                    sum[o] += x[i] * w[o];
+                }
+            }
+        }
+        for (int o = 0; o < PANEL; o++) {
+            y[o] = t->relu && sum[o] < 0 ? 0 : sum[o]; /* NaN stays */
+        }
+    }
+}
+
 static bool always(void) { return true; }
 
 const tsad_kernels tsad_ref_kernels = {.panel = PANEL,
+                                       .tile = TILE,
                                        .linear = ref_linear,
                                        .round = ref_round,
                                        .linear16 = ref_linear16,
@@ -256,6 +281,7 @@ const tsad_kernels tsad_ref_kernels = {.panel = PANEL,
                                        .attention = ref_attention,
                                        .cross = ref_cross,
                                        .add = ref_add,
-                                       .finish = ref_finish};
+                                       .finish = ref_finish,
+                                       .conv = ref_conv};
 
 TSAD_CPU_BACKEND(tsad_cpu_ref, "ref", always, &tsad_ref_kernels);

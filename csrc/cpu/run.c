@@ -8,32 +8,6 @@
 #include <limits.h>
 #include <string.h>
 
-#if defined(__SSE__)
-#include <xmmintrin.h>
-static unsigned flush_denormals(void)
-{
-    unsigned before = _mm_getcsr();
-    _mm_setcsr(before | 0x8040); /* flush to zero, denormals are zero */
-    return before;
-}
-static void restore_denormals(unsigned before) { _mm_setcsr(before); }
-#elif defined(__aarch64__)
-static unsigned flush_denormals(void)
-{
-    uint64_t before;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
-    __asm__ volatile("msr fpcr, %0" ::"r"(before | (1u << 24)));
-    return (unsigned)before;
-}
-static void restore_denormals(unsigned before)
-{
-    __asm__ volatile("msr fpcr, %0" ::"r"((uint64_t)before));
-}
-#else
-static unsigned flush_denormals(void) { return 0; }
-static void restore_denormals(unsigned before) { (void)before; }
-#endif
-
 /* ---- being told to stop --------------------------------------------------------------------- */
 
 enum { ASK_NS = 100000000 };
@@ -42,8 +16,8 @@ void tsad_cpu_listen(tsad_engine *e, const tsad_interrupt *interrupt)
 {
     e->interrupt = interrupt;
     e->asked_at = tsad_now();
-    e->float_mode = flush_denormals();
-    restore_denormals(e->float_mode);
+    e->float_mode = tsad_flush_denormals();
+    tsad_restore_denormals(e->float_mode);
     atomic_store(&e->stop, false);
 }
 
@@ -53,10 +27,10 @@ bool tsad_cpu_stops(tsad_worker *w)
     bool stop = atomic_load_explicit(&e->stop, memory_order_relaxed);
     bool asks = !stop && w == e->workers && e->interrupt; /* on the calling thread */
     if (asks && tsad_now() - e->asked_at > ASK_NS) {
-        unsigned mode = flush_denormals();
-        restore_denormals(e->float_mode);
+        unsigned mode = tsad_flush_denormals();
+        tsad_restore_denormals(e->float_mode);
         stop = e->interrupt->wanted(e->interrupt->context);
-        restore_denormals(mode);
+        tsad_restore_denormals(mode);
         e->asked_at = tsad_now();
         atomic_store(&e->stop, stop);
     }
@@ -244,7 +218,7 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
     for (int i = 0; i < n; i++) {
         members[i] = context_of(w, &runs[i], i);
     }
-    unsigned mode = flush_denormals();
+    unsigned mode = tsad_flush_denormals();
     if (row == TSAD_BEFORE_ROWS) {
         for (int i = 0; i < n; i++) {
             if (runs[i].sums == TSAD_MAKE_SUMS) {
@@ -278,7 +252,7 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
             run_op(members, &program->ops[i]);
         }
     }
-    restore_denormals(mode);
+    tsad_restore_denormals(mode);
     return stays;
 }
 

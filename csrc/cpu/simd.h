@@ -632,7 +632,10 @@ static void path(finish)(float *x, float *slot, const float *const *group, int n
     }
 }
 
+#include "conv.h"
+
 static const tsad_kernels path(kernels) = {.panel = PANEL,
+                                           .tile = MAX_ROWS,
                                            .linear = path(linear),
                                            .round = path(round),
                                            .linear16 = path(linear16),
@@ -641,4 +644,5 @@ static const tsad_kernels path(kernels) = {.panel = PANEL,
                                            .attention = path(attention),
                                            .cross = path(cross),
                                            .add = path(add),
-                                           .finish = path(finish)};
+                                           .finish = path(finish),
+                                           .conv = path(conv)};

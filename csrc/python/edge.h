@@ -15,7 +15,7 @@
 /* ---- module.c ---------------------------------------------------------------------------- */
 
 typedef struct edge_state {
-    PyTypeObject *model_type, *policy_type;
+    PyTypeObject *model_type, *policy_type, *vision_type;
     PyObject *pcg64, *seed_sequence; /* numpy.random.PCG64, numpy.random.SeedSequence */
     PyObject *max_version;           /* {"max_version": (1, 0)}, for __dlpack__ */
     PyObject *empty;                 /* () */
@@ -28,7 +28,7 @@ extern PyModuleDef edge_module;
 /* The one place where a status becomes an exception; always returns NULL. */
 PyObject *edge_raise(tsad_status status);
 
-extern PyType_Spec edge_model_spec, edge_policy_spec;
+extern PyType_Spec edge_model_spec, edge_policy_spec, edge_vision_spec;
 
 /* The name of an object's type, NULL with an exception; PyType_GetName is of Python 3.11. */
 static inline PyObject *edge_type_name(PyObject *object)
@@ -101,6 +101,29 @@ void edge_stream_close(edge_stream *stream);
 /* n normal numbers as numpy.random.Generator draws them; needs no GIL. */
 void edge_stream_normal(edge_stream *stream, size_t n, float *out);
 
+/* ---- keywords.c -------------------------------------------------------------------------- */
+
+int edge_check_keywords(PyObject *dict, const char *const *known, size_t n, const char *where);
+/* Borrowed; NULL without an exception where it is missing or None. */
+PyObject *edge_look_up(PyObject *dict, const char *name);
+/* TypeError: `who` needs this keyword; always returns -1 */
+int edge_missing(const char *who, const char *name);
+/* required if fallback < 0 */
+int edge_take_int(const char *who, PyObject *dict, const char *name, int fallback, int *out);
+/* The string lives as long as the dict's value does. */
+int edge_take_string(PyObject *dict, const char *name, const char *fallback, const char **out);
+
+/* Named tensors, borrowed until edge_return_tensors; zeroed it is empty and may be returned. */
+typedef struct edge_tensors {
+    PyObject *items; /* a list of (name, array), strong */
+    tsad_tensor *list;
+    edge_view *views;
+    Py_ssize_t n;
+} edge_tensors;
+
+int edge_borrow_tensors(edge_state *state, PyObject *dict, const char *dict_name, edge_tensors *t);
+void edge_return_tensors(edge_tensors *t);
+
 /* ---- model_type.c ------------------------------------------------------------------------ */
 
 typedef struct edge_model {
@@ -164,6 +187,31 @@ void edge_free_features(edge_policy *self);
 PyObject *edge_side_by_side(edge_policy *self, PyObject *obs, int n_rows, bool bare_fits,
                             PyObject **like);
 PyObject *edge_policy_side_by_side(PyObject *self, PyObject *args);
+
+/* A test counts allocations between these two, which tests/malloc_count.c defines; weak, so they
+ * are otherwise absent. The GIL is not held there. */
+#if defined(__ELF__)
+__attribute__((weak, visibility("default"))) extern void tsad_mark_chunk_begin(void);
+__attribute__((weak, visibility("default"))) extern void tsad_mark_chunk_end(void);
+#define EDGE_MARK(which)                                                                           \
+    do {                                                                                           \
+        if (tsad_mark_chunk_##which) {                                                             \
+            tsad_mark_chunk_##which();                                                             \
+        }                                                                                          \
+    } while (0)
+#else
+#define EDGE_MARK(which) ((void)0)
+#endif
+
+/* For a call that has left the GIL: whom it asks whether a signal's handler has raised. */
+typedef struct edge_listener {
+    PyThreadState *thread; /* of the caller */
+    bool deaf;             /* Python handles signals in its main thread alone */
+} edge_listener;
+
+int edge_hear(void *listener);
+/* -1 with an exception, unless all went well */
+int edge_raise_or_explain(tsad_status status);
 
 PyObject *edge_load_backend(PyObject *module, PyObject *path); /* plugin.c */
 

@@ -19,78 +19,6 @@ static const char *const keywords[] = {
 };
 static const char *const pruner_keywords[] = {"tensors", "hidden", "heads", "ff", "block_emb"};
 
-static int check_keywords(PyObject *dict, const char *const *known, size_t n, const char *where)
-{
-    PyObject *key, *value;
-    Py_ssize_t at = 0;
-    while (PyDict_Next(dict, &at, &key, &value)) {
-        bool found = false;
-        for (size_t i = 0; i < n; i++) {
-            found |= PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, known[i]) == 0;
-        }
-        if (!found) {
-            PyErr_Format(PyExc_TypeError, "%s: unknown key %R; remove it", where, key);
-            return -1;
-        }
-    }
-    return 0;
-}
-
-/* Borrowed; NULL without an exception where it is missing or None. */
-static PyObject *look_up(PyObject *dict, const char *name)
-{
-    PyObject *value = dict ? PyDict_GetItemString(dict, name) : NULL;
-    return value == Py_None ? NULL : value;
-}
-
-static int missing(const char *name)
-{
-    PyErr_Format(PyExc_TypeError, "Model: expected the keyword %s, got none; pass it", name);
-    return -1;
-}
-
-/* required if fallback < 0 */
-static int take_int(PyObject *dict, const char *name, int fallback, int *out)
-{
-    PyObject *value = look_up(dict, name);
-    if (!value) {
-        *out = fallback;
-        return fallback < 0 ? missing(name) : 0;
-    }
-    PyObject *index = PyNumber_Index(value);
-    int overflow = 0;
-    long long number = index ? PyLong_AsLongLongAndOverflow(index, &overflow) : -1;
-    Py_XDECREF(index);
-    if (!index) {
-        PyErr_Clear();
-        PyErr_Format(PyExc_TypeError, "%s: expected an integer, got %R; pass an int", name, value);
-        return -1;
-    }
-    if (overflow || number < 0 || number > INT32_MAX) {
-        PyErr_Format(PyExc_ValueError, "%s: expected 0 to %d, got %R; correct it", name, INT32_MAX,
-                     value);
-        return -1;
-    }
-    *out = (int)number;
-    return 0;
-}
-
-/* The string lives as long as the dict's value does. */
-static int take_string(PyObject *dict, const char *name, const char *fallback, const char **out)
-{
-    PyObject *value = look_up(dict, name);
-    *out = fallback;
-    if (!value) {
-        return 0;
-    }
-    if (!PyUnicode_Check(value)) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a string, got %R; pass a str", name, value);
-        return -1;
-    }
-    *out = PyUnicode_AsUTF8AndSize(value, NULL);
-    return *out ? 0 : -1;
-}
-
 /* ---- arrays ------------------------------------------------------------------------------ */
 
 /* What a specification borrows while the model is built. */
@@ -98,10 +26,7 @@ typedef struct source {
     edge_state *state;
     edge_view view[14];
     int n_views;
-    PyObject *items[2]; /* lists of (name, array): network, pruner */
-    tsad_tensor *tensors[2];
-    edge_view *tensor_views[2];
-    Py_ssize_t n_tensors[2];
+    edge_tensors network, pruner;
 } source;
 
 static void source_close(source *s)
@@ -109,24 +34,18 @@ static void source_close(source *s)
     for (int i = 0; i < s->n_views; i++) {
         edge_return(&s->view[i]);
     }
-    for (int i = 0; i < 2; i++) {
-        for (Py_ssize_t t = 0; t < s->n_tensors[i]; t++) {
-            edge_return(&s->tensor_views[i][t]);
-        }
-        PyMem_Free(s->tensors[i]);
-        PyMem_Free(s->tensor_views[i]);
-        Py_XDECREF(s->items[i]);
-    }
+    edge_return_tensors(&s->network);
+    edge_return_tensors(&s->pruner);
 }
 
 /* An array of a fixed shape; -1 accepts any size. NULL where an optional one is missing. */
 static edge_view *take_array(source *s, PyObject *dict, const char *name, edge_dtype dtype,
                              int n_dims, const int64_t *shape, bool required)
 {
-    PyObject *value = look_up(dict, name);
+    PyObject *value = edge_look_up(dict, name);
     if (!value) {
         if (required) {
-            missing(name);
+            edge_missing("Model", name);
         }
         return NULL;
     }
@@ -138,75 +57,16 @@ static edge_view *take_array(source *s, PyObject *dict, const char *name, edge_d
     return edge_expect_shape(name, view, n_dims, shape) < 0 ? NULL : view;
 }
 
-static int take_tensor(source *s, int which, Py_ssize_t i, const char *dict_name)
-{
-    PyObject *item = PyList_GetItem(s->items[which], i);
-    PyObject *key = PyTuple_GetItem(item, 0), *value = PyTuple_GetItem(item, 1);
-    if (!PyUnicode_Check(key)) {
-        PyErr_Format(PyExc_TypeError, "%s: expected names as keys, got %R; pass str", dict_name,
-                     key);
-        return -1;
-    }
-    const char *name = PyUnicode_AsUTF8AndSize(key, NULL);
-    if (!name) {
-        return -1;
-    }
-    char shown[256];
-    PyOS_snprintf(shown, sizeof shown, "%s['%.200s']", dict_name, name);
-    edge_view *view = &s->tensor_views[which][i];
-    if (edge_borrow(s->state, value, shown, EDGE_FLOAT32, false, view) < 0) {
-        return -1;
-    }
-    tsad_tensor *tensor = &s->tensors[which][i];
-    if (view->n_dims > 4) {
-        PyErr_Format(PyExc_ValueError, "%s: expected at most 4 dimensions, got %d; reshape it",
-                     shown, view->n_dims);
-        return -1;
-    }
-    tensor->name = name;
-    tensor->data = view->data;
-    tensor->n_dims = view->n_dims;
-    memcpy(tensor->shape, view->shape, sizeof(int64_t) * (size_t)view->n_dims);
-    return 0;
-}
-
-static int take_tensors(source *s, int which, PyObject *dict, const char *dict_name)
-{
-    /* a list of its own keeps names and arrays alive, whatever happens to the dict */
-    s->items[which] = dict ? PyMapping_Items(dict) : NULL;
-    if (!s->items[which]) {
-        PyErr_Clear();
-        PyErr_Format(PyExc_TypeError,
-                     "%s: expected a dict of name: float32 array, got %R; pass one", dict_name,
-                     dict ? dict : Py_None);
-        return -1;
-    }
-    Py_ssize_t n = PyList_Size(s->items[which]);
-    s->tensors[which] = PyMem_Calloc((size_t)n + 1, sizeof(tsad_tensor));
-    s->tensor_views[which] = PyMem_Calloc((size_t)n + 1, sizeof(edge_view));
-    if (!s->tensors[which] || !s->tensor_views[which]) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    s->n_tensors[which] = n;
-    for (Py_ssize_t i = 0; i < n; i++) {
-        if (take_tensor(s, which, i, dict_name) < 0) {
-            return -1;
-        }
-    }
-    return 0;
-}
-
 /* ---- specification ----------------------------------------------------------------------- */
 
 static int read_sizes(PyObject *kw, tsad_model_spec *spec)
 {
-    if (take_string(kw, "family", "diffusion_policy_transformer", &spec->family) < 0 ||
-        take_string(kw, "backend", NULL, &spec->backend) < 0) {
+    if (edge_take_string(kw, "family", "diffusion_policy_transformer", &spec->family) < 0 ||
+        edge_take_string(kw, "backend", NULL, &spec->backend) < 0) {
         return -1;
     }
     const char *precision;
-    if (take_string(kw, "precision", "float32", &precision) < 0) {
+    if (edge_take_string(kw, "precision", "float32", &precision) < 0) {
         return -1;
     }
     static const char *const precisions[] = {"float32", "int16", "int8"}; /* tsad_precision */
@@ -222,21 +82,21 @@ static int read_sizes(PyObject *kw, tsad_model_spec *spec)
     spec->precision = (tsad_precision)which;
     bool transformer = strcmp(spec->family, "diffusion_policy_transformer") == 0;
     int layered = transformer ? -1 : 0; /* others have no layers */
-    return take_int(kw, "horizon", -1, &spec->horizon) < 0 ||
-                   take_int(kw, "n_obs_steps", -1, &spec->n_obs_steps) < 0 ||
-                   take_int(kw, "n_action_steps", -1, &spec->n_action_steps) < 0 ||
-                   take_int(kw, "obs_dim", -1, &spec->obs_dim) < 0 ||
-                   take_int(kw, "action_dim", -1, &spec->action_dim) < 0 ||
-                   take_int(kw, "n_layers", layered, &spec->n_layers) < 0 ||
-                   take_int(kw, "n_heads", layered, &spec->n_heads) < 0 ||
-                   take_int(kw, "n_emb", layered, &spec->n_emb) < 0 ||
-                   take_int(kw, "kernel_size", 0, &spec->kernel_size) < 0 ||
-                   take_int(kw, "n_groups", 0, &spec->n_groups) < 0 ||
-                   take_int(kw, "hidden_dim", 0, &spec->hidden_dim) < 0 ||
-                   take_int(kw, "use_film_scale_modulation", 0, &spec->use_film_scale_modulation) <
-                       0 ||
-                   take_int(kw, "n_cond_layers", 0, &spec->n_cond_layers) < 0 ||
-                   take_int(kw, "causal", 1, &spec->causal) < 0
+    return edge_take_int("Model", kw, "horizon", -1, &spec->horizon) < 0 ||
+                   edge_take_int("Model", kw, "n_obs_steps", -1, &spec->n_obs_steps) < 0 ||
+                   edge_take_int("Model", kw, "n_action_steps", -1, &spec->n_action_steps) < 0 ||
+                   edge_take_int("Model", kw, "obs_dim", -1, &spec->obs_dim) < 0 ||
+                   edge_take_int("Model", kw, "action_dim", -1, &spec->action_dim) < 0 ||
+                   edge_take_int("Model", kw, "n_layers", layered, &spec->n_layers) < 0 ||
+                   edge_take_int("Model", kw, "n_heads", layered, &spec->n_heads) < 0 ||
+                   edge_take_int("Model", kw, "n_emb", layered, &spec->n_emb) < 0 ||
+                   edge_take_int("Model", kw, "kernel_size", 0, &spec->kernel_size) < 0 ||
+                   edge_take_int("Model", kw, "n_groups", 0, &spec->n_groups) < 0 ||
+                   edge_take_int("Model", kw, "hidden_dim", 0, &spec->hidden_dim) < 0 ||
+                   edge_take_int("Model", kw, "use_film_scale_modulation", 0,
+                                 &spec->use_film_scale_modulation) < 0 ||
+                   edge_take_int("Model", kw, "n_cond_layers", 0, &spec->n_cond_layers) < 0 ||
+                   edge_take_int("Model", kw, "causal", 1, &spec->causal) < 0
                ? -1
                : 0;
 }
@@ -288,7 +148,7 @@ static int read_tables(source *s, PyObject *kw, tsad_model_spec *spec)
 
 static int read_pruner(source *s, PyObject *kw, tsad_model_spec *spec)
 {
-    PyObject *pruner = look_up(kw, "pruner");
+    PyObject *pruner = edge_look_up(kw, "pruner");
     if (!pruner) {
         return 0;
     }
@@ -296,22 +156,22 @@ static int read_pruner(source *s, PyObject *kw, tsad_model_spec *spec)
         PyErr_Format(PyExc_TypeError, "pruner: expected a dict or None, got %R; pass one", pruner);
         return -1;
     }
-    if (check_keywords(pruner, pruner_keywords, 5, "pruner") < 0 ||
-        take_int(pruner, "hidden", -1, &spec->pruner_hidden) < 0 ||
-        take_int(pruner, "heads", 0, &spec->pruner_heads) < 0 ||
-        take_int(pruner, "ff", 0, &spec->pruner_ff) < 0) {
+    if (edge_check_keywords(pruner, pruner_keywords, 5, "pruner") < 0 ||
+        edge_take_int("Model", pruner, "hidden", -1, &spec->pruner_hidden) < 0 ||
+        edge_take_int("Model", pruner, "heads", 0, &spec->pruner_heads) < 0 ||
+        edge_take_int("Model", pruner, "ff", 0, &spec->pruner_ff) < 0) {
         return -1;
     }
     int64_t shape[2] = {spec->n_blocks, spec->pruner_hidden};
     bool transformer = spec->pruner_heads != 0;
     edge_view *view = take_array(s, pruner, "block_emb", EDGE_FLOAT32, 2, shape, transformer);
-    if (PyErr_Occurred() ||
-        take_tensors(s, 1, look_up(pruner, "tensors"), "pruner['tensors']") < 0) {
+    if (PyErr_Occurred() || edge_borrow_tensors(s->state, edge_look_up(pruner, "tensors"),
+                                                "pruner['tensors']", &s->pruner) < 0) {
         return -1;
     }
     spec->block_emb = view ? view->data : NULL;
-    spec->pruner_tensors = s->tensors[1];
-    spec->n_pruner_tensors = (int)s->n_tensors[1];
+    spec->pruner_tensors = s->pruner.list;
+    spec->n_pruner_tensors = (int)s->pruner.n;
     return 0;
 }
 
@@ -345,13 +205,14 @@ static int read_nodes(source *s, PyObject *kw, tsad_model_spec *spec)
 static int read_spec(source *s, PyObject *kw, tsad_model_spec *spec)
 {
     size_t n = sizeof keywords / sizeof keywords[0];
-    if (check_keywords(kw, keywords, n, "Model") < 0 || read_sizes(kw, spec) < 0 ||
+    if (edge_check_keywords(kw, keywords, n, "Model") < 0 || read_sizes(kw, spec) < 0 ||
         read_tables(s, kw, spec) < 0 || read_pruner(s, kw, spec) < 0 ||
-        read_nodes(s, kw, spec) < 0 || take_tensors(s, 0, look_up(kw, "tensors"), "tensors") < 0) {
+        read_nodes(s, kw, spec) < 0 ||
+        edge_borrow_tensors(s->state, edge_look_up(kw, "tensors"), "tensors", &s->network) < 0) {
         return -1;
     }
-    spec->tensors = s->tensors[0];
-    spec->n_tensors = (int)s->n_tensors[0];
+    spec->tensors = s->network.list;
+    spec->n_tensors = (int)s->network.n;
     return 0;
 }
 

@@ -262,7 +262,11 @@ static int add_types(PyObject *module, edge_state *state)
         return -1;
     }
     state->policy_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &edge_policy_spec, NULL);
-    return state->policy_type ? PyModule_AddType(module, state->policy_type) : -1;
+    if (!state->policy_type || PyModule_AddType(module, state->policy_type) < 0) {
+        return -1;
+    }
+    state->vision_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &edge_vision_spec, NULL);
+    return state->vision_type ? PyModule_AddType(module, state->vision_type) : -1;
 }
 
 static int exec(PyObject *module)
@@ -291,6 +295,7 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
     edge_state *state = state_of(module);
     Py_VISIT(state->model_type);
     Py_VISIT(state->policy_type);
+    Py_VISIT(state->vision_type);
     Py_VISIT(state->pcg64);
     Py_VISIT(state->seed_sequence);
     Py_VISIT(state->max_version);
@@ -303,6 +308,7 @@ static int clear(PyObject *module)
     edge_state *state = state_of(module);
     Py_CLEAR(state->model_type);
     Py_CLEAR(state->policy_type);
+    Py_CLEAR(state->vision_type);
     Py_CLEAR(state->pcg64);
     Py_CLEAR(state->seed_sequence);
     Py_CLEAR(state->max_version);
@@ -318,7 +324,7 @@ static PyModuleDef_Slot slots[] = {
 PyModuleDef edge_module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "tsad._core",
-    .m_doc = "The C core of tsad: models, policies, the resolver of plans.",
+    .m_doc = "The C core of tsad: models, policies, image encoders, the resolver of plans.",
     .m_size = sizeof(edge_state),
     .m_methods = methods,
     .m_slots = slots,

@@ -7,21 +7,6 @@
  */
 #include "edge.h"
 
-/* A test counts allocations between these two, which tests/malloc_count.c defines; weak, so they
- * are otherwise absent. The GIL is not held there. */
-#if defined(__ELF__)
-__attribute__((weak, visibility("default"))) extern void tsad_mark_chunk_begin(void);
-__attribute__((weak, visibility("default"))) extern void tsad_mark_chunk_end(void);
-#define MARK(which)                                                                                \
-    do {                                                                                           \
-        if (tsad_mark_chunk_##which) {                                                             \
-            tsad_mark_chunk_##which();                                                             \
-        }                                                                                          \
-    } while (0)
-#else
-#define MARK(which) ((void)0)
-#endif
-
 typedef struct chunk {
     edge_view obs, out, noise;
     PyObject *like; /* the array whose library the result is of; new reference */
@@ -210,11 +195,6 @@ static void draw(edge_policy *self, tsad_call *call)
 
 /* ---- signals ------------------------------------------------------------------------------- */
 
-typedef struct listener {
-    PyThreadState *thread; /* of the caller, who has left the GIL */
-    bool deaf;             /* Python handles signals in its main thread alone */
-} listener;
-
 /* -1 with an exception: this runs Python, too */
 static int is_main_thread(void)
 {
@@ -229,9 +209,9 @@ static int is_main_thread(void)
 }
 
 /* Runs the handlers of signals that came; 1 if one raised, and its exception stays set. */
-static int hear(void *context)
+int edge_hear(void *context)
 {
-    listener *l = context;
+    edge_listener *l = context;
     if (l->deaf) {
         return 0;
     }
@@ -261,7 +241,7 @@ static void explain_interrupt(void)
     PyErr_Restore(type, value, trace);
 }
 
-static int raise_status(tsad_status status)
+int edge_raise_or_explain(tsad_status status)
 {
     if (status == TSAD_INTERRUPTED) {
         explain_interrupt();
@@ -279,8 +259,8 @@ static int run(edge_policy *self, const chunk *c)
         return 0;
     }
     size_t row = (size_t)self->info.horizon * (size_t)self->info.action_dim;
-    listener l = {0};
-    tsad_interrupt interrupt = {hear, &l};
+    edge_listener l = {0};
+    tsad_interrupt interrupt = {edge_hear, &l};
     tsad_call call = {
         .lanes = self->lanes,
         .n_lanes = c->n_lanes,
@@ -295,15 +275,15 @@ static int run(edge_policy *self, const chunk *c)
         .interrupt = &interrupt,
     };
     l.thread = PyEval_SaveThread(); /* leaves the GIL */
-    MARK(begin);
+    EDGE_MARK(begin);
     tsad_status status = tsad_policy_check(self->policy, &call);
     if (status == TSAD_OK) {
         draw(self, &call);
         status = tsad_policy_step(self->policy, &call);
     }
-    MARK(end);
+    EDGE_MARK(end);
     PyEval_RestoreThread(l.thread);
-    return raise_status(status);
+    return edge_raise_or_explain(status);
 }
 
 PyObject *edge_policy_call(PyObject *object, PyObject *args, PyObject *kwargs)
@@ -369,13 +349,13 @@ PyObject *edge_policy_predict_noise(PyObject *object, PyObject *args, PyObject *
     if (borrow_samples(self, sample, obs, &c) < 0) {
         Py_CLEAR(c.actions);
     } else {
-        listener l = {0};
-        tsad_interrupt interrupt = {hear, &l};
+        edge_listener l = {0};
+        tsad_interrupt interrupt = {edge_hear, &l};
         l.thread = PyEval_SaveThread();
         tsad_status status = tsad_policy_predict_noise(self->policy, c.n_lanes, c.noise.data, step,
                                                        c.obs.data, c.data, &interrupt);
         PyEval_RestoreThread(l.thread);
-        if (raise_status(status) < 0) {
+        if (edge_raise_or_explain(status) < 0) {
             Py_CLEAR(c.actions);
         }
     }

@@ -1,0 +1,295 @@
+/* grid.c: the nodes of an image encoder, each as tasks that threads take in any order: the order of
+ * every sum is that of a window's rows, columns and channels, whoever computes it.
+ */
+#include "eye.h"
+
+#include <string.h>
+
+enum { STRIP = 96 };  /* pixels of a convolution's task: their windows stay in the L2 cache */
+enum { BLOCK = 576 }; /* inputs that go through all of them before the next, with their weights */
+enum { BAND = 16 };   /* rows of an image that a task puts */
+
+static int over(int n, int by) { return (n + by - 1) / by; }
+
+/* pixel (0, 0) of an image in a grid */
+static float *image_of(const tsad_eye *e, int grid, int image)
+{
+    return e->grids[grid] + (size_t)image * tsad_grid_floats(&e->vision->grids[grid]);
+}
+
+/* ---- image --------------------------------------------------------------------------------- */
+
+static void put_bytes(const tsad_eye *e, int image, int row, const uint8_t *from)
+{
+    const tsad_grid *g = &e->vision->grids[0];
+    float *to = image_of(e, 0, image) + (size_t)row * tsad_grid_row(g);
+    for (int x = 0; x < g->width; x++) {
+        for (int c = 0; c < g->channels; c++) {
+            *to++ = e->bytes[c * 256 + *from++];
+        }
+    }
+}
+
+/* planes: this row of the first channel */
+static void put_floats(const tsad_eye *e, int image, int row, const float *planes)
+{
+    const tsad_grid *g = &e->vision->grids[0];
+    size_t plane = (size_t)g->height * (size_t)g->width;
+    for (int c = 0; c < g->channels; c++, planes += plane) {
+        float *to = image_of(e, 0, image) + (size_t)row * tsad_grid_row(g) + c;
+        for (int x = 0; x < g->width; x++, to += g->channels) {
+            *to = planes[x] * e->vision->scale[c] + e->vision->offset[c];
+        }
+    }
+}
+
+static void put_task(const tsad_eye *e, int task, const tsad_images *from)
+{
+    const tsad_grid *g = &e->vision->grids[0];
+    int bands = over(g->height, BAND), image = task / bands, row = task % bands * BAND;
+    size_t channels = (size_t)g->channels, width = (size_t)g->width, height = (size_t)g->height;
+    size_t at = (size_t)image * channels * height * width;
+    for (int end = row + BAND; row < g->height && row < end; row++) {
+        if (from->bytes) {
+            put_bytes(e, image, row, from->bytes + at + (size_t)row * width * channels);
+        } else {
+            put_floats(e, image, row, from->planes + at + (size_t)row * width);
+        }
+    }
+}
+
+/* ---- convolution --------------------------------------------------------------------------- */
+
+static int strips_of(const tsad_kernels *k, const tsad_grid *out, int images)
+{
+    return over(over(images * out->height * out->width, k->tile), STRIP / k->tile);
+}
+
+/* Pixels [begin, end) of all images in a row: where their windows and their outputs begin. */
+static void place_pixels(const tsad_eye *e, const tsad_grid_node *node, int begin, int end,
+                         const float **x, float **y)
+{
+    const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
+    int area = out->height * out->width, image = begin / area;
+    int row = begin % area / out->width, column = begin % out->width;
+    for (int p = begin; p < end; p++) {
+        ptrdiff_t top = (ptrdiff_t)row * node->stride - node->pad;
+        ptrdiff_t left = (ptrdiff_t)column * node->stride - node->pad;
+        *x++ = image_of(e, node->in, image) + top * (ptrdiff_t)tsad_grid_row(in) + left * in->ld;
+        *y++ = image_of(e, node->out, image) + (size_t)row * tsad_grid_row(out) +
+               (size_t)column * (size_t)out->ld;
+        if (++column == out->width) {
+            column = 0;
+            row++;
+        }
+        if (row == out->height) {
+            row = 0;
+            image++;
+        }
+    }
+}
+
+/* n pixels in tiles as equal as can be */
+static void run_tiles(const tsad_kernels *k, tsad_tile t, int n)
+{
+    int tiles = over(n, k->tile);
+    for (int i = 0; i < tiles; i++) {
+        t.pixels = n / tiles + (i < n % tiles);
+        k->conv(&t);
+        t.x += t.pixels;
+        t.y += t.pixels;
+    }
+}
+
+static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task)
+{
+    const tsad_kernels *k = e->kernels;
+    const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
+    const tsad_conv *c = &e->convs[node - e->vision->nodes];
+    int pixels = images * out->height * out->width, strips = strips_of(k, out, images);
+    size_t window = (size_t)node->kernel * (size_t)c->run, columns = (size_t)k->panel;
+    /* which to stay with from task to task: what is read again, weights or pixels, is the less */
+    bool stay = window * columns * (size_t)strips > tsad_grid_floats(in) * (size_t)images;
+    int strip = stay ? task % strips : task / c->panels;
+    int panel = stay ? task / strips : task % c->panels;
+    int tiles = over(pixels, k->tile);
+    int begin = (int)((int64_t)strip * tiles / strips) * k->tile;
+    int end = (int)((int64_t)(strip + 1) * tiles / strips) * k->tile;
+    end = end < pixels ? end : pixels;
+    const float *x[STRIP + TSAD_MAX_TILE];
+    float *y[STRIP + TSAD_MAX_TILE];
+    place_pixels(e, node, begin, end, x, y);
+
+    int parts = over(c->run, BLOCK), rows = parts > 1 ? 1 : BLOCK / c->run;
+    tsad_tile t = {.x = x, .y = y, .ld = tsad_grid_row(in), .at = (size_t)panel * columns};
+    t.bias = c->bias + t.at;
+    t.residual = node->residual >= 0;
+    t.w = c->w + (size_t)panel * window * columns;
+    for (int row = 0; row < node->kernel; row += rows) {
+        t.rows = row + rows < node->kernel ? rows : node->kernel - row;
+        for (int part = 0; part < parts; part++) {
+            int first = part * c->run / parts;
+            t.n = (part + 1) * c->run / parts - first;
+            t.skip = (size_t)row * t.ld + (size_t)first;
+            t.relu = node->relu && row + rows >= node->kernel && part == parts - 1;
+            run_tiles(k, t, end - begin);
+            t.bias = NULL;
+            t.w += (size_t)t.rows * (size_t)t.n * columns;
+        }
+    }
+}
+
+/* ---- the others ---------------------------------------------------------------------------- */
+
+/* A row of an image; the border counts for nothing. */
+static void pool_task(const tsad_eye *e, const tsad_grid_node *node, int task)
+{
+    const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
+    int image = task / out->height, row = task % out->height, ld = in->ld;
+    const float *x = image_of(e, node->in, image);
+    float *y = image_of(e, node->out, image) + (size_t)row * tsad_grid_row(out);
+    int top = row * node->stride - node->pad, bottom = top + node->kernel;
+    top = top < 0 ? 0 : top;
+    bottom = bottom > in->height ? in->height : bottom;
+    for (int column = 0; column < out->width; column++, y += out->ld) {
+        int left = column * node->stride - node->pad, right = left + node->kernel;
+        left = left < 0 ? 0 : left;
+        right = right > in->width ? in->width : right;
+        for (int i = top; i < bottom; i++) {
+            for (int j = left; j < right; j++) {
+                const float *from = x + (size_t)i * tsad_grid_row(in) + (size_t)j * (size_t)ld;
+                if (i == top && j == left) {
+                    memcpy(y, from, sizeof(float) * (size_t)ld);
+                }
+                for (int c = 0; c < ld; c++) { /* NaN stays */
+                    y[c] = from[c] > y[c] || from[c] != from[c] ? from[c] : y[c];
+                }
+            }
+        }
+    }
+}
+
+/* what a group of channels does in a row of pixels */
+static void sum_row(const float *x, int width, int ld, float mean, bool squares, double *total)
+{
+    float sum[TSAD_NORM_GROUP] = {0};
+    for (int i = 0; i < width; i++, x += ld) {
+        for (int c = 0; c < TSAD_NORM_GROUP; c++) {
+            float v = x[c] - mean;
+            sum[c] += squares ? v * v : v;
+        }
+    }
+    for (int c = 0; c < TSAD_NORM_GROUP; c++) {
+        *total += sum[c];
+    }
+}
+
+/* A group of an image's channels. */
+static void norm_task(const tsad_eye *e, const tsad_grid_node *node, int task)
+{
+    const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
+    int groups = in->channels / TSAD_NORM_GROUP, image = task / groups;
+    size_t first = (size_t)(task % groups) * TSAD_NORM_GROUP;
+    const float *x = image_of(e, node->in, image) + first;
+    double total = 0, count = (double)in->height * in->width * TSAD_NORM_GROUP;
+    for (int i = 0; i < in->height; i++) {
+        sum_row(x + (size_t)i * tsad_grid_row(in), in->width, in->ld, 0, false, &total);
+    }
+    float mean = (float)(total / count);
+    total = 0;
+    for (int i = 0; i < in->height; i++) {
+        sum_row(x + (size_t)i * tsad_grid_row(in), in->width, in->ld, mean, true, &total);
+    }
+    float scale = tsad_norm_scale((float)(total / count), 1e-5f), gain[TSAD_NORM_GROUP];
+    const float *shift = e->convs[node - e->vision->nodes].bias + first;
+    for (int c = 0; c < TSAD_NORM_GROUP; c++) {
+        gain[c] = e->convs[node - e->vision->nodes].w[first + (size_t)c] * scale;
+    }
+    bool residual = node->residual >= 0;
+    for (int i = 0; i < in->height; i++) {
+        const float *from = x + (size_t)i * tsad_grid_row(in);
+        float *to = image_of(e, node->out, image) + (size_t)i * tsad_grid_row(out) + first;
+        for (int j = 0; j < in->width; j++, from += in->ld, to += out->ld) {
+            for (int c = 0; c < TSAD_NORM_GROUP; c++) {
+                float v = (from[c] - mean) * gain[c] + shift[c];
+                v += residual ? to[c] : 0;
+                to[c] = node->relu && v < 0 ? 0 : v; /* NaN stays */
+            }
+        }
+    }
+}
+
+/* position i of n between -1 and 1 */
+static double place_between(int i, int n) { return n > 1 ? 2.0 * i / (n - 1) - 1 : -1; }
+
+/* A channel of an image: where its softmax expects the keypoint. */
+static void keypoint_task(const tsad_eye *e, const tsad_grid_node *node, int task)
+{
+    const tsad_grid *in = &e->vision->grids[node->in];
+    int image = task / in->channels, channel = task % in->channels;
+    const float *x = image_of(e, node->in, image) + channel;
+    float *point = image_of(e, node->out, image) + 2 * channel, most = *x;
+    double sum = 0, sum_x = 0, sum_y = 0;
+    for (int i = 0; i < in->height; i++) {
+        for (int j = 0; j < in->width; j++) {
+            float v = x[(size_t)i * tsad_grid_row(in) + (size_t)j * (size_t)in->ld];
+            most = v > most ? v : most;
+        }
+    }
+    for (int i = 0; i < in->height; i++) {
+        double row = 0;
+        for (int j = 0; j < in->width; j++) {
+            float v = x[(size_t)i * tsad_grid_row(in) + (size_t)j * (size_t)in->ld];
+            double weight = expf((v - most) / node->temperature);
+            row += weight;
+            sum_x += weight * place_between(j, in->width);
+        }
+        sum += row;
+        sum_y += row * place_between(i, in->height);
+    }
+    point[0] = (float)(sum_x / sum);
+    point[1] = (float)(sum_y / sum);
+}
+
+int tsad_eye_tasks(const tsad_eye *e, int index, int images)
+{
+    if (index < 0) {
+        return images * over(e->vision->grids[0].height, BAND);
+    }
+    const tsad_grid_node *node = &e->vision->nodes[index];
+    const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
+    switch (node->kind) {
+    case TSAD_GRID_CONV:
+        return strips_of(e->kernels, out, images) * e->convs[index].panels;
+    case TSAD_GRID_NORM:
+        return images * (in->channels / TSAD_NORM_GROUP);
+    case TSAD_GRID_MAXPOOL:
+        return images * out->height;
+    case TSAD_GRID_KEYPOINTS:
+        return images * in->channels;
+    }
+    return 0;
+}
+
+void tsad_eye_task(const tsad_eye *e, int index, int images, int task, const tsad_images *from)
+{
+    if (index < 0) {
+        put_task(e, task, from);
+        return;
+    }
+    const tsad_grid_node *node = &e->vision->nodes[index];
+    switch (node->kind) {
+    case TSAD_GRID_CONV:
+        conv_task(e, node, images, task);
+        break;
+    case TSAD_GRID_NORM:
+        norm_task(e, node, task);
+        break;
+    case TSAD_GRID_MAXPOOL:
+        pool_task(e, node, task);
+        break;
+    case TSAD_GRID_KEYPOINTS:
+        keypoint_task(e, node, task);
+        break;
+    }
+}
