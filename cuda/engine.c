@@ -190,8 +190,6 @@ static tsad_status open_staging(tsad_engine *e)
     e->staged_sources = sources;
     TSAD_TRY(tsad_pinned_allocate(most(most(input, output), scores), &out));
     e->staged_out = out;
-    /* as the device's, between arrays too: there lies what nobody may write */
-    memset(e->staged_in, 0xff, e->in_bytes);
     return TSAD_OK;
 }
 

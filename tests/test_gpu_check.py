@@ -143,3 +143,30 @@ def test_peers_run_the_same_policy() -> None:
     np.testing.assert_allclose(loop(obs, noise), expected, atol=1e-3)
     said = run("ONNX Runtime", "cuda", seconds=0.01)
     assert "skipped" in said and len(PEERS) == 3
+
+
+def test_the_model_counts_the_weights_once_per_computed_cell() -> None:
+    import tsad
+    from tsad.device import Counts
+    from tsad.gpu_check.model import find_gpu, floor_ms, work_of
+    from tsad.load import read_policy
+
+    policy = tsad.load("pusht")
+    dense = work_of(policy, policy.plan)  # type: ignore[arg-type]
+    _, tensors, _ = read_policy("pusht")
+    parts = ("self_attn", "linear")
+    own = sum(
+        w.nbytes
+        for name, w in tensors.items()
+        if "decoder.layers" in name and any(p in name for p in parts)
+    )
+    assert own < dense.weights < 1.05 * own and dense.bytes == pytest.approx(100 * dense.weights)
+    policy.sparsity = 0.95
+    sparse = work_of(policy, policy.plan)  # type: ignore[arg-type]
+    slots = 4 * 10 * 256 * int((policy.plan.sources != tsad.COMPUTE).sum())  # type: ignore[union-attr]
+    assert sparse.bytes == pytest.approx(0.05 * dense.bytes + slots, rel=0.02)
+    gpu = find_gpu("NVIDIA H200 NVL")
+    assert gpu is not None and find_gpu("no GPU: emulated on the CPU, for tests") is None
+    launched, captured = Counts(10, 0, 10, *[0] * 6), Counts(0, 1, 10, *[0] * 6)
+    assert floor_ms(dense, launched, gpu) == pytest.approx(10 * 2.5e-3 + dense.bytes / 10e9)
+    assert floor_ms(dense, captured, gpu) == pytest.approx(10 * 1.36e-3 + dense.bytes / 10e9)

@@ -7,7 +7,7 @@
  * Memory that nobody wrote is full of NaN, so is a block's shared memory, and the bytes after an
  * array are looked at after every launch. A graph is the list of what was asked for while it was
  * captured; memory of the host is full of NaN at first, too. TSAD_EMULATE_SEED (0) chooses the
- * order.
+ * order; with TSAD_EMULATE_COUNT launches are counted alone, and all results are 0.
  *
  * Not shown: the hardware's memory model, bank conflicts, alignment, speed.
  */

@@ -50,7 +50,7 @@ def run(case: Case, *, gpu: str, emulated: bool) -> dict[str, Any]:
     policy = case.make()
     policy.reset(seed=0)
     given = observations(policy, 64)
-    for obs in given[: 2 if emulated else WARM_UP]:
+    for obs in given[: 3 if emulated else WARM_UP]:
         policy(obs)
     before = device.counts()
     policy(given[0])
