@@ -27,7 +27,7 @@ import tsad  # noqa: E402
 from tsad import Plan  # noqa: E402
 from tsad.commands.common import table  # noqa: E402
 from tsad.files import write_json  # noqa: E402
-from tsad.planners.base import own_values  # noqa: E402
+from tsad.planners.base import make_plan  # noqa: E402
 from tsad.sim.observations import read_observations  # noqa: E402
 from tsad.sim.recording import pick  # noqa: E402
 from tsad.training.true_errors import TrueErrors  # noqa: E402
@@ -35,12 +35,17 @@ from tsad.training.true_errors import TrueErrors  # noqa: E402
 LEVELS = 2.0 ** np.arange(-1.5, 2.25, 0.25)  # of hindsight, in units of the average cost
 
 
-def keys_of(policy: Any, obs: Any) -> Any:
-    """(K, B): what a cell's first class leads the best other one by; step 0 is always computed."""
-    scores = policy._pruner_scores(np.ascontiguousarray(obs, np.float32))
+def keys_of(scores: Any) -> Any:
+    """(..., K, B): by what a cell's first class leads the best other one; step 0 is computed."""
     keys = (scores[..., 0] - scores[..., 1:].max(-1)).astype(np.float64)
-    keys[0] = np.inf
+    keys[..., 0, :] = np.inf
     return keys
+
+
+def planned(policy: Any, scores: Any, mask: Any) -> Plan:
+    """The plan that computes a mask (K, B); the rest reuses what scores (K, B, 4) like best."""
+    sources = np.where(mask, 0, 1 + scores[..., 1:].argmax(-1)).astype(np.uint8)
+    return make_plan(policy, sources, sources)
 
 
 def cut(keys: Any, costs: Any, budget: float) -> Any:
@@ -52,21 +57,27 @@ def cut(keys: Any, costs: Any, budget: float) -> Any:
     return mask.reshape(keys.shape)
 
 
-def masks_of(keys: Any, costs: Any, sparsity: float, episodes: Any, seed: int) -> dict[str, Any]:
-    """(N, K, B) of every rule, from keys (N, K, B) and the episode of each chunk."""
+def plans_of(
+    policy: Any, scores: Any, sparsity: float, episodes: Any, seed: int
+) -> dict[str, list[Plan]]:
+    """N plans of every rule, from scores (N, K, B, 4) and the episode of each chunk."""
     rng = np.random.default_rng(seed)
-    n, dense = len(keys), keys.shape[1] * costs.sum()
-    budget = (1 - sparsity) * dense
-    own = cut(keys, costs, n * budget)
-    mean = keys.mean(0)
+    costs = np.asarray(policy.block_costs, np.float64)
+    n, K = scores.shape[:2]
+    budget = (1 - sparsity) * K * costs.sum()
+    keys, mean = keys_of(scores), scores.mean(0)
+    own = [
+        planned(policy, *pair) for pair in zip(scores, cut(keys, costs, n * budget), strict=True)
+    ]
     other = [int(rng.choice(np.flatnonzero(episodes != episodes[i]))) for i in range(n)]
-    levels = rng.permutation((own * costs).sum((1, 2)))
+    levels = rng.permutation([plan.cost * K * costs.sum() for plan in own])
+    static = planned(policy, mean, cut(keys_of(mean), costs, budget))
     return {
+        "mean": [static] * n,
         "own": own,
-        "budget": np.stack([cut(one, costs, budget) for one in keys]),
-        "mean": np.stack([cut(mean, costs, budget)] * n),
-        "another's": own[other],
-        "levels": np.stack([cut(mean, costs, level) for level in levels]),
+        "budget": [planned(policy, one, cut(keys_of(one), costs, budget)) for one in scores],
+        "another's": [own[i] for i in other],
+        "levels": [planned(policy, mean, cut(keys_of(mean), costs, level)) for level in levels],
     }
 
 
@@ -156,16 +167,15 @@ def main(argv: list[str] | None = None) -> int:
     for path in args.plan:
         run(Path(path).stem, [Plan.load(path)] * n)
     for name, one in policies.items():
-        keys = np.stack([keys_of(one, obs) for obs in errors.obs])
+        scores = np.stack([one._pruner_scores(obs) for obs in errors.obs])
+        mean = scores.mean(0)
         for sparsity in args.sparsity:
-            masks = masks_of(keys, costs, sparsity, names, args.seed)
-            plans = {rule: [own_values(policy, m) for m in some] for rule, some in masks.items()}
+            plans = plans_of(policy, scores, sparsity, names, args.seed)
             beside = run(f"{name}, mean, {sparsity:.0%}", plans.pop("mean"))
             for rule, some in plans.items():
                 run(f"{name}, {rule}, {sparsity:.0%}", some, beside)
-            budget, mean = (1 - sparsity) * dense, keys.mean(0)
-            spent = (LEVELS * budget).clip(costs.sum(), dense - costs.sum())
-            along = [own_values(policy, cut(mean, costs, level)) for level in spent]
+            spent = (LEVELS * (1 - sparsity) * dense).clip(costs.sum(), dense - costs.sum())
+            along = [planned(policy, mean, cut(keys_of(mean), costs, level)) for level in spent]
             known = np.array([[errors(i, plan) for plan in along] for i in range(n)])
             exact = np.array([plan.cost for plan in along])
             chosen = foreseen(known, exact, 1 - sparsity)

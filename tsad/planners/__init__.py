@@ -22,6 +22,8 @@ and these are planners, for the dial: ``policy.planner = tsad.planners.Bac(alike
 * ``EffectPlanner``: the least effect on the executed actions, as `tsad.training.sensitivity`
   measured it
 
+`Turns` is a policy around a policy: two plans take turns, every so many-th chunk or at random.
+
 A policy's planner can be one of the names in ``NAMES``, too: "dense", "uniform" (`uniform_sparse`),
 and "pruner", which is the policy's own and plans each chunk anew from its observation.
 """
@@ -45,6 +47,7 @@ from tsad.planners.rules import (
 )
 from tsad.planners.scores import Scores, l2c
 from tsad.planners.static import dense, from_file, random, uniform, uniform_sparse
+from tsad.planners.turns import Turns
 
 NAMES = ("dense", "uniform", "pruner")
 
@@ -57,6 +60,7 @@ __all__ = [
     "PolicyFacts",
     "Scores",
     "Threshold",
+    "Turns",
     "c3ache",
     "deepcache",
     "deepcache_sparse",
