@@ -271,16 +271,11 @@ class PrunerTrainer(Training[PrunerReport]):
         self.times = self.memory.times().to(self.device)
         self.table = torch.from_numpy(reachable(self.order, costs)).to(self.device)
         first = self.parts[0][:64]
-        # beside 0 of the own value: near enough that a gate has a gradient
-        of_type = torch.from_numpy(np.where(self.order.of_type, 0.5, -3.0)).to(self.table)
+        options: dict[str, Any] = {"timeless": method == "levels"}
+        if method == "gates":  # near enough to the own value that a gate has a gradient
+            options["of_type"] = -3.0
         self.fixed = set_table(
-            self.net,
-            self.times,
-            first,
-            self.table,
-            self.settings.seed,
-            of_type,
-            timeless=method == "levels",
+            self.net, self.times, first, self.table, self.settings.seed, **options
         )
         self.ema.load_state_dict(self.net.state_dict())
         self.ready = True

@@ -91,16 +91,17 @@ def set_table(
     tokens: Tensor,
     table: Tensor,
     seed: int,
-    of_type: Tensor,
     *,
+    of_type: float = _NEVER,
     timeless: bool = False,
 ) -> int:
     """Make the pruner a static table: whatever the observation, it says ``table`` (K, B).
 
     Three in four of its units see the time token ``times`` (K, n_emb) alone: random features, and
     by ridge regression what they add up to. The others see the observation ``tokens`` (N,
-    n_obs_steps, n_emb) too, or alone if ``timeless``, and add nothing yet. ``of_type`` (K, B):
-    where `reuse_type` stands, beside 0 of the own value. Returns how many units the table has.
+    n_obs_steps, n_emb) too, or alone if ``timeless``, and add nothing yet. Own values
+    (`reuse_step`) are what is reused; `reuse_type` stands at ``of_type`` beside their 0. Returns
+    how many units the table has.
     """
     first: Any = net[0]
     last: Any = net[2]
@@ -124,17 +125,15 @@ def set_table(
     first.weight.copy_(weight)
     first.bias.copy_(offset - weight @ centre)
     hidden = net[1](first(rows[0].to(times)))[:, :count].double().cpu()
-    leads = table + of_type.clamp(min=0)  # of the better one
-    wanted = torch.stack([leads, of_type], 2).flatten(1).flip(0).double().cpu()
+    wanted = table.flip(0).double().cpu()
     middle = wanted.mean(0)
     gram = hidden @ hidden.T
     ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     last.weight.zero_()
     solved = hidden.T @ torch.linalg.solve(gram + ridge, wanted - middle)
-    last.bias.copy_(last.bias.new_tensor([0.0, 0.0, 0.0, _NEVER]).repeat(table.shape[1]))
-    for c in (0, 1):
-        last.weight[c::4, :count] = solved.T[c::2].to(last.weight)
-        last.bias[c::4] += middle[c::2].to(last.bias)
+    last.weight[0::4, :count] = solved.T.to(last.weight)
+    last.bias.copy_(last.bias.new_tensor([0.0, of_type, 0.0, _NEVER]).repeat(table.shape[1]))
+    last.bias[0::4] += middle.to(last.bias)
     return count
 
 
