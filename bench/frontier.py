@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tsad.commands.common import span
+from tsad.commands.lead import difference
 from tsad.load import policy_folder
 from tsad.plot.frontier import FAMILIES, family, save_frontier
 from tsad.presets import read_presets
@@ -34,15 +35,17 @@ def line(document: dict[str, Any], name: str) -> str:
     kind = "dense" if name == document["baseline"] else FAMILIES[family(setting)][2]
     if setting.get("precision") == "int16":
         kind += ", 16 bits"
+    if setting.get("lead") or setting.get("smoothing"):
+        kind += ", lead"
     label = f"**{name}**" if name in document["frontier"] else name
     cells = [label, kind, f"{row['milliseconds']:.2f}", str(row["n_action_steps"])]
     cells += [f"{row['passes']:.2f}"]
     cells += [f"{row['cell_sparsity']:.0%}", f"{row['score']['mean']:.3f}"]
     cells += [f"{row['success']['mean']:.3f}"]
-    if "mean_difference" in row:
-        cells += [f"{row['mean_difference']:+.3f}", span(row["simultaneous"])]
-    else:
-        cells += ["", ""]
+    cells += difference(row) if "mean_difference" in row else ["", ""]
+    if document.get("dense_with_lead") is not None:
+        beside = row.get("to_dense_with_lead")
+        cells += ["", ""] if beside is None else difference(beside)
     if document["drawn"]:
         cells += [f"{row['distance']:.3f}", f"{row['spread']:.2f}"]
     return "| " + " | ".join(cells) + " |"
@@ -54,25 +57,34 @@ def page(document: dict[str, Any], only: list[str] | None = None) -> str:
     names = [name for name in rows if only is None or name in only]
     names.sort(key=lambda name: -busy(rows, name))
     head = ["setting", "what", "ms", "actions", "passes", "cells reused", "score", "success"]
-    head += ["difference", "95 %, all together", *["distance", "spread"] * document["drawn"]]
+    head += ["difference", "95 %, all together"]
+    led = document.get("dense_with_lead") is not None
+    head += ["to dense with lead", "95 %, all together"] * led
+    head += ["distance", "spread"] * document["drawn"]
     rule = "| --- | --- |" + " ---: |" * (len(head) - 2)
     return "\n".join(["| " + " | ".join(head) + " |", rule, *(line(document, n) for n in names)])
 
 
+def differences(found: dict[str, Any] | None) -> list[str]:
+    """Cells of a row's difference to another, its interval alone (normal) and of all together."""
+    if found is None:
+        return ["", "", ""]
+    mean, away = found["mean_difference"], 1.959964 * found["standard_error"]
+    alone = [mean - away, mean + away] if found["simultaneous"] else None
+    return [f"{mean:+.3f}", span(alone), span(found["simultaneous"])]
+
+
 def sweep(document: dict[str, Any]) -> str:
-    """The table of a sweep: differences to its first row, each alone (normal) and all together."""
+    """The table of a sweep: differences to its first row, and to that with a lead."""
     head = ["setting", "passes", "score", "success", "difference", "95 %", "95 %, all together"]
+    beside = document.get("compared_with_lead")
+    head += ["to dense with lead", "95 %", "95 %, all together"] * (beside is not None)
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name, row in document["rows"].items():
         cells = [name, f"{row['passes']:.0f}", f"{row['score']['mean']:.3f}"]
         cells += [f"{row['success']['mean']:.3f}"]
-        other = document["compared"]["rows"].get(name)
-        if other is None:
-            cells += ["", "", ""]
-        else:
-            mean, away = other["mean_difference"], 1.959964 * other["standard_error"]
-            alone = [mean - away, mean + away] if other["simultaneous"] else None
-            cells += [f"{mean:+.3f}", span(alone), span(other["simultaneous"])]
+        for found in [document["compared"]] + [beside] * (beside is not None):
+            cells += differences(found["rows"].get(name))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -166,30 +166,58 @@ tsad_status tsad_policy_check(const tsad_policy *p, const tsad_call *call)
 
 /* ---- a call ---------------------------------------------------------------------------------- */
 
+/* The farthest that the sampler lets an action be, where it clips. */
+static float within_clip(const tsad_policy *p, int a, float raw)
+{
+    const tsad_model *m = p->model;
+    const float *last = p->own.sampler + (size_t)(p->own.n - 1) * TSAD_SAMPLER_COLUMNS;
+    float r = last[TSAD_SAMPLER_CLIP], shift = m->action_shift ? m->action_shift[a] : 0;
+    float one = (-r - m->action_offset[a]) / m->action_scale[a] + shift;
+    float other = (r - m->action_offset[a]) / m->action_scale[a] + shift;
+    float x = fminf(fmaxf(raw, fminf(one, other)), fmaxf(one, other));
+    return fminf(fmaxf(x, -FLT_MAX), FLT_MAX);
+}
+
+/* Action t of a row's chunk as it is to be executed, its element a: see tsad_policy_set_lead. */
+static float executed_action(const tsad_policy *p, const tsad_call *call, int row, int t, int a)
+{
+    int T = p->model->horizon, A = p->model->action_dim;
+    const float *chunk = p->actions + ((size_t)row * (size_t)T + (size_t)t) * (size_t)A;
+    float x = chunk[a];
+    if (p->smoothing && t > 0 && t + 1 < T) {
+        x = 0.25f * chunk[a - A] + 0.5f * x + 0.25f * chunk[a + A];
+    }
+    if (p->lead == 0 || !p->lanes[call->lanes[row]].has_previous) {
+        return x;
+    }
+    return within_clip(p, a, x + p->lead * (x - tsad_expected(p, call, row, t)[a]));
+}
+
 static void deliver(const tsad_policy *p, const tsad_call *call)
 {
     const tsad_model *m = p->model;
-    size_t A = (size_t)m->action_dim, all = (size_t)m->horizon * A;
-    size_t from = call->whole_horizon ? 0 : (size_t)(m->n_obs_steps - 1) * A;
-    size_t n = call->whole_horizon ? all : (size_t)m->n_action_steps * A;
-    for (size_t i = 0; i < (size_t)call->n_lanes; i++) {
-        memcpy(call->actions + i * n, p->actions + i * all + from, sizeof(float) * n);
+    int A = m->action_dim, first = call->whole_horizon ? 0 : m->n_obs_steps - 1;
+    int rows = call->whole_horizon ? m->horizon : m->n_action_steps;
+    bool moved = !call->whole_horizon && (p->smoothing || p->lead != 0);
+    size_t all = (size_t)m->horizon * (size_t)A, n = (size_t)rows * (size_t)A;
+    for (int i = 0; i < call->n_lanes; i++) {
+        float *actions = call->actions + (size_t)i * n;
+        memcpy(actions, p->actions + (size_t)i * all + first * A, sizeof(float) * n);
+        for (int j = 0; moved && j < rows * A; j++) {
+            actions[j] = executed_action(p, call, i, first + j / A, j % A);
+        }
     }
 }
 
-/* what the lanes' next chunks start from */
+/* what the lanes' next chunks start from, or are compared with */
 static void keep_chunks(tsad_policy *p, const tsad_call *call)
 {
-    const tsad_model *m = p->model;
-    int A = m->action_dim, n = m->horizon * A;
-    for (int row = 0; row < call->n_lanes && p->warm_start; row++) {
+    size_t all = (size_t)p->model->horizon * (size_t)p->model->action_dim;
+    for (int row = 0; row < call->n_lanes && (p->warm_start || p->lead != 0); row++) {
         tsad_lane *lane = &p->lanes[call->lanes[row]];
-        const float *raw = p->actions + (size_t)row * (size_t)n;
         lane->cold = false;
-        for (int i = 0; i < n; i++) {
-            float x = m->action_shift ? raw[i] - m->action_shift[i % A] : raw[i];
-            lane->previous[i] = x * m->action_scale[i % A] + m->action_offset[i % A];
-        }
+        lane->has_previous = true;
+        memcpy(lane->previous, p->actions + (size_t)row * all, sizeof(float) * all);
     }
 }
 

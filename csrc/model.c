@@ -106,7 +106,7 @@ tsad_status tsad_sampler_check(const float *sampler, int n_steps, bool *adds_noi
 {
     for (int i = 0; i < n_steps * TSAD_SAMPLER_COLUMNS; i++) {
         int k = i / TSAD_SAMPLER_COLUMNS, column = i % TSAD_SAMPLER_COLUMNS;
-        bool range = column == 2; /* infinite where nothing is clipped */
+        bool range = column == TSAD_SAMPLER_CLIP; /* infinite where nothing is clipped */
         if (range ? !(sampler[i] >= 0) : !(fabsf(sampler[i]) <= TSAD_MAX_MAGNITUDE)) {
             return tsad_fail(TSAD_ARGUMENT, "sampler: expected %s at step %d, column %d, got %g",
                              range ? "0 or more" : "a magnitude up to 1e12", k, column,

@@ -31,9 +31,9 @@ static void layout_lane(const tsad_policy *p, tsad_lane *lane, tsad_arena *arena
     if (tsad_has_pruner(p)) {
         layout_program(m, &lane->dynamic, K, arena);
     }
+    lane->previous = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
     if (p->warm_start) {
         layout_program(m, &lane->cold_program, p->all.n, arena);
-        lane->previous = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
     }
 }
 
@@ -170,6 +170,17 @@ tsad_status tsad_policy_create(tsad_model *model, const tsad_warm_start *warm, i
     return TSAD_OK;
 }
 
+tsad_status tsad_policy_set_lead(tsad_policy *p, float lead, int smoothing)
+{
+    if (!(lead >= 0 && lead <= TSAD_MAX_LEAD)) {
+        return tsad_fail(TSAD_ARGUMENT, "lead: expected a number from 0 (none) to %g, got %g",
+                         (double)TSAD_MAX_LEAD, (double)lead);
+    }
+    p->lead = lead;
+    p->smoothing = smoothing != 0;
+    return TSAD_OK;
+}
+
 void tsad_policy_destroy(tsad_policy *p)
 {
     if (!p) {
@@ -218,6 +229,7 @@ void tsad_policy_reset(tsad_policy *p, int index)
     lane->chunk = lane->stats.chunks = 0;
     lane->sums_ready = false;
     lane->cold = p->warm_start;
+    lane->has_previous = false;
 }
 
 /* one lane's plan that the resolver refuses */

@@ -22,7 +22,8 @@ typedef struct tsad_lane {
     uint64_t chunk;              /* since the reset; 0: the next one is the first */
     bool cold;                   /* warm start: the next chunk is not one, and counts nowhere */
     tsad_program cold_program;
-    float *previous;     /* (T, A) warm start: the last chunk, normalised */
+    float *previous;     /* (T, A) warm start or lead: the last chunk, raw units */
+    bool has_previous;   /* since the reset */
     bool rollout_memory; /* slots hold K rows, not one */
     /* A fixed plan reads the same rollout slots in every chunk and never writes them: from its
      * second chunk on their sums are kept, where the engine has room for them. */
@@ -50,8 +51,10 @@ struct tsad_policy {
     tsad_steps all, own;       /* the model's, and those that plans are of */
     bool warm_start;           /* otherwise they are the same */
     float signal, noise_share; /* of a warm chunk's first sample */
-    bool rollout_memory;       /* the engine's slots hold K rows */
-    double sparsity;           /* of the pruner's budget; < 0: argmax */
+    float lead;                /* tsad_policy_set_lead */
+    bool smoothing;
+    bool rollout_memory; /* the engine's slots hold K rows */
+    double sparsity;     /* of the pruner's budget; < 0: argmax */
     tsad_arena arena;
     tsad_lane *lanes; /* n_lanes */
     tsad_desk *desks; /* n_threads */
@@ -75,4 +78,15 @@ static inline bool tsad_has_pruner(const tsad_policy *p)
 static inline const tsad_steps *tsad_lane_steps(const tsad_policy *p, const tsad_lane *lane)
 {
     return lane->cold ? &p->all : &p->own;
+}
+
+/* What the lane's last chunk has for action t of the next one: moved by the actions executed since,
+ * its last one repeated. (A), raw units */
+static inline const float *tsad_expected(const tsad_policy *p, const tsad_call *call, int row,
+                                         int t)
+{
+    const tsad_model *m = p->model;
+    int moved = call->executed ? call->executed[row] : m->n_action_steps;
+    int at = t + moved < m->horizon ? t + moved : m->horizon - 1;
+    return p->lanes[call->lanes[row]].previous + (size_t)at * (size_t)m->action_dim;
 }

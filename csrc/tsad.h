@@ -107,6 +107,7 @@ typedef struct tsad_tensor {
 typedef enum tsad_precision { TSAD_FLOAT32, TSAD_INT16, TSAD_INT8 } tsad_precision;
 
 #define TSAD_SAMPLER_COLUMNS 8 /* a b r c d f g h: see tsad/samplers.py */
+#define TSAD_SAMPLER_CLIP 2    /* r */
 
 /* Everything a model is made of; borrowed for the call. */
 typedef struct tsad_model_spec {
@@ -219,8 +220,8 @@ typedef struct tsad_call {
     const float *noise; /* z of step k, call row i at noise + k * noise_step + i * noise_lane */
     size_t noise_step, noise_lane;
     const float *initial; /* (n_lanes, T, A) or NULL: noise of the chunk's first step */
-    const int
-        *executed;  /* warm start: actions (n_lanes) since the last chunk; NULL: all returned */
+    const int *
+        executed; /* warm start, lead: actions (n_lanes) since the last chunk; NULL: all returned */
     float *actions; /* (n_lanes, n_action_steps, A) or (n_lanes, T, A), raw units */
     int whole_horizon;
     const tsad_interrupt *interrupt; /* NULL: nobody is asked */
@@ -230,6 +231,17 @@ typedef struct tsad_call {
 tsad_status tsad_policy_create(tsad_model *model, const tsad_warm_start *warm, int n_lanes,
                                int n_threads, tsad_policy **out);
 void tsad_policy_destroy(tsad_policy *policy); /* NULL is fine */
+
+/* What is made of the actions that a chunk returns; at first nothing. `smoothing` weighs each with
+ * its neighbours in the horizon, 1/4, 1/2, 1/4; the first and the last of the horizon have one
+ * neighbour alone and stay, so that a straight line stays one. `lead`, 0 to TSAD_MAX_LEAD, moves it
+ * further away from what the lane's last chunk has for its time, its last action repeated:
+ *   a + lead (a - last),
+ * within what the sampler clips to. The first chunk after a reset has none before it. The whole
+ * horizon, and what a warm chunk starts from, stay as they were predicted. */
+#define TSAD_MAX_LEAD 10.0f
+tsad_status tsad_policy_set_lead(tsad_policy *policy, float lead, int smoothing);
+
 /* The model's facts as they are here: with a warm start, steps and noise of its chunks. */
 tsad_model_info tsad_policy_get_info(const tsad_policy *policy);
 

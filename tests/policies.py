@@ -30,10 +30,13 @@ def make_policy(
     steps: int | None = 8,
     pruner: bool = False,
     warm_start: int | None = None,
+    lead: float = 0.0,
+    smoothing: bool = False,
+    clip: bool = False,
     precision: str = "float32",
     backend: str | None = None,
 ) -> SparsePolicy:
-    case = config(name, pruner=pruner, prediction_type="sample", clip_sample=False)
+    case = config(name, pruner=pruner, prediction_type="sample", clip_sample=clip)
     table = make_sampler(case["scheduler"], sampler=sampler, num_inference_steps=steps)
     parsed = PolicyConfig.from_dict(case)
     weights = random_tensors(case["network"], seed)
@@ -47,6 +50,8 @@ def make_policy(
         threads=threads,
         precision=precision,
         warm_start=warm_start,
+        lead=lead,
+        smoothing=smoothing,
     )
 
 

@@ -232,6 +232,8 @@ def test_eval_json(capsys, monkeypatch, fake) -> None:
         "num_inference_steps": 4,
         "timestep_spacing": None,
         "warm_start": None,
+        "lead": None,
+        "smoothing": None,
     }
     assert [episode["seed"] for episode in one["episodes"]] == [100000 + i for i in range(4)]
     assert one["settings"]["sparsity"] == 0.5 and one["settings"]["planner"] == "uniform"

@@ -39,6 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lanes": {"lanes": 3},
     "int16": {"precision": "int16"},
     "warm": {"warm_start": 3, "lanes": 2},
+    "lead": {"lead": 0.3, "smoothing": True, "lanes": 2},
+    "warm and lead": {"warm_start": 3, "lead": 0.3},
 }
 
 

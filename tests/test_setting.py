@@ -17,6 +17,7 @@ from tsad.commands.common import UsageError, configure, setting_of
 from tsad.presets import Preset, find_preset, model_sha256, save_presets
 from tsad.setting import Setting
 
+LEFT = ("sampler", "num_inference_steps", "timestep_spacing", "warm_start", "lead", "smoothing")
 TYPED = {"sampler": "ddim", "steps": 5, "spacing": "trailing", "precision": "int16"}
 LOADED = {
     "sampler": "ddim",
@@ -50,7 +51,7 @@ def test_words_of_the_command_line_and_of_files() -> None:
     assert Setting.of(words) == wanted == Setting.of(vars(argparse.Namespace(**words)))
     assert wanted.to_dict() == {**LOADED, "planner": "uniform", "sparsity": 0.5}
     assert Setting.of({"precision": "auto"}) == Setting() and Setting().to_dict() == {}
-    nothing = dict.fromkeys(("sampler", "num_inference_steps", "timestep_spacing", "warm_start"))
+    nothing = dict.fromkeys(LEFT)
     assert Setting().options() == {**nothing, "precision": "auto"}
 
 
@@ -62,11 +63,14 @@ def test_words_of_the_command_line_and_of_files() -> None:
         {"planner": "uniform", "sparsity": 0.8},
         {"plan": "10100"},
         {"warm_start": 2, "n_action_steps": 2},
+        {"lead": 0.2, "smoothing": True},
+        {"warm_start": 2, "lead": 0.5},
     ],
 )
 def test_every_form_is_the_policy_made_by_hand(folder: Path, chosen: dict[str, Any]) -> None:
     """`tsad.load` and attributes of the policy: what users write without any of the forms."""
-    by_hand = tsad.load(folder, **LOADED, warm_start=chosen.get("warm_start"))
+    loaded = {k: v for k, v in chosen.items() if k in ("warm_start", "lead", "smoothing")}
+    by_hand = tsad.load(folder, **LOADED, **loaded)
     if "plan" in chosen:
         by_hand.plan = tsad.planners.from_steps(by_hand, chosen["plan"])
     else:

@@ -14,6 +14,7 @@ from command_line import run
 
 import tsad
 from tsad.commands import tune
+from tsad.evaluation import judging
 from tsad.presets import PRESETS_FILE, Preset, model_sha256, read_presets, save_presets
 from tsad.sim import frontier, results
 from tsad.statistics import LEAST_EPISODES
@@ -180,6 +181,66 @@ def test_a_preset_with_fewer_actions_and_a_warm_start(capsys: Any, folder: Path)
     assert frontier.busy(rows, "warm") == pytest.approx(frontier.busy(rows, "one") * 2 / 3)
     code, text, err = run(capsys, "info", str(folder / "policy"))
     assert code == 0 and "to dense" in text, err
+
+
+def test_leads_are_judged_by_dense_with_a_lead(capsys: Any, folder: Path) -> None:
+    grid, out = folder / "leads.json", folder / "leads"
+    grid.write_text(json.dumps([row for row in ROWS if row["name"] in ("eight", "one")]))
+    words = ["tune", "pusht", "--policy", str(folder / "policy"), "--settings", str(grid)]
+    words += ["--out", str(out), "--seeds", "3", "--lanes", "3", "--rounds", "2", "--leads"]
+    code, text, err = run(capsys, *words, "--within", "9", "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    rows, led = found["rows"], found["dense_with_lead"]
+    endings = ["smooth-lead-0.1", "smooth-lead-0.2", "smooth-lead-0.3", "lead-0.2"]
+    assert list(rows)[2:] == [f"{n}-{end}" for end in endings for n in ("eight", "one")]
+    means = {name: row["score"]["mean"] for name, row in rows.items()}
+    assert led == max((f"eight-{end}" for end in endings), key=lambda name: means[name])
+    assert "to_dense_with_lead" not in rows[led]
+    for name, row in rows.items():
+        if name != led:
+            difference = row["to_dense_with_lead"]["mean_difference"]
+            assert difference == pytest.approx(means[name] - means[led])
+    code, text, err = run(capsys, *words)
+    assert code == 0 and f"dense with its own best lead: {led}" in text, err
+    assert "to dense with lead" in text
+
+    # what is chosen, by scores and times that are known
+    args = _parsed([*words, "--within", "0.03"])
+    names = ("eight", "eight-lead-0.2", "one", "one-lead-0.2", "one-smooth-lead-0.1")
+    sweep = tune.Sweep(
+        tune.experiment_of(args, resume=True),
+        [found["settings"][name] for name in names],
+        folder,
+        out,
+        words=vars(args),
+    )
+
+    def chosen(scores: tuple[float, ...]) -> Any:
+        for name, score in zip(names, scores, strict=True):
+            sure = {"simultaneous": [score - scores[0]] * 2}
+            sweep.rows[name] = {
+                "score": {"mean": score},
+                "milliseconds": 1.0 if name.startswith("one") else 9.0,
+                "n_action_steps": 8,
+                **sure,
+                "to_dense_with_lead": {"simultaneous": [score - scores[1]] * 2},
+            }
+        best, presets = judging.choose(sweep, sweep.rows, args.within, enough=True)
+        assert presets["fast"] == presets["lossless"]
+        return presets["fast"], best
+
+    # a lead that takes it as far as dense without one does not make it lossless
+    assert chosen((0.90, 0.95, 0.80, 0.91, 0.90)) == (None, [
+        "one-lead-0.2", "eight"])  # fmt: skip
+    assert chosen((0.90, 0.95, 0.80, 0.93, 0.94))[0] == "one-smooth-lead-0.1"
+    assert chosen((0.90, 0.95, 0.88, 0.91, 0.90))[0] == "one"
+    # dense with a lead is no preset: nothing is faster
+    assert chosen((0.90, 0.95, 0.10, 0.10, 0.10))[0] is None
+    code, _, err = run(
+        capsys, "tune", "--policy", "p", "--observations", "x", "--out", "y", "--leads"
+    )
+    assert code == 2 and "argument --leads: a lead is chosen by score" in err
 
 
 def test_nothing_is_chosen_that_loses_more(capsys: Any, folder: Path) -> None:

@@ -34,7 +34,7 @@ from tsad.reference.families import family_of
 from tsad.reference.layers import rotation, sinusoid
 from tsad.samplers import Sampler, make_sampler, tail
 from tsad.scope import scope
-from tsad.setting import Setting
+from tsad.setting import MAX_LEAD, Setting
 
 if TYPE_CHECKING:
     from tsad import _core
@@ -59,6 +59,8 @@ def load(
     timestep_spacing: str | None = None,
     preset: str | None = None,
     warm_start: int | None = None,
+    lead: float | None = None,
+    smoothing: bool | None = None,
     weights: str = "auto",
 ) -> policies.SparsePolicy:
     """A policy, ready to run.
@@ -90,6 +92,13 @@ def load(
     ``warm_start=N`` denoises a chunk from the one before it, in the last N steps alone; the first
     one after a reset runs all. Tell the policy how many actions you execute (`SparsePolicy`).
 
+    ``smoothing=True`` and ``lead`` change the actions that a call returns, and nothing else: what
+    is predicted, what a warm start goes on from and ``return_horizon`` stay. Smoothing weighs each
+    action with its neighbours in the horizon, 1/4, 1/2, 1/4. A lead, 0 to 10, moves it further away
+    from what the chunk before has for the same time, as a + lead (a - last), within the sampler's
+    clip range. Whether that helps is a matter of the robot and its controller, not of the policy: a
+    dense policy may gain as much (docs/results.md).
+
     Raises ``ValueError`` or ``TypeError`` naming the argument, what came, what was expected and the
     fix; ``FileNotFoundError`` if ``source`` is a path to nothing; ``CheckpointError``, a
     ``ValueError``, for files that are truncated, foreign or do not fit.
@@ -110,6 +119,8 @@ def load(
         timestep_spacing=timestep_spacing,
         precision=None if precision == "auto" else precision,
         warm_start=warm_start,
+        lead=_lead(lead),
+        smoothing=_flag("smoothing", smoothing),
     )
     if preset is not None:
         chosen = find_preset(policy_folder(source), preset, str(source))
@@ -137,6 +148,8 @@ def load(
         device=device,
         precision=precision,
         warm_start=setting.warm_start,
+        lead=setting.lead or 0.0,
+        smoothing=bool(setting.smoothing),
     )
     if isinstance(setting, Preset):
         try:
@@ -358,6 +371,25 @@ def _with_notes(path: Path, converted: Converted) -> tuple[PolicyConfig, Tensors
     for note in converted.notes:
         warnings.warn(f"{path}: {note}", stacklevel=4)
     return converted.config, converted.tensors, None
+
+
+def _lead(value: Any) -> float | None:
+    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if value is None or (real and 0 <= value <= MAX_LEAD):
+        return None if value is None else float(value)
+    kind = "" if real else f" ({type(value).__name__})"
+    raise (ValueError if real else TypeError)(
+        f"lead: expected a number from 0 (none) to {MAX_LEAD:g}, got {value!r}{kind}; 0.1 to 0.3 "
+        "is usual, and tsad tune chooses one"
+    )
+
+
+def _flag(name: str, value: Any) -> bool | None:
+    if value is None or isinstance(value, bool | np.bool_):
+        return None if value is None else bool(value)
+    raise TypeError(
+        f"{name}: expected True or False, got {value!r} ({type(value).__name__}); pass a bool"
+    )
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

@@ -38,9 +38,10 @@ class SparsePolicy(_core.Policy):
     arrays by name, each (lanes, n_obs_steps, its numbers) or without the first axis. Keywords:
     ``out`` writes into your array; ``noise`` (K, lanes, horizon, action_dim) replaces the policy's
     own, or (lanes, horizon, action_dim) the initial sample alone; ``lanes`` runs a subset, listed
-    or marked by a mask of one bool per lane; ``return_horizon`` returns all actions. Arrays are
-    borrowed, not copied (those of a dict are): NumPy, or anything with DLPack (torch, JAX ...) in
-    host memory; the result is of the library of ``obs``, of a dict's first feature.
+    or marked by a mask of one bool per lane; ``return_horizon`` returns all actions, as
+    predicted. Arrays are borrowed, not copied (those of a dict are): NumPy, or anything with
+    DLPack (torch, JAX ...) in host memory; the result is of the library of
+    ``obs``, of a dict's first feature.
     A refused call changes nothing. Observations whose normalised magnitude
     passes 1e12 are refused: the network can't represent them. If it overflows all the same, the
     call raises ``RuntimeError`` and returns nothing, and its lanes start anew, as after `reset`;
@@ -67,6 +68,12 @@ class SparsePolicy(_core.Policy):
     ``tsad.reference.WarmReference`` is the specification; sources: RTI-DP (arXiv 2508.05396) and
     Falcon (2503.00339), here without its candidates.
 
+    A lead (`tsad.load`) needs to know ``executed`` as well: a call without ``return_horizon``
+    returns each action a, smoothed or not, as a + lead (a - last), where ``last`` is what the
+    lane's previous chunk has for its time, moved as above; in an episode's first chunk, a. Where
+    the sampler clips, that is clipped to the same range. ``tsad.reference.LeadReference`` is the
+    specification.
+
     One thread at a time: while a chunk runs, others get ``RuntimeError``, setters and `reset`
     included. The GIL is free meanwhile.
 
@@ -85,11 +92,13 @@ class SparsePolicy(_core.Policy):
         "_dial",
         "_error_bound",
         "_fixed",
+        "_lead",
         "_loaded",
         "_planner",
         "_plans",
         "_precision",
         "_sampler",
+        "_smoothing",
         "_types",
         "_warm_start",
     )
@@ -105,6 +114,8 @@ class SparsePolicy(_core.Policy):
         device: str = "cpu",
         precision: str = "float32",
         warm_start: int | None = None,
+        lead: float = 0.0,
+        smoothing: bool = False,
     ) -> None:
         start = None
         if warm_start is not None:
@@ -115,9 +126,12 @@ class SparsePolicy(_core.Policy):
             lanes=lanes,
             threads=threads,
             warm_start=start,
+            lead=lead,
+            smoothing=smoothing,
             features=config.named_numbers,
         )
         self._warm_start = warm_start
+        self._lead, self._smoothing = lead, smoothing
         self._config = config
         self._sampler = sampler
         self._device = device
@@ -369,6 +383,8 @@ class SparsePolicy(_core.Policy):
             device=other._device,
             precision=other._precision,
             warm_start=other._warm_start,
+            lead=other._lead,
+            smoothing=other._smoothing,
         )
 
     def __copy__(self) -> SparsePolicy:
@@ -440,6 +456,16 @@ class SparsePolicy(_core.Policy):
     def warm_start(self) -> int | None:
         """N, the steps of a chunk that starts from the one before; None: every one from noise."""
         return self._warm_start
+
+    @property
+    def lead(self) -> float:
+        """How much further executed actions go than the chunk before foresaw; 0: not at all."""
+        return self._lead
+
+    @property
+    def smoothing(self) -> bool:
+        """Whether executed actions are weighed with their neighbours."""
+        return self._smoothing
 
     @property
     def device(self) -> str:
@@ -532,6 +558,8 @@ class SparsePolicy(_core.Policy):
             plan = f"planner {self._planner!r}, sparsity {self._dial:.4g}"
         if self._warm_start is not None:
             plan += f", warm start: the last {self._warm_start} of {self.model.n_steps} steps"
+        plan += ", smoothed" if self._smoothing else ""
+        plan += f", lead {self._lead:g}" if self._lead else ""
         lanes = f"{self.lanes} lane{'s' if self.lanes > 1 else ''}"
         return (
             f"{type(self).__name__}({self._sampler.name} {self.num_inference_steps} steps x "

@@ -27,8 +27,9 @@ tsad above all: ``$TSAD_HOME/presets/<sha256 of the weights>``; without that var
 Instead of ``planner`` and ``sparsity`` there may be ``plan``, the name of a file, with
 ``plan_sha256``, of its bytes. Without any of them it is dense. ``n_action_steps`` is what a chunk
 returns, if not all, and ``warm_start`` how many of the steps a chunk runs that starts from the one
-before it; a plan, or planner and sparsity, are then of these steps. ``measured`` is free: loss and
-interval, offline error, milliseconds, passes, the machine.
+before it; a plan, or planner and sparsity, are then of these steps. ``lead`` and ``smoothing`` are
+what is made of the actions that are executed. ``measured`` is free: loss and interval, offline
+error, milliseconds, passes, the machine.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ from tsad.files import (
 )
 from tsad.plan import Plan
 from tsad.planners import NAMES as PLANNERS
-from tsad.setting import LOADED, Setting
+from tsad.setting import LOADED, MAX_LEAD, Setting
 
 PRESETS_FILE = "presets.json"
 FORMAT = "tsad-presets"
@@ -132,6 +133,10 @@ class Preset(Setting):
             parts.append("dense")
         if self.n_action_steps is not None:
             parts.append(f"{self.n_action_steps} actions of a chunk")
+        if self.smoothing:
+            parts.append("smoothed")
+        if self.lead:
+            parts.append(f"lead {self.lead:g}")
         return ", ".join([*parts, str(self.precision)])
 
 
@@ -197,6 +202,8 @@ def _read(section: Section, folder: Path) -> Preset:
         if has("n_action_steps")
         else None,
         warm_start=section.integer("warm_start", 1, MAX_TIMESTEPS) if has("warm_start") else None,
+        lead=section.number("lead", 0.0, MAX_LEAD) if has("lead") else None,
+        smoothing=section.flag("smoothing", False) if has("smoothing") else None,
         planner=section.choice("planner", PLANNERS) if has("planner") else None,
         # a number above -1, then: 0 is dense
         sparsity=section.number("sparsity", -1.0, 1.0) if has("sparsity") else None,

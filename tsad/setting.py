@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
 # What the command line and settings files call some of the fields.
 WORDS = {"num_inference_steps": "steps", "timestep_spacing": "spacing"}
-LOADED = ("sampler", "num_inference_steps", "timestep_spacing", "precision", "warm_start")
+LOADED = (
+    "sampler",
+    "num_inference_steps",
+    "timestep_spacing",
+    "precision",
+    "warm_start",
+    "lead",
+    "smoothing",
+)
+MOVED = ("lead", "smoothing")  # what is made of the actions that are executed
+MAX_LEAD = 10.0  # TSAD_MAX_LEAD in csrc/tsad.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +39,7 @@ class Setting:
 
     Args:
         sampler, num_inference_steps, timestep_spacing, precision, warm_start: as of `tsad.load`.
+        lead, smoothing: as of `tsad.load`.
         n_action_steps: actions executed of a chunk.
         planner, sparsity: as of `SparsePolicy`; sparsity None with the planner "pruner" is its own
             choice.
@@ -42,6 +53,8 @@ class Setting:
     precision: str | None = None
     n_action_steps: int | None = None
     warm_start: int | None = None
+    lead: float | None = None
+    smoothing: bool | None = None
     planner: str | None = None
     sparsity: float | None = None
     plan: Plan | Path | str | None = None
@@ -114,6 +127,7 @@ class Setting:
             key["n_action_steps"] = self.n_action_steps
         if self.warm_start is not None:
             key["warm_start"] = self.warm_start
+        key |= {name: value for name in MOVED if (value := getattr(self, name))}
         if self.timestep_spacing is not None:
             key["timestep_spacing"] = self.timestep_spacing
         return key

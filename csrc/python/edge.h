@@ -148,6 +148,7 @@ typedef struct edge_policy {
     tsad_model_info info; /* the policy's own */
     int all_steps;        /* the model's */
     bool warm_start;
+    bool follows; /* chunks know the one before: warm start, or a lead */
     int n_lanes, n_threads;
     edge_stream *streams;   /* (n_lanes) */
     edge_feature *features; /* (n_features), side by side they are an observation; or none */

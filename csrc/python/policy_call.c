@@ -137,9 +137,10 @@ static int read_executed(edge_policy *self, chunk *c, PyObject *executed)
     if (executed == Py_None) {
         return 0;
     }
-    if (!self->warm_start) {
-        PyErr_SetString(PyExc_TypeError, "executed: expected None, as this policy's chunks don't "
-                                         "start from the one before; load it with warm_start=N");
+    if (!self->follows) {
+        PyErr_SetString(PyExc_TypeError, "executed: expected None, as this policy's chunks need "
+                                         "nothing of the one before; load it with warm_start=N, or "
+                                         "with a lead");
         return -1;
     }
     int is_list = edge_as_list(executed, "executed", &plain), n = c->n_lanes;

@@ -104,7 +104,8 @@ static int read_warm_start(edge_policy *self, PyObject *object, edge_view *sampl
     return 0;
 }
 
-static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start, PyObject *features)
+static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start, float lead,
+                       int smoothing, PyObject *features)
 {
     tsad_model *m = ((edge_model *)model)->model;
     tsad_policy *policy = NULL;
@@ -123,6 +124,12 @@ static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start,
         return -1;
     }
     self->policy = policy;
+    tsad_status status = tsad_policy_set_lead(policy, lead, smoothing);
+    if (status != TSAD_OK) {
+        edge_raise(status);
+        return -1;
+    }
+    self->follows = self->warm_start || lead > 0;
     self->info = tsad_policy_get_info(policy);
     self->all_steps = tsad_model_get_info(m).n_steps;
     return edge_read_features(self, features) < 0 ? -1 : open_streams(self);
@@ -130,15 +137,18 @@ static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start,
 
 static int policy_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "lanes", "threads", "warm_start", "features", NULL};
+    static char *names[] = {"model", "lanes",     "threads",  "warm_start",
+                            "lead",  "smoothing", "features", NULL};
     edge_policy *self = (edge_policy *)object;
     PyObject *model, *lanes = NULL, *threads = NULL, *warm_start = Py_None, *features = Py_None;
+    float lead = 0;
+    int smoothing = 0;
     if (self->policy) {
         PyErr_SetString(PyExc_RuntimeError, "policy: already initialised; make another one");
         return -1;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOO:Policy", names, &model, &lanes,
-                                     &threads, &warm_start, &features)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOfpO:Policy", names, &model, &lanes,
+                                     &threads, &warm_start, &lead, &smoothing, &features)) {
         return -1;
     }
     self->state = edge_state_of_type(Py_TYPE(object));
@@ -155,7 +165,7 @@ static int policy_init(PyObject *object, PyObject *args, PyObject *kwargs)
         (threads && read_size(threads, "threads", &self->n_threads) < 0)) {
         return -1;
     }
-    if (policy_open(self, model, warm_start, features) < 0) {
+    if (policy_open(self, model, warm_start, lead, smoothing, features) < 0) {
         policy_close(self);
         return -1;
     }
@@ -281,8 +291,10 @@ PyDoc_STRVAR(
     "own, or (lanes, horizon, action_dim), the initial sample alone. With a warm start the first\n"
     "axis is of all the model's steps, and warm chunks read its last ones.\n"
     "lanes: which lanes the rows of obs are: numbers, or a mask of one bool per lane.\n"
-    "return_horizon: all (lanes, horizon, action_dim) actions.\n"
-    "executed: with a warm start, how many actions each lane listed has executed since its\n"
+    "return_horizon: all (lanes, horizon, action_dim) actions, as they were predicted: without\n"
+    "smoothing and lead.\n"
+    "executed: with a warm start or a lead, how many actions each lane listed has executed since "
+    "its\n"
     "previous chunk, 0 to horizon: an int for all, or one per row; None: all that a chunk\n"
     "returns.\n\n"
     "ValueError, TypeError: an argument does not fit; nothing has changed. RuntimeError:\n"
@@ -339,9 +351,11 @@ static PyMethodDef policy_methods[] = {
 
 PyDoc_STRVAR(
     policy_doc,
-    "Policy(model, *, lanes=1, threads=1, warm_start=None, features=None)\n--\n\n"
+    "Policy(model, *, lanes=1, threads=1, warm_start=None, lead=0.0, smoothing=False,\n"
+    "       features=None)\n--\n\n"
     "A model with memory for some lanes. Use tsad.load, which makes a SparsePolicy of it.\n\n"
-    "policy(obs, *, out=None, noise=None, lanes=None, return_horizon=False) -> actions");
+    "policy(obs, *, out=None, noise=None, lanes=None, return_horizon=False, executed=None)\n"
+    "-> actions");
 
 static PyType_Slot policy_slots[] = {
     {Py_tp_doc, (void *)policy_doc}, {Py_tp_new, PyType_GenericNew},

@@ -25,13 +25,14 @@ static void note_writes(const tsad_policy *p, tsad_lane *lane)
 static const float *warm_sample(const tsad_gang *g, int i, const float *noise)
 {
     const tsad_policy *p = g->policy;
-    const float *previous = tsad_gang_lane(g, i)->previous;
-    int T = p->model->horizon, A = p->model->action_dim;
-    int moved = g->call->executed ? g->call->executed[g->rows[i]] : p->model->n_action_steps;
+    const tsad_model *m = p->model;
+    int T = m->horizon, A = m->action_dim;
     for (int t = 0; t < T; t++) {
-        const float *shifted = previous + (t + moved < T ? t + moved : T - 1) * A;
+        const float *raw = tsad_expected(p, g->call, g->rows[i], t);
         for (int a = 0; a < A; a++) {
-            g->desk->sample[t * A + a] = p->signal * shifted[a] + p->noise_share * noise[t * A + a];
+            float x = m->action_shift ? raw[a] - m->action_shift[a] : raw[a];
+            x = x * m->action_scale[a] + m->action_offset[a];
+            g->desk->sample[t * A + a] = p->signal * x + p->noise_share * noise[t * A + a];
         }
     }
     return g->desk->sample;

@@ -159,6 +159,8 @@ class World:
         precision = str(rng.choice(["float32", "float32", "int16", "int8"]))
         warm = None if rng.integers(2) else int(rng.integers(1, 5))
         options: dict[str, Any] = {"lanes": lanes, "warm_start": warm, "precision": precision}
+        if rng.integers(2):
+            options |= {"lead": float(rng.uniform(0, 1)), "smoothing": bool(rng.integers(2))}
         if rng.integers(3) == 0:
             name = str(rng.choice(FOLDERS))
             if rng.integers(2):
@@ -230,7 +232,7 @@ class World:
             options["noise"] = draw((*steps, *shape), dtype=np.float32)
         if rng.integers(3) == 0:
             options["return_horizon"] = bool(rng.integers(2))
-        if policy.warm_start is not None and rng.integers(2):
+        if (policy.warm_start is not None or policy.lead) and rng.integers(2):
             most = policy.horizon + 1
             one = int(rng.integers(most))
             options["executed"] = one if rng.integers(2) else rng.integers(most, size=n).tolist()
@@ -357,7 +359,7 @@ class World:
 
         def act(policy: Any, rng: np.random.Generator) -> None:
             name, steps = "plan", policy.num_inference_steps
-            if policy.warm_start is not None and rng.integers(3) == 0:
+            if (policy.warm_start is not None or policy.lead) and rng.integers(3) == 0:
                 name, steps = "cold_plan", policy.model.n_steps
             count = policy.lanes if rng.integers(2) else int(rng.integers(1, 6))
             value = [plan(policy, rng, steps) for _ in range(count)]
@@ -462,7 +464,7 @@ class World:
             lambda: tsad.Plan(junk(rng), first=junk(rng)),
             lambda: tsad.load(lerobot_cases.FOLDER / FOLDERS[0], **{
                 str(rng.choice(["lanes", "threads", "sampler", "num_inference_steps", "precision",
-                                "warm_start", "preset"])): junk(rng)}),
+                                "warm_start", "preset", "lead", "smoothing"])): junk(rng)}),
         ]  # fmt: skip
         try:
             attempts[rng.integers(len(attempts))]()

@@ -24,6 +24,7 @@ from tsad.commands.common import (
     sparsity,
     table,
 )
+from tsad.commands.lead import add_lead
 from tsad.evaluation.progress import Progress
 from tsad.evaluation.timing import STAGES, Clock, cpu_name, observations, sampler_name
 from tsad.statistics import ENOUGH
@@ -88,6 +89,7 @@ def add_parser(subparsers: Any) -> None:
         help="call at this rate, as a robot does: cores rest in between (default: back to back)",
     )
     add_warm_start(parser)
+    add_lead(parser)
     add_policy_options(parser)
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.set_defaults(run=run)

@@ -159,6 +159,10 @@ def _preset_lines(presets: list[dict[str, Any]]) -> list[str]:
             time, other = timed_on(measured), measured.get("mean_difference")
             text += f"; {time}" if time else ""
             text += f"; score {other:+.3f} to dense" if isinstance(other, int | float) else ""
+            led = measured.get("to_dense_with_lead")  # of a preset with a lead
+            beside = led.get("mean_difference") if isinstance(led, dict) else None
+            known = preset.get("lead") and isinstance(beside, int | float)
+            text += f", {beside:+.3f} to dense with its best lead" if known else ""
         files.setdefault(preset["file"], {})[preset["name"]] = text
     return [line for file, rows in files.items() for line in _lines(f"presets in {file}", rows)]
 

@@ -29,11 +29,19 @@ from tsad.commands.common import (
     positive_int,
     real,
     seed_range,
-    span,
     table,
 )
+from tsad.commands.lead import difference
 from tsad.evaluation.errors import SINGLE
-from tsad.evaluation.sweep import CHUNKS_PER_ROUND, Sweep, fitting, passes, read_settings, times
+from tsad.evaluation.judging import best, choose, compare, shown_offline
+from tsad.evaluation.sweep import (
+    CHUNKS_PER_ROUND,
+    Sweep,
+    fitting,
+    passes,
+    read_settings,
+    times,
+)
 from tsad.evaluation.timing import cpu_name
 from tsad.files import make_folder, output_folder, write_json
 
@@ -51,9 +59,15 @@ DPM_STEPS = (10, 8, 5, 4)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 # Steps computed: what few steps extrapolate from is a matter of where they are (bench/frontier).
 MASKS = (("dpmsolver++", "10000010"), ("dpmsolver++", "10010010"), ("ddim", "10000100"))
-INT16 = 0.6  # of the time of float32: a guess, before anything is timed
 WARM_STEPS, WARM_STARTS = 8, (("leading", 4, None), ("trailing", 4, "1010"))
 SPARSE_FEW = ((16, 0.75), (16, 0.875), (8, 0.5), (8, 0.75), (4, 0.5))
+# What is made of executed actions: the gain of a lead is a matter of the simulator's controller.
+LEADS: tuple[dict[str, Any], ...] = (
+    {"smoothing": True, "lead": 0.1},
+    {"smoothing": True, "lead": 0.2},
+    {"smoothing": True, "lead": 0.3},
+    {"lead": 0.2},
+)
 
 DESCRIPTION = f"""\
 Plays a policy with many settings over the same seeds, times each afterwards, and shows the
@@ -64,13 +78,18 @@ its actions needs two chunks for them.
 fast      the fastest setting whose mean loss is at most --within
 lossless  the fastest whose 95 % interval, of all settings together, lies above -(--within)
 
-are chosen of 30 seeds or more, and kept with --save, for tsad.load(..., preset="fast"): in the
-policy's folder, or in one of yours if that can't be changed, as those of the policies that come
-with tsad (tsad info says where).
+Then the best settings, and dense, are played with leads: executed actions are smoothed and moved
+further than the chunk before foresaw. That is no correction of what a setting loses: it suits the
+robot's controller, and the dense policy as well. So a setting with a lead is judged by dense with
+its own best lead, and each loss is shown against both.
+
+"fast" and "lossless" are chosen of 30 seeds or more, and kept with --save, for
+tsad.load(..., preset="fast"): in the policy's folder, or in one of yours if that can't be changed,
+as those of the policies that come with tsad (tsad info says where).
 
 Without --settings the grid is: DDIM and DPM-Solver++ with few steps, plans that compute some of the
-steps, and a start from the chunk before; then what is best again in 16 bits, and with half of the
-actions executed.
+steps, and a start from the chunk before; then what is best again in 16 bits, with half of the
+actions executed, and with leads of 0.1 to 0.3.
 The format of --settings is that of tsad eval.
 
 Without a simulator, --observations alone compare the actions of --draws samples per observation
@@ -143,6 +162,11 @@ def add_parser(subparsers: Any) -> None:
         help="the best again with half of a chunk's actions executed (default: without --settings)",
     )
     parser.add_argument(
+        "--leads",
+        action=argparse.BooleanOptionalAction,
+        help="the best again with leads, and dense (default: without --settings, in a simulator)",
+    )
+    parser.add_argument(
         "--rounds",
         type=positive_int,
         default=5,
@@ -206,6 +230,10 @@ def _check(args: argparse.Namespace) -> Path:
             raise UsageError("argument --policy: without a simulator, expected a policy")
         if args.draws < 2:
             raise UsageError("argument --draws: expected 2 or more without a simulator")
+        if args.leads:
+            raise UsageError(
+                "argument --leads: a lead is chosen by score, which takes a simulator; leave it out"
+            )
     else:
         check_simulator(args)
         if args.seeds < 2:
@@ -256,90 +284,21 @@ def _score(sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _losses(rows: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
-    if args.simulator is None:
-        return {name: row["distance"] for name, row in rows.items()}
-    first = next(iter(rows.values()))
-    return {name: first["score"]["mean"] - row["score"]["mean"] for name, row in rows.items()}
-
-
-def _again(
-    sweep: Sweep,
-    rows: dict[str, Any],
-    args: argparse.Namespace,
-    n_action_steps: int,
-    ending: str,
-    change: dict[str, Any],
-) -> None:
-    """Add the settings that are best at their number of passes an action again, changed."""
-    from tsad.sim.frontier import frontier
-
-    known = {}
-    for name, row in rows.items():
-        own = sweep.trials()[name]
-        if row["passes"] is not None and _choosable(sweep, name):
-            cost = row["passes"] * (INT16 if own.setting.precision == "int16" else 1.0)
-            known[name] = cost / (own.setting.n_action_steps or n_action_steps)
-    losses = _losses(rows, args)
-    best = frontier(known, {name: losses[name] for name in known})
+def _again(sweep: Sweep, names: list[str], ending: str, change: dict[str, Any]) -> None:
+    """Add these settings again, changed."""
     more = [
         {**sweep.setting(name), "name": f"{name}-{ending}", **change}
-        for name in best
+        for name in names
         if not sweep.setting(name).keys() & change.keys()
     ]
-    sweep.add([row for row in more if row["name"] not in rows])  # a file may have them
+    sweep.add([row for row in more if row["name"] not in sweep.trials()])  # a file may have them
 
 
-def _choosable(sweep: Sweep, name: str) -> bool:
-    """Whether a row is a setting to choose, and not another experiment."""
-    return not sweep.setting(name).keys() & {"noise", "realtime", "latency"}
-
-
-def _shown_offline(sweep: Sweep, name: str) -> bool:
-    return _choosable(sweep, name) and not sweep.setting(name).keys() & {
-        "n_action_steps",
-        "warm_start",
-    }
-
-
-# ---- judging
-
-
-def _compare(sweep: Sweep, rows: dict[str, Any], within: float) -> None:
-    """Into the rows: paired differences to the first, intervals of all together, seeds needed."""
-    from tsad.sim.frontier import seeds_needed
-    from tsad.sim.results import compare_all
-
-    baseline = next(iter(rows))
-    found = compare_all(sweep.episodes, baseline)["rows"]
-    scores = {n: {e.seed: e.score for e in episodes} for n, episodes in sweep.episodes.items()}
-    for name, facts in found.items():
-        pairs = [scores[name][seed] - scores[baseline][seed] for seed in scores[baseline]]
-        rows[name] |= {**facts, "seeds_needed": seeds_needed(pairs, within)}
+# ---- choosing
 
 
 def _enough(args: argparse.Namespace) -> bool:
     return args.simulator is None or args.seeds >= LEAST_SEEDS
-
-
-def _choose(
-    sweep: Sweep, rows: dict[str, Any], args: argparse.Namespace
-) -> tuple[list[str], dict[str, str | None]]:
-    """The frontier, and the settings that become presets."""
-    from tsad.sim.frontier import busy, fastest, frontier
-
-    names = [name for name in rows if _choosable(sweep, name)]
-    times = {name: busy(rows, name) for name in names}
-    losses = {name: value for name, value in _losses(rows, args).items() if name in times}
-    if not _enough(args):
-        return frontier(times, losses), {}
-    kept = [name for name in names if losses[name] <= args.within]
-    first, chosen = next(iter(rows)), {"fast": fastest(times, kept)}
-    if args.simulator is not None:
-        proven = [n for n in names if n == first or rows[n]["simultaneous"][0] > -args.within]
-        chosen["lossless"] = fastest(times, proven)
-    better = {preset: None if name == first else name for preset, name in chosen.items()}
-    return frontier(times, losses), better
 
 
 def _save(
@@ -368,6 +327,8 @@ def _save(
             precision=policy.precision,
             n_action_steps=own.n_action_steps,
             warm_start=own.warm_start,
+            lead=own.lead,
+            smoothing=own.smoothing,
             planner=own.planner,
             sparsity=own.sparsity,
             measured={"setting": name, **facts, "threads": policy.threads, **measured},
@@ -379,6 +340,7 @@ def _save(
 
 MEASURED = (
     "milliseconds", "passes", "score", "success", "mean_difference", "simultaneous", "distance",
+    "to_dense_with_lead",
 )  # fmt: skip
 
 
@@ -393,6 +355,8 @@ def _table(document: dict[str, Any]) -> str:
     lines = [["setting", "", "ms", "actions", "passes"]]
     lines[0] += ["score", "success"] * played + ["distance", "spread"] * document["drawn"]
     lines[0] += ["difference", "95 % together"] * played
+    led = document["dense_with_lead"]
+    lines[0] += ["to dense with lead", "95 % together"] * (led is not None)
     for name in sorted(rows, key=lambda name: -busy(rows, name)):
         row = rows[name]
         line = [name, "*" if name in document["frontier"] else ""]
@@ -403,9 +367,10 @@ def _table(document: dict[str, Any]) -> str:
         if document["drawn"]:
             line += [number(row["distance"], 3), number(row["spread"], 2)]
         if played:
-            other = "mean_difference" in row
-            line += [f"{row['mean_difference']:+.3f}"] if other else [""]
-            line += [span(row["simultaneous"])] if other else [""]
+            line += difference(row) if "mean_difference" in row else ["", ""]
+        if led is not None:
+            beside = row.get("to_dense_with_lead")
+            line += ["", ""] if beside is None else difference(beside)
         lines.append(line)
     return table(lines)
 
@@ -414,7 +379,7 @@ def _words(document: dict[str, Any]) -> list[str]:
     """The choice, and what stands in its way."""
     from tsad.sim.frontier import busy
 
-    lines = ["* nothing is both faster and better"]
+    lines = ["* nothing is both faster and better, leads judged by dense with a lead"]
     lines += [f"no errors of {name}: its {SINGLE}" for name in document["unmeasured"]]
     rows, within = document["rows"], document["within"]
     if not document["presets"]:
@@ -431,6 +396,11 @@ def _words(document: dict[str, Any]) -> list[str]:
             what = f"{rows[name]['milliseconds']:.2f} ms a chunk, {what} for as many actions"
         lines.append(f"{preset}: {name}, {what}, {times[0] / times[1]:.1f} times faster")
     chosen = document["presets"]
+    if (led := document["dense_with_lead"]) is not None:
+        lines.append(
+            f"dense with its own best lead: {led}, {rows[led]['score']['mean']:.3f}; a lead suits "
+            "the controller of this simulator, and mends nothing that a setting loses"
+        )
     if "lossless" in chosen and chosen["fast"] not in (None, chosen["lossless"]):
         more = rows[chosen["fast"]].get("seeds_needed")
         lines.append(f"to prove {chosen['fast']} within {within:g}, if it is: about {more} seeds")
@@ -452,13 +422,12 @@ def _document(
     probe = sweep.load(sweep.first)
     for name, row in rows.items():
         row |= times[name]
-    baseline = next(iter(rows))
-    if args.simulator is not None:
-        _compare(sweep, rows, args.within)
-    kept, chosen = _choose(sweep, rows, args)
+    baseline, played = next(iter(rows)), args.simulator is not None
+    if played:
+        compare(sweep, rows, args.within)
+    kept, chosen = choose(sweep, rows, args.within, enough=_enough(args))
     # whose loss may come from what no chunk alone shows is left out
-    alike = {n: row for n, row in rows.items() if _shown_offline(sweep, n)}
-    played = args.simulator is not None
+    alike = {n: row for n, row in rows.items() if shown_offline(sweep, n)}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -472,6 +441,7 @@ def _document(
         "draws": args.draws if args.observations is not None else None,
         "within": args.within,
         "baseline": baseline,
+        "dense_with_lead": sweep.dense_with_lead() if played else None,
         "settings": {name: sweep.setting(name) for name in rows},
         "rows": rows,
         "frontier": kept,
@@ -508,11 +478,18 @@ def run(args: argparse.Namespace) -> int:
     rows = _score(sweep, args)
     n = sweep.load(sweep.first).n_action_steps
     if own_grid if args.int16 is None else args.int16:
-        _again(sweep, rows, args, n, "int16", {"precision": "int16"})
+        _again(sweep, best(sweep, rows, n), "int16", {"precision": "int16"})
         rows = _score(sweep, args)
     fewer = own_grid and args.simulator is not None
     if n > 1 and (fewer if args.fewer_actions is None else args.fewer_actions):
-        _again(sweep, rows, args, n, f"{n // 2}-actions", {"n_action_steps": n // 2})
+        half = {"n_action_steps": n // 2}
+        _again(sweep, best(sweep, rows, n), f"{n // 2}-actions", half)
+        rows = _score(sweep, args)
+    if own_grid and args.simulator is not None if args.leads is None else args.leads:
+        few = list(dict.fromkeys([sweep.first, *best(sweep, rows, n)]))
+        for change in LEADS:
+            ending = "smooth-" * ("smoothing" in change) + f"lead-{change['lead']:g}"
+            _again(sweep, few, ending, change)
         rows = _score(sweep, args)
     document = _document(sweep, rows, times(sweep, args.rounds, CHUNKS_PER_ROUND)[0], args) | run_of
     document["unmeasured"] = sweep.unmeasured()

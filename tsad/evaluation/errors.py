@@ -17,7 +17,7 @@ from tsad.evaluation.progress import Progress
 from tsad.evaluation.usage import argument
 from tsad.files import write_json
 from tsad.load import files_sha256
-from tsad.setting import Setting
+from tsad.setting import MOVED, Setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,8 +82,8 @@ def _read_kept(file: Path) -> dict[str, dict[str, float | None]]:
 class Errors:
     """Errors of settings on recorded observations.
 
-    ``action_rms`` is to the dense float32 policy with the same sampler, warm start and noise;
-    ``distance`` (of two draws or more) to the ``reference`` setting, dense and float32: see
+    ``action_rms`` is to the dense float32 policy with the same sampler, warm start, lead and
+    noise; ``distance`` (of two draws or more) to the ``reference`` setting, dense and float32: see
     `tsad.sim.offline`. None for a setting that these observations say nothing of: `unknown`.
     """
 
@@ -121,8 +121,7 @@ class Errors:
         }
         if unknown(self._windows, policy):
             return dict.fromkeys(("action_rms", *("distance", "spread") * (self._draws > 1)))
-        if setting.warm_start is not None:
-            facts["warm_start"] = setting.warm_start
+        facts |= self._followed(setting)
         if self._draws > 1:
             facts["reference"] = self._key(self._reference)
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -138,7 +137,14 @@ class Errors:
     @staticmethod
     def _key(setting: Setting) -> list[Any]:
         own = [setting.sampler, setting.num_inference_steps, setting.timestep_spacing]
-        return own if setting.warm_start is None else [*own, setting.warm_start]
+        followed = Errors._followed(setting)
+        return [*own, *(v if n == "warm_start" else f"{n} {v}" for n, v in followed.items())]
+
+    @staticmethod
+    def _followed(setting: Setting) -> dict[str, Any]:
+        """What is set of that which goes on from the chunk before, or changes what is executed."""
+        values = {name: getattr(setting, name) for name in ("warm_start", *MOVED)}
+        return {name: value for name, value in values.items() if value}
 
     def _measure(
         self, policy: SparsePolicy, setting: Setting, name: str

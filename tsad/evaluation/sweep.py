@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from tsad.evaluation.loading import configure
 from tsad.evaluation.play import Experiment, Trial, check_policy, evaluate, seeds_of
 from tsad.evaluation.progress import Progress
 from tsad.evaluation.timing import Clock, milliseconds, observations, sampler_name
-from tsad.evaluation.usage import InterruptedRunError, argument
+from tsad.evaluation.usage import InterruptedRunError, argument, lead
 from tsad.files import make_folder
 from tsad.setting import is_mask
 
@@ -42,9 +43,11 @@ KEYS: dict[str, tuple[type, ...]] = {
     "realtime": (int, float),
     "latency": (int, float),
     "warm_start": (int,),
+    "lead": (int, float),
+    "smoothing": (bool,),
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
-RANGES = {"realtime": realtime.hertz, "latency": realtime.milliseconds}
+RANGES = {"realtime": realtime.hertz, "latency": realtime.milliseconds, "lead": lead}
 CHUNKS_PER_ROUND = 30
 HELD = 10**9  # bytes of weights: dozens of a UNet's would fill the memory
 RESERVED = ("errors", "summary", "tune")  # files of these names lie beside the rows'
@@ -67,7 +70,9 @@ def read_settings(path: str) -> list[dict[str, Any]]:
             for key, value in row.items():
                 if key not in KEYS:
                     raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(KEYS)}")
-                if not isinstance(value, KEYS[key]) or isinstance(value, bool):
+                if not isinstance(value, KEYS[key]) or (
+                    isinstance(value, bool) and bool not in KEYS[key]
+                ):
                     kind = KEYS[key][-1].__name__
                     raise ValueError(f"{where}: {key}: expected {kind}, got {value!r}")
                 if value not in CHOICES.get(key, (value,)):
@@ -216,6 +221,25 @@ class Sweep:
             return []
         return [name for name in self._trials if unknown(self.windows, self.load(name))]
 
+    def moved(self, name: str) -> bool:
+        """Whether a row's executed actions have a lead, or are smoothed."""
+        setting = self._trials[name].setting
+        return bool(setting.lead or setting.smoothing)
+
+    def alike(self, name: str) -> list[str]:
+        """The rows that are this one but for lead and smoothing; it is one of them."""
+
+        def bare(trial: Trial) -> Trial:
+            return replace(trial, setting=replace(trial.setting, lead=None, smoothing=None))
+
+        own = bare(self._trials[name])
+        return [other for other, trial in self._trials.items() if bare(trial) == own]
+
+    def dense_with_lead(self) -> str | None:
+        """Of the rows that are the first but for a lead, the one that scored best; None of none."""
+        led = [name for name in self.alike(self.first) if self.moved(name) and name in self.rows]
+        return max(led, key=lambda name: float(self.rows[name]["score"]["mean"]), default=None)
+
     def leave_out(self, name: str) -> None:
         """Without this row."""
         del self._trials[name], self._settings[name]
@@ -243,6 +267,18 @@ class Sweep:
             self.rows[name] = _row(document, policy, self.error(name))
             wanted = set(seeds_of(self._experiment))
             self.episodes[name] = [e for e in read_results(path)[1] if e.seed in wanted]
+
+
+def compare_rows(sweep: Sweep) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The played rows against the first, and against that with its best lead, if there is one.
+
+    Both as of `tsad.sim.results.compare_all`.
+    """
+    from tsad.sim.results import compare_all
+
+    led = sweep.dense_with_lead()
+    to_lead = None if led is None else compare_all(sweep.episodes, led)
+    return compare_all(sweep.episodes, sweep.first), to_lead
 
 
 def times(

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from tsad.setting import MAX_LEAD
+
 
 class UsageError(Exception):
     """The user asked for something that cannot be; the message names the argument and the fix."""
@@ -21,6 +23,7 @@ class InterruptedRunError(Exception):
 # The library's messages begin with the name of its own argument; here it has another.
 OPTIONS = {
     "device": "--device",
+    "lead": "--lead",
     "n_action_steps": "--n-action-steps",
     "num_inference_steps": "--steps",
     "plan": "",
@@ -28,6 +31,7 @@ OPTIONS = {
     "precision": "--precision",
     "preset": "--preset",
     "sampler": "--sampler",
+    "smoothing": "--smoothing",
     "source": "",
     "start": "--start",
     "sparsity": "",
@@ -89,3 +93,6 @@ def real(fits: Callable[[float], bool], expected: str) -> Callable[[Any], float]
         return value
 
     return parse
+
+
+lead = real(lambda gain: 0 <= gain <= MAX_LEAD, f"a number from 0 (none) to {MAX_LEAD:g}, e.g. 0.2")

@@ -47,6 +47,10 @@ def words(document: Mapping[str, Any], name: str) -> str:
         parts.append(f"{setting['spacing']} spacing")
     if setting.get("precision") == "int16":
         parts.append("16 bits")
+    if setting.get("smoothing"):
+        parts.append("smoothed")
+    if setting.get("lead"):
+        parts.append(f"lead {setting['lead']:g}")
     executed, all_ = (
         document["rows"][n].get("n_action_steps") for n in (name, document["baseline"])
     )
@@ -70,16 +74,23 @@ def plot_frontier(document: Mapping[str, Any], ax: Any) -> Any:
     """Draw what `tsad tune` wrote (``tune.json``) into matplotlib axes; returns them.
 
     Times are those of as many actions as the baseline executes of a chunk. Hollow marks are 16
-    bits. The line is the frontier, and its settings have numbers, which the key under the axes
+    bits. Rows with a lead are judged by the baseline with its best lead. The line is the frontier,
+    and its settings have numbers, which the key under the axes
     explains; grey is what may be lost.
     """
     rows, played = document["rows"], document["simulator"] is not None
     baseline = document["baseline"]
 
+    def judge(name: str) -> str | None:
+        """Dense with its best lead, of rows with a lead."""
+        setting = document["settings"][name]
+        led = setting.get("lead") or setting.get("smoothing")
+        return document.get("dense_with_lead") if led else None
+
     def loss(name: str) -> float:
         if not played:
             return float(rows[name]["distance"])
-        return float(rows[baseline]["score"]["mean"] - rows[name]["score"]["mean"])
+        return float(rows[judge(name) or baseline]["score"]["mean"] - rows[name]["score"]["mean"])
 
     seen = set()
     for name, row in rows.items():
@@ -87,8 +98,9 @@ def plot_frontier(document: Mapping[str, Any], ax: Any) -> Any:
         kind = "dense" if name == baseline else family(setting)
         mark, color, label = FAMILIES[kind]
         small = setting.get("precision") == "int16"
-        if row.get("simultaneous"):  # of enough seeds, and not the baseline
-            low, high = (-value for value in row["simultaneous"])
+        found = row.get("to_dense_with_lead", {}) if judge(name) else row
+        if found.get("simultaneous"):  # of enough seeds, and not the baseline
+            low, high = (-value for value in found["simultaneous"])
             ax.plot([busy(rows, name)] * 2, [low, high], color=color, linewidth=0.7, alpha=0.4)
         ax.plot(
             busy(rows, name),

@@ -11,6 +11,7 @@ Action Diffusion", arXiv 2605.13316. Read in this order:
 ``pruner``     the published pruner, which chooses the sources
 ``policy``     the stages behind the interface of ``tsad.load``, with lanes and episodes
 ``warm``       chunks that start from the one before
+``lead``       what is made of the actions that are executed
 ``resnet``     images to the numbers of an observation
 
 Letters: K denoising steps in loop order, B blocks, T horizon. ``w`` is a dict of tensors by name;
@@ -41,6 +42,7 @@ from tsad.reference.layers import (
     sinusoid,
     softmax,
 )
+from tsad.reference.lead import LeadReference
 from tsad.reference.policy import ReferencePolicy
 from tsad.reference.pruner import HoistedPruner, plan, prune
 from tsad.reference.warm import WarmReference
@@ -53,6 +55,7 @@ __all__ = [
     "SKIP",
     "Array",
     "HoistedPruner",
+    "LeadReference",
     "Network",
     "ReferencePolicy",
     "Rollout",

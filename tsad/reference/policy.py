@@ -137,9 +137,7 @@ class ReferencePolicy:
         for lane, rollout in zip(rows, rollouts, strict=True):
             self._rollouts[lane] = rollout
             self._first[lane] = False
-        shift, scale, offset = self._maps["action"]
-        actions: Array = np.reshape(results, (len(rows), *sample_shape))
-        actions = (actions - offset) / scale + shift
+        actions = self.raw_actions(np.reshape(results, (len(rows), *sample_shape)))
         start = self.network["n_obs_steps"] - 1
         executed = slice(start, start + self.network["n_action_steps"])
         return actions if return_horizon else actions[:, executed]
@@ -149,6 +147,12 @@ class ReferencePolicy:
         shift, scale, offset = self._maps[key]
         normalised: Array = (np.asarray(raw, self.dtype) - shift) * scale + offset
         return normalised
+
+    def raw_actions(self, normalised: Array) -> Array:
+        """Actions in raw units."""
+        shift, scale, offset = self._maps["action"]
+        raw: Array = (normalised - offset) / scale + shift
+        return raw
 
     def _sources(self, name: str, given: Any, row: int) -> Sources:
         shared = isinstance(given, np.ndarray) and given.ndim == 2

@@ -24,6 +24,7 @@ def needs_past(policy: Any) -> bool:
     plans = policy.plan if isinstance(policy.plan, list) else [policy.plan]
     return (
         policy.warm_start is not None
+        or policy.lead > 0
         or policy._plans is None  # a pruner decides, from one chunk to the next
         or any(
             plan.sources.any()

@@ -153,8 +153,8 @@ def rollouts(
     """Play the episodes of `seeds`; yields each as it ends, in an order that depends on the lanes.
 
     Args:
-        policy: any `Policy`; lane i steps environments[i]. One with a warm start is told how many
-            steps went by since each lane's previous chunk.
+        policy: any `Policy`; lane i steps environments[i]. One with a warm start or a lead is
+            told how many steps went by since each lane's previous chunk.
         environments: at most policy.lanes of them.
         seeds: one episode each.
         on_step: called with (environment, steps, score so far) at the start and after each step.
@@ -202,7 +202,7 @@ def rollouts(
         obs = np.stack([lanes[index].window for index in running])
         options: dict[str, Any] = {}
         inner: Any = getattr(policy, "policy", policy)  # of a tsad.Recorder
-        if getattr(inner, "warm_start", None) is not None:
+        if getattr(inner, "warm_start", None) is not None or getattr(inner, "lead", None):
             since = [lanes[index].steps - lanes[index].asked for index in running]
             options["executed"] = np.minimum(since, inner.horizon)
         begin = time.perf_counter()
