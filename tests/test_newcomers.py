@@ -49,7 +49,8 @@ USES = {
     ],
     "train-pruner": [
         "SMALL --data SMALL_RECORDED --out OUT --steps 1 --device cpu --chunks 1",
-        "SMALL --data SMALL_RECORDED --effects SMALL_EFFECTS --out OUT --steps 1 --device cpu",
+        "SMALL --data SMALL_RECORDED --effects SMALL_EFFECTS --plans PLAN --out OUT --steps 1"
+        " --device cpu",
     ],
 }
 READ = ("FILE", "DIR", "SRC", "POLICY", "PLAN", "CHECKPOINT", "DATA")  # metavars of what is read
@@ -147,7 +148,7 @@ def test_every_command_has_a_use_here() -> None:
         for use in USES[name]:
             found = vars(cli.build_parser().parse_args([*name.split(), *use.split()]))
             values = {key: v if isinstance(v, list) else [v] for key, v in found.items()}
-            used |= {key for key, v in values.items() if str(v[0]).isupper()}
+            used |= {key for key, v in values.items() if v and str(v[0]).isupper()}
         reads = {action.dest for action in parser._actions if action.metavar in READ}
         assert reads - WRITTEN <= used, name
 

@@ -340,6 +340,32 @@ def table():
     environment.close()
 
 
+def test_corners_are_what_lerobots_policies_see(table) -> None:
+    """The observations of gym-pusht's own environment of that kind, step by step."""
+    gymnasium = pytest.importorskip("gymnasium")
+    import gym_pusht  # noqa: F401
+
+    theirs = gymnasium.make("gym_pusht/PushT-v0", obs_type="environment_state_agent_pos")
+    ours = sim.make("pusht_corners")
+    rng = np.random.default_rng(0)
+    seen, _ = theirs.reset(seed=3)
+    found, other = ours.reset(3), table.reset(3)
+    for _ in range(12):
+        expected = np.concatenate([seen["agent_pos"], seen["environment_state"]])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)  # pixels, in float32
+        np.testing.assert_array_equal(found[:2], other[-2:])
+        action = (found[2:4] + rng.uniform(-30, 30, 2)).astype(np.float32)  # towards the block
+        seen, *_ = theirs.step(action)
+        step, alike = ours.step(action), table.step(action)
+        found, other = step.obs, alike.obs
+        assert step[1:] == alike[1:]
+    again = ours.restore(ours.snapshot())  # from a state in float32
+    np.testing.assert_allclose(again, found, rtol=0, atol=1e-4)
+    assert found.dtype == np.float32 and found.shape == (ours.obs_dim,)
+    theirs.close()
+    ours.close()
+
+
 def place(table, x: float, y: float, angle: float) -> float:
     """Put the T at a pose, the agent far away, and take one step; returns the coverage."""
     table.reset(0)

@@ -334,10 +334,11 @@ def test_one_simulator_and_a_policy(capsys: Any, name: str) -> None:
     Path("s.json").write_text('[{"name": "a"}, {"name": "b", "sparsity": 0.5}]')
     own = "or your own with --simulator MODULE:FACTORY"
     for words, message in (
-        (["chess"], f"SIMULATOR: unknown simulator 'chess'; expected one of pusht, {own}"),
+        (["chess"], f"unknown simulator 'chess'; expected one of pusht, pusht_corners, {own}"),
         ([], "SIMULATOR: expected "),
         (["pusht", "--simulator", "robot:make"], "--simulator: got 'robot:make' beside 'pusht'"),
         (["--simulator", "robot:make"], "--policy: expected a policy for the simulator 'robot:ma"),
+        (["pusht_corners"], "--policy: expected a policy for the simulator 'pusht_corners': a "),
     ):
         code, _, err = run(capsys, name, *words, *OUT[name])
         assert code == 2 and message in err, err

@@ -30,8 +30,8 @@ from tsad.evaluation.usage import argument as argument
 from tsad.evaluation.usage import integer as integer
 from tsad.evaluation.usage import real as real
 from tsad.files import output_file, sha256
+from tsad.load import bundled, read_policy
 from tsad.load import files_sha256 as files_sha256
-from tsad.load import read_policy
 from tsad.presets import Preset
 from tsad.setting import planner_name as planner_name
 from tsad.setting import read_plan
@@ -239,10 +239,10 @@ def check_simulator(args: argparse.Namespace) -> None:
             f"argument SIMULATOR: unknown simulator {args.simulator!r}; expected one of "
             f"{', '.join(sim.names())}, or your own with --simulator MODULE:FACTORY{hint}"
         )
-    if own is not None and args.policy is None:
+    if args.policy is None and args.simulator not in bundled():
         raise UsageError(
-            f"argument --policy: expected a policy for the simulator {own!r}: a tsad folder or a "
-            "checkpoint"
+            f"argument --policy: expected a policy for the simulator {args.simulator!r}: a tsad "
+            "folder or a checkpoint"
         )
 
 

@@ -2,7 +2,8 @@
 
 Observation (20 numbers): nine keypoints of the T (x, y each), then the agent's x and y, in pixels
 of the 512 x 512 table. The keypoints are recomputed from the state, as they were for training:
-gym-pusht's own keypoint observation has eight other points. Action: where the agent shall go.
+gym-pusht's own keypoint observation has eight other points, which are what policies of LeRobot are
+trained on (`PushTCorners`). Action: where the agent shall go.
 """
 
 from __future__ import annotations
@@ -126,6 +127,10 @@ class PushT:
         self._simulator._last_action = None
         with _interrupt_waits():
             state, _ = self._simulator.reset(seed=seed)
+        return self.observation(state)
+
+    def observation(self, state: FloatArray) -> NDArray[np.float32]:
+        """What the policy sees, (obs_dim,), of a state: agent x, y, block x, y, angle."""
         return observation(state)
 
     def step(self, action: FloatArray) -> Step:
@@ -135,14 +140,14 @@ class PushT:
         # the last bits would differ from run to run.
         coverage = round(float(info["coverage"]), 12)
         success = coverage > SUCCESS_COVERAGE
-        return Step(observation(state), score(coverage), success, success)
+        return Step(self.observation(state), score(coverage), success, success)
 
     def state(self) -> NDArray[np.float32]:
         """Agent x, y, block x, y, angle: float32 (5,), as demonstrations record it."""
         return np.asarray(self._simulator.get_obs(), np.float32)
 
     def rest_action(self) -> NDArray[np.float32]:
-        """Go to where the agent is: its x and y, as in the observation."""
+        """Go to where the agent is: its x and y."""
         return self.state()[:2]
 
     def snapshot(self) -> tuple[Any, ...]:
@@ -160,7 +165,7 @@ class PushT:
         block.position, block.velocity, block.angular_velocity = position, velocity, turning
         space.reindex_shapes_for_body(agent)
         space.reindex_shapes_for_body(block)
-        return observation(self.state())
+        return self.observation(self.state())
 
     def render(self, size: int) -> NDArray[np.uint8]:
         self._simulator.visualization_width = self._simulator.visualization_height = size
@@ -169,3 +174,22 @@ class PushT:
 
     def close(self) -> None:
         self._simulator.close()
+
+
+class PushTCorners(PushT):
+    """The same table as LeRobot's policies see it: gym-pusht's ``environment_state_agent_pos``.
+
+    ``observation.state`` (2) and ``observation.environment_state`` (16) side by side, in the order
+    of LeRobot's features.
+    """
+
+    name = "pusht_corners"
+    obs_dim = 18
+    obs_meaning = "the agent's x and y, then the block's 8 corners x 2, in pixels"
+
+    def observation(self, state: FloatArray) -> NDArray[np.float32]:
+        shapes = np.array(
+            [[tuple(v) for v in s.get_vertices()] for s in self._simulator._block_shapes]
+        )
+        corners = _placed(shapes, np.asarray(state, np.float64)[None, 2:])
+        return np.concatenate([state[:2], corners.ravel()]).astype(np.float32)

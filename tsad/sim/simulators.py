@@ -85,6 +85,7 @@ class Facts(NamedTuple):
 _REGISTRY: dict[str, Facts] = {
     # Seeds from 100000 are Diffusion Policy's test seeds for this task.
     "pusht": Facts("tsad.sim.pusht:PushT", 100_000, ("gym-pusht", "pymunk")),
+    "pusht_corners": Facts("tsad.sim.pusht:PushTCorners", 100_000, ("gym-pusht", "pymunk")),
 }
 
 
