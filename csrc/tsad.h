@@ -302,7 +302,7 @@ int tsad_policy_noise_steps(const tsad_policy *policy, int lane, int *first);
 
 typedef struct tsad_vision tsad_vision;
 
-#define TSAD_MAX_IMAGE 4096 /* pixels of a side */
+#define TSAD_MAX_IMAGE 8192 /* pixels of a side */
 #define TSAD_MAX_CHANNELS 16
 
 /* A ResNet trunk (torchvision's, without its last two layers), keypoints by spatial softmax, a

@@ -75,3 +75,58 @@ static void path(conv)(const tsad_tile *t)
         break;
     }
 }
+
+/* ---- Winograd, F(2x2, 3x3) ------------------------------------------------------------------ */
+
+static void path(wino_in)(const float *x, size_t row, size_t ld, int channels, float *v,
+                          size_t plane)
+{
+    for (int c = 0; c < channels; c += W) {
+        vf t[4][4];
+#pragma GCC unroll 4
+        for (size_t j = 0; j < 4; j++) {
+            const float *from = x + j * ld + (size_t)c;
+            vf d0 = load(from), d1 = load(from + row), d2 = load(from + 2 * row);
+            t[0][j] = d0 - d2;
+            t[1][j] = d1 + d2;
+            t[2][j] = d2 - d1;
+            t[3][j] = d1 - load(from + 3 * row);
+        }
+#pragma GCC unroll 4
+        for (size_t i = 0; i < 4; i++) {
+            float *to = v + 4 * i * plane + (size_t)c;
+            store(to, t[i][0] - t[i][2]);
+            store(to + plane, t[i][1] + t[i][2]);
+            store(to + 2 * plane, t[i][2] - t[i][1]);
+            store(to + 3 * plane, t[i][1] - t[i][3]);
+        }
+    }
+}
+
+static void path(wino_out)(const tsad_wino_out *t)
+{
+    for (int o = 0; o < PANEL; o += W) {
+        vf s[2][4];
+#pragma GCC unroll 4
+        for (size_t j = 0; j < 4; j++) {
+            const float *from = t->m + j * t->plane + (size_t)o;
+            vf m1 = load(from + 4 * t->plane), m2 = load(from + 8 * t->plane);
+            s[0][j] = load(from) + m1 + m2;
+            s[1][j] = m1 - m2 - load(from + 12 * t->plane);
+        }
+        vf bias = load(t->bias + o);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            vf out[2] = {s[i][0] + s[i][1] + s[i][2], s[i][1] - s[i][2] - s[i][3]};
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) {
+                if (i < t->rows && j < t->columns) {
+                    float *y = t->y + (size_t)i * t->row + (size_t)j * t->ld + (size_t)o;
+                    vf sum = out[j] + bias;
+                    sum = t->residual ? sum + load(y) : sum;
+                    store(y, t->relu ? activate(sum, TSAD_RELU) : sum);
+                }
+            }
+        }
+    }
+}

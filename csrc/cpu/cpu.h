@@ -97,6 +97,17 @@ typedef struct tsad_tile {
 
 enum { TSAD_MAX_TILE = 12 };
 
+/* Winograd's F(2x2, 3x3): outputs two by two from inputs four by four, 16 products for 36. */
+typedef struct tsad_wino_out {
+    const float *m; /* the 16 sums of a panel, `plane` floats apart */
+    size_t plane;
+    float *y; /* the panel of the first output */
+    size_t row, ld;
+    int rows, columns; /* of the four outputs, 1 or 2: those that are in the grid */
+    const float *bias;
+    bool residual, relu; /* added to what is in y */
+} tsad_wino_out;
+
 typedef struct tsad_kernels {
     int panel, tile; /* columns; pixels */
     /* y (rows, n_out) = activation(x (rows, n_in) W + bias) */
@@ -120,6 +131,9 @@ typedef struct tsad_kernels {
     /* x += sum of n arrays, each times its weight, summed first, in order */
     void (*add)(float *x, const float *const *source, const float *weight, int n, size_t floats);
     void (*conv)(const tsad_tile *t);
+    /* 4x4 inputs of some channels, a multiple of the vector, to 16 planes; NULL: none of this */
+    void (*wino_in)(const float *x, size_t row, size_t ld, int channels, float *v, size_t plane);
+    void (*wino_out)(const tsad_wino_out *t);
     /* s = ((g0 + g1) + (g2 + g3)) of the n given; x += s; slot = s where slot is not NULL */
     void (*finish)(float *x, float *slot, const float *const *group, int n, size_t floats);
 } tsad_kernels;

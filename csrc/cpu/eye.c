@@ -43,7 +43,9 @@ static void layout_weights(const tsad_eye *e, tsad_arena *arena)
         tsad_conv *c = &e->convs[i];
         *c = (tsad_conv){.run = node->kernel * c_in, .panels = panels};
         size_t columns = (size_t)panels * (size_t)panel;
+        c->wino = !norm && tsad_wino_fits(e, node);
         size_t rows = norm ? 1 : (size_t)node->kernel * (size_t)c->run;
+        rows = c->wino ? 16 * (size_t)c_in : rows;
         float *w = TSAD_CARVE(arena, float, rows *columns);
         float *bias = TSAD_CARVE(arena, float, columns);
         if (!w) {
@@ -51,6 +53,8 @@ static void layout_weights(const tsad_eye *e, tsad_arena *arena)
         }
         if (norm) {
             memcpy(w, node->weight, sizeof(float) * (size_t)c_out);
+        } else if (c->wino) {
+            tsad_wino_pack(e, node, w);
         } else {
             pack_conv(e, node, w);
         }
@@ -71,6 +75,18 @@ static void layout_memory(tsad_eye *e, tsad_arena *arena)
     e->grids = TSAD_CARVE(arena, float *, v->n_grids);
     e->bytes = TSAD_CARVE(arena, float, v->grids[0].channels * 256);
     e->crew = TSAD_CARVE(arena, tsad_crew, 1);
+    e->scratch = TSAD_CARVE(arena, float *, e->n_threads);
+    size_t room = 0;
+    for (int i = 0; i < v->n_nodes; i++) {
+        size_t floats = tsad_wino_scratch(e, &v->nodes[i]);
+        room = floats > room ? floats : room;
+    }
+    for (int i = 0; i < e->n_threads; i++) {
+        float *own = TSAD_CARVE(arena, float, room);
+        if (e->scratch) {
+            e->scratch[i] = own;
+        }
+    }
     for (int i = 0; i < v->n_grids; i++) {
         const tsad_grid *g = &v->grids[i];
         float *data = TSAD_CARVE(arena, float, tsad_grid_floats(g) * (size_t)e->gang);
@@ -163,7 +179,7 @@ static phase phase_of(const tsad_look *l, unsigned number)
 }
 
 /* Takes the next task and runs it; false: there is none now. *over: there will be none. */
-static bool run_one(const tsad_look *l, bool *over)
+static bool run_one(const tsad_look *l, int rank, bool *over)
 {
     tsad_crew *crew = l->eye->crew;
     unsigned long long ticket = atomic_load_explicit(&crew->ticket, memory_order_acquire);
@@ -188,7 +204,7 @@ static bool run_one(const tsad_look *l, bool *over)
         size_t at = (size_t)p.first * pixels;
         tsad_images from = {.bytes = l->images->bytes ? l->images->bytes + at : NULL,
                             .planes = l->images->planes ? l->images->planes + at : NULL};
-        tsad_eye_task(l->eye, p.node, p.images, task, &from);
+        tsad_eye_task(l->eye, p.node, p.images, task, rank, &from);
         atomic_fetch_add_explicit(&crew->done, 1, memory_order_release);
         return true;
     }
@@ -237,7 +253,7 @@ static void lead(tsad_look *l)
         atomic_store_explicit(&crew->done, 0, memory_order_relaxed);
         atomic_store_explicit(&crew->ticket, (unsigned long long)number << 32,
                               memory_order_release);
-        for (bool over; run_one(l, &over);) {
+        for (bool over; run_one(l, 0, &over);) {
         }
         for (int spins = 0; atomic_load_explicit(&crew->done, memory_order_acquire) < tasks;
              spins++) {
@@ -263,7 +279,7 @@ static void work(void *context, int rank, int size)
     }
     bool over = false;
     for (int spins = 0; !over; spins++) {
-        if (run_one(l, &over)) {
+        if (run_one(l, rank, &over)) {
             spins = 0;
         } else if (!over) {
             tsad_spin(spins);

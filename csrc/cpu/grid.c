@@ -9,20 +9,12 @@ enum { STRIP = 96 };  /* pixels of a convolution's task: their windows stay in t
 enum { BLOCK = 576 }; /* inputs that go through all of them before the next, with their weights */
 enum { BAND = 16 };   /* rows of an image that a task puts */
 
-static int over(int n, int by) { return (n + by - 1) / by; }
-
-/* pixel (0, 0) of an image in a grid */
-static float *image_of(const tsad_eye *e, int grid, int image)
-{
-    return e->grids[grid] + (size_t)image * tsad_grid_floats(&e->vision->grids[grid]);
-}
-
 /* ---- image --------------------------------------------------------------------------------- */
 
 static void put_bytes(const tsad_eye *e, int image, int row, const uint8_t *from)
 {
     const tsad_grid *g = &e->vision->grids[0];
-    float *to = image_of(e, 0, image) + (size_t)row * tsad_grid_row(g);
+    float *to = tsad_eye_image(e, 0, image) + (size_t)row * tsad_grid_row(g);
     for (int x = 0; x < g->width; x++) {
         for (int c = 0; c < g->channels; c++) {
             *to++ = e->bytes[c * 256 + *from++];
@@ -36,7 +28,7 @@ static void put_floats(const tsad_eye *e, int image, int row, const float *plane
     const tsad_grid *g = &e->vision->grids[0];
     size_t plane = (size_t)g->height * (size_t)g->width;
     for (int c = 0; c < g->channels; c++, planes += plane) {
-        float *to = image_of(e, 0, image) + (size_t)row * tsad_grid_row(g) + c;
+        float *to = tsad_eye_image(e, 0, image) + (size_t)row * tsad_grid_row(g) + c;
         for (int x = 0; x < g->width; x++, to += g->channels) {
             *to = planes[x] * e->vision->scale[c] + e->vision->offset[c];
         }
@@ -46,7 +38,7 @@ static void put_floats(const tsad_eye *e, int image, int row, const float *plane
 static void put_task(const tsad_eye *e, int task, const tsad_images *from)
 {
     const tsad_grid *g = &e->vision->grids[0];
-    int bands = over(g->height, BAND), image = task / bands, row = task % bands * BAND;
+    int bands = tsad_over(g->height, BAND), image = task / bands, row = task % bands * BAND;
     size_t channels = (size_t)g->channels, width = (size_t)g->width, height = (size_t)g->height;
     size_t at = (size_t)image * channels * height * width;
     for (int end = row + BAND; row < g->height && row < end; row++) {
@@ -62,7 +54,7 @@ static void put_task(const tsad_eye *e, int task, const tsad_images *from)
 
 static int strips_of(const tsad_kernels *k, const tsad_grid *out, int images)
 {
-    return over(over(images * out->height * out->width, k->tile), STRIP / k->tile);
+    return tsad_over(tsad_over(images * out->height * out->width, k->tile), STRIP / k->tile);
 }
 
 /* Pixels [begin, end) of all images in a row: where their windows and their outputs begin. */
@@ -75,8 +67,9 @@ static void place_pixels(const tsad_eye *e, const tsad_grid_node *node, int begi
     for (int p = begin; p < end; p++) {
         ptrdiff_t top = (ptrdiff_t)row * node->stride - node->pad;
         ptrdiff_t left = (ptrdiff_t)column * node->stride - node->pad;
-        *x++ = image_of(e, node->in, image) + top * (ptrdiff_t)tsad_grid_row(in) + left * in->ld;
-        *y++ = image_of(e, node->out, image) + (size_t)row * tsad_grid_row(out) +
+        *x++ =
+            tsad_eye_image(e, node->in, image) + top * (ptrdiff_t)tsad_grid_row(in) + left * in->ld;
+        *y++ = tsad_eye_image(e, node->out, image) + (size_t)row * tsad_grid_row(out) +
                (size_t)column * (size_t)out->ld;
         if (++column == out->width) {
             column = 0;
@@ -90,15 +83,23 @@ static void place_pixels(const tsad_eye *e, const tsad_grid_node *node, int begi
 }
 
 /* n pixels in tiles as equal as can be */
-static void run_tiles(const tsad_kernels *k, tsad_tile t, int n)
+void tsad_run_tiles(const tsad_kernels *k, tsad_tile t, int n)
 {
-    int tiles = over(n, k->tile);
+    int tiles = tsad_over(n, k->tile);
     for (int i = 0; i < tiles; i++) {
         t.pixels = n / tiles + (i < n % tiles);
         k->conv(&t);
         t.x += t.pixels;
         t.y += t.pixels;
     }
+}
+
+tsad_strip tsad_strip_of(const tsad_kernels *k, int pixels, int i, int n)
+{
+    int tiles = tsad_over(pixels, k->tile);
+    int begin = (int)((int64_t)i * tiles / n) * k->tile;
+    int end = (int)((int64_t)(i + 1) * tiles / n) * k->tile;
+    return (tsad_strip){begin, end < pixels ? end : pixels};
 }
 
 static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task)
@@ -112,15 +113,12 @@ static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images,
     bool stay = window * columns * (size_t)strips > tsad_grid_floats(in) * (size_t)images;
     int strip = stay ? task % strips : task / c->panels;
     int panel = stay ? task / strips : task % c->panels;
-    int tiles = over(pixels, k->tile);
-    int begin = (int)((int64_t)strip * tiles / strips) * k->tile;
-    int end = (int)((int64_t)(strip + 1) * tiles / strips) * k->tile;
-    end = end < pixels ? end : pixels;
+    tsad_strip s = tsad_strip_of(k, pixels, strip, strips);
     const float *x[STRIP + TSAD_MAX_TILE];
     float *y[STRIP + TSAD_MAX_TILE];
-    place_pixels(e, node, begin, end, x, y);
+    place_pixels(e, node, s.begin, s.end, x, y);
 
-    int parts = over(c->run, BLOCK), rows = parts > 1 ? 1 : BLOCK / c->run;
+    int parts = tsad_over(c->run, BLOCK), rows = parts > 1 ? 1 : BLOCK / c->run;
     tsad_tile t = {.x = x, .y = y, .ld = tsad_grid_row(in), .at = (size_t)panel * columns};
     t.bias = c->bias + t.at;
     t.residual = node->residual >= 0;
@@ -132,7 +130,7 @@ static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images,
             t.n = (part + 1) * c->run / parts - first;
             t.skip = (size_t)row * t.ld + (size_t)first;
             t.relu = node->relu && row + rows >= node->kernel && part == parts - 1;
-            run_tiles(k, t, end - begin);
+            tsad_run_tiles(k, t, s.end - s.begin);
             t.bias = NULL;
             t.w += (size_t)t.rows * (size_t)t.n * columns;
         }
@@ -146,8 +144,8 @@ static void pool_task(const tsad_eye *e, const tsad_grid_node *node, int task)
 {
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     int image = task / out->height, row = task % out->height, ld = in->ld;
-    const float *x = image_of(e, node->in, image);
-    float *y = image_of(e, node->out, image) + (size_t)row * tsad_grid_row(out);
+    const float *x = tsad_eye_image(e, node->in, image);
+    float *y = tsad_eye_image(e, node->out, image) + (size_t)row * tsad_grid_row(out);
     int top = row * node->stride - node->pad, bottom = top + node->kernel;
     top = top < 0 ? 0 : top;
     bottom = bottom > in->height ? in->height : bottom;
@@ -190,7 +188,7 @@ static void norm_task(const tsad_eye *e, const tsad_grid_node *node, int task)
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     int groups = in->channels / TSAD_NORM_GROUP, image = task / groups;
     size_t first = (size_t)(task % groups) * TSAD_NORM_GROUP;
-    const float *x = image_of(e, node->in, image) + first;
+    const float *x = tsad_eye_image(e, node->in, image) + first;
     double total = 0, count = (double)in->height * in->width * TSAD_NORM_GROUP;
     for (int i = 0; i < in->height; i++) {
         sum_row(x + (size_t)i * tsad_grid_row(in), in->width, in->ld, 0, false, &total);
@@ -208,7 +206,7 @@ static void norm_task(const tsad_eye *e, const tsad_grid_node *node, int task)
     bool residual = node->residual >= 0;
     for (int i = 0; i < in->height; i++) {
         const float *from = x + (size_t)i * tsad_grid_row(in);
-        float *to = image_of(e, node->out, image) + (size_t)i * tsad_grid_row(out) + first;
+        float *to = tsad_eye_image(e, node->out, image) + (size_t)i * tsad_grid_row(out) + first;
         for (int j = 0; j < in->width; j++, from += in->ld, to += out->ld) {
             for (int c = 0; c < TSAD_NORM_GROUP; c++) {
                 float v = (from[c] - mean) * gain[c] + shift[c];
@@ -227,8 +225,8 @@ static void keypoint_task(const tsad_eye *e, const tsad_grid_node *node, int tas
 {
     const tsad_grid *in = &e->vision->grids[node->in];
     int image = task / in->channels, channel = task % in->channels;
-    const float *x = image_of(e, node->in, image) + channel;
-    float *point = image_of(e, node->out, image) + 2 * channel, most = *x;
+    const float *x = tsad_eye_image(e, node->in, image) + channel;
+    float *point = tsad_eye_image(e, node->out, image) + 2 * channel, most = *x;
     double sum = 0, sum_x = 0, sum_y = 0;
     for (int i = 0; i < in->height; i++) {
         for (int j = 0; j < in->width; j++) {
@@ -254,13 +252,14 @@ static void keypoint_task(const tsad_eye *e, const tsad_grid_node *node, int tas
 int tsad_eye_tasks(const tsad_eye *e, int index, int images)
 {
     if (index < 0) {
-        return images * over(e->vision->grids[0].height, BAND);
+        return images * tsad_over(e->vision->grids[0].height, BAND);
     }
     const tsad_grid_node *node = &e->vision->nodes[index];
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     switch (node->kind) {
     case TSAD_GRID_CONV:
-        return strips_of(e->kernels, out, images) * e->convs[index].panels;
+        return e->convs[index].wino ? tsad_wino_tasks(e, node, images)
+                                    : strips_of(e->kernels, out, images) * e->convs[index].panels;
     case TSAD_GRID_NORM:
         return images * (in->channels / TSAD_NORM_GROUP);
     case TSAD_GRID_MAXPOOL:
@@ -271,7 +270,8 @@ int tsad_eye_tasks(const tsad_eye *e, int index, int images)
     return 0;
 }
 
-void tsad_eye_task(const tsad_eye *e, int index, int images, int task, const tsad_images *from)
+void tsad_eye_task(const tsad_eye *e, int index, int images, int task, int rank,
+                   const tsad_images *from)
 {
     if (index < 0) {
         put_task(e, task, from);
@@ -280,7 +280,11 @@ void tsad_eye_task(const tsad_eye *e, int index, int images, int task, const tsa
     const tsad_grid_node *node = &e->vision->nodes[index];
     switch (node->kind) {
     case TSAD_GRID_CONV:
-        conv_task(e, node, images, task);
+        if (e->convs[index].wino) {
+            tsad_wino_task(e, node, images, task, rank);
+        } else {
+            conv_task(e, node, images, task);
+        }
         break;
     case TSAD_GRID_NORM:
         norm_task(e, node, task);

@@ -645,4 +645,6 @@ static const tsad_kernels path(kernels) = {.panel = PANEL,
                                            .cross = path(cross),
                                            .add = path(add),
                                            .finish = path(finish),
-                                           .conv = path(conv)};
+                                           .conv = path(conv),
+                                           .wino_in = path(wino_in),
+                                           .wino_out = path(wino_out)};

@@ -16,6 +16,8 @@
 #include <string.h>
 
 enum { N_LAYERS = 4, MAX_TENSORS = 256, STEM = 64 };
+/* one pixel for a window of 3, one more for outputs that are computed two by two */
+enum { HALO = 2 };
 
 typedef struct builder {
     const tsad_vision_spec *spec;
@@ -118,8 +120,8 @@ static tsad_status add_conv_norm(builder *b, const char *conv, const char *norm,
 static tsad_status add_layer(builder *b, int layer, int n_blocks, int *at)
 {
     int stride = layer > 1 ? 2 : 1, channels = STEM << (layer - 1);
-    int same = layer > 1 ? add_grid_after(b, *at, 3, stride, channels, 1) : *at;
-    int between = add_grid_after(b, *at, 3, stride, channels, 1);
+    int same = layer > 1 ? add_grid_after(b, *at, 3, stride, channels, HALO) : *at;
+    int between = add_grid_after(b, *at, 3, stride, channels, HALO);
     int raw = b->spec->group_norm ? add_grid_after(b, *at, 3, stride, channels, 0) : -1;
     char conv[48], norm[48];
     for (int i = 0; i < n_blocks; i++, stride = 1) {
@@ -183,7 +185,7 @@ tsad_status tsad_net_resnet(const tsad_vision_spec *spec, tsad_vision *v)
     v->grids[image].ld = spec->channels;
     int stem = add_grid_after(&b, image, 7, 2, STEM, 0);
     TSAD_TRY(add_conv_norm(&b, "conv1", "bn1", image, stem, stem, -1, 7, 2, true));
-    int at = add_grid_after(&b, stem, 3, 2, STEM, 1);
+    int at = add_grid_after(&b, stem, 3, 2, STEM, HALO);
     tsad_grid_node *pool = add_node(&b, TSAD_GRID_MAXPOOL, stem, at);
     pool->kernel = 3;
     pool->stride = 2;
