@@ -17,6 +17,7 @@ from policies import make_policy, noises, observations, save_policy
 
 import tsad
 from tsad import Plan, _core, sim
+from tsad.presets import Preset, model_sha256, read_presets, save_presets
 from tsad.reference import LeadReference, ReferencePolicy, WarmReference
 from tsad.reference.lead import executed_actions
 from tsad.sim import offline
@@ -306,3 +307,42 @@ def test_a_sweep_shows_each_loss_against_dense_and_dense_with_a_lead(
         file.write_text(json.dumps([{**rows[0], **wrong}]))
         code, _, err = run(capsys, *words)
         assert code == 2 and says in err, err
+
+
+def test_a_preset_says_it(tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    save_policy(folder)
+    digest = model_sha256(folder)
+    few: dict[str, Any] = {
+        "sampler": "ddim", "num_inference_steps": 4, "timestep_spacing": "leading",
+    }  # fmt: skip
+    wanted = {"led": (0.3, True), "none": (0.0, False), "plain": (None, None)}
+    save_presets(
+        folder,
+        [
+            (Preset(name, digest, **few, lead=lead, smoothing=smoothing), None)
+            for name, (lead, smoothing) in wanted.items()
+        ],
+    )
+    found = read_presets(folder)
+    assert {n: (p.lead, p.smoothing) for n, p in found.items()} == wanted
+    assert "smoothed, lead 0.3" in found["led"].words() and ", lead" not in found["none"].words()
+    for name, (lead, smoothing) in wanted.items():
+        for more in ({}, {"lead": lead or 0, "smoothing": bool(smoothing)}):
+            policy = tsad.load(folder, preset=name, **more)
+            assert (policy.lead, policy.smoothing) == (lead or 0.0, bool(smoothing))
+        with pytest.raises(ValueError, match=f"lead: got 0.5, but the preset '{name}' has"):
+            tsad.load(folder, preset=name, lead=0.5)
+        with pytest.raises(ValueError, match=f"smoothing: got {not smoothing}, but the preset"):
+            tsad.load(folder, preset=name, smoothing=not smoothing)
+    file = folder / "presets.json"
+    text = file.read_text()
+    for old, new, says in (
+        ('"lead": 0.3', '"lead": -0.3', r"lead: expected a number from 0 \(none\) to 10, got -0.3"),
+        ('"lead": 0.3', '"lead": 11', "lead: expected a number above -1 and at most 10, got 11"),
+        ('"smoothing": true', '"smoothing": 1', "smoothing: expected true or false, got 1"),
+    ):
+        assert old in text
+        file.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=says):
+            read_presets(folder)

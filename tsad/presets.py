@@ -63,7 +63,7 @@ from tsad.files import (
 )
 from tsad.plan import Plan
 from tsad.planners import NAMES as PLANNERS
-from tsad.setting import LOADED, MAX_LEAD, Setting
+from tsad.setting import LOADED, MAX_LEAD, MOVED, Setting
 
 PRESETS_FILE = "presets.json"
 FORMAT = "tsad-presets"
@@ -202,7 +202,7 @@ def _read(section: Section, folder: Path) -> Preset:
         if has("n_action_steps")
         else None,
         warm_start=section.integer("warm_start", 1, MAX_TIMESTEPS) if has("warm_start") else None,
-        lead=section.number("lead", 0.0, MAX_LEAD) if has("lead") else None,
+        lead=section.number("lead", -1.0, MAX_LEAD) if has("lead") else None,
         smoothing=section.flag("smoothing", False) if has("smoothing") else None,
         planner=section.choice("planner", PLANNERS) if has("planner") else None,
         # a number above -1, then: 0 is dense
@@ -219,6 +219,8 @@ def _read(section: Section, folder: Path) -> Preset:
     section.done()
     if preset.sparsity is not None and preset.sparsity < 0:
         raise section.error("sparsity", "a number from 0 (dense) to 1", preset.sparsity)
+    if preset.lead is not None and preset.lead < 0:
+        raise section.error("lead", f"a number from 0 (none) to {MAX_LEAD:g}", preset.lead)
     if preset.plan is not None and (preset.planner is not None or preset.sparsity is not None):
         raise section.error("plan", "no planner or sparsity beside it", preset.plan.name)
     if (preset.plan is None) != (preset.plan_sha256 is None):
@@ -306,7 +308,8 @@ def check_clash(preset: Preset, asked: Setting) -> None:
     """``ValueError`` if what is asked beside the preset says otherwise."""
     for name in (*LOADED, "n_action_steps"):
         value, own = getattr(asked, name), getattr(preset, name)
-        if value is not None and value != own:
+        none = name in MOVED and not value and not own
+        if value is not None and value != own and not none:
             raise ValueError(
                 f"{name}: got {value!r}, but the preset {preset.name!r} has {own!r}, and what was "
                 "measured is the whole of it; leave out one of the two"
