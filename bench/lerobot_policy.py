@@ -4,7 +4,8 @@
     python bench/lerobot_policy.py train pusht_dataset --out run --steps 50000
     python bench/lerobot_policy.py train pusht_dataset --out run --resume      # after a stop
     python bench/lerobot_policy.py train pusht_dataset --out small --down-dims 64,128,256 \\
-        --steps 12000 --lr 5e-4                       a quarter of the work for each step
+        --steps 9000 --lr 5e-4                        a quarter of the work for each step
+    python bench/lerobot_policy.py halve small/checkpoints/009000/pretrained_model out
 
 Runs under LeRobot 0.6 (``pip install "lerobot[diffusion,pusht]" accelerate``, Python 3.12) with
 tsad importable. The demonstrations are those of `tsad train-policy`: an npz or a zarr v2 folder
@@ -42,6 +43,7 @@ from tsad.training.data import load_demonstrations, windows
 from tsad.training.running import STATE_FILE, STATE_VERSION, caught_signals, load_state, save_state
 
 STATE, ENV, ACTION = "observation.state", "observation.environment_state", "action"
+WEIGHTS = "model.safetensors"
 REPO_ID, TASK = "local/pusht", "push the T"
 DOWN_DIMS = (128, 256, 512)
 HORIZON, N_OBS_STEPS, N_ACTION_STEPS = 16, 2, 8
@@ -76,6 +78,17 @@ def make_dataset(source: Path, out: Path) -> None:
         start = end
     dataset.finalize()
     print(f"{out}: {dataset.meta.total_episodes} episodes, {dataset.meta.total_frames} frames")
+
+
+def halve(source: Path, out: Path) -> None:
+    """A folder like ``source`` with the weights in float16, which LeRobot and tsad read as well."""
+    from safetensors.torch import load_file, save_file
+
+    if out.exists():
+        raise SystemExit(f"{out}: expected a folder that does not exist yet; choose another")
+    shutil.copytree(source, out, copy_function=shutil.copyfile)
+    weights = {name: tensor.half() for name, tensor in load_file(source / WEIGHTS).items()}
+    save_file(weights, out / WEIGHTS)
 
 
 def block_corners() -> np.ndarray[Any, Any]:
@@ -303,6 +316,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     make.add_argument("source", type=Path, help="npz file or zarr folder with Push-T's states")
     make.add_argument("out", type=Path)
     make.set_defaults(run=lambda args: make_dataset(args.source, args.out))
+    small = commands.add_parser("halve", help="a policy's weights in float16, half the bytes")
+    small.add_argument("source", type=Path, help="folder of a policy")
+    small.add_argument("out", type=Path)
+    small.set_defaults(run=lambda args: halve(args.source, args.out))
     fit = commands.add_parser("train", help="a LeRobotDataset to a policy")
     fit.add_argument("data", type=Path, help="folder of the LeRobotDataset")
     fit.add_argument("--out", type=Path, required=True)

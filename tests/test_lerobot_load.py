@@ -13,7 +13,8 @@ from command_line import run
 
 import tsad
 from tsad.convert import convert
-from tsad.load import files_sha256
+from tsad.load import files_sha256, read_policy
+from tsad.reference import ReferencePolicy
 
 
 def observation(policy: tsad.SparsePolicy, raw: dict[str, Any]) -> Any:
@@ -56,6 +57,18 @@ def test_plans_and_settings_work_on_it() -> None:
     obs = np.zeros((policy.n_obs_steps, policy.obs_dim), np.float32)
     assert all(np.isfinite(policy(obs)).all() for _ in range(3))
     assert policy.stats["sparsity"] >= 0.5
+
+
+def test_the_bundled_policy_of_lerobot() -> None:
+    """A chunk of it, against the reference in float64."""
+    few = {"sampler": "ddim", "num_inference_steps": 4}
+    policy = tsad.load("pusht_corners", **few)
+    reference = ReferencePolicy(policy.config, read_policy("pusht_corners")[1], **few)
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(100, 400, (1, 2, 18)).astype(np.float32)
+    noise = rng.standard_normal((4, 1, 16, 2)).astype(np.float32)
+    expected = reference(obs, noise, np.zeros((4, policy.n_blocks), np.uint8))
+    np.testing.assert_allclose(policy(obs[0], noise=noise), expected[0], atol=5e-4)  # pixels
 
 
 def test_cameras_are_sent_to_lerobot(tmp_path: Path) -> None:

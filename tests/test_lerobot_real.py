@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -183,3 +184,14 @@ def test_lerobot_finds_the_plugin() -> None:
 
     register_third_party_plugins()
     assert patch.on_first_chunk is not None
+
+
+def test_the_bundled_policy_acts_as_in_lerobot(tmp_path: Path) -> None:
+    from tsad.cli import main
+
+    out = tmp_path / "certificate"
+    more = ["--chunks", "4", "--rounds", "1", "--threads", "2"]
+    assert main(["certify", "pusht_corners", "--out", str(out), *more]) == 0
+    parity = json.loads((out / "certificate.json").read_text())["parity"]
+    assert parity["reference"].startswith("LeRobot") and parity["holds"]
+    assert 0 < parity["worst"] < 1e-5

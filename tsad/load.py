@@ -334,8 +334,6 @@ def read_policy(
             f"weights: expected it left out, as {str(source)!r} has one set of weights, got "
             f"{weights!r}; it is for the .ckpt files of Diffusion Policy"
         )
-    if isinstance(source, str) and source in bundled():
-        return read_folder(_ASSETS / source)
     path = folder or Path(source)
     if path.is_dir():
         kind = folder_kind(path)

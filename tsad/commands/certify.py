@@ -182,9 +182,10 @@ def _theirs(source: str, policy: SparsePolicy) -> Any:
     from tsad.checkpoint import folder_kind
     from tsad.families import unet1d
     from tsad.lerobot import parity
+    from tsad.load import policy_folder
 
-    folder = Path(source)
-    if not (folder.is_dir() and folder_kind(folder) == "lerobot" and parity.available()):
+    folder = policy_folder(source)
+    if folder is None or folder_kind(folder) != "lerobot" or not parity.available():
         return None
     if policy.config["network"]["type"] != unet1d.TYPE:
         return None  # its encoder is fetched from the Hub
