@@ -95,14 +95,15 @@ def test_bytes_are_floats_of_a_255th(norm: str) -> None:
 def test_bits_depend_on_neither_threads_nor_company(backend: str, norm: str) -> None:
     """Nine images are more than go through the layers together; each alone is the same."""
     encoder = Encoder(norm=norm, height=44, width=44, keypoints=3, features=5, relu=False)
-    images = pixels(encoder, 9)
+    n = 3 if backend == "ref" else 9  # plain C is slow, under a sanitizer above all
+    images = pixels(encoder, n)
     expected = make(encoder, backend=backend).encode(images)
-    assert len(np.unique(expected[:, 0])) == 9
+    assert len(np.unique(expected[:, 0])) == n
     for threads in (2, 4):
         vision = make(encoder, backend=backend, threads=threads)
         assert vision.threads == threads
         np.testing.assert_array_equal(vision.encode(images), expected)
-        for i in (0, 8):
+        for i in (0, n - 1):
             np.testing.assert_array_equal(vision.encode(images[i : i + 1]), expected[i : i + 1])
 
 
