@@ -79,6 +79,13 @@ typedef struct tsad_backend {
     tsad_status (*get)(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to);
     tsad_status (*get_array)(tsad_queue *queue, int lane, tsad_array which, float *to);
 
+    /* Callers' arrays in memory of the device: see tsad_policy_owns. NULL: it has none but the
+     * host's. */
+    bool (*owns)(int device_type, int device_id);
+    tsad_status (*fetch)(void *host, const void *device, size_t bytes, uintptr_t stream);
+    tsad_status (*store)(void *device, const void *host, size_t bytes, uintptr_t stream,
+                         bool waits);
+
     /* Image encoders; NULL: this backend has none. Opening packs the weights of the nodes, which
      * are borrowed until then. */
     tsad_status (*open_vision)(const tsad_vision *vision, int threads, tsad_eye **out);

@@ -206,6 +206,26 @@ tsad_status tsad_policy_acquire(tsad_policy *p)
 
 void tsad_policy_release(tsad_policy *p) { atomic_store(&p->busy, 0); }
 
+/* ---- arrays of callers on the device ------------------------------------------------------ */
+
+int tsad_policy_owns(const tsad_policy *p, int device_type, int device_id)
+{
+    const tsad_backend *backend = p->model->backend;
+    return backend->owns && backend->owns(device_type, device_id);
+}
+
+tsad_status tsad_policy_fetch(const tsad_policy *p, void *host, const void *device, size_t bytes,
+                              uintptr_t stream)
+{
+    return p->model->backend->fetch(host, device, bytes, stream);
+}
+
+tsad_status tsad_policy_store(const tsad_policy *p, void *device, const void *host, size_t bytes,
+                              uintptr_t stream, int waits)
+{
+    return p->model->backend->store(device, host, bytes, stream, waits != 0);
+}
+
 /* ---- plans ------------------------------------------------------------------------------- */
 
 static void forget_rollouts(const tsad_policy *p, tsad_lane *lane)

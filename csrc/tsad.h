@@ -272,6 +272,14 @@ tsad_status tsad_policy_set_pruner(tsad_policy *policy, double sparsity);
 
 /* Would this call be refused? Of its noise what is there already; for callers who draw the rest. */
 tsad_status tsad_policy_check(const tsad_policy *policy, const tsad_call *call);
+/* Has the policy's device such memory? DLPack's numbers of it; no, on a CPU, whose memory is the
+ * host's. Bytes from there to the host, after what this stream holds, waited for; and back, as the
+ * last of this stream, waited for or not: `host` may be written at once. */
+int tsad_policy_owns(const tsad_policy *policy, int device_type, int device_id);
+tsad_status tsad_policy_fetch(const tsad_policy *policy, void *host, const void *device,
+                              size_t bytes, uintptr_t stream);
+tsad_status tsad_policy_store(const tsad_policy *policy, void *device, const void *host,
+                              size_t bytes, uintptr_t stream, int waits);
 /* Run one chunk. Everything that can be refused is refused before any state changes. Where a chunk
  * fails (TSAD_NOT_FINITE) or the call is told to stop (TSAD_INTERRUPTED), no actions are written
  * and all lanes of the call are reset. */

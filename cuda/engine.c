@@ -407,4 +407,7 @@ const tsad_backend tsad_cuda_backend = {.name = "cuda",
                                         .run = tsad_cuda_run,
                                         .put = cuda_put,
                                         .get = cuda_get,
-                                        .get_array = cuda_get_array};
+                                        .get_array = cuda_get_array,
+                                        .owns = tsad_device_owns,
+                                        .fetch = tsad_device_fetch,
+                                        .store = tsad_device_store};

@@ -247,7 +247,6 @@ static void enter_row(track *t, int row, bool first)
     t->at = &program->ops[program->row_start[row] + t->begun];
     t->end = &program->ops[program->row_start[row + 1]];
     t->first = first;
-    t->begun = false;
 }
 
 static void run_apart(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end)

@@ -122,8 +122,6 @@ MUTANTS = [
     Mutant("run: nothing is uploaded of the sources", R, "bring_sources(e, &runs[i], i);", ""),
     Mutant("run: lanes share a place", R, "&e->place[place]", "&e->place[0]"),
     Mutant("run: all tracks go together", R, "(a->node == b->node || folds)", "true"),
-    Mutant("run: the next step begins twice", R, "row_start[row] + t->begun", "row_start[row]"),
-    Mutant("run: what the step before began is left out", R, "t->begun = false;", ""),
     Mutant("run: another program's sources", R, "lane->serial == program->serial &&", ""),
     Mutant("graph: of another plan", G, "key->run[i].serial = runs[i].program->serial;", ""),
     Mutant("graph: the plan that ran before", G, "key->run[i].program = runs[i].program;", ""),

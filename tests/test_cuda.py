@@ -162,16 +162,22 @@ def check_changes() -> None:
     still[0] = tsad.COMPUTE
     steps = still.copy()
     steps[1] = tsad.COMPUTE
+    steps[2] = tsad.REUSE_TYPE
     rollout = still.copy()
     rollout[1] = tsad.REUSE_ROLLOUT
     dense = np.zeros_like(still)
     policies = [make("tiny", lanes=3, backend=b, steps=3, **OPEN) for b in ("cuda", None)]
-    for turn, plans in enumerate(((still, steps, dense), (steps, dense, still), (rollout,) * 3)):
+    turns = ((still, steps, dense), (steps, dense, still), (rollout, None, None))
+    for turn, plans in enumerate(turns):
         for policy in policies:
             policy.reset()
-            for lane in range(3):
-                policy._set_plan(lane, plans[lane], dense)
+            for lane, plan in enumerate(plans):
+                if plan is not None:  # the others go on, also where slots have moved
+                    policy._set_plan(lane, plan, dense)
         for seed, lanes in enumerate((None, None, [2], [0, 2], [1], None)):
+            if seed == 5 and turn < 2:  # in mid-episode
+                for policy in policies:
+                    policy._set_plan(0, (steps, still)[turn], dense)
             rows = 3 if lanes is None else len(lanes)
             obs, noise = random_inputs(config("tiny"), 10 * turn + seed, lanes=rows, steps=3)
             got, expected = (p(obs, noise=noise, lanes=lanes) for p in policies)

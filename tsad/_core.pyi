@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from typing_extensions import disjoint_base
 
 # Whatever is borrowed without a copy: numpy.ndarray, or an object with __dlpack__ and
-# __dlpack_device__ (torch, JAX, CuPy ...), float32, C-contiguous, in host memory.
+# __dlpack_device__ (torch, JAX, CuPy ...), float32, C-contiguous, in host memory; of
+# a policy on a GPU also in that GPU's.
 _Array = Any
 # Numbers, or a mask of one bool per lane; torch's tensors count as SupportsIndex.
 _Lanes = SupportsIndex | Sequence[SupportsIndex] | NDArray[np.integer[Any] | np.bool_]

@@ -138,9 +138,10 @@ int edge_expect_finite(const char *name, const edge_view *view)
 int edge_expect_apart(const char *name, const edge_view *view, const char *other_name,
                       const edge_view *other)
 {
-    const char *a = view->data, *b = other->data;
-    if (!a || !b || !view->bytes || !other->bytes || a + view->bytes <= b ||
-        b + other->bytes <= a) {
+    const char *a = view->there ? view->there : view->data;
+    const char *b = other->there ? other->there : other->data;
+    if (view->on_device != other->on_device || !a || !b || !view->bytes || !other->bytes ||
+        a + view->bytes <= b || b + other->bytes <= a) {
         return 0;
     }
     PyErr_Format(
@@ -236,6 +237,12 @@ static int borrow_numpy(PyObject *object, const char *name, edge_dtype dtype, bo
 int edge_borrow(edge_state *state, PyObject *object, const char *name, edge_dtype dtype,
                 bool writable, edge_view *view)
 {
+    return edge_borrow_on(state, object, name, dtype, writable, NULL, view);
+}
+
+int edge_borrow_on(edge_state *state, PyObject *object, const char *name, edge_dtype dtype,
+                   bool writable, const edge_device *device, edge_view *view)
+{
     memset(view, 0, sizeof *view);
     int status;
     if (PyArray_Check(object)) {
@@ -244,7 +251,7 @@ int edge_borrow(edge_state *state, PyObject *object, const char *name, edge_dtyp
                !PyObject_HasAttrString(object, "__dlpack_device__") || PyType_Check(object)) {
         status = edge_refuse_type(object, name, dtype);
     } else {
-        status = edge_borrow_dlpack(state, object, name, dtype, writable, view);
+        status = edge_borrow_dlpack(state, object, name, dtype, writable, device, view);
     }
     if (status < 0) {
         edge_return(view);
@@ -271,6 +278,7 @@ void edge_return(edge_view *view)
         }
     }
     Py_XDECREF(view->owner);
+    Py_CLEAR(view->host);
     view->managed = NULL;
     view->owner = NULL;
     PyErr_Restore(type, value, trace);

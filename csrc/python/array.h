@@ -14,9 +14,19 @@ typedef struct edge_dtype_facts {
 
 extern const edge_dtype_facts edge_dtypes[]; /* by edge_dtype */
 
+/* A device whose memory may be borrowed beside the host's: number 0 of its type. */
+typedef struct edge_device {
+    bool is_there;
+    int type;
+    int (*find_stream)(PyObject *object, long id, edge_view *view); /* the caller's; -1 on error */
+} edge_device;
+
+/* edge_borrow, also from this device (NULL: none). */
+int edge_borrow_on(edge_state *state, PyObject *object, const char *name, edge_dtype dtype,
+                   bool writable, const edge_device *device, edge_view *view);
 /* Borrow through __dlpack__. */
 int edge_borrow_dlpack(edge_state *state, PyObject *object, const char *name, edge_dtype dtype,
-                       bool writable, edge_view *view);
+                       bool writable, const edge_device *device, edge_view *view);
 
 /* Is the object's type, or a base of it, defined in this package ("torch")? */
 bool edge_is_of(PyObject *object, const char *package);

@@ -65,7 +65,7 @@ static int refuse_producer(PyObject *object, const char *name, const char *metho
     return -1;
 }
 
-static int refuse_device(const char *name, long type, long id)
+static int refuse_device(const char *name, long type, long id, const edge_device *here)
 {
     const char *device = type == DLPACK_CUDA    ? "cuda"
                          : type == DLPACK_ROCM  ? "rocm"
@@ -78,8 +78,9 @@ static int refuse_device(const char *name, long type, long id)
         PyOS_snprintf(text, sizeof text, "%s %ld", device, type);
     }
     PyErr_Format(PyExc_TypeError,
-                 "%s: expected memory of the CPU, where this policy runs, got %s; use %s.cpu()",
-                 name, text, name);
+                 "%s: expected memory of the CPU%s where this policy runs, got %s; "
+                 "use %s.cpu()",
+                 name, here ? ", or of cuda:0," : ",", text, name);
     return -1;
 }
 
@@ -122,11 +123,12 @@ static void write_dtype(char *text, size_t size, const dlpack_tensor *t)
 }
 
 static int refuse_fault(PyObject *object, const char *name, edge_dtype dtype, bool writable,
-                        const dlpack_tensor *t, const edge_view *view, dlpack_fault fault)
+                        const dlpack_tensor *t, const edge_device *device, const edge_view *view,
+                        dlpack_fault fault)
 {
     switch (fault) {
     case DLPACK_OTHER_DEVICE:
-        return refuse_device(name, t->device_type, t->device_id);
+        return refuse_device(name, t->device_type, t->device_id, device);
     case DLPACK_OTHER_DTYPE:
         return edge_refuse_dtype(object, name, dtype, writable, view->dtype);
     case DLPACK_BAD_RANK:
@@ -213,7 +215,8 @@ static int check_storage(PyObject *tensor, const char *name, const edge_view *vi
 
 /* ---- the protocol -------------------------------------------------------------------------- */
 
-static int check_device(PyObject *object, const char *name)
+static int check_device(PyObject *object, const char *name, const edge_device *device,
+                        edge_view *view)
 {
     PyObject *pair = PyObject_CallMethod(object, "__dlpack_device__", NULL);
     if (!pair) {
@@ -234,19 +237,39 @@ static int check_device(PyObject *object, const char *name)
                      advice(object));
         return -1;
     }
-    return dlpack_is_host(type) ? 0 : refuse_device(name, type, id);
+    if (dlpack_is_host(type)) {
+        return 0;
+    }
+    if (!device || type != device->type || id != 0) {
+        return refuse_device(name, type, id, device);
+    }
+    view->on_device = true;
+    return device->find_stream(object, id, view);
 }
 
 /* The capsule, by the newest protocol that the producer knows. */
-static PyObject *take_capsule(edge_state *state, PyObject *object, const char *name)
+static PyObject *take_capsule(edge_state *state, PyObject *object, const char *name,
+                              const edge_view *view)
 {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
-    PyObject *capsule = method ? PyObject_Call(method, state->empty, state->max_version) : NULL;
-    if (!capsule && method && PyErr_ExceptionMatches(PyExc_TypeError)) {
+    PyObject *old = PyDict_New(), *new = old ? PyDict_Copy(state->max_version) : NULL;
+    PyObject *stream = view->on_device ? PyLong_FromSize_t(view->stream) : NULL, *capsule = NULL;
+    bool fails = !method || !new || (view->on_device && !stream);
+    if (!fails && stream) { /* what is done by then is done before what is asked of this stream */
+        fails = PyDict_SetItemString(old, "stream", stream) < 0 ||
+                PyDict_SetItemString(new, "stream", stream) < 0;
+    }
+    if (!fails) {
+        capsule = PyObject_Call(method, state->empty, new);
+    }
+    if (!fails && !capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
         PyErr_Clear(); /* from before max_version */
-        capsule = PyObject_CallNoArgs(method);
+        capsule = PyObject_Call(method, state->empty, old);
     }
     Py_XDECREF(method);
+    Py_XDECREF(old);
+    Py_XDECREF(new);
+    Py_XDECREF(stream);
     if (!capsule) {
         refuse_producer(object, name, "__dlpack__");
     }
@@ -289,13 +312,16 @@ static const dlpack_tensor *consume(PyObject *object, PyObject *capsule, const c
 }
 
 static int fill_view(PyObject *object, const char *name, edge_dtype dtype, bool writable,
-                     const dlpack_tensor *t, edge_view *view)
+                     const dlpack_tensor *t, const edge_device *device, edge_view *view)
 {
     dlpack_array array = {0};
     write_dtype(view->dtype, sizeof view->dtype, t);
-    dlpack_fault fault = dlpack_check(t, edge_dtypes[dtype].code, edge_dtypes[dtype].size, &array);
+    int code = edge_dtypes[dtype].code;
+    unsigned size = edge_dtypes[dtype].size;
+    dlpack_fault fault = view->on_device ? dlpack_check_on(t, device->type, code, size, &array)
+                                         : dlpack_check(t, code, size, &array);
     if (fault != DLPACK_FITS) {
-        return refuse_fault(object, name, dtype, writable, t, view, fault);
+        return refuse_fault(object, name, dtype, writable, t, device, view, fault);
     }
     /* JAX's arrays are constants, but its capsules from before 1.0 can't say so */
     if (writable &&
@@ -310,26 +336,26 @@ static int fill_view(PyObject *object, const char *name, edge_dtype dtype, bool 
 }
 
 static int borrow(edge_state *state, PyObject *object, const char *name, edge_dtype dtype,
-                  bool writable, edge_view *view)
+                  bool writable, const edge_device *device, edge_view *view)
 {
-    if (check_device(object, name) < 0) {
+    if (check_device(object, name, device, view) < 0) {
         return -1;
     }
-    PyObject *capsule = take_capsule(state, object, name);
+    PyObject *capsule = take_capsule(state, object, name, view);
     if (!capsule) {
         return -1;
     }
     const dlpack_tensor *tensor = consume(object, capsule, name, view);
     Py_DECREF(capsule); /* renamed: its destructor leaves the content alone */
-    return tensor ? fill_view(object, name, dtype, writable, tensor, view) : -1;
+    return tensor ? fill_view(object, name, dtype, writable, tensor, device, view) : -1;
 }
 
 int edge_borrow_dlpack(edge_state *state, PyObject *object, const char *name, edge_dtype dtype,
-                       bool writable, edge_view *view)
+                       bool writable, const edge_device *device, edge_view *view)
 {
     bool torch = edge_is_of(object, "torch");
     view->owner = torch ? resolve_views(object, name, writable) : Py_NewRef(object);
-    if (!view->owner || borrow(state, view->owner, name, dtype, writable, view) < 0) {
+    if (!view->owner || borrow(state, view->owner, name, dtype, writable, device, view) < 0) {
         return -1;
     }
     return torch ? check_storage(view->owner, name, view) : 0;

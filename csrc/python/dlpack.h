@@ -1,4 +1,4 @@
-/* dlpack.h: the part of the DLPack ABI that a consumer of CPU arrays needs, no more.
+/* dlpack.h: the part of the DLPack ABI that a consumer of arrays needs, no more.
  *
  * Field order and values are those of DLPack 1.x (github.com/dmlc/dlpack, include/dlpack/dlpack.h).
  * Both capsules are understood: "dltensor" (before 1.0) and "dltensor_versioned". Widening this
@@ -91,6 +91,9 @@ bool dlpack_is_host(long device_type);
  * if it fits. The first fault in the order above counts. */
 dlpack_fault dlpack_check(const dlpack_tensor *tensor, int code, unsigned size,
                           dlpack_array *array);
+/* The same of memory of a device, number 0 of its type. */
+dlpack_fault dlpack_check_on(const dlpack_tensor *tensor, int device_type, int code, unsigned size,
+                             dlpack_array *array);
 
 #if UINTPTR_MAX == UINT64_MAX
 _Static_assert(sizeof(dlpack_tensor) == 48, "DLTensor");

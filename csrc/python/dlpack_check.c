@@ -83,12 +83,9 @@ static dlpack_fault find_data(const dlpack_tensor *t, size_t item, dlpack_array 
     return (uintptr_t)array->data % alignment ? DLPACK_MISALIGNED : DLPACK_FITS;
 }
 
-dlpack_fault dlpack_check(const dlpack_tensor *t, int code, unsigned size, dlpack_array *array)
+static dlpack_fault check(const dlpack_tensor *t, int code, unsigned size, dlpack_array *array)
 {
     size_t item = item_size(t, code, size);
-    if (!dlpack_is_host(t->device_type)) {
-        return DLPACK_OTHER_DEVICE;
-    }
     if (!item) {
         return DLPACK_OTHER_DTYPE;
     }
@@ -103,4 +100,16 @@ dlpack_fault dlpack_check(const dlpack_tensor *t, int code, unsigned size, dlpac
         return fault;
     }
     return is_contiguous(t, array) ? find_data(t, item, array) : DLPACK_STRIDED;
+}
+
+dlpack_fault dlpack_check(const dlpack_tensor *t, int code, unsigned size, dlpack_array *array)
+{
+    return dlpack_is_host(t->device_type) ? check(t, code, size, array) : DLPACK_OTHER_DEVICE;
+}
+
+dlpack_fault dlpack_check_on(const dlpack_tensor *t, int device_type, int code, unsigned size,
+                             dlpack_array *array)
+{
+    bool there = t->device_type == device_type && t->device_id == 0;
+    return there ? check(t, code, size, array) : DLPACK_OTHER_DEVICE;
 }

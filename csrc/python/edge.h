@@ -38,6 +38,8 @@ static inline PyObject *edge_type_name(PyObject *object)
 
 /* ---- array.c ----------------------------------------------------------------------------- */
 
+typedef struct edge_policy edge_policy;
+
 typedef enum edge_dtype {
     EDGE_FLOAT32,
     EDGE_UINT8,
@@ -61,12 +63,27 @@ typedef struct edge_view {
     char dtype[24];   /* "float32" */
     PyObject *owner;  /* strong */
     void *managed;    /* the DLPack struct to give back */
+    /* of memory of a device: until edge_bring `data` is there, too */
+    bool on_device, stream_is_known;
+    uintptr_t stream; /* the caller's; known: what the caller does next is on it */
+    void *there;
+    PyObject *host; /* strong: what `data` is of then */
 } edge_view;
 
 /* Borrow `object` or raise an exception that calls it `name`. */
 int edge_borrow(edge_state *state, PyObject *object, const char *name, edge_dtype dtype,
                 bool writable, edge_view *view);
 void edge_return(edge_view *view);
+
+/* ---- device.c ---------------------------------------------------------------------------- */
+
+/* Borrow a float32 array, which may also be where the policy runs. */
+int edge_borrow_there(edge_policy *self, PyObject *object, const char *name, bool writable,
+                      edge_view *view);
+/* Make `data` memory of the host, with what is there if that is read. */
+int edge_bring(edge_policy *self, edge_view *view, bool reads);
+/* What was written to `data` goes there. */
+int edge_send(edge_policy *self, const edge_view *view);
 
 /* Does the view have this shape? A dimension of -1 accepts any size. */
 bool edge_has_shape(const edge_view *view, int n_dims, const int64_t *shape);
@@ -141,7 +158,7 @@ typedef struct edge_feature {
     int dim;
 } edge_feature;
 
-typedef struct edge_policy {
+struct edge_policy {
     PyObject_HEAD edge_state *state;
     PyObject *model;      /* edge_model */
     tsad_policy *policy;  /* NULL until initialised */
@@ -156,7 +173,7 @@ typedef struct edge_policy {
     int *lanes;      /* (n_lanes) scratch of the call: the lanes listed */
     int *executed;   /* (n_lanes) scratch of the call */
     uint8_t *listed; /* (n_lanes) scratch of edge_parse_lanes, zero between calls */
-} edge_policy;
+};
 
 /* RuntimeError if the policy is not initialised or busy; else it is ours until edge_leave. */
 int edge_enter(edge_policy *self);

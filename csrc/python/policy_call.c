@@ -48,7 +48,7 @@ static int borrow_numbers(edge_policy *self, chunk *c, PyObject *obs, bool bare_
 {
     if (!PyDict_Check(obs)) {
         c->like = Py_NewRef(obs);
-        return edge_borrow(self->state, obs, "obs", EDGE_FLOAT32, false, &c->obs);
+        return edge_borrow_there(self, obs, "obs", false, &c->obs);
     }
     PyObject *joined = edge_side_by_side(self, obs, c->n_lanes, bare_fits, &c->like);
     int status =
@@ -74,7 +74,7 @@ static int borrow_obs(edge_policy *self, chunk *c, PyObject *obs)
                                : "these are (lanes, n_obs_steps, obs_dim); pass lanes=[...] to "
                                  "run a subset");
     }
-    return 0;
+    return edge_bring(self, &c->obs, true);
 }
 
 static int place_actions(edge_policy *self, chunk *c, PyObject *out)
@@ -85,17 +85,20 @@ static int place_actions(edge_policy *self, chunk *c, PyObject *out)
     int skip = c->drop_axis ? 1 : 0;
     if (out == Py_None) {
         void *data;
-        c->library = edge_library_of(c->like);
+        c->library = c->obs.on_device ? NULL : edge_library_of(c->like);
         c->actions = edge_new_array(EDGE_FLOAT32, 3 - skip, shape + skip, &data);
         c->data = c->actions ? data : NULL;
         return c->actions ? 0 : -1;
     }
-    if (edge_borrow(self->state, out, "out", EDGE_FLOAT32, true, &c->out) < 0) {
+    if (edge_borrow_there(self, out, "out", true, &c->out) < 0) {
         return -1;
     }
     if (!edge_has_shape(&c->out, 3 - skip, shape + skip)) {
         return edge_raise_shape("out", &c->out, 3 - skip, shape + skip,
                                 "allocate it with np.empty(shape, np.float32)");
+    }
+    if (edge_bring(self, &c->out, false) < 0) {
+        return -1;
     }
     c->actions = Py_NewRef(out);
     c->data = c->out.data;
@@ -109,7 +112,7 @@ static int borrow_noise(edge_policy *self, chunk *c, PyObject *noise)
     if (noise == Py_None) {
         return 0;
     }
-    if (edge_borrow(self->state, noise, "noise", EDGE_FLOAT32, false, &c->noise) < 0) {
+    if (edge_borrow_there(self, noise, "noise", false, &c->noise) < 0) {
         return -1;
     }
     c->noise_given = edge_has_shape(&c->noise, 4, shape);
@@ -127,7 +130,7 @@ static int borrow_noise(edge_policy *self, chunk *c, PyObject *noise)
     if (c->out.kind && edge_expect_apart("out", &c->out, "noise", &c->noise) < 0) {
         return -1;
     }
-    return edge_expect_finite("noise", &c->noise);
+    return edge_bring(self, &c->noise, true) < 0 ? -1 : edge_expect_finite("noise", &c->noise);
 }
 
 /* None, an int for all rows, or one per row. */
@@ -301,7 +304,7 @@ PyObject *edge_policy_call(PyObject *object, PyObject *args, PyObject *kwargs)
     c.n_lanes = edge_parse_lanes(self, lanes);
     if (c.n_lanes < 0 || borrow_obs(self, &c, obs) < 0 || place_actions(self, &c, out) < 0 ||
         borrow_noise(self, &c, noise) < 0 || read_executed(self, &c, executed) < 0 ||
-        edge_expect_finite("obs", &c.obs) < 0 || run(self, &c) < 0) {
+        edge_expect_finite("obs", &c.obs) < 0 || run(self, &c) < 0 || edge_send(self, &c.out) < 0) {
         Py_CLEAR(c.actions);
     }
     edge_leave(self);
@@ -314,7 +317,7 @@ static int borrow_samples(edge_policy *self, PyObject *sample, PyObject *obs, ch
 {
     const tsad_model_info *info = &self->info;
     int64_t shape[3] = {-1, info->horizon, info->action_dim};
-    if (edge_borrow(self->state, sample, "sample", EDGE_FLOAT32, false, &c->noise) < 0 ||
+    if (edge_borrow_there(self, sample, "sample", false, &c->noise) < 0 ||
         edge_expect_shape("sample", &c->noise, 3, shape) < 0) {
         return -1;
     }
@@ -325,11 +328,12 @@ static int borrow_samples(edge_policy *self, PyObject *sample, PyObject *obs, ch
     int64_t obs_shape[3] = {c->n_lanes, info->n_obs_steps, info->obs_dim};
     if (borrow_numbers(self, c, obs, false) < 0 ||
         edge_expect_shape("obs", &c->obs, 3, obs_shape) < 0 ||
+        edge_bring(self, &c->noise, true) < 0 || edge_bring(self, &c->obs, true) < 0 ||
         edge_expect_finite("sample", &c->noise) < 0 || edge_expect_finite("obs", &c->obs) < 0) {
         return -1;
     }
     void *data;
-    c->library = edge_library_of(c->like);
+    c->library = c->obs.on_device ? NULL : edge_library_of(c->like);
     c->actions = edge_new_array(EDGE_FLOAT32, 3, c->noise.shape, &data);
     c->data = c->actions ? data : NULL;
     return c->actions ? 0 : -1;

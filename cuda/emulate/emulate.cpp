@@ -352,6 +352,7 @@ struct Allocation {
 std::recursive_mutex everything;
 std::vector<Allocation> allocations;
 std::vector<Allocation> guards; /* of arrays within them */
+std::vector<Allocation> pinned; /* of the host */
 char message[256] = "no error";
 
 size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
@@ -402,8 +403,16 @@ struct emulated_event {
 namespace
 {
 
-void ask(cudaStream_t stream, std::function<const char *()> what)
+/* the stream of all libraries that name none */
+cudaStream_t stream_of(cudaStream_t handle)
 {
+    static emulated_stream standard;
+    return (uintptr_t)handle == 1 ? &standard : handle;
+}
+
+void ask(cudaStream_t handle, std::function<const char *()> what)
+{
+    cudaStream_t stream = stream_of(handle);
     (stream->captures ? stream->captured : stream->queue).push_back(std::move(what));
 }
 
@@ -507,11 +516,17 @@ cudaError_t cudaMallocHost(void **out, size_t bytes)
         return cudaErrorMemoryAllocation;
     }
     memset(*out, only_counts() ? 0 : POISON, bytes);
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    pinned.push_back({static_cast<char *>(*out), bytes});
     return cudaSuccess;
 }
 
 cudaError_t cudaFreeHost(void *memory)
 {
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    pinned.erase(std::remove_if(pinned.begin(), pinned.end(),
+                                [&](const Allocation &a) { return a.at == memory; }),
+                 pinned.end());
     free(memory);
     return cudaSuccess;
 }
@@ -528,11 +543,32 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return drain(stream); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return drain(stream_of(stream)); }
 
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
+static bool is_pinned(const void *memory)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    for (const Allocation &a : pinned) {
+        if (memory >= a.at && memory < a.at + a.bytes) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Pinned memory is read when the copy's turn comes, other memory now. */
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream)
 {
+    if (kind == cudaMemcpyHostToDevice && !is_pinned(from)) {
+        const char *begin = static_cast<const char *>(from);
+        std::vector<char> copy(begin, begin + bytes);
+        ask(stream, [to, copy]() -> const char * {
+            memcpy(to, copy.data(), copy.size());
+            return nullptr;
+        });
+        return cudaSuccess;
+    }
     ask(stream, [=]() -> const char * {
         memcpy(to, from, bytes);
         return nullptr;
@@ -548,6 +584,42 @@ cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stre
     });
     return cudaSuccess;
 }
+
+/* ---- for tests: memory and streams of a caller, who is another library ------------------------
+ */
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void *tsad_emulate_memory(size_t bytes);
+EXPORTED int tsad_emulate_free(void *memory);
+EXPORTED void *tsad_emulate_stream();
+EXPORTED void tsad_emulate_write(void *stream, void *device, const void *host, size_t bytes);
+EXPORTED int tsad_emulate_read(void *stream, void *host, const void *device, size_t bytes);
+EXPORTED size_t tsad_emulate_waiting(void *stream);
+
+void *tsad_emulate_memory(size_t bytes)
+{
+    void *memory = nullptr;
+    cudaMalloc(&memory, bytes);
+    return memory;
+}
+
+int tsad_emulate_free(void *memory) { return cudaFree(memory); }
+
+void *tsad_emulate_stream() { return new emulated_stream(); } /* for good */
+
+void tsad_emulate_write(void *stream, void *device, const void *host, size_t bytes)
+{
+    cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, (cudaStream_t)stream);
+}
+
+int tsad_emulate_read(void *stream, void *host, const void *device, size_t bytes)
+{
+    cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, (cudaStream_t)stream);
+    return cudaStreamSynchronize((cudaStream_t)stream);
+}
+
+size_t tsad_emulate_waiting(void *stream) { return stream_of((cudaStream_t)stream)->queue.size(); }
 
 /* time does not pass */
 cudaError_t cudaEventCreate(cudaEvent_t *out)

@@ -1,0 +1,83 @@
+/* device.c: arrays in the memory of the device that a policy runs on. They are borrowed like others
+ * and pass through the host, where they are checked: read after what the caller's stream holds,
+ * written as the last of it.
+ */
+#include "array.h"
+
+#include "dlpack.h"
+
+/* The stream that torch's current work is on; the default one of all libraries otherwise. */
+static int find_stream(PyObject *object, long id, edge_view *view)
+{
+    enum { DEFAULT = 1 }; /* DLPack's and CUDA's number for it */
+    view->stream = DEFAULT;
+    if (!edge_is_of(object, "torch")) {
+        return 0;
+    }
+    PyObject *torch = PyImport_ImportModule("torch");
+    PyObject *cuda = torch ? PyObject_GetAttrString(torch, "cuda") : NULL;
+    PyObject *stream = cuda ? PyObject_CallMethod(cuda, "current_stream", "l", id) : NULL;
+    PyObject *number = stream ? PyObject_GetAttrString(stream, "cuda_stream") : NULL;
+    size_t handle = number ? PyLong_AsSize_t(number) : 0;
+    Py_XDECREF(number);
+    Py_XDECREF(stream);
+    Py_XDECREF(cuda);
+    Py_XDECREF(torch);
+    if (PyErr_Occurred()) {
+        return -1;
+    }
+    view->stream = handle ? handle : DEFAULT; /* torch calls the default one 0 */
+    view->stream_is_known = true;
+    return 0;
+}
+
+int edge_borrow_there(edge_policy *self, PyObject *object, const char *name, bool writable,
+                      edge_view *view)
+{
+    const edge_device device = {.is_there = tsad_policy_owns(self->policy, DLPACK_CUDA, 0),
+                                .type = DLPACK_CUDA,
+                                .find_stream = find_stream};
+    return edge_borrow_on(self->state, object, name, EDGE_FLOAT32, writable,
+                          device.is_there ? &device : NULL, view);
+}
+
+int edge_bring(edge_policy *self, edge_view *view, bool reads)
+{
+    void *data;
+    if (!view->on_device) {
+        return 0;
+    }
+    view->host = edge_new_array(EDGE_FLOAT32, view->n_dims, view->shape, &data);
+    if (!view->host) {
+        return -1;
+    }
+    view->there = view->data;
+    view->data = data;
+    if (!reads || !view->bytes) {
+        return 0;
+    }
+    tsad_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = tsad_policy_fetch(self->policy, data, view->there, view->bytes, view->stream);
+    Py_END_ALLOW_THREADS;
+    if (status != TSAD_OK) {
+        edge_raise(status);
+    }
+    return status == TSAD_OK ? 0 : -1;
+}
+
+int edge_send(edge_policy *self, const edge_view *view)
+{
+    if (!view->there || !view->bytes) {
+        return 0;
+    }
+    tsad_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = tsad_policy_store(self->policy, view->there, view->data, view->bytes, view->stream,
+                               !view->stream_is_known);
+    Py_END_ALLOW_THREADS;
+    if (status != TSAD_OK) {
+        edge_raise(status);
+    }
+    return status == TSAD_OK ? 0 : -1;
+}
