@@ -174,35 +174,6 @@ def test_statistics_in_the_model_of_lerobot_before_0_4(folder, tmp_path):
     refused(folder, "observation.state.max: expected finite float32 numbers, got inf")
 
 
-def test_cameras_are_features_between_state_and_environment(folder):
-    """What an encoder makes of each image, in the order of config.json."""
-    image = {"type": "VISUAL", "shape": [3, 96, 96]}
-    config = json.loads((folder / "config.json").read_text())
-    inputs = {"observation.images.b": image, "observation.images.a": image}
-    inputs |= config["input_features"]
-    lerobot.edit_json(
-        folder / "config.json", input_features=inputs, spatial_softmax_num_keypoints=4
-    )
-    values = lerobot.tensors(folder)
-    for name, value in values.items():
-        if name.endswith("cond_encoder.1.weight"):
-            more = np.zeros((len(value), 2 * 2 * 2 * 4), np.float32)
-            values[name] = np.concatenate([value, more], 1)
-    values["diffusion.rgb_encoder.backbone.1.num_batches_tracked"] = np.array(3)
-    lerobot.save(folder, values)
-    found = read_lerobot(folder)
-    assert [(f.name, f.dim) for f in found.features] == [
-        (STATE, 3),
-        ("observation.images.b", 8),
-        ("observation.images.a", 8),
-        (ENV, 4),
-    ]
-    assert found.cameras == ("observation.images.b", "observation.images.a")
-    assert not any("rgb_encoder" in name for name in found.tensors)
-    obs = found.policy["normalizer"]["obs"]
-    assert obs["scale"][3:19] == [1.0] * 16 and obs["scale"][19] != 1
-
-
 # Weights that do not fit
 
 

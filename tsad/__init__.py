@@ -24,6 +24,7 @@ except ImportError as error:
     ) from error
 
 from tsad import planners
+from tsad.image_policy import ImagePolicy
 from tsad.load import load
 from tsad.plan import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, SKIP, Plan
 from tsad.policy import SparsePolicy
@@ -34,6 +35,7 @@ __all__ = [
     "REUSE_STEP",
     "REUSE_TYPE",
     "SKIP",
+    "ImagePolicy",
     "Plan",
     "Recorder",
     "SparsePolicy",

@@ -22,7 +22,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.config import PolicyConfig, Shapes, network_shapes, pruner_shapes
+from tsad.config import PolicyConfig, Shapes, pruner_shapes, tensor_shapes
+from tsad.families.resnet import VISION
 from tsad.files import make_folder, write_atomically, write_together
 from tsad.section import MAX_MAGNITUDE
 
@@ -71,7 +72,7 @@ def folder_kind(path: Path) -> str:
 def read_folder(path: str | os.PathLike[str]) -> tuple[PolicyConfig, Tensors, Tensors | None]:
     """Configuration, network tensors and pruner tensors (``None`` without one) of a tsad folder.
 
-    Tensors are float32 with the names and shapes of ``config.network_shapes``. Raises
+    Tensors are float32 with the names and shapes of ``config.tensor_shapes``. Raises
     ``FileNotFoundError`` if there is no such folder, ``ValueError`` (``CheckpointError``) naming
     the file and the key or tensor if something in it is missing, foreign or damaged.
     """
@@ -82,7 +83,7 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[PolicyConfig, Tensors, Te
     config = PolicyConfig.from_dict(read_json(config_path), file=str(config_path))
     model_path, pruner_path = folder / MODEL_FILE, folder / PRUNER_FILE
     tensors = read_safetensors(model_path)
-    check_tensors(tensors, network_shapes(config.network), str(model_path))
+    check_tensors(tensors, tensor_shapes(config), str(model_path))
     if config.pruner is None:
         if pruner_path.exists():
             raise CheckpointError(
@@ -117,7 +118,7 @@ def write_folder(
             f"pruner: expected tensors {'with' if pruner is None else 'only with'} a config that "
             'has a "pruner" object; give both or neither'
         )
-    files = {MODEL_FILE: (tensors, network_shapes(config.network))}
+    files = {MODEL_FILE: (tensors, tensor_shapes(config))}
     if pruner is not None and config.pruner is not None:
         files[PRUNER_FILE] = (pruner, pruner_shapes(config.pruner, config.network))
     contents = {}
@@ -157,6 +158,11 @@ def write_pruner(
     text = format_json(config.to_dict()).encode()
     write_together({Path(path) / PRUNER_FILE: content, Path(path) / CONFIG_FILE: text})
     return config
+
+
+def network_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a policy's that the network has; the others are image encoders'."""
+    return {name: value for name, value in tensors.items() if not name.startswith(VISION)}
 
 
 class Shaped(Protocol):

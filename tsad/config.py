@@ -56,8 +56,11 @@ name, and keys without a default must be there.
                              (default: they have no names); a list, of each:
   ``name``                   its name, LeRobot's of a policy of LeRobot
   ``type``                   ``"STATE"``, ``"ENV"``; or ``"VISUAL"``, ``"LANGUAGE"``, of numbers
-                             that an encoder made of it
+                             that an encoder makes of it, ``vision``'s or one outside
   ``dim``                    how many numbers; together they are ``obs_dim``
+
+``vision``                   only with images: the encoders that make the ``"VISUAL"`` features of
+                             them, and the cameras; `tsad.families.resnet` has its keys
 
 ``provenance``               a free JSON object (default empty): source, licence, sha256, training,
                              scores
@@ -86,6 +89,7 @@ from tsad.families import (
     read_network,
 )
 from tsad.families.dpt import BLOCK_TYPES, NetworkConfig
+from tsad.families.resnet import VisionConfig
 from tsad.scope import scope
 from tsad.section import (
     MAX_COST,
@@ -122,11 +126,13 @@ __all__ = [
     "SchedulerConfig",
     "Section",
     "Shapes",
+    "VisionConfig",
     "block_costs",
     "block_names",
     "block_types",
     "network_shapes",
     "pruner_shapes",
+    "tensor_shapes",
 ]
 
 FORMAT = "tsad"
@@ -139,7 +145,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample")
 VELOCITY = "velocity"  # what Euler steps of flow matching need
 RAW_KINDS = ("STATE", "ENV")
-FEATURE_KINDS = (*RAW_KINDS, "VISUAL", "LANGUAGE")
+VISUAL = "VISUAL"
+FEATURE_KINDS = (*RAW_KINDS, VISUAL, "LANGUAGE")
 MAX_NAME = 200
 PRUNER_TYPES = ("transformer", "mlp")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
@@ -355,11 +362,13 @@ class PolicyConfig:
     pruner: PrunerConfig | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     features: tuple[Feature, ...] = ()
+    vision: VisionConfig | None = None
 
     @property
     def named_numbers(self) -> tuple[tuple[str, int], ...] | None:
-        """Name and size of each feature, if all of them are as the robot measures them."""
-        raw = bool(self.features) and all(f.kind in RAW_KINDS for f in self.features)
+        """Name and size of each feature, if all of them are as the robot measures or sees them."""
+        kinds = RAW_KINDS if self.vision is None else (*RAW_KINDS, VISUAL)
+        raw = bool(self.features) and all(f.kind in kinds for f in self.features)
         return tuple((f.name, f.dim) for f in self.features) if raw else None
 
     @classmethod
@@ -391,9 +400,10 @@ class PolicyConfig:
         if not isinstance(provenance, Mapping):
             raise section.error("provenance", "a JSON object", provenance)
         features = _read_features(section, network.obs_dim)
+        vision = _read_vision(section, features)
         section.done()
         free = copy.deepcopy(dict(provenance))
-        return cls(network, scheduler, normalizer, costs, pruner, free, features)
+        return cls(network, scheduler, normalizer, costs, pruner, free, features, vision)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``from_dict`` reads: a new plain dict, ready for ``json.dump``."""
@@ -409,6 +419,8 @@ class PolicyConfig:
             data["pruner"] = self.pruner.to_dict()
         if self.features:
             data["features"] = [feature.to_dict() for feature in self.features]
+        if self.vision is not None:
+            data["vision"] = self.vision.to_dict()
         data["provenance"] = copy.deepcopy(self.provenance)
         return data
 
@@ -435,6 +447,19 @@ def _read_features(section: Section, obs_dim: int) -> tuple[Feature, ...]:
     return tuple(features)
 
 
+def _read_vision(section: Section, features: tuple[Feature, ...]) -> VisionConfig | None:
+    section.known.append("vision")
+    if "vision" not in section.data:
+        return None
+    vision = VisionConfig.from_dict(section.data.pop("vision"), file=section.file)
+    made = [(camera.name, vision.feature_dim(camera)) for camera in vision.cameras]
+    wanted = [(f.name, f.dim) for f in features if f.kind == VISUAL]
+    if made != wanted or any(f.kind not in (*RAW_KINDS, VISUAL) for f in features):
+        expected = f"those of the features, and no others beside STATE and ENV: {wanted}"
+        raise section.error("vision.cameras", expected, Text(f"{made}"))
+    return vision
+
+
 def _costs_to_dict(costs: tuple[int, ...]) -> dict[str, Any]:
     return {"version": COST_VERSION, "unit": "MAC", "blocks": list(costs)}
 
@@ -456,6 +481,12 @@ def _read_costs(data: Any, network: Network, file: str) -> tuple[int, ...]:
         raise section.error("blocks", "at least one cost above 0", Text("only zeros"))
     section.done()
     return tuple(blocks)
+
+
+def tensor_shapes(config: PolicyConfig) -> Shapes:
+    """Name -> shape of every tensor in ``model.safetensors``: the network's and the encoders'."""
+    encoders = {} if config.vision is None else config.vision.shapes()
+    return network_shapes(config.network) | encoders
 
 
 def pruner_shapes(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsad import policy as policies
+from tsad.cameras import Cameras
 from tsad.checkpoint import (
     CONFIG_FILE,
     MODEL_FILE,
@@ -20,6 +21,7 @@ from tsad.checkpoint import (
     CheckpointError,
     Tensors,
     folder_kind,
+    network_tensors,
     of_training,
     read_folder,
 )
@@ -29,6 +31,7 @@ from tsad.families import Network
 from tsad.families.dit import DitConfig
 from tsad.families.unet1d import Unet1dConfig
 from tsad.files import sha256
+from tsad.image_policy import ImagePolicy
 from tsad.presets import Preset, check_clash, find_preset
 from tsad.reference.families import family_of
 from tsad.reference.layers import rotation, sinusoid
@@ -66,12 +69,12 @@ def load(
     """A policy, ready to run.
 
     ``source`` is the name of a bundled policy (``"pusht"``; a folder of that name is
-    ``"./pusht"``), a tsad folder, the folder of a LeRobot diffusion policy without cameras (an
-    observation is a dict by the names in ``config["features"]``, or these side by side), or
+    ``"./pusht"``), a tsad folder, the folder of a LeRobot diffusion policy (an observation is a
+    dict by the names in ``config["features"]``, or without cameras these side by side), or
     a Diffusion Policy ``.ckpt``, which is converted in memory
     without running anything in it: its EMA weights, or the raw ones if the run had no others
     (``use_ema: False``); ``weights="ema"`` or ``"raw"`` says which. What should be known of the
-    file is said as a warning.
+    file is said as a warning. A policy that sees images is an `ImagePolicy`.
 
     ``lanes`` environments are stepped together. ``device`` is ``"cpu"``, or ``"cuda"`` where this
     build has that backend and there is a GPU (``tsad info`` says). ``precision`` ``"auto"``
@@ -139,18 +142,22 @@ def load(
     precision = setting.precision or "float32"
     backend = None if device == "cpu" else device
     model = make_model(config, tensors, pruner, table, backend=backend, precision=precision)
-    policy = policies.SparsePolicy(
-        model,
-        config=config,
-        sampler=table,
-        lanes=lanes,
-        threads=threads,
-        device=device,
-        precision=precision,
-        warm_start=setting.warm_start,
-        lead=setting.lead or 0.0,
-        smoothing=bool(setting.smoothing),
-    )
+    parts: dict[str, Any] = {
+        "config": config,
+        "sampler": table,
+        "lanes": lanes,
+        "threads": threads,
+        "device": device,
+        "precision": precision,
+        "warm_start": setting.warm_start,
+        "lead": setting.lead or 0.0,
+        "smoothing": bool(setting.smoothing),
+    }
+    if config.vision is None:
+        policy = policies.SparsePolicy(model, **parts)
+    else:
+        cameras = Cameras(config.vision, tensors, threads=threads)
+        policy = ImagePolicy(model, cameras=cameras, **parts)
     if isinstance(setting, Preset):
         try:
             setting.apply(policy)
@@ -236,7 +243,7 @@ def make_model(
         obs_shift=None if obs_shift is None else vector(obs_shift),
         action_shift=None if action_shift is None else vector(action_shift),
         block_cost=np.array(config.costs, dtype=np.int64),
-        tensors=tensors,
+        tensors=network_tensors(tensors),
         pruner=packed_pruner,
         backend=backend,
         precision=precision,

@@ -15,11 +15,11 @@ class Row(NamedTuple):
 SCOPE = {
     "networks": Row(
         "Diffusion Policy's transformer (time_as_cond, obs_as_cond) and UNet (obs_as_global_cond), "
-        "LeRobot's UNet and DiT",
-        "vision encoders (with LeRobot its own runs, elsewhere give features as observations)",
+        "LeRobot's UNet and DiT; for images their ResNet-18 or 34 with spatial softmax",
+        "other vision encoders (CLIP, ResNet-50: give their features as observations), in 8 bits",
     ),
     "checkpoints": Row(
-        "Diffusion Policy's .ckpt (transformer, UNet), LeRobot folders (diffusion without cameras, "
+        "Diffusion Policy's .ckpt (transformer, UNet, hybrid image), LeRobot folders (diffusion, "
         "multi_task_dit), tsad folders",
         "LeRobot's other policies, other formats",
     ),

@@ -26,7 +26,7 @@ from tsad.commands.common import (
 )
 from tsad.commands.lead import add_lead
 from tsad.evaluation.progress import Progress
-from tsad.evaluation.timing import STAGES, Clock, cpu_name, observations, sampler_name
+from tsad.evaluation.timing import Clock, cpu_name, observations, sampler_name
 from tsad.statistics import ENOUGH
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ ROUNDS = 5
 
 DESCRIPTION = """\
 Time chunks and their stages (encode, prune, plan, denoise) on this machine, dense and sparse.
+A policy with cameras is shown random images, and its stage "vision" is what they take.
 
 The settings take turns in rounds, so that a machine that slows down slows all of them. The first
 chunks of a round are not counted; the first after a reset, which may be dense, is timed apart.
@@ -109,7 +110,7 @@ def _report(document: dict[str, Any]) -> str:
     def three(values: dict[str, float]) -> str:
         return " / ".join(_digits(values[name]) for name in shown)
 
-    for stage in STAGES[:-1]:
+    for stage in [stage for stage in results[0]["stages_ms"] if stage != "total"]:
         rows.append([stage, *(three(r["stages_ms"][stage]) for r in results)])
     rows.append(["chunk, as called", *(three(r["call_ms"]) for r in results)])
     rows.append(["first after reset", *(_digits(r["first_call_ms"]) for r in results)])
@@ -124,9 +125,18 @@ def _report(document: dict[str, Any]) -> str:
         f"policy {document['policy']} ({document['sampler']}), planner {document['planner']}, "
         f"{lanes} lane{'s' if lanes > 1 else ''}\n"
         f"{document['cpu']}, {document['backend']}, threads {document['threads']}"
-        f"{'' if paced is None else f', called at {paced:g} Hz'}\n\n{table(rows)}"
+        f"{'' if paced is None else f', called at {paced:g} Hz'}\n{_images(document)}\n"
+        f"{table(rows)}"
         + ("" if "p99" in shown else f"\n{calls} calls: a p99 takes {ENOUGH[99]} (--chunks)")
     )
+
+
+def _images(document: dict[str, Any]) -> str:
+    """What the policy was shown, a line; empty for one that sees nothing."""
+    sizes = [f"{name} {w} x {h}" for name, (h, w) in document["images"].items()]
+    if not sizes:
+        return ""
+    return f"images: random, every one new ({', '.join(sizes)}); vision is what they took\n"
 
 
 def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
@@ -188,6 +198,10 @@ def run(args: argparse.Namespace) -> int:
         "threads": policy.threads,
         "lanes": policy.lanes,
         "paced_hz": args.paced,
+        "images": {
+            camera["name"]: [camera["height"], camera["width"]]
+            for camera in policy.config.get("vision", {}).get("cameras", ())
+        },
         "results": [clock.facts() for clock in clocks],
     }
     print(json.dumps(document, indent=1) if args.json else _report(document))

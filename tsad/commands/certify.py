@@ -189,6 +189,8 @@ def _theirs(source: str, policy: SparsePolicy) -> Any:
         return None
     if policy.config["network"]["type"] != unet1d.TYPE:
         return None  # its encoder is fetched from the Hub
+    if "vision" in policy.config:
+        return None  # what is compared are actions of features
     with argument("SRC"):
         return parity.LerobotPolicy(folder, policy.config["features"])
 

@@ -29,11 +29,10 @@ from tsad.checkpoint import (
 from tsad.config import FORMAT, FORMAT_VERSION, PolicyConfig
 from tsad.convert.diffusion_policy import Converted, read_checkpoint, read_pruner
 from tsad.convert.lerobot import read_lerobot
-from tsad.families import as_transformer, unet1d
+from tsad.families import as_transformer
 from tsad.families import describe as describe_network
 from tsad.files import sha256
 from tsad.presets import read_presets, stale_note
-from tsad.scope import scope
 
 __all__ = ["Converted", "convert", "convert_pruner", "read_checkpoint", "read_pruner"]
 
@@ -49,9 +48,9 @@ def convert(
     """Converts a Diffusion Policy checkpoint, or LeRobot's folder of one, to a tsad folder.
 
     ``source`` is a ``.ckpt`` of a low-dimensional or image policy with a transformer or a UNet, or
-    the folder of a LeRobot diffusion policy without cameras or of a multi_task_dit; ``out`` the
-    folder to write. ``weights`` is ``"ema"``, the averaged ones, ``"raw"``, or ``"auto"``, those
-    that the run's own evaluation takes; ``dtype`` of the stored numbers is ``"float32"`` or
+    the folder of a LeRobot diffusion policy or of a multi_task_dit; ``out`` the folder to write.
+    ``weights`` is ``"ema"``, the averaged ones, ``"raw"``, or ``"auto"``, those that the run's own
+    evaluation takes; ``dtype`` of the stored numbers is ``"float32"`` or
     ``"float16"``. Returns a summary of JSON values. Raises ``FileExistsError`` if ``out`` is there
     and ``overwrite`` is false or it is no tsad folder, ``FileNotFoundError``, or ``ValueError``
     naming what does not fit; nothing is written then.
@@ -159,24 +158,19 @@ def _wrong_folder(path: Path) -> ValueError:
 
 
 def read_lerobot_folder(path: Path) -> Converted:
-    """A LeRobot diffusion policy without cameras, or the DiT of a multi_task_dit, as a policy.
+    """A LeRobot diffusion policy with its image encoders, or the DiT of a multi_task_dit.
 
-    Raises ``ValueError`` for a diffusion policy with cameras, whose image encoder is LeRobot's,
-    and what `read_lerobot` raises. Weights are mapped from the file, not copied, where they are
+    Raises what `read_lerobot` raises. Weights are mapped from the file, not copied, where they are
     float32.
     """
     described = read_lerobot(path)
-    if described.cameras and described.family == unet1d.TYPE:
-        raise ValueError(
-            f"{path}: expected a policy without cameras, got one that sees "
-            f"{', '.join(described.cameras)}; its image encoder runs in LeRobot: there, "
-            f"tsad.lerobot.accelerate(policy) speeds up the rest ({scope('checkpoints')})"
-        )
     data = {"format": FORMAT, "format_version": FORMAT_VERSION} | described.policy
     data |= {
         "features": [feature.to_dict() for feature in described.features],
         "provenance": {"source": path.name, "weights": "lerobot"},
     }
+    if described.vision is not None:
+        data["vision"] = described.vision.to_dict()
     config = PolicyConfig.from_dict(data, file=str(path / CONFIG_FILE))
     tensors = {k: np.ascontiguousarray(v, np.float32) for k, v in described.tensors.items()}
     return Converted(

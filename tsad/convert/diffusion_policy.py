@@ -2,9 +2,10 @@
 
 A ``.ckpt`` file holds the settings of the run, and for the raw and the averaged (EMA) policy a
 state dict with the network, the normaliser and, for image policies, the observation encoder. Read
-are ``DiffusionTransformerLowdimPolicy`` and ``DiffusionUnetLowdimPolicy``, and without their
-encoder, so that their observations are its output, ``DiffusionTransformerHybridImagePolicy``,
-``DiffusionUnetHybridImagePolicy`` and ``DiffusionUnetImagePolicy`` (UNets: `tsad.convert.unet`).
+are ``DiffusionTransformerLowdimPolicy`` and ``DiffusionUnetLowdimPolicy``;
+``DiffusionTransformerHybridImagePolicy`` and ``DiffusionUnetHybridImagePolicy`` with robomimic's
+encoder (`tsad.convert.robomimic`); and, so that their observations are its output, those with
+another encoder and ``DiffusionUnetImagePolicy`` (UNets: `tsad.convert.unet`).
 Also here: pruner checkpoints in the layout that the code of "Test-time Sparsity for Extreme Fast
 Action Diffusion" (arXiv 2605.13316) publishes.
 """
@@ -20,6 +21,7 @@ import numpy as np
 
 from tsad.checkpoint import CheckpointError, Tensors, check_tensors
 from tsad.config import (
+    VISUAL,
     NetworkConfig,
     PolicyConfig,
     PrunerConfig,
@@ -28,6 +30,7 @@ from tsad.config import (
 )
 from tsad.convert import unet
 from tsad.convert.pickle_machine import Placeholder
+from tsad.convert.robomimic import Encoder, OutsideError
 from tsad.convert.settings import Settings, plain
 from tsad.convert.torch_file import TensorRef, TorchFile, describe
 from tsad.families import Network
@@ -42,6 +45,7 @@ _UNETS = (
     "DiffusionUnetHybridImagePolicy",
     "DiffusionUnetImagePolicy",
 )
+_HYBRID = (_TRANSFORMERS[1], _UNETS[1])
 _LOWDIM = (_TRANSFORMERS[0], _UNETS[0])  # their observations are numbers; they are given a network
 _TRANSFORMER = "TransformerForDiffusion"
 _SCHEDULERS = {
@@ -145,15 +149,22 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights: str = "auto") -> C
         if isinstance(network, NetworkConfig):
             _check_masks(checkpoint, state, network)
         normalizer = _read_normalizer(checkpoint, state, network, policy)
+        sight: dict[str, Any] = {}
+        if policy in _HYBRID:
+            try:
+                encoder = Encoder(settings, state, network.obs_dim)
+            except (OutsideError, CheckpointError) as reason:  # or settings that can't be told
+                notes.append(_outside(network, f" ({reason})"))
+            else:
+                tensors |= encoder.tensors(checkpoint)
+                sight, normalizer["obs"] = _read_sight(checkpoint, state, encoder)
+        elif policy not in _LOWDIM:
+            notes.append(_outside(network, ""))
     scheduler = _read_scheduler(settings)
     notes += checkpoint.notes
-    if policy not in _LOWDIM:
-        notes.append(
-            f"the observation encoder stays outside: observations are its output, "
-            f"{network.obs_dim} numbers per step"
-        )
     config = PolicyConfig.from_dict(
         {
+            **sight,
             "format": "tsad",
             "format_version": 1,
             "network": network.to_dict(),
@@ -170,6 +181,31 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights: str = "auto") -> C
         file=f"{file}: cfg",
     )
     return Converted(config, tensors, policy, notes)
+
+
+def _outside(network: Network, why: str) -> str:
+    return (
+        "the observation encoder stays outside: observations are its output, "
+        f"{network.obs_dim} numbers per step{why}"
+    )
+
+
+def _read_sight(
+    checkpoint: TorchFile, state: dict[str, Any], encoder: Encoder
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``features`` and ``vision`` of a config.json, and ``obs`` of its normaliser."""
+    images: dict[str, tuple[float, float]] = {}
+    obs: dict[str, list[float]] = {"scale": [], "offset": []}
+    for feature in encoder.features:
+        is_image = feature.kind == VISUAL  # whose features are made in the network's own units
+        numbers = _affine(checkpoint, state, feature.name, 1 if is_image else feature.dim)
+        if is_image:
+            images[feature.name] = numbers["scale"][0], numbers["offset"][0]
+            numbers = {"scale": [1.0] * feature.dim, "offset": [0.0] * feature.dim}
+        for part, values in numbers.items():
+            obs[part] += values
+    features = [feature.to_dict() for feature in encoder.features]
+    return {"features": features, "vision": encoder.vision(images)}, obs
 
 
 def _of_workspace(value: Any, file: str) -> Any:
@@ -399,18 +435,26 @@ def _read_normalizer(
         if key == "obs" and policy not in _LOWDIM:  # normalised before the encoder
             result[key] = {"scale": [1.0] * dim, "offset": [0.0] * dim}
             continue
-        result[key] = {}
-        for part in ("scale", "offset"):
-            name = f"normalizer.params_dict.{key}.{part}"
-            ref = state.get(name)
-            if not isinstance(ref, TensorRef) or ref.shape not in ((dim,), (1,)):
-                raise CheckpointError(
-                    f"{checkpoint.file}: {name}: expected a tensor of {dim} numbers, got "
-                    f"{'nothing' if ref is None else describe(ref)}; the normaliser was not "
-                    "fitted, or the file is damaged"
-                )
-            numbers = np.broadcast_to(checkpoint.read(ref, name), (dim,))
-            result[key][part] = [float(number) for number in numbers]
+        result[key] = _affine(checkpoint, state, key, dim)
+    return result
+
+
+def _affine(
+    checkpoint: TorchFile, state: dict[str, Any], key: str, dim: int
+) -> dict[str, list[float]]:
+    """Scale and offset of what the normaliser calls ``key``."""
+    result = {}
+    for part in ("scale", "offset"):
+        name = f"normalizer.params_dict.{key}.{part}"
+        ref = state.get(name)
+        if not isinstance(ref, TensorRef) or ref.shape not in ((dim,), (1,)):
+            raise CheckpointError(
+                f"{checkpoint.file}: {name}: expected a tensor of {dim} numbers, got "
+                f"{'nothing' if ref is None else describe(ref)}; the normaliser was not "
+                "fitted, or the file is damaged"
+            )
+        numbers = np.broadcast_to(checkpoint.read(ref, name), (dim,))
+        result[part] = [float(number) for number in numbers]
     return result
 
 

@@ -1,6 +1,7 @@
 """Policies that LeRobot saved: the folder of ``save_pretrained``, of versions 0.3 to 0.6.
 
-Of type ``diffusion``, a UNet, and of type ``multi_task_dit``, a DiT. What a ``multi_task_dit``
+Of type ``diffusion``, a UNet and its image encoders (`tsad.convert.lerobot_vision`), and of type
+``multi_task_dit``, a DiT. What a ``multi_task_dit``
 conditions its network on comes from CLIP, which stays LeRobot's: an observation is that condition.
 
 ``read_lerobot`` describes such a folder in plain terms, without LeRobot or PyTorch: the network's
@@ -38,8 +39,11 @@ from tsad.config import (
     MAX_TIMESTEPS,
     PREDICTION_TYPES,
     VELOCITY,
+    VISUAL,
     Feature,
+    VisionConfig,
 )
+from tsad.convert import lerobot_vision
 from tsad.convert.lerobot_processors import (
     POSTPROCESSOR_FILE,
     Map,
@@ -55,7 +59,7 @@ from tsad.section import MAX_DIM, Section, Shapes
 STATE, ENV_STATE, ACTION = "observation.state", "observation.environment_state", "action"
 
 _COMPILED = "_orig_mod."  # torch.compile puts it into the names of what it wraps
-_UNET, _ENCODER = "diffusion.unet.", "diffusion.rgb_encoder"
+_UNET = "diffusion.unet."
 _DIT, _CLIP = "noise_predictor.", "observation_encoder."
 _CLIP_PARTS = tuple(f"{_CLIP}{n}." for n in ("text_encoder", "vision_encoder", "vision_encoders"))
 TASK, LANGUAGE = "task", "LANGUAGE"
@@ -97,7 +101,8 @@ class Description:
     ``n_action_steps`` is the number that LeRobot really executes.
     """
     tensors: dict[str, NDArray[Any]]
-    """The network's tensors by the family's names, read-only, in the file's types."""
+    """The network's tensors by the family's names, read-only, in the file's types; and the image
+    encoders', as in a tsad folder."""
     features: tuple[Feature, ...]
     """What an observation's numbers are, side by side in this order, the order of LeRobot."""
     config: dict[str, Any]
@@ -106,11 +111,13 @@ class Description:
     """Observations that the preprocessor gives other names: old name to new."""
     notes: list[str] = field(default_factory=list)
     """What should be said about it."""
+    vision: VisionConfig | None = None
+    """The cameras and their encoders; None without, or where LeRobot's own encodes."""
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """Names of the images, which LeRobot's own encoder turns into numbers."""
-        return tuple(feature.name for feature in self.features if feature.kind == "VISUAL")
+        """Names of the images."""
+        return tuple(feature.name for feature in self.features if feature.kind == VISUAL)
 
 
 def read_lerobot(path: str | os.PathLike[str]) -> Description:
@@ -137,21 +144,39 @@ def read_lerobot(path: str | os.PathLike[str]) -> Description:
 
     model = folder / MODEL_FILE
     tensors = _plain_names(map_safetensors(model), str(model), notes)
-    cameras = any(feature.kind == "VISUAL" for feature in features)
-    beside = (*_OLD_BUFFERS, _ENCODER) if cameras else _OLD_BUFFERS
-    wanted = {f"{_UNET}{name}": shape for name, shape in unet1d.shapes(network).items()}
-    unet = _network_tensors(tensors, wanted, str(model), _UNET, beside)
+    vision, separate = _read_vision(section, features)
+    unet = {f"{_UNET}{name}": shape for name, shape in unet1d.shapes(network).items()}
+    encoders: Shapes = {}
+    if vision is not None:
+        encoders = lerobot_vision.wanted(vision, separate)
+        tensors = {k: v for k, v in tensors.items() if not lerobot_vision.is_counter(k)}
+    found = _network_tensors(tensors, unet | encoders, str(model), _OLD_BUFFERS)
+    ours = {name.removeprefix(_UNET): found[name] for name in unet}
     statistics, renamed = _read_statistics(folder, config, tensors, features, notes)
     normalizer = _normalizer(statistics, features, action_dim, notes)
+    if vision is not None:
+        ours |= lerobot_vision.encoder_tensors(vision, separate, found, str(model))
+        vision = lerobot_vision.with_statistics(vision, statistics[0], notes)
     return Description(
         family=unet1d.TYPE,
         policy={"network": network, "scheduler": scheduler, "normalizer": normalizer},
-        tensors=unet,
+        tensors=ours,
         features=tuple(features),
         config=dict(config),
         renamed=renamed,
         notes=notes,
+        vision=vision,
     )
+
+
+def _read_vision(section: Section, features: list[Feature]) -> tuple[VisionConfig | None, bool]:
+    """Cameras and encoders, and whether each camera has its own."""
+    made = {f.name: f.dim for f in features if f.kind == VISUAL}
+    if not made:
+        return None, False
+    inputs = _read_features(section, "input_features")
+    images = {name: inputs[name][1] for name in made}
+    return lerobot_vision.read_vision(section, images, next(iter(made.values())) // 2)
 
 
 def _clamp_actions(network: dict[str, Any], notes: list[str]) -> None:
@@ -181,7 +206,8 @@ def _read_dit(folder: Path, config: Mapping[str, Any], section: Section) -> Desc
     network["obs_dim"] = sum(f.dim for f in features)
     _clamp_actions(network, notes)
     wanted = {f"{_DIT}{name}": shape for name, shape in dit.shapes(network).items()}
-    found = _network_tensors(tensors, wanted, str(model), _DIT, _CLIP_PARTS)
+    found = _network_tensors(tensors, wanted, str(model), _CLIP_PARTS)
+    found = {name.removeprefix(_DIT): value for name, value in found.items()}
     parts = sorted({name.split(".")[1] for name in tensors if name.startswith(_CLIP_PARTS)})
     left = sum(name.startswith(_CLIP_PARTS) for name in tensors)
     notes.append(
@@ -381,10 +407,9 @@ def _network_tensors(
     tensors: Mapping[str, NDArray[Any]],
     wanted: Shapes,
     file: str,
-    prefix: str,
     beside: tuple[str, ...],
 ) -> dict[str, NDArray[Any]]:
-    """The network's tensors by their own names, after checking that all of the file's are known.
+    """The wanted tensors, after checking that they are what the file has.
 
     ``beside``: how names of the rest begin.
     """
@@ -401,7 +426,7 @@ def _network_tensors(
                 f"{file}: {name}: expected numbers of type F16, BF16, F32 or F64, got "
                 f"{tensors[name].dtype}; save the model in one of these"
             )
-    found = {name.removeprefix(prefix): tensors[name] for name in wanted}
+    found = {name: tensors[name] for name in wanted}
     check_finite(found, file)
     return found
 
@@ -443,7 +468,7 @@ def _normalizer(
     before, after = statistics
     maps = [
         Map.identity(f.dim)  # made by the encoder, in the network's own units
-        if f.kind == "VISUAL"
+        if f.kind == VISUAL
         else before.map_of(f.name, f.kind, f.dim, notes)
         for f in features
     ]

@@ -83,8 +83,18 @@ class Statistics:
             )
         return mode
 
-    def map_of(self, feature: str, kind: str, dim: int, notes: list[str]) -> Map:
-        """The map of a feature of ``dim`` numbers; ``notes`` gets what should be said about it."""
+    def map_of(
+        self,
+        feature: str,
+        kind: str,
+        dim: int,
+        notes: list[str],
+        shape: tuple[int, ...] | None = None,
+    ) -> Map:
+        """The map of a feature of ``dim`` numbers; ``notes`` gets what should be said about it.
+
+        ``shape``: of its statistics, (dim,) unless given.
+        """
         if self.kinds is not None and kind != "ACTION":
             if feature not in self.kinds:
                 notes.append(f"{feature}: not normalised, as the preprocessor does not list it")
@@ -100,17 +110,23 @@ class Statistics:
             )
             return Map.identity(dim)
         eps = np.float32(self.eps)
+
+        def take(name: str) -> NDArray[np.float32]:
+            return self._take(feature, name, mode, shape or (dim,)).reshape(dim)
+
         if mode == "MEAN_STD":
-            shift, std = (self._take(feature, name, mode, dim) for name in ("mean", "std"))
+            shift, std = (take(name) for name in ("mean", "std"))
             # LeRobot adds eps on the way in only; without a deviation there is no way back
             spread = std + eps if kind != "ACTION" else np.where(std == 0, eps, std)
             return Map(shift.astype(np.float64), 1 / spread.astype(np.float64), np.zeros(dim))
-        shift, high = (self._take(feature, name, mode, dim) for name in _BOUNDS[mode])
+        shift, high = (take(name) for name in _BOUNDS[mode])
         spread = high - shift
         spread = spread + eps if self.old else np.where(spread == 0, eps, spread)
         return Map(shift.astype(np.float64), 2 / spread.astype(np.float64), np.full(dim, -1.0))
 
-    def _take(self, feature: str, name: str, mode: str, dim: int) -> NDArray[np.float32]:
+    def _take(
+        self, feature: str, name: str, mode: str, shape: tuple[int, ...]
+    ) -> NDArray[np.float32]:
         """A statistic in float32, the type that LeRobot computes in, whatever the file has."""
         key = f"{feature}.{name}"
         if key not in self.values:
@@ -123,10 +139,10 @@ class Statistics:
         value = self.values[key]
         with np.errstate(over="ignore"):
             numbers = np.asarray(value, np.float32)
-        if numbers.shape != (dim,):
+        if numbers.shape != shape:
             raise CheckpointError(
-                f"{self.file}: {key}: expected shape [{dim}], as config.json says of {feature}, "
-                f"got {list(numbers.shape)}; the statistics are those of another policy"
+                f"{self.file}: {key}: expected shape {list(shape)}, as config.json says of "
+                f"{feature}, got {list(numbers.shape)}; the statistics are those of another policy"
             )
         if not np.isfinite(numbers).all():
             raise CheckpointError(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tsad.image_policy import ImagePolicy
 from tsad.precision import made_up_observations
 from tsad.statistics import ENOUGH, percentile
 
@@ -19,13 +19,28 @@ if TYPE_CHECKING:
     from tsad import SparsePolicy
 
 
-STAGES = ("encode", "prune", "plan", "denoise", "total")
+def observations(policy: SparsePolicy, n: int) -> Any:
+    """Made-up observations, n that the policy can be called with.
 
-
-def observations(policy: SparsePolicy, n: int) -> NDArray[np.float32]:
-    """Made-up observations within the range of the training data, (n, lanes, steps, dim)."""
+    They are (n, lanes, steps, dim) within the range of the training data; of a policy that sees
+    images, dicts with random ones, so that every image is new.
+    """
     made_up = made_up_observations(policy, n * policy.lanes)
-    return made_up.reshape(n, policy.lanes, *made_up.shape[1:])
+    rows = made_up.reshape(n, policy.lanes, *made_up.shape[1:])
+    if not isinstance(policy, ImagePolicy):
+        return rows
+    config, rng = policy.config, np.random.default_rng(0)
+    names = [feature["name"] for feature in config["features"]]
+    ends = np.cumsum([feature["dim"] for feature in config["features"]])[:-1]
+    found = []
+    for row in rows:
+        parts = map(np.ascontiguousarray, np.split(row, ends, -1))
+        obs = dict(zip(names, parts, strict=True))
+        for camera in config["vision"]["cameras"]:
+            shape = (*row.shape[:2], camera["height"], camera["width"], 3)
+            obs[camera["name"]] = rng.integers(0, 256, shape, np.uint8)
+        found.append(obs)
+    return found
 
 
 class Clock:
@@ -42,10 +57,10 @@ class Clock:
         self.wall: list[float] = []
         self.first: list[float] = []
         self.medians: list[float] = []  # of each round
-        self.stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        self.stages: dict[str, list[float]] = {}
         self.plan: Any = None
 
-    def round(self, obs: NDArray[np.float32], period: float = 0.0) -> None:
+    def round(self, obs: Any, period: float = 0.0) -> None:
         """One chunk per row of `obs`, after a reset and two chunks that do not count.
 
         ``period``: seconds from one call to the next; whoever takes longer is called at once.
@@ -62,9 +77,8 @@ class Clock:
                 time.sleep(max(tick - time.perf_counter(), 0.0))
                 tick = max(tick, time.perf_counter()) + period
             self.wall.append(milliseconds(policy, row))
-            timings = policy.timings
-            for stage in STAGES:
-                self.stages[stage].append(float(timings[stage]))
+            for stage, value in policy.timings.items():
+                self.stages.setdefault(stage, []).append(float(value))
         self.medians.append(float(np.median(self.wall[begin:])))
         plan = policy.plan
         self.plan = plan[0] if isinstance(plan, list) else plan
@@ -83,13 +97,13 @@ class Clock:
             "chunks": len(self.wall) * policy.lanes,
             "call_ms": percentiles(self.wall),
             "first_call_ms": float(np.median(self.first)),
-            "stages_ms": {stage: percentiles(self.stages[stage]) for stage in STAGES},
+            "stages_ms": {stage: percentiles(values) for stage, values in self.stages.items()},
             "chunks_per_second": per_second,
             "actions_per_second": per_second * policy.n_action_steps,
         }
 
 
-def milliseconds(call: Callable[[NDArray[np.float32]], Any], obs: NDArray[np.float32]) -> float:
+def milliseconds(call: Callable[[Any], Any], obs: Any) -> float:
     """How long one call takes."""
     begin = time.perf_counter()
     call(obs)

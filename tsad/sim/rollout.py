@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.image_policy import ImagePolicy
 from tsad.sim.realtime import Delay
 from tsad.sim.simulators import Environment, first_observation, stepped
 
@@ -117,7 +118,14 @@ class _Lane:
 
 
 def check(policy: Policy, environment: Environment) -> None:
-    """Does the policy fit the simulator? ValueError saying which size differs if it does not."""
+    """Does the policy fit the simulator? ValueError saying what differs if it does not."""
+    if isinstance(policy, ImagePolicy):
+        cameras = ", ".join(camera["name"] for camera in policy.config["vision"]["cameras"])
+        raise ValueError(
+            f"policy: it sees images ({cameras}), but the simulator '{environment.name}' gives "
+            f"numbers ({environment.obs_meaning}); call it in a loop of your own, with "
+            "tsad.Recorder around it what it sees can be tuned on"
+        )
     for name in ("obs_dim", "action_dim"):
         wanted, got = getattr(environment, name), getattr(policy, name)
         if wanted != got:

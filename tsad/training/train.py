@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tsad.checkpoint import read_folder, write_folder
+from tsad.checkpoint import network_tensors, read_folder, write_folder
 from tsad.config import NetworkConfig, NormalizerConfig, PolicyConfig, SchedulerConfig, block_costs
 from tsad.files import write_atomically
 from tsad.training.card import model_card
@@ -284,6 +284,7 @@ class Trainer(Training[Report]):
                     f"{config.network.to_dict()} in {s.init}; give the same sizes (the horizon may "
                     "grow)"
                 )
+            tensors = network_tensors(tensors)
             tensors = {**tensors, "pos_emb": longer(tensors["pos_emb"], s.horizon)}
             if config.scheduler.prediction_type != s.prediction_type:
                 raise ValueError(

@@ -1,0 +1,390 @@
+"""Observations with images: every form of them, what is encoded once, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import vision_cases as vision  # noqa: E402
+from command_line import run  # noqa: E402
+from dlpack_maker import Producer  # noqa: E402
+
+import tsad  # noqa: E402
+from tsad import cameras as seeing  # noqa: E402
+from tsad.sim import recording  # noqa: E402
+
+CAMERAS = ["observation.images.top", "observation.images.side"]
+TOP, SIDE = CAMERAS
+SIZE = (40, 48)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("images") / "policy"
+    vision.lerobot_folder(path, CAMERAS, SIZE, crop_shape=[33, 40])
+    return path
+
+
+@lru_cache
+def loaded(folder: Path, lanes: int) -> Any:
+    return tsad.load(folder, lanes=lanes, sampler="ddim", num_inference_steps=2)
+
+
+def load(folder: Path, lanes: int = 1) -> Any:
+    """A policy of one's own, whose weights all share."""
+    policy = copy.copy(loaded(folder, lanes))
+    policy.reset(seed=3)
+    return policy
+
+
+def observed(policy: Any, *lead: int, seed: int = 0) -> dict[str, Any]:
+    """A random observation (*lead, n_obs_steps, ...)."""
+    obs = vision.images(CAMERAS, *lead, policy.n_obs_steps, *SIZE, seed=seed)
+    rng = np.random.default_rng(seed)
+    for name, dim in ((vision.STATE, 3), (vision.ENV, 4)):
+        obs[name] = rng.uniform(-1, 1, (*lead, policy.n_obs_steps, dim)).astype(np.float32)
+    return obs
+
+
+def floats(image: Any) -> Any:
+    return np.ascontiguousarray(np.moveaxis(image, -1, -3)) / np.float32(255)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of an engine encoded."""
+    counts: list[int] = []
+    original = seeing.Cameras.encode
+
+    def encode(self: Any, *args: Any) -> Any:
+        result = original(self, *args)
+        counts.append(result[2])
+        return result
+
+    monkeypatch.setattr(seeing.Cameras, "encode", encode)
+    return counts
+
+
+def test_every_form_gives_the_same_actions(folder: Path) -> None:
+    policy = load(folder)
+    assert isinstance(policy, tsad.ImagePolicy) and isinstance(policy, tsad.SparsePolicy)
+    obs = observed(policy, 1)
+    expected = policy(obs)
+    assert expected.shape == (1, policy.n_action_steps, policy.action_dim)
+    bare = {name: value[0] for name, value in obs.items()}
+    flipped = obs | {TOP: np.ascontiguousarray(obs[TOP][..., ::-1])[..., ::-1]}  # as of BGR
+    forms = {
+        "bare": bare,
+        "torch": {name: torch.from_numpy(value) for name, value in obs.items()},
+        "strides": flipped,
+        "lent": {name: Producer(value) for name, value in bare.items()},
+        "features": policy.encode(obs),
+    }
+    for what, form in forms.items():
+        policy.reset(seed=3)
+        got = policy(form)
+        assert isinstance(got, torch.Tensor) == (what == "torch"), what
+        right = expected[0] if what in ("bare", "lent") else expected
+        np.testing.assert_array_equal(np.asarray(got), right, err_msg=what)
+    out = np.empty_like(expected[0])
+    policy.reset(seed=3)
+    assert policy(bare, out=out) is out
+    np.testing.assert_array_equal(out, expected[0])
+    policy.reset(seed=3)
+    got = policy(obs | {name: floats(obs[name]) for name in CAMERAS})
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_the_library_of_the_result_is_the_first_features(folder: Path) -> None:
+    policy = load(folder)
+    obs = observed(policy)
+    first = policy.config["features"][0]["name"]
+    assert isinstance(policy(obs | {first: torch.from_numpy(obs[first])}), torch.Tensor)
+    assert isinstance(policy(obs | {TOP: torch.from_numpy(obs[TOP])}), np.ndarray)
+
+
+def test_lanes_are_as_policies_of_their_own(folder: Path) -> None:
+    many, one = load(folder, lanes=3), load(folder)
+    obs = observed(many, 3)
+    actions, features = many(obs), many.encode(obs)
+    for lane in range(3):
+        row = {name: value[lane : lane + 1] for name, value in obs.items()}
+        np.testing.assert_array_equal(one.encode(row), features[lane : lane + 1])
+    part = {name: value[1:2] for name, value in obs.items()}
+    many.reset(seed=3)
+    first = many(obs)
+    np.testing.assert_array_equal(first, actions)
+    many.reset(seed=3)
+    np.testing.assert_array_equal(many(part, lanes=[1]), actions[1:2])
+    many.reset(seed=3)
+    np.testing.assert_array_equal(many(part, lanes=[False, True, False]), actions[1:2])
+
+
+def test_a_frame_that_is_known_is_encoded_once(folder: Path, encoded: list[int]) -> None:
+    policy, fresh = load(folder), load(folder)
+    n = policy.n_obs_steps
+    steps = [observed(policy, seed=i) for i in range(2)]
+    first = steps[0]
+    second = {  # begins with the frame that the first one ended with
+        name: np.concatenate([first[name][-1:], steps[1][name][: n - 1]]) for name in first
+    }
+    policy(first)
+    assert policy.stats["images"] == {"encoded": 2 * n, "known": 0}
+    got = policy(second)
+    assert policy.stats["images"] == {"encoded": 2 * (n - 1), "known": 2}
+    assert encoded[-1] == 2 * (n - 1)
+    fresh(first)
+    fresh.reset()  # forgets the images ...
+    fresh.reset(seed=3)
+    fresh(first)
+    fresh._seen = [{}]
+    again = fresh(second)
+    assert fresh.stats["images"]["encoded"] == 2 * n
+    np.testing.assert_array_equal(got, again)  # ... which changes no bit
+    still = {name: np.repeat(value[:1], n, 0) for name, value in first.items()}
+    policy.reset(seed=3)
+    policy(still)
+    assert policy.stats["images"] == {"encoded": 2, "known": 2 * (n - 1)}
+    changed = still | {TOP: still[TOP].copy()}
+    changed[TOP][-1, 0, 0, 0] ^= 1
+    policy(changed)
+    assert policy.stats["images"] == {"encoded": 1, "known": 2 * n - 1}
+
+
+def test_another_lane_is_not_looked_at_and_the_callers_array_may_change(folder: Path) -> None:
+    policy = load(folder, lanes=2)
+    obs = observed(policy, 2)
+    policy({name: value[:1].copy() for name, value in obs.items()}, lanes=[0])
+    policy({name: value[:1].copy() for name, value in obs.items()}, lanes=[1])
+    assert policy.stats["images"]["known"] == 0
+    kept = policy.encode(obs)
+    for name in CAMERAS:  # a camera that writes into one buffer
+        obs[name][:] = 255 - obs[name]
+    assert not np.array_equal(policy.encode(obs), kept)
+
+
+def test_zero_and_minus_zero_are_two(folder: Path) -> None:
+    policy = load(folder)
+    n = policy.n_obs_steps
+    obs = observed(policy)
+    obs |= {name: np.zeros((n, 3, *SIZE), np.float32) for name in CAMERAS}
+    obs[TOP][-1] = -0.0
+    policy(obs)
+    assert policy.stats["images"] == {"encoded": 3, "known": 2 * n - 3}
+
+
+def test_timings_have_the_images(folder: Path) -> None:
+    policy = load(folder)
+    assert list(policy.timings)[0] == "vision"
+    obs = observed(policy)
+    policy(obs)
+    t = policy.timings
+    assert t["vision"] > 0
+    assert t["total"] >= t["vision"] + t["denoise"]
+    policy(policy.encode(obs))
+    assert policy.timings["vision"] == 0
+
+
+def test_the_network_alone(folder: Path) -> None:
+    policy = load(folder)
+    obs = observed(policy, 2)
+    sample = np.random.default_rng(0).standard_normal((2, policy.horizon, policy.action_dim))
+    sample = sample.astype(np.float32)
+    many = load(folder, lanes=2)
+    right = policy.predict_noise(sample, 1, many.encode(obs))
+    np.testing.assert_array_equal(policy.predict_noise(sample, 1, obs), right)
+
+
+Change = Callable[[dict[str, Any]], Any]
+REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
+    "missing": (
+        lambda o: {k: v for k, v in o.items() if k != SIDE},
+        ValueError,
+        "got no 'observation.images.side'; add it, uint8 .lanes, n_obs_steps, 40, 48, 3.",
+    ),
+    "no state": (
+        lambda o: {k: v for k, v in o.items() if k != vision.STATE},
+        ValueError,
+        f"got no '{vision.STATE}'; add it",
+    ),
+    "mistyped": (
+        lambda o: {k.replace("images.top", "image.top"): v for k, v in o.items()},
+        ValueError,
+        "unknown one, 'observation.image.top'; did you mean 'observation.images.top'",
+    ),
+    "channels first": (
+        lambda o: o | {TOP: np.moveaxis(o[TOP], -1, -3)},
+        ValueError,
+        r"images.top'\]: expected shape \(2, 2, 40, 48, 3\), got \(2, 2, 3, 40, 48\); uint8 images "
+        r"are .height, width, 3.: use np.moveaxis\(x, -3, -1\)",
+    ),
+    "channels last": (
+        lambda o: o | {TOP: o[TOP].astype(np.float32) / 255},
+        ValueError,
+        r"expected shape \(2, 2, 3, 40, 48\).*float32 images are .3, height, width.: use "
+        r"np.moveaxis\(x, -1, -3\)",
+    ),
+    "another size": (
+        lambda o: o | {TOP: o[TOP][..., :39, :, :]},
+        ValueError,
+        r"images.top'\]: expected shape \(2, 2, 40, 48, 3\), got \(2, 2, 39, 48, 3\)",
+    ),
+    "one step": (lambda o: o | {TOP: o[TOP][:, :1]}, ValueError, r"got \(2, 1, 40, 48, 3\)"),
+    "one lane": (
+        lambda o: o | {TOP: o[TOP][:1]},
+        ValueError,
+        r"got \(1, 2, 40, 48, 3\).*pass lanes=\[...\] to run a subset",
+    ),
+    "bare": (lambda o: o | {TOP: o[TOP][0]}, ValueError, r"images.top'\]: expected shape \(2, 2,"),
+    "bare state": (
+        lambda o: o | {vision.STATE: o[vision.STATE][0]},
+        ValueError,
+        r"state'\]: expected shape \(2, 2, 3\), got \(2, 3\); the arrays of a call have the axis",
+    ),
+    "255": (
+        lambda o: o | {TOP: floats(o[TOP]) * 255},
+        ValueError,
+        r"images.top'\]: expected pixels from 0 to 1, got numbers from 0 to 2\d\d; divide by 255",
+    ),
+    "normalised": (
+        lambda o: o | {TOP: floats(o[TOP]) * 2 - 1},
+        ValueError,
+        "got numbers from -1 to 0.9.*; undo a normalisation",
+    ),
+    "nan": (
+        lambda o: o | {SIDE: floats(o[SIDE]) * np.float32(np.nan)},
+        ValueError,
+        r"images.side'\]: expected pixels from 0 to 1, got numbers from nan",
+    ),
+    "float64": (
+        lambda o: o | {TOP: floats(o[TOP]).astype(np.float64)},
+        TypeError,
+        r"got float64; use obs\['observation.images.top'\].astype\(np.float32\)",
+    ),
+    "int64 of torch": (
+        lambda o: o | {TOP: torch.from_numpy(o[TOP]).long()},
+        TypeError,
+        r"got int64; use obs\['observation.images.top'\].to\(torch.uint8\)",
+    ),
+    "a list": (
+        lambda o: o | {TOP: o[TOP].tolist()},
+        TypeError,
+        r"images.top'\]: expected an array uint8 .*got list; use np.asarray",
+    ),
+    "gradients": (
+        lambda o: o | {TOP: torch.from_numpy(floats(o[TOP])).requires_grad_()},
+        TypeError,
+        "a Tensor that can't be lent .*use .detach",
+    ),
+    "state of float64": (
+        lambda o: o | {vision.STATE: o[vision.STATE].astype(np.float64)},
+        TypeError,
+        "state'.: expected float32, got float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refused_call_names_the_key_and_changes_nothing(folder: Path, what: str) -> None:
+    change, kind, match = REFUSED[what]
+    one, two = load(folder, lanes=2), load(folder, lanes=2)
+    obs = observed(one, 2)
+    with pytest.raises(kind, match=match):
+        one(change(dict(obs)))
+    assert one.stats["chunks"] == 0 and one.stats["images"] == {"encoded": 0, "known": 0}
+    assert one._seen == [{}, {}]
+    np.testing.assert_array_equal(one(obs), two(obs))  # no noise was drawn
+
+
+def test_a_torch_tensor_of_channels_first_is_told_movedim(folder: Path) -> None:
+    policy = load(folder)
+    obs = observed(policy)
+    obs[TOP] = torch.from_numpy(obs[TOP]).movedim(-1, -3)
+    with pytest.raises(ValueError, match=r"of a torch tensor x.movedim\(-3, -1\)"):
+        policy(obs)
+    policy(obs | {TOP: obs[TOP].movedim(-3, -1)})
+
+
+def test_copies_and_pickles_see_too(folder: Path) -> None:
+    policy = load(folder)
+    policy.sparsity = 0.25
+    obs = observed(policy)
+    expected = policy(obs)
+    for twin in (copy.copy(policy), copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert isinstance(twin, tsad.ImagePolicy) and twin.sparsity == 0.25
+        twin.reset(seed=3)
+        np.testing.assert_array_equal(twin(obs), expected)
+        assert twin.stats["images"]["known"] == 0  # an episode of its own
+    assert copy.copy(policy)._cameras is policy._cameras
+
+
+def test_a_recorder_keeps_features(folder: Path, tmp_path: Path, encoded: list[int]) -> None:
+    policy = load(folder)
+    obs = observed(policy)
+    with tsad.Recorder(policy, tmp_path / "recorded") as recorder:
+        recorder(obs)
+        recorder(obs)
+    assert encoded == [4, 0, 0, 0]  # nothing is encoded again to be recorded
+    with np.load(recording.episode_path(tmp_path / "recorded", 0)) as episode:
+        np.testing.assert_array_equal(episode["obs"], np.repeat(policy.encode(obs)[None], 2, 0))
+
+
+def test_one_thread_at_a_time_while_it_sees(folder: Path, monkeypatch: Any) -> None:
+    policy = load(folder)
+    obs = observed(policy)
+    inside, go_on = threading.Event(), threading.Event()
+    original = seeing.Cameras.encode
+
+    def slow(self: Any, *args: Any) -> Any:
+        inside.set()
+        assert go_on.wait(10)
+        return original(self, *args)
+
+    monkeypatch.setattr(seeing.Cameras, "encode", slow)
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(policy(obs)))
+    thread.start()
+    assert inside.wait(10)
+    busy: list[Callable[[], Any]] = [
+        lambda: policy(obs),
+        lambda: policy.reset(),
+        lambda: setattr(policy, "sparsity", 0.5),
+    ]
+    for call in busy:
+        with pytest.raises(RuntimeError, match="policy is busy"):
+            call()
+    go_on.set()
+    thread.join()
+    assert len(results) == 1 and policy.sparsity == 0
+
+
+def test_the_error_bound_of_int8_is_measured(folder: Path) -> None:
+    policy = tsad.load(folder, sampler="ddim", num_inference_steps=2, precision="int8")
+    assert 0 < policy.stats["error_bound"] < 10
+
+
+def test_commands_show_it_images_or_say_that_they_cannot(folder: Path, capsys: Any) -> None:
+    few = ("--sampler", "ddim", "--steps", "2")
+    code, out, _ = run(capsys, "bench", str(folder), *few, "--chunks", "5", "--json")
+    document = json.loads(out)
+    assert code == 0 and document["images"] == {TOP: [40, 48], SIDE: [40, 48]}
+    for result in document["results"]:
+        stages = result["stages_ms"]
+        assert stages["total"]["p50"] >= stages["vision"]["p50"] > 0
+    code, out, _ = run(capsys, "info", str(folder))
+    assert code == 0 and "48 x 40, crop 40 x 33, encoder 0: resnet18, BatchNorm, folded" in out
+    for command in (("eval", "pusht", "--seeds", "1"), ("collect", "pusht", "--episodes", "1")):
+        out_folder = str(folder.parent / command[0])
+        code, _, err = run(capsys, *command, "--policy", str(folder), "--out", out_folder)
+        assert code == 2 and f"it sees images ({TOP}, {SIDE}), but the simulator 'pusht'" in err

@@ -1,0 +1,250 @@
+"""`ImagePolicy`: a policy that sees images, with its encoders inside."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsad import _core
+from tsad.cameras import Cameras, Images, Window
+from tsad.families.resnet import COLOURS, Camera
+from tsad.policy import Choice, SparsePolicy
+
+
+class ImagePolicy(SparsePolicy):
+    """A `SparsePolicy` whose observations have images. Made by `tsad.load`.
+
+    ``policy(obs)``: a dict by the names in ``config["features"]``, of each camera uint8 (lanes,
+    n_obs_steps, H, W, 3) as it gives them, or float32 (lanes, n_obs_steps, 3, H, W) from 0 to 1,
+    of any strides; of the rest float32 (lanes, n_obs_steps, its numbers). With one lane all of them
+    may be without the first axis. H and W are the camera's (``config["vision"]``); resizing,
+    cropping and the normalisation of the training data are the policy's. NumPy, or anything with
+    DLPack in host memory.
+
+    An image with the bytes of one in the lane's last window, or in the same one, is not encoded
+    again; `reset` forgets. ``timings["vision"]`` is what the images took, part of ``"total"``;
+    ``stats["images"]`` says how many of the last call's were encoded, and how many not again.
+
+    An array is taken too: observations whose images are features already, as `encode` makes them
+    and as `tsad.Recorder` keeps them. The encoders run in float32 on the CPU, whatever the
+    policy's precision and device.
+    """
+
+    __slots__ = ("_alone", "_cameras", "_images", "_milliseconds", "_rows", "_seen")
+
+    _alone: threading.Lock
+    _cameras: Cameras
+    _images: dict[str, int]
+    _milliseconds: float
+    _rows: list[int]
+    _seen: list[Window]
+
+    def __init__(self, model: _core.Model, *, cameras: Cameras, **options: Any) -> None:
+        self._see_with(cameras, options.get("lanes", 1))
+        super().__init__(model, **options)
+
+    def _see_with(self, cameras: Cameras, lanes: int) -> None:
+        self._alone = threading.Lock()
+        self._cameras = cameras
+        self._images = {"encoded": 0, "known": 0}
+        self._milliseconds = 0.0
+        self._rows = []  # lanes of the last call
+        self._seen = [{} for _ in range(lanes)]
+
+    def _be_twin_of(self, other: Any) -> None:
+        self._see_with(other._cameras, other.lanes)
+        super()._be_twin_of(other)
+
+    # ---- calls
+
+    def __call__(self, obs: Any, *, lanes: Any = None, **options: Any) -> Any:
+        """Actions, as `SparsePolicy`'s."""
+        with self._one_caller():
+            rows = self._lanes(lanes)
+            if not isinstance(obs, dict):
+                actions = super().__call__(obs, lanes=rows, **options)
+                self._said(rows, 0.0, 0, 0)
+                return actions
+            begin = time.perf_counter()
+            images, bare = self._images_of(obs, len(rows), self.lanes == 1 == len(rows))
+            features, seen, encoded = self._cameras.encode(images, [self._seen[r] for r in rows])
+            milliseconds = (time.perf_counter() - begin) * 1e3
+            actions = super().__call__(_with(obs, features, bare), lanes=rows, **options)
+            for row, window in zip(rows, seen, strict=True):
+                self._seen[row] = window
+            total = len(rows) * self.n_obs_steps * len(images)
+            self._said(rows, milliseconds, encoded, total - encoded)
+            return actions
+
+    def _said(self, rows: list[int], milliseconds: float, encoded: int, known: int) -> None:
+        self._rows, self._milliseconds = rows, milliseconds
+        self._images = {"encoded": encoded, "known": known}
+
+    def predict_noise(self, sample: Any, step: int, obs: Any) -> Any:
+        """As `SparsePolicy`'s; ``obs`` may be a dict with images, (N, n_obs_steps, ...)."""
+        if isinstance(obs, dict):
+            obs = self._encoded(obs, len(sample), False, None)
+        return super().predict_noise(sample, step, obs)
+
+    def encode(self, obs: dict[str, Any], lanes: Any = None) -> NDArray[np.float32]:
+        """Observations with their images as features, (lanes, n_obs_steps, obs_dim), raw units.
+
+        That is what ``config["features"]`` says, side by side, and what the policy takes as an
+        array; without the first axis if ``obs`` was. No state changes.
+        """
+        rows = self._lanes(lanes)
+        return self._encoded(obs, len(rows), self.lanes == 1 == len(rows), rows)
+
+    def reset(self, lanes: Any = None, seed: Any = None) -> None:
+        """Start of an episode for all lanes or the listed ones, as `SparsePolicy`'s."""
+        with self._one_caller():
+            super().reset(lanes, seed)
+            for row in self._lanes(lanes):
+                self._seen[row] = {}
+
+    def _side_by_side(self, obs: dict[str, Any], n_rows: int, /) -> NDArray[np.float32]:
+        # what the last call saw is known, so that this encodes nothing after it
+        rows = self._rows if len(self._rows) == n_rows else None
+        return self._encoded(obs, n_rows, self.lanes == 1 == n_rows, rows)
+
+    def _adopt(self, choice: Choice) -> None:
+        with self._one_caller():
+            super()._adopt(choice)
+
+    # ---- facts
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Milliseconds of the last call: vision, encode, prune, plan, denoise, and total."""
+        stages = super().timings
+        stages["total"] += self._milliseconds
+        return {"vision": self._milliseconds, **stages}
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """As `SparsePolicy`'s, and ``images``: of the last call, "encoded" and "known".
+
+        ``weight_bytes`` counts the encoders too.
+        """
+        stats = super().stats
+        stats["weight_bytes"] += self._cameras.weight_bytes
+        return {**stats, "images": dict(self._images)}
+
+    # ---- observations
+
+    def _encoded(
+        self, obs: dict[str, Any], n_rows: int, bare_fits: bool, rows: list[int] | None
+    ) -> NDArray[np.float32]:
+        images, bare = self._images_of(obs, n_rows, bare_fits)
+        windows = [{}] * n_rows if rows is None else [self._seen[row] for row in rows]
+        features, _, _ = self._cameras.encode(images, windows)
+        return super()._side_by_side(_with(obs, features, bare), n_rows)
+
+    def _images_of(
+        self, obs: dict[str, Any], n_rows: int, bare_fits: bool
+    ) -> tuple[dict[str, Images], bool]:
+        """Each camera's images (n_rows, n_obs_steps, ...), and whether the first axis was missing.
+
+        ``ValueError`` and ``TypeError`` name the key, what came and what is expected.
+        """
+        names = [feature.name for feature in self._config.features]
+        cameras = self._cameras.vision.cameras
+        if set(obs) != set(names):
+            missing = [camera for camera in cameras if camera.name not in obs]
+            if missing and set(obs) <= set(names):
+                raise ValueError(
+                    f"obs: expected the keys {names}, got no {missing[0].name!r}; add it, uint8 "
+                    f"(lanes, n_obs_steps, {missing[0].height}, {missing[0].width}, {COLOURS})"
+                )
+            super()._side_by_side(obs, n_rows)  # which refuses it
+        arrays = {camera.name: _array(camera, obs[camera.name]) for camera in cameras}
+        bare = bare_fits and all(array.ndim == 4 for array in arrays.values())
+        lead = (self.n_obs_steps,) if bare else (n_rows, self.n_obs_steps)
+        for camera in cameras:
+            _check_shape(camera, arrays[camera.name], lead)
+        for feature in self._config.features:
+            shape = getattr(obs[feature.name], "shape", ())
+            if feature.name not in arrays and len(shape) == (3 if bare else 2):
+                raise ValueError(
+                    f"obs[{feature.name!r}]: expected shape {(*lead, feature.dim)}, got "
+                    f"{tuple(shape)}; the arrays of a call have the axis of lanes all, or none"
+                )
+        return {name: array[None] if bare else array for name, array in arrays.items()}, bare
+
+    @contextlib.contextmanager
+    def _one_caller(self) -> Iterator[None]:
+        if not self._alone.acquire(blocking=False):
+            raise RuntimeError(
+                "policy is busy: it is running in another thread; a policy is used by one thread "
+                "at a time"
+            )
+        try:
+            yield
+        finally:
+            self._alone.release()
+
+
+def _with(
+    obs: dict[str, Any], features: dict[str, NDArray[np.float32]], bare: bool
+) -> dict[str, Any]:
+    """The observation with features in the place of images, arrays of the images' libraries."""
+    found = {name: value[0] if bare else value for name, value in features.items()}
+    return obs | {name: _core._hand(value, obs[name]) for name, value in found.items()}
+
+
+def _array(camera: Camera, images: Any) -> Images:
+    """Any library's array as NumPy's, nothing copied."""
+    label = f"obs[{camera.name!r}]"
+    array: Images = images
+    form = f"uint8 (..., {camera.height}, {camera.width}, {COLOURS})"
+    if not isinstance(images, np.ndarray):
+        if not hasattr(images, "__dlpack__"):
+            raise TypeError(
+                f"{label}: expected an array {form} (NumPy, or anything with __dlpack__), got "
+                f"{type(images).__name__}; use np.asarray({label}, dtype=np.uint8)"
+            )
+        try:
+            array = np.from_dlpack(images)
+        except MemoryError:
+            raise
+        except Exception as error:  # any library's
+            raise TypeError(
+                f"{label}: expected an array in host memory, got a {type(images).__name__} that "
+                f"can't be lent ({error}); of a torch tensor use .detach().cpu()"
+            ) from error
+    if array.dtype not in (np.uint8, np.float32):
+        dtype = "float32" if array.dtype.kind == "f" else "uint8"
+        torch = type(images).__module__.startswith("torch")
+        raise TypeError(
+            f"{label}: expected {form}, or float32 (..., {COLOURS}, {camera.height}, "
+            f"{camera.width}) from 0 to 1, got {array.dtype}; use "
+            f"{label}.{'to(torch.' if torch else 'astype(np.'}{dtype})"
+        )
+    return array
+
+
+def _check_shape(camera: Camera, array: Images, lead: tuple[int, ...]) -> None:
+    last, first = (camera.height, camera.width, COLOURS), (COLOURS, camera.height, camera.width)
+    is_uint8 = array.dtype == np.uint8
+    wanted, other = (last, first) if is_uint8 else (first, last)
+    if array.shape == (*lead, *wanted):
+        return
+    names = "height, width, 3" if is_uint8 else "3, height, width"
+    fix = f"these are ({'lanes, ' if len(lead) > 1 else ''}n_obs_steps, {names})"
+    if array.shape[-3:] == other:
+        places = "-3, -1" if is_uint8 else "-1, -3"
+        fix = (
+            f"{array.dtype} images are ({names}): use np.moveaxis(x, {places}), or of a torch "
+            f"tensor x.movedim({places})"
+        )
+    elif array.shape[-3:] == wanted and len(lead) > 1:
+        fix += "; pass lanes=[...] to run a subset"
+    raise ValueError(
+        f"obs[{camera.name!r}]: expected shape {(*lead, *wanted)}, got {array.shape}; {fix}"
+    )
