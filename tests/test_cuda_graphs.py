@@ -20,6 +20,7 @@ K = 3
 @pytest.fixture(autouse=True)
 def cuda(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("TSAD_CUDA_LIBRARY", emulated_cuda)
+    _core._load_backend(emulated_cuda)  # the last one loaded is the one that runs
     assert device.cuda().absent is None
     return emulated_cuda
 

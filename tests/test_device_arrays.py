@@ -15,7 +15,7 @@ import pytest
 from dlpack_maker import CUDA, Producer
 from policies import make_policy, noises, observations, state
 
-from tsad import device
+from tsad import _core, device
 
 DEFAULT = 1
 
@@ -83,6 +83,7 @@ class TorchArray(DeviceArray):
 @pytest.fixture
 def library(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("TSAD_CUDA_LIBRARY", emulated_cuda)
+    _core._load_backend(emulated_cuda)  # the last one loaded is the one that runs
     assert device.cuda().absent is None
     return Library(emulated_cuda)
 

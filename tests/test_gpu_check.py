@@ -41,6 +41,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cuda(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("TSAD_CUDA_LIBRARY", emulated_cuda)
+    _core._load_backend(emulated_cuda)  # the last one loaded is the one that runs
     return emulated_cuda
 
 

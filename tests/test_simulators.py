@@ -338,7 +338,6 @@ def test_one_simulator_and_a_policy(capsys: Any, name: str) -> None:
         ([], "SIMULATOR: expected "),
         (["pusht", "--simulator", "robot:make"], "--simulator: got 'robot:make' beside 'pusht'"),
         (["--simulator", "robot:make"], "--policy: expected a policy for the simulator 'robot:ma"),
-        (["pusht_corners"], "--policy: expected a policy for the simulator 'pusht_corners': a "),
     ):
         code, _, err = run(capsys, name, *words, *OUT[name])
         assert code == 2 and message in err, err

@@ -40,15 +40,14 @@ class SparsePolicy(_core.Policy):
     own, or (lanes, horizon, action_dim) the initial sample alone; ``lanes`` runs a subset, listed
     or marked by a mask of one bool per lane; ``return_horizon`` returns all actions, as
     predicted. Arrays are borrowed, not copied (those of a dict are): NumPy, or anything with
-    DLPack (torch, JAX ...) in host memory; the result is of the library of
-    ``obs``, of a dict's first feature. A policy on a GPU takes arrays in that GPU's memory, too,
-    which it copies: it reads them after what torch's current stream holds (or the default stream,
-    of other libraries), writes ``out`` as the last of that stream, of torch's without waiting for
-    it, and without ``out`` returns a NumPy array.
-    A refused call changes nothing. Observations whose normalised magnitude
-    passes 1e12 are refused: the network can't represent them. If it overflows all the same, the
-    call raises ``RuntimeError`` and returns nothing, and its lanes start anew, as after `reset`;
-    only their streams of noise have gone on.
+    DLPack (torch, JAX ...) in host memory; the result is of the library of ``obs``, of a dict's
+    first feature. A policy on a GPU takes arrays in that GPU's memory, too, which it copies: it
+    reads them after what torch's current stream holds (or the default stream, of other libraries),
+    writes ``out`` as the last of that stream, of torch's without waiting for it, and without
+    ``out`` returns a NumPy array. A refused call changes nothing. Observations whose normalised
+    magnitude passes 1e12 are refused: the network can't represent them. If it overflows all the
+    same, the call raises ``RuntimeError`` and returns nothing, and its lanes start anew, as after
+    `reset`; only their streams of noise have gone on.
 
     ``policy.sparsity = 0.95`` turns the dial, ``policy.plan = plan`` fixes a plan, and
     ``policy.reset(seed=0)`` starts an episode. A new policy is dense.

@@ -202,7 +202,6 @@ def chunk_segments(twin: Twin, window: Window, directions: Sequence[Tensor]) -> 
         tables.append(((torch.cumsum(later, 3) ** 2).mean(0) / numbers).numpy())
     table = np.stack(tables, 1).astype(np.float32)
     return np.triu(np.pad(table, ((0, 0), (0, 0), (0, 0), (1, 0))), 1)
-    return np.triu(table, 1)
 
 
 def random_signs(twin: Twin, rows: int, count: int, generator: torch.Generator) -> list[Tensor]:
