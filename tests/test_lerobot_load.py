@@ -71,14 +71,13 @@ def test_the_bundled_policy_of_lerobot() -> None:
     np.testing.assert_allclose(policy(obs[0], noise=noise), expected[0], atol=5e-4)  # pixels
 
 
-def test_cameras_are_sent_to_lerobot(tmp_path: Path) -> None:
+def test_a_camera_whose_encoder_is_missing(tmp_path: Path) -> None:
     folder = lerobot.copy(lerobot.CASES[0], tmp_path / "policy")
     config = json.loads((folder / "config.json").read_text())
     config["input_features"]["observation.image"] = {"type": "VISUAL", "shape": [3, 96, 96]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="cond_encoder|rgb_encoder"):
         tsad.load(folder)
-    assert "tsad.lerobot.accelerate" in str(caught.value) or "cond_encoder" in str(caught.value)
 
 
 def test_another_kind_of_lerobot_policy_is_named(tmp_path: Path) -> None:

@@ -195,3 +195,65 @@ def test_the_bundled_policy_acts_as_in_lerobot(tmp_path: Path) -> None:
     parity = json.loads((out / "certificate.json").read_text())["parity"]
     assert parity["reference"].startswith("LeRobot") and parity["holds"]
     assert 0 < parity["worst"] < 1e-5
+
+
+@pytest.mark.parametrize("group_norm", [True, False])
+def test_a_policy_with_cameras_loads_whole(tmp_path: Path, group_norm: bool) -> None:
+    """Raw images and states to raw actions: LeRobot's own encoders and processors say what."""
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+    from lerobot.policies.factory import make_pre_post_processors
+
+    import tsad
+
+    cameras = ["observation.images.wrist", "observation.images.front"]
+    shapes = {name: (3, 100, 120) for name in cameras} | {"observation.state": (3,)}
+    kinds = {name: FeatureType.VISUAL for name in cameras} | {
+        "observation.state": FeatureType.STATE
+    }
+    config = DiffusionConfig(
+        input_features={k: PolicyFeature(type=kinds[k], shape=v) for k, v in shapes.items()},
+        output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(2,))},
+        device="cpu", crop_shape=(83, 97), use_group_norm=group_norm, down_dims=(16, 32),
+        use_separate_rgb_encoder_per_camera=True, pretrained_backbone_weights=None, horizon=8,
+        n_action_steps=4, spatial_softmax_num_keypoints=8, noise_scheduler_type="DDIM",
+        num_inference_steps=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    policy = DiffusionPolicy(config).eval()
+    for name, tensor in policy.state_dict().items():  # as if trained: not 0 and 1
+        if name.endswith("running_mean"):
+            tensor.normal_(0, 0.2)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+    stats = {
+        name: {
+            "min": torch.full(shape, -2.0), "max": torch.full(shape, 3.0),
+            "mean": torch.full((3, 1, 1), 0.4), "std": torch.full((3, 1, 1), 0.3),
+        }
+        for name, shape in [*shapes.items(), ("action", (2,))]
+    }  # fmt: skip
+    before, after = make_pre_post_processors(config, dataset_stats=stats)
+    for part in (policy, before, after):
+        part.save_pretrained(tmp_path)
+
+    rng = np.random.default_rng(0)
+    raw: dict[str, Any] = {
+        name: rng.integers(0, 256, (2, 2, 100, 120, 3), np.uint8) for name in cameras
+    }
+    raw["observation.state"] = rng.uniform(-2, 3, (2, 2, 3)).astype(np.float32)
+    batch = {k: torch.from_numpy(v) for k, v in raw.items()}
+    batch |= {k: batch[k].movedim(-1, -3) / 255 for k in cameras}
+    noise = torch.from_numpy(rng.standard_normal((2, 8, 2), np.float32))
+    with torch.inference_mode():
+        ready = before(batch)
+        ready["observation.images"] = torch.stack([ready[k] for k in cameras], -4)
+        cond = policy.diffusion._prepare_global_conditioning(ready)
+        sample = policy.diffusion.conditional_sample(2, global_cond=cond, noise=noise)
+        theirs = after(sample[:, 1:5].reshape(-1, 2)).reshape(2, 4, 2)
+    ours = tsad.load(tmp_path, lanes=2)
+    assert isinstance(ours, tsad.ImagePolicy)
+    given = np.concatenate([noise.numpy()[None], np.zeros((2, 2, 8, 2), np.float32)])
+    np.testing.assert_allclose(ours(raw, noise=given), theirs.numpy(), rtol=0, atol=1e-4)
+    assert float(theirs.std()) > 0.1
