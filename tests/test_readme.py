@@ -290,6 +290,29 @@ def test_lerobots_unet_beside_its_peers() -> None:
     )
 
 
+def test_the_policy_of_lerobot_that_comes_along() -> None:
+    document = results(read("lerobot.md"), "corners-500")
+    settings = json.loads((ROOT / "bench" / "frontier" / "pusht_corners.json").read_text())
+    compared = document["compared"]["rows"]
+    found = rows(read("lerobot.md"), "`pusht_corners`, 500 episodes")
+    card = (ROOT / "tsad" / "assets" / "pusht_corners" / "README.md").read_text()
+    assert rows(card, "`pusht_corners`, 500 episodes") == found
+    assert [setting["name"] for setting in settings] == list(document["rows"])
+    for row, setting in zip(found, settings, strict=True):
+        name = setting["name"]
+        assert int(row[1]) == setting.get("warm_start", setting.get("steps", 100))
+        for written, key in zip(row[2:4], ("score", "success"), strict=True):
+            same(written, document["rows"][name][key]["mean"])
+        if name in compared:
+            mean, (low, high) = (compared[name][k] for k in ("mean_difference", "simultaneous"))
+            for written, value in zip(numbers(row[4]), (-mean, -high, -low), strict=True):
+                same(written, value)
+    played = results(read("lerobot.md"), "lerobot-eval")["overall"]
+    assert played["n_episodes"] == 50
+    wanted = (played["avg_max_reward"], played["pc_success"])
+    said("lerobot.md", r"had a score of (\S+) and (\S+) % success", *wanted)
+
+
 def test_sentences_about_speed() -> None:
     share = {
         name: one.get("floor_share", 0) * 100 for name, one in bench_case("", "ddpm100").items()
