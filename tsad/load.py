@@ -381,7 +381,8 @@ def _with_notes(path: Path, converted: Converted) -> tuple[PolicyConfig, Tensors
 def _lead(value: Any) -> float | None:
     real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if value is None or (real and 0 <= value <= MAX_LEAD):
-        return None if value is None else float(value)
+        # one that the core's float32 takes for none is none
+        return None if value is None else float(value) if np.float32(value) > 0 else 0.0
     kind = "" if real else f" ({type(value).__name__})"
     raise (ValueError if real else TypeError)(
         f"lead: expected a number from 0 (none) to {MAX_LEAD:g}, got {value!r}{kind}; 0.1 to 0.3 "
