@@ -21,8 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tsad.commands.common import span
-from tsad.commands.lead import difference
+from tsad.commands.common import difference, span
 from tsad.load import policy_folder
 from tsad.plot.frontier import FAMILIES, family, save_frontier
 from tsad.presets import read_presets

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tsad import _core
+from tsad.busy import one_caller
 from tsad.cameras import Cameras, Images, Window
 from tsad.families.resnet import COLOURS, Camera
 from tsad.policy import Choice, SparsePolicy
@@ -65,7 +64,7 @@ class ImagePolicy(SparsePolicy):
 
     def __call__(self, obs: Any, *, lanes: Any = None, **options: Any) -> Any:
         """Actions, as `SparsePolicy`'s."""
-        with self._one_caller():
+        with one_caller(self._alone):
             rows = self._lanes(lanes)
             if not isinstance(obs, dict):
                 actions = super().__call__(obs, lanes=rows, **options)
@@ -103,7 +102,7 @@ class ImagePolicy(SparsePolicy):
 
     def reset(self, lanes: Any = None, seed: Any = None) -> None:
         """Start of an episode for all lanes or the listed ones, as `SparsePolicy`'s."""
-        with self._one_caller():
+        with one_caller(self._alone):
             super().reset(lanes, seed)
             for row in self._lanes(lanes):
                 self._seen[row] = {}
@@ -114,7 +113,7 @@ class ImagePolicy(SparsePolicy):
         return self._encoded(obs, n_rows, self.lanes == 1 == n_rows, rows)
 
     def _adopt(self, choice: Choice) -> None:
-        with self._one_caller():
+        with one_caller(self._alone):
             super()._adopt(choice)
 
     # ---- facts
@@ -176,18 +175,6 @@ class ImagePolicy(SparsePolicy):
                     f"{tuple(shape)}; the arrays of a call have the axis of lanes all, or none"
                 )
         return {name: array[None] if bare else array for name, array in arrays.items()}, bare
-
-    @contextlib.contextmanager
-    def _one_caller(self) -> Iterator[None]:
-        if not self._alone.acquire(blocking=False):
-            raise RuntimeError(
-                "policy is busy: it is running in another thread; a policy is used by one thread "
-                "at a time"
-            )
-        try:
-            yield
-        finally:
-            self._alone.release()
 
 
 def _with(

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad import _core
+from tsad.busy import one_caller
 from tsad.files import Lock
 from tsad.load import files_sha256
 from tsad.policy import SparsePolicy
@@ -167,20 +168,13 @@ class Recorder:
 
     @contextlib.contextmanager
     def _one_caller(self) -> Iterator[None]:
-        if not self._alone.acquire(blocking=False):
-            raise RuntimeError(
-                "policy is busy: it is running in another thread; a policy is used by one thread "
-                "at a time"
-            )
-        try:
+        with one_caller(self._alone):
             if not self._finish.alive:
                 raise RuntimeError(
                     f"recorder of {self._writer.folder}: closed; make another, or call the policy "
                     "itself"
                 )
             yield
-        finally:
-            self._alone.release()
 
 
 def _finish(writer: _Writer, held: Lock) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from tsad.commands.common import (
     DIAL,
     Formatter,
+    add_lead,
     add_policy_options,
     add_preset,
     add_warm_start,
@@ -24,7 +25,6 @@ from tsad.commands.common import (
     sparsity,
     table,
 )
-from tsad.commands.lead import add_lead
 from tsad.evaluation.progress import Progress
 from tsad.evaluation.timing import Clock, cpu_name, observations, sampler_name
 from tsad.statistics import ENOUGH

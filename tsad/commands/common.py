@@ -28,6 +28,7 @@ from tsad.evaluation.usage import InterruptedRunError as InterruptedRunError
 from tsad.evaluation.usage import UsageError as UsageError
 from tsad.evaluation.usage import argument as argument
 from tsad.evaluation.usage import integer as integer
+from tsad.evaluation.usage import lead
 from tsad.evaluation.usage import real as real
 from tsad.files import output_file, sha256
 from tsad.load import bundled, read_policy
@@ -112,6 +113,22 @@ def add_warm_start(parser: Any) -> None:
         type=positive_int,
         metavar="N",
         help="start from the chunk before: after an episode's first, only the last N steps",
+    )
+
+
+def add_lead(parser: Any) -> None:
+    """The options of what is made of executed actions; `load_policy` hands them to `tsad.load`."""
+    parser.add_argument(
+        "--lead",
+        type=lead,
+        metavar="G",
+        help="move executed actions further from what the chunk before foresaw, by G of the way",
+    )
+    parser.add_argument(
+        "--smoothing",
+        action="store_const",
+        const=True,
+        help="weigh each executed action with its neighbours, 1/4, 1/2, 1/4",
     )
 
 
@@ -283,6 +300,11 @@ def seed_range(seeds: Sequence[int]) -> str:
 def span(interval: Sequence[float] | None) -> str:
     """An interval of differences in a table; empty where there are too few to tell."""
     return "" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}"
+
+
+def difference(facts: Mapping[str, Any]) -> list[str]:
+    """Two cells: a row's difference to another, and its interval."""
+    return [f"{facts['mean_difference']:+.3f}", span(facts["simultaneous"])]
 
 
 def too_few(n: int, what: str) -> str:

@@ -13,6 +13,7 @@ from tsad.commands.common import (
     OBSERVATIONS,
     Formatter,
     UsageError,
+    add_lead,
     add_overwrite,
     add_policy_options,
     add_preset,
@@ -23,6 +24,7 @@ from tsad.commands.common import (
     check_result,
     check_simulator,
     check_source,
+    difference,
     experiment_of,
     natural,
     number,
@@ -35,7 +37,6 @@ from tsad.commands.common import (
     table,
     too_few,
 )
-from tsad.commands.lead import add_lead, difference
 from tsad.evaluation.errors import SINGLE
 from tsad.evaluation.play import Trial, evaluate, percent, seeds_of
 from tsad.evaluation.realtime import check as check_realtime

@@ -20,6 +20,7 @@ from tsad.commands.common import (
     check_result,
     check_simulator,
     check_source,
+    difference,
     experiment_of,
     files_sha256,
     load_policy,
@@ -31,7 +32,6 @@ from tsad.commands.common import (
     seed_range,
     table,
 )
-from tsad.commands.lead import difference
 from tsad.evaluation.errors import SINGLE
 from tsad.evaluation.judging import best, choose, compare, shown_offline
 from tsad.evaluation.sweep import (
