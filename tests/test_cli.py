@@ -423,6 +423,38 @@ def test_bench_takes_what_few_steps_allow(capsys) -> None:
     assert code == 2 and "argument --sparsity: got 0.9" in err
 
 
+def test_bench_of_a_settings_file(capsys, tmp_path) -> None:
+    """Each row with its own sampler, precision, plan and executed actions."""
+    path = tmp_path / "rows.json"
+    rows = [
+        {"name": "few", "sampler": "ddim", "steps": 4},
+        {"name": "half", "sampler": "ddim", "steps": 4, "plan": "1010", "precision": "int16"},
+        {"name": "own", "n_action_steps": 4},
+    ]
+    path.write_text(json.dumps(rows))
+    options = ["bench", "--settings", str(path), "--steps", "3", "--chunks", "5"]
+    code, out, err = run(capsys, *options, "--json")
+    assert code == 0, err
+    few, half, own = json.loads(out)["results"]
+    assert [r["sampler"] for r in (few, half, own)] == ["ddim, 4 steps"] * 2 + ["ddpm, 3 steps"]
+    assert [r["precision"] for r in (few, half, own)] == ["float32", "int16", "float32"]
+    assert [r["passes"] for r in (few, half, own)] == [4, 2, 3]
+    assert own["actions_per_second"] == pytest.approx(4 * own["chunks_per_second"])
+    assert few["actions_per_second"] == pytest.approx(8 * few["chunks_per_second"])
+    code, out, _ = run(capsys, *options)
+    assert code == 0 and "ddim, 4 steps" in out and f"settings of {path}, 1 lane" in out
+    for more, wrong in (
+        (["--lanes", "2"], "argument --lanes: got 2"),
+        (["--preset", "fast"], "argument --preset: not together with --settings"),
+        (["--sparsity", "0.5"], "argument --sparsity: not together with --settings"),
+    ):
+        code, _, err = run(capsys, *options, *more)
+        assert code == 2 and wrong in err
+    path.write_text("[]")
+    code, _, err = run(capsys, *options)
+    assert code == 2 and "expected a list of objects" in err
+
+
 def test_bench_at_a_rate(capsys, fake) -> None:
     options = ["bench", "--chunks", "10", "--sparsity", "0.5"]
     begin = time.monotonic()

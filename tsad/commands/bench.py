@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tsad.commands.common import (
     DIAL,
+    NOT_ASKED,
     Formatter,
+    UsageError,
     add_lead,
     add_policy_options,
     add_preset,
     add_warm_start,
     argument,
+    check_source,
     check_sparsity,
     load_policy,
     planner_name,
@@ -25,7 +29,9 @@ from tsad.commands.common import (
     sparsity,
     table,
 )
+from tsad.evaluation.play import Experiment
 from tsad.evaluation.progress import Progress
+from tsad.evaluation.sweep import Sweep, read_settings
 from tsad.evaluation.timing import Clock, cpu_name, observations, sampler_name
 from tsad.statistics import ENOUGH
 
@@ -41,7 +47,10 @@ A policy with cameras is shown random images, and its stage "vision" is what the
 The settings take turns in rounds, so that a machine that slows down slows all of them. The first
 chunks of a round are not counted; the first after a reset, which may be dense, is timed apart.
 A preset runs as it was measured: sampler, precision, warm start and planner that you ask for are
-those of the settings beside it."""
+those of the settings beside it.
+
+--settings FILE times many settings: a JSON list of objects with a "name", as 'tsad eval --help'
+describes them. What a row leaves unsaid is as the other options say."""
 
 EPILOG = """\
 examples:
@@ -50,7 +59,8 @@ examples:
   tsad bench pusht --sampler ddim --steps 16 --threads 1
   tsad bench pusht --preset fast                    dense, and a preset of its folder
   tsad bench pusht --preset fast --paced 10         as a robot calls it, idle in between
-  tsad bench runs/mine --lanes 8 --json"""
+  tsad bench runs/mine --lanes 8 --json
+  tsad bench runs/mine --settings sweep.json        each setting of a file"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -78,6 +88,7 @@ def add_parser(subparsers: Any) -> None:
         "none)",
     )
     add_preset(parser)
+    parser.add_argument("--settings", metavar="FILE", help="many settings, JSON; see above")
     parser.add_argument("--planner", metavar="NAME", help="who decides: uniform or pruner")
     parser.add_argument("--lanes", type=positive_int, default=1, metavar="L", help="default: 1")
     parser.add_argument(
@@ -121,9 +132,12 @@ def _report(document: dict[str, Any]) -> str:
     dense = results[0]["call_ms"]["p50"]
     rows.append(["times faster, p50", *(f"{dense / r['call_ms']['p50']:.2f}" for r in results)])
     lanes, paced = document["lanes"], document["paced_hz"]
+    own = f" ({document['sampler']}), planner {document['planner']}"
+    if document["settings"] is not None:  # each row has its own
+        own = f", settings of {document['settings']}"
+        rows[1:1] = [[what, *(r[what] for r in results)] for what in ("sampler", "precision")]
     return (
-        f"policy {document['policy']} ({document['sampler']}), planner {document['planner']}, "
-        f"{lanes} lane{'s' if lanes > 1 else ''}\n"
+        f"policy {document['policy']}{own}, {lanes} lane{'s' if lanes > 1 else ''}\n"
         f"{document['cpu']}, {document['backend']}, threads {document['threads']}"
         f"{'' if paced is None else f', called at {paced:g} Hz'}\n{_images(document)}\n"
         f"{table(rows)}"
@@ -172,15 +186,32 @@ def _clocks(policy: SparsePolicy, args: argparse.Namespace) -> list[Clock]:
     return clocks
 
 
+def _rows(args: argparse.Namespace) -> tuple[SparsePolicy, list[Clock]]:
+    """The first of the settings file, and all of them."""
+    for name in ("planner", "preset", "sparsity"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"argument --{name}: not together with --settings; put it in the file")
+    if args.lanes != 1:
+        raise UsageError(f"argument --lanes: got {args.lanes}, but --settings times one lane")
+    check_source(args, "SRC")
+    rows, folder = read_settings(args.settings), Path(args.settings).resolve().parent
+    experiment = Experiment(args.policy, None, device=args.device, threads=args.threads)
+    sweep = Sweep(experiment, rows, folder, Path(), words=NOT_ASKED | vars(args))
+    return sweep.load(sweep.first), sweep.clocks()
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     import tsad
 
-    policy = load_policy(args.policy, args, name="SRC", lanes=args.lanes)
-    if args.planner is not None:
-        with argument("--planner"):
-            policy.planner = args.planner
-    clocks = _clocks(policy, args)
+    if args.settings is not None:
+        policy, clocks = _rows(args)
+    else:
+        policy = load_policy(args.policy, args, name="SRC", lanes=args.lanes)
+        if args.planner is not None:
+            with argument("--planner"):
+                policy.planner = args.planner
+        clocks = _clocks(policy, args)
     obs = observations(policy, -(-args.chunks // ROUNDS))
     period = 0.0 if args.paced is None else 1 / args.paced
     with Progress(ROUNDS * len(clocks), "bench", unit="rounds") as progress:
@@ -198,6 +229,7 @@ def run(args: argparse.Namespace) -> int:
         "threads": policy.threads,
         "lanes": policy.lanes,
         "paced_hz": args.paced,
+        "settings": args.settings,
         "images": {
             camera["name"]: [camera["height"], camera["width"]]
             for camera in policy.config.get("vision", {}).get("cameras", ())

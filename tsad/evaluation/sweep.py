@@ -19,7 +19,7 @@ from tsad.evaluation.progress import Progress
 from tsad.evaluation.timing import Clock, milliseconds, observations, sampler_name
 from tsad.evaluation.usage import InterruptedRunError, argument, lead
 from tsad.files import make_folder
-from tsad.setting import is_mask
+from tsad.setting import Setting, is_mask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,6 +194,15 @@ class Sweep:
         """That of every row."""
         return self._trials
 
+    def clocks(self) -> list[Clock]:
+        """One for every row."""
+
+        def clock(name: str, setting: Setting) -> Clock:
+            setup = partial(configure, setting=setting)
+            return Clock(name, partial(self.load, name), setup, setting.n_action_steps)
+
+        return [clock(name, trial.setting) for name, trial in self._trials.items()]
+
     def setting(self, name: str) -> dict[str, Any]:
         """A row as it was given."""
         return self._settings[name]
@@ -294,10 +303,7 @@ def times(
     """
     import numpy as np
 
-    clocks = [
-        Clock(name, partial(sweep.load, name), partial(configure, setting=own.setting))
-        for name, own in sweep.trials().items()
-    ]
+    clocks = sweep.clocks()
     obs = observations(sweep.load(sweep.first), chunks)
     if sweep.windows is not None:
         obs = sweep.windows[:chunks, -1][:, None]

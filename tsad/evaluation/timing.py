@@ -47,13 +47,17 @@ class Clock:
     """The times of one setting, in milliseconds.
 
     ``load`` gives the policy, for each round, and ``setup`` makes it run the setting: several may
-    share a policy.
+    share a policy. ``executed``: how many actions of a chunk are, if not all.
     """
 
     def __init__(
-        self, name: str, load: Callable[[], SparsePolicy], setup: Callable[[SparsePolicy], None]
+        self,
+        name: str,
+        load: Callable[[], SparsePolicy],
+        setup: Callable[[SparsePolicy], None],
+        executed: int | None = None,
     ) -> None:
-        self.name, self._load, self._setup = name, load, setup
+        self.name, self._load, self._setup, self._executed = name, load, setup, executed
         self.wall: list[float] = []
         self.first: list[float] = []
         self.medians: list[float] = []  # of each round
@@ -99,7 +103,7 @@ class Clock:
             "first_call_ms": float(np.median(self.first)),
             "stages_ms": {stage: percentiles(values) for stage, values in self.stages.items()},
             "chunks_per_second": per_second,
-            "actions_per_second": per_second * policy.n_action_steps,
+            "actions_per_second": per_second * (self._executed or policy.n_action_steps),
         }
 
 
