@@ -283,11 +283,40 @@ def test_lerobots_unet_beside_its_peers() -> None:
     medians = [cases[0]["contenders"][name]["ms"]["median"] for name in ("tsad float32", *names)]
     said(
         "README.md",
-        r"takes (\S+) ms, in PyTorch (\d+), in ONNX Runtime (\S+)\.",
+        r"takes (\S+) ms \(PyTorch (\d+), ONNX Runtime (\S+)\), a",
         medians[0],
         medians[1],
         medians[3],
     )
+
+
+def test_images_beside_their_peers() -> None:
+    cases = results(read("lerobot.md"), "vision")["cases"]
+    found = rows(read("lerobot.md"), "ms for the images of one moment")
+    assert len(found) == len(cases[0]["contenders"]) + 1
+    for name, row in zip(cases[0]["contenders"], found, strict=False):
+        for written, case in zip(row[1:], cases, strict=True):
+            same(written, case["contenders"][name]["ms"]["median"])
+    for written, case in zip(found[-1][1:], cases, strict=True):
+        same(written, case["floor"]["ms"])
+    ours = [case["contenders"]["tsad float32"] for case in cases]
+    for case, own in zip(cases, ours, strict=True):  # fastest in every column
+        assert own["ms"]["median"] == min(c["ms"]["median"] for c in case["contenders"].values())
+    worst = max(one["error"] for case in cases for one in case["contenders"].values())
+    said("lerobot.md", r"Every contender is within (\S+) of float64\. The last row", worst)
+    shares = [100 * own["of_floor"] for own in ours]
+    said("lerobot.md", r"reaches (\d+) to (\d+) % of that", min(shares), max(shares))
+    sizes = [
+        [c["bytes"][what] / 1e6 for c in (cases[0], cases[-1])] for what in ("weights", "rest")
+    ]
+    said(
+        "lerobot.md", r"keeps (\d+) to (\d+) MB of weights, and (\d+) to (\d+) MB", *sum(sizes, [])
+    )
+    one = next(case for case in cases if case["size"] == [96, 96] and case["images"] == 1)
+    medians = [
+        one["contenders"][n]["ms"]["median"] for n in ("tsad float32", "eager", "onnxruntime")
+    ]
+    said("README.md", r"a 96 x 96 image (\S+) ms \((\S+), (\S+)\)\.", *medians)
 
 
 def test_the_policy_of_lerobot_that_comes_along() -> None:
@@ -307,7 +336,10 @@ def test_the_policy_of_lerobot_that_comes_along() -> None:
             mean, (low, high) = (compared[name][k] for k in ("mean_difference", "simultaneous"))
             for written, value in zip(numbers(row[4]), (-mean, -high, -low), strict=True):
                 same(written, value)
-    played = results(read("lerobot.md"), "lerobot-eval")["overall"]
+    lerobots = results(read("lerobot.md"), "lerobot-eval")
+    played, turns = lerobots["overall"], lerobots["in_turns"]["eval_s"]
+    means = [sum(turns[mode]) / len(turns[mode]) for mode in ("exact", "off")]
+    said("lerobot.md", r"take it (\S+) s of\s+evaluation.* and (\S+) s without", *means)
     assert played["n_episodes"] == 50
     wanted = (played["avg_max_reward"], played["pc_success"])
     said("lerobot.md", r"had a score of (\S+) and (\S+) % success", *wanted)
