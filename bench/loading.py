@@ -3,7 +3,7 @@
     python bench/loading.py                               LeRobot's widths, 250 million parameters
     python bench/loading.py --widths 128,256,512 --precision float32
     python bench/loading.py --out bench/results/NAME.json
-    python bench/loading.py --make big                    makes the folder and keeps it: tsad bench big
+    python bench/loading.py --make big                    only makes the folder, for `tsad bench`
 
 The folder is made with random weights in a temporary place and removed afterwards; it is in the
 page cache then. Each load is a process of its own, in turns: seconds of ``tsad.load`` after
@@ -124,7 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     widths = [int(width) for width in args.widths.split(",")]
     if args.make is not None:
-        args.make.mkdir(parents=True)  # a new one
+        if args.make.exists():
+            parser.error(f"argument --make: {args.make} is there already; name a new folder")
+        args.make.mkdir(parents=True)
         print(f"{args.make}: {make_folder(args.make, widths) / 1e6:.0f} MB of tensors")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folder goes then, too
