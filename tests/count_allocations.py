@@ -1,4 +1,4 @@
-"""Run by test_edge.py with malloc_count.so preloaded: no allocation from the second chunk on."""
+"""Run by test_edge.py with malloc_count.so preloaded: no allocation from the second call on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from policies import make_policy, noises, observations
+from torch_encoder import Encoder
 
-from tsad import planners
+from tsad import _core, planners
 
 library: Any = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
@@ -53,3 +54,16 @@ for threads, warm_start in ((1, None), (2, None), (1, 3), (2, 3)):
             assert counted() == before, (plan, lanes, threads, np.subtract(counted(), before))
 assert library.tsad_count_chunks() - begun == total, "the extension does not call the marks"
 print(f"no allocation in {total * 20 // 22} chunks")
+
+encoder = Encoder(height=40, width=40, keypoints=3, features=5)
+images, features = np.zeros((3, 40, 40, 3), np.uint8), np.empty((3, 5), np.float32)
+begun = library.tsad_count_chunks()
+for threads in 1, 2:
+    vision = _core.Vision(encoder.weights(), **encoder.arguments(), threads=threads)
+    vision.encode(images, out=features)
+    before = counted()
+    for _ in range(5):
+        vision.encode(images, out=features)
+    assert counted() == before, (threads, np.subtract(counted(), before))
+assert library.tsad_count_chunks() - begun == 12, "the extension does not call the marks"
+print("nor in 10 calls of an encoder")

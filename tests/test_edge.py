@@ -521,6 +521,7 @@ def test_no_allocation_while_a_chunk_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no allocation in 400 chunks" in done.stdout
+    assert "nor in 10 calls of an encoder" in done.stdout
 
 
 def resident_bytes() -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from engine import make
 from policies import make_policy, noises, observations, state
+from torch_encoder import Encoder
 
 import tsad
 from tsad import REUSE_ROLLOUT, _core, cli
@@ -117,6 +118,20 @@ def test_predicted_noise(backend: str) -> None:
     obs = np.zeros((rows, policy.n_obs_steps, policy.obs_dim), np.float32)
     interrupted(lambda: policy.predict_noise(sample, 5, obs), "interrupted: nothing is returned$")
     policy.predict_noise(sample[:3], 5, obs[:3])
+
+
+@pytest.mark.parametrize("backend", _core.backends())
+@pytest.mark.parametrize("threads", [1, 2])
+def test_images(backend: str, threads: int) -> None:
+    """Between images; the encoder then encodes the next as ever."""
+    encoder = Encoder(height=24, width=24, keypoints=3, features=5)
+    options = encoder.arguments() | {"backend": backend, "threads": threads}
+    vision = _core.Vision(encoder.weights(), **options)
+    images = np.zeros((20_000, 24, 24, 3), np.uint8)
+    images[1] = 200
+    before = vision.encode(images[:2])
+    interrupted(lambda: vision.encode(images), "interrupted while encoding images", after=0.15)
+    np.testing.assert_array_equal(vision.encode(images[:2]), before)
 
 
 @pytest.mark.slow
