@@ -32,10 +32,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
 
 import torch  # noqa: E402
 from measure import machine  # noqa: E402
+from networks import onnx_runner, openvino_runner  # noqa: E402
 from roofline import Roofline, floor  # noqa: E402
 from torch import nn  # noqa: E402
 from torch_encoder import BLOCKS, Encoder, Weights, encode, forward  # noqa: E402
-from unet import onnx_runner, openvino_runner  # noqa: E402
 
 from tsad import _core  # noqa: E402
 

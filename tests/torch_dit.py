@@ -85,18 +85,24 @@ class Shape:
 
 
 def turn(x: Tensor, base: float) -> Tensor:
-    """Rotary positions as complex numbers; the angles are float32 products, as in LeRobot."""
+    """Rotary positions; angles, sines and cosines are float32, as in LeRobot."""
     half = x.shape[-1] // 2
     frequency = 1 / base ** (torch.arange(half).float() * 2 / x.shape[-1])
-    angle = (torch.arange(x.shape[-2]).float()[:, None] * frequency).double()
-    units = torch.complex(angle.cos().float().double(), angle.sin().float().double())
-    turned = torch.complex(x[..., :half], x[..., half:]) * units
-    return torch.cat([turned.real, turned.imag], -1)
+    angle = torch.arange(x.shape[-2]).float()[:, None] * frequency
+    cos, sin = (f(angle.double()).float().to(x.dtype) for f in (torch.cos, torch.sin))
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def predict(shape: Shape, weights: Weights, sample: Any, time_emb: Any, obs: Any) -> Tensor:
     """The network in float64: sample (N, T, A), time_emb (N, E), obs (N, n_obs_steps, obs_dim)."""
     w = {name: torch.from_numpy(value).double() for name, value in weights.items()}
+    inputs = (torch.as_tensor(value).double() for value in (sample, time_emb, obs))
+    return forward(shape, w, *inputs)
+
+
+def forward(shape: Shape, w: dict[str, Tensor], sample: Any, time_emb: Any, obs: Any) -> Tensor:
+    """The same, of tensors in any precision."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
@@ -107,7 +113,7 @@ def predict(shape: Shape, weights: Weights, sample: Any, time_emb: Any, obs: Any
                 module = torch.nn.MultiheadAttention(x.shape[-1], shape.num_heads, batch_first=True)
             prefix = f"{name}.multihead_attn."
             own = {k.removeprefix(prefix): v for k, v in w.items() if k.startswith(prefix)}
-            module.double().load_state_dict(own)
+            module.to(x.dtype).load_state_dict(own)
             with torch.no_grad():
                 y: Tensor = module.eval()(x, x, x)[0]
             return y
@@ -117,10 +123,10 @@ def predict(shape: Shape, weights: Weights, sample: Any, time_emb: Any, obs: Any
         mixed = F.scaled_dot_product_attention(q, k, v)
         return linear(f"{name}.attn.out_proj", mixed.transpose(1, 2).flatten(2))
 
-    time = F.gelu(linear("time_mlp.1", torch.as_tensor(time_emb).double()))
+    time = F.gelu(linear("time_mlp.1", time_emb))
     time = F.gelu(linear("time_mlp.3", time))
-    cond = torch.cat([time, torch.as_tensor(obs).double().flatten(1)], 1)
-    x = linear("input_proj", torch.as_tensor(sample).double())
+    cond = torch.cat([time, obs.flatten(1)], 1)
+    x = linear("input_proj", sample)
     if shape.positions:
         x = x + w["pos_embedding"]
     for i in range(shape.num_layers):

@@ -108,10 +108,16 @@ def linear(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 def predict(shape: Shape, weights: Weights, sample: Any, time_emb: Any, obs: Any) -> Tensor:
     """The network in float64: sample (N, T, A), time_emb (N, D), obs (N, n_obs_steps, obs_dim)."""
     w = {name: torch.from_numpy(value).double() for name, value in weights.items()}
-    x = torch.as_tensor(sample).double().mT
-    time = linear(w, "diffusion_step_encoder.1", torch.as_tensor(time_emb).double())
+    inputs = (torch.as_tensor(value).double() for value in (sample, time_emb, obs))
+    return forward(shape, w, *inputs)
+
+
+def forward(shape: Shape, w: dict[str, Tensor], sample: Any, time_emb: Any, obs: Any) -> Tensor:
+    """The same, of tensors in any precision."""
+    x = sample.mT
+    time = linear(w, "diffusion_step_encoder.1", time_emb)
     time = linear(w, "diffusion_step_encoder.3", F.mish(time))
-    cond = F.mish(torch.cat([time, torch.as_tensor(obs).double().flatten(1)], 1))
+    cond = F.mish(torch.cat([time, obs.flatten(1)], 1))
 
     def block(name: str, x: Tensor) -> Tensor:
         h = conv_norm(w, f"{name}.conv1.block", x, shape.n_groups)

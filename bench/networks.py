@@ -1,9 +1,10 @@
-"""How long one forward pass of LeRobot's UNet takes, beside what else can run it.
+"""How long one forward pass of LeRobot's networks takes, beside what else can run it.
 
-    python bench/unet.py                                  LeRobot's two sizes, horizons 16 and 64
-    python bench/unet.py --widths 128,256,512 --horizon 16
+    python bench/networks.py                              the UNet in two sizes, horizons 16 and 64
+    python bench/networks.py --widths 128,256,512 --horizon 16
+    python bench/networks.py --family dit                 the transformer of multi_task_dit
     pip install onnx onnxscript onnxruntime openvino      for these two
-    python bench/unet.py --out bench/results/NAME.json
+    python bench/networks.py --out bench/results/NAME.json
 
 Random weights, one lane, all contenders with the same ones; before anything is timed each one's
 output is compared with float64's. They take turns, a chunk of ten passes each, in rounds; reported
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +33,30 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
 
 import torch  # noqa: E402
+import torch_dit  # noqa: E402
+import torch_unet  # noqa: E402
 from measure import machine  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from torch_unet import FINAL_GROUPS, Shape, conv_norm, linear, predict  # noqa: E402
+from torch_dit import Shape as DitShape  # noqa: E402
+from torch_unet import Shape  # noqa: E402
 
 from tsad import _core  # noqa: E402
+from tsad.reference.layers import rotation  # noqa: E402
 
 PASSES = 10
 INPUTS = ("sample", "time_emb", "obs")
 SIZES = ((512, 1024, 2048), (128, 256, 512))
+# LeRobot's defaults; a moment has 7 joints, 768 features of an image and 512 of the task
+DIT = DitShape(
+    hidden_dim=512, num_layers=6, num_heads=8, horizon=32, obs_dim=1287, action_dim=7, n_emb=256
+)
 Forward = Callable[[], Any]
 
 
 class Module(nn.Module):
     """The network in PyTorch's operators, in float32, as LeRobot runs it at every step."""
 
-    def __init__(self, shape: Shape, weights: dict[str, np.ndarray]) -> None:
+    def __init__(self, shape: Shape | DitShape, weights: dict[str, np.ndarray]) -> None:
         super().__init__()
         self.shape = shape
         self.names = list(weights)
@@ -58,52 +67,42 @@ class Module(nn.Module):
 
     def forward(self, sample: Any, time_emb: Any, obs: Any) -> Any:
         w = dict(zip(self.names, self.weights, strict=True))
-        shape, x = self.shape, sample.mT
-        time_code = linear(w, "diffusion_step_encoder.1", time_emb)
-        time_code = linear(w, "diffusion_step_encoder.3", F.mish(time_code))
-        cond = F.mish(torch.cat([time_code, obs.flatten(1)], 1))
-
-        def block(name: str, x: Any) -> Any:
-            h = conv_norm(w, f"{name}.conv1.block", x, shape.n_groups)
-            scale, move = linear(w, f"{name}.cond_encoder.1", cond)[..., None].chunk(2, 1)
-            h = conv_norm(w, f"{name}.conv2.block", scale * h + move, shape.n_groups)
-            if f"{name}.residual_conv.weight" in w:
-                residual = f"{name}.residual_conv"
-                x = F.conv1d(x, w[f"{residual}.weight"], w[f"{residual}.bias"])
-            return x + h
-
-        def pair(level: str, x: Any) -> Any:
-            return block(f"{level}.1", block(f"{level}.0", x))
-
-        levels, skips = len(shape.down_dims), []
-        for i in range(levels):
-            x = pair(f"down_modules.{i}", x)
-            skips.append(x)
-            if i + 1 < levels:
-                name = f"down_modules.{i}.2"
-                x = F.conv1d(x, w[f"{name}.weight"], w[f"{name}.bias"], stride=2, padding=1)
-        x = pair("mid_modules", x)
-        for i in range(levels - 1):
-            x = pair(f"up_modules.{i}", torch.cat([x, skips.pop()], 1))
-            name = f"up_modules.{i}.2"
-            x = F.conv_transpose1d(x, w[f"{name}.weight"], w[f"{name}.bias"], stride=2, padding=1)
-        x = conv_norm(w, "final_conv.0.block", x, FINAL_GROUPS)
-        return F.conv1d(x, w["final_conv.1.weight"], w["final_conv.1.bias"]).mT
+        return twin(self.shape).forward(self.shape, w, sample, time_emb, obs)
 
 
-def ours(shape: Shape, weights: Any, codes: np.ndarray, obs: np.ndarray, precision: str,
+def twin(shape: Shape | DitShape) -> Any:
+    """The module that has the network in PyTorch."""
+    return torch_dit if isinstance(shape, DitShape) else torch_unet
+
+
+def family(shape: Shape | DitShape) -> dict[str, Any]:
+    """What only one of the networks takes."""
+    if isinstance(shape, DitShape):
+        turns = rotation(shape.horizon, shape.hidden_dim // shape.num_heads, shape.rope_base)
+        return {
+            "family": "dit", "n_layers": shape.num_layers, "n_heads": shape.num_heads,
+            "hidden_dim": shape.hidden_dim, "rotation": turns,
+            "block_cost": np.ones(2 * shape.num_layers, np.int64),
+        }  # fmt: skip
+    return {
+        "family": "unet1d", "down_dims": np.array(shape.down_dims, np.int32),
+        "kernel_size": shape.kernel_size, "n_groups": shape.n_groups,
+        "use_film_scale_modulation": True,
+        "block_cost": np.ones(4 * len(shape.down_dims), np.int64),
+    }  # fmt: skip
+
+
+def ours(shape: Shape | DitShape, weights: Any, codes: np.ndarray, obs: np.ndarray, precision: str,
          threads: int) -> tuple[Forward, Callable[[np.ndarray, int], np.ndarray]]:  # fmt: skip
     """A chunk of the core, and its network alone for the comparison."""
     O, A = shape.obs_dim, shape.action_dim  # noqa: E741
     table = np.tile(np.array([1, 0, 1, 0.5, 0.5, 0.1, 0, 0], np.float32), (len(codes), 1))
     model = _core.Model(
-        family="unet1d", horizon=shape.horizon, n_obs_steps=shape.n_obs_steps, n_action_steps=1,
+        horizon=shape.horizon, n_obs_steps=shape.n_obs_steps, n_action_steps=1,
         obs_dim=O, action_dim=A, n_emb=shape.n_emb, sampler=table, time_emb=codes,
         obs_scale=np.ones(O, np.float32), obs_offset=np.zeros(O, np.float32),
         action_scale=np.ones(A, np.float32), action_offset=np.zeros(A, np.float32),
-        block_cost=np.ones(4 * len(shape.down_dims), np.int64), tensors=weights,
-        down_dims=np.array(shape.down_dims, np.int32), kernel_size=shape.kernel_size,
-        n_groups=shape.n_groups, use_film_scale_modulation=True, precision=precision,
+        tensors=weights, precision=precision, **family(shape),
     )  # fmt: skip
     policy = _core.Policy(model, lanes=1, threads=threads)
     return lambda: policy(obs), lambda x, k: policy.predict_noise(x, k, obs[None])
@@ -111,7 +110,7 @@ def ours(shape: Shape, weights: Any, codes: np.ndarray, obs: np.ndarray, precisi
 
 def export(module: Module, example: tuple[Any, ...], folder: str) -> Path:
     """The network as ONNX, which both runtimes read (OpenVINO refuses the module itself)."""
-    path = Path(folder) / "unet.onnx"
+    path = Path(folder) / "network.onnx"
     if not path.exists():
         torch.onnx.export(module, example, path, input_names=INPUTS, dynamo=True, verbose=False)
     return path
@@ -141,8 +140,8 @@ def openvino_runner(path: Path, threads: int, names: Sequence[str] = INPUTS) -> 
     return run
 
 
-def peers(shape: Shape, weights: Any, codes: np.ndarray, obs: np.ndarray, wanted: list[str],
-          threads: int) -> dict[str, Callable[[np.ndarray, int], Any]]:  # fmt: skip
+def peers(shape: Shape | DitShape, weights: Any, codes: np.ndarray, obs: np.ndarray,
+          wanted: list[str], threads: int) -> dict[str, Callable[[np.ndarray, int], Any]]:  # fmt: skip
     """Other ways to run one pass, by name; those that cannot be built are said and left out."""
     module = Module(shape, weights).eval()
     rng = np.random.default_rng(0)
@@ -189,15 +188,16 @@ def bandwidth(size: int, threads: int) -> float:
     return best
 
 
-def bench(dims: tuple[int, ...], horizon: int, args: argparse.Namespace) -> dict[str, Any]:
-    shape = Shape(down_dims=dims, horizon=horizon, n_obs_steps=2, obs_dim=18, n_emb=128)
+def bench(shape: Shape | DitShape, args: argparse.Namespace) -> dict[str, Any]:
     weights = shape.weights(0)
     rng = np.random.default_rng(1)
     codes = rng.uniform(-1, 1, (PASSES, shape.n_emb)).astype(np.float32)
     obs = rng.standard_normal((shape.n_obs_steps, shape.obs_dim), np.float32)
-    sample = rng.standard_normal((1, horizon, shape.action_dim), np.float32)
-    expected = predict(shape, weights, sample, codes[:1], obs[None]).numpy()
-    print(f"{dims}, horizon {horizon}", flush=True)
+    sample = rng.standard_normal((1, shape.horizon, shape.action_dim), np.float32)
+    expected = twin(shape).predict(shape, weights, sample, codes[:1], obs[None]).numpy()
+    size = sum(w.nbytes for w in weights.values())
+    widths = [shape.hidden_dim] if isinstance(shape, DitShape) else list(shape.down_dims)
+    print(f"{widths}, horizon {shape.horizon}, {size / 4e6:.0f} million parameters", flush=True)
 
     contenders: dict[str, Forward] = {}
     errors: dict[str, float] = {}
@@ -221,7 +221,6 @@ def bench(dims: tuple[int, ...], horizon: int, args: argparse.Namespace) -> dict
             run()
             if round_number:  # the first warms up
                 times[name].append((time.perf_counter() - start) * 1000 / PASSES)
-    size = sum(w.nbytes for w in weights.values())
     rate = bandwidth(size, args.threads)
     rows = {}
     for name, values in times.items():
@@ -238,8 +237,8 @@ def bench(dims: tuple[int, ...], horizon: int, args: argparse.Namespace) -> dict
         )
     largest = float(np.abs(expected).max())
     return {
-        "widths": list(dims),
-        "horizon": horizon,
+        "widths": widths,
+        "horizon": shape.horizon,
         "parameters": size // 4,
         "largest_output": largest,
         "bytes_per_second": rate,
@@ -251,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--family", choices=("unet", "dit"), default="unet", help="default: unet")
     parser.add_argument("--widths", help="e.g. 512,1024,2048 (default: LeRobot's two sizes)")
     parser.add_argument("--horizon", type=int, help="e.g. 16 (default: 16 and 64)")
     parser.add_argument("--rounds", type=int, default=7)
@@ -265,10 +265,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sizes = [tuple(map(int, args.widths.split(",")))] if args.widths else SIZES
+    if args.family == "dit" and args.widths:
+        parser.error("argument --widths: only the UNet has them")
     horizons = [args.horizon] if args.horizon else [16, 64]
-    cases = [bench(dims, horizon, args) for dims in sizes for horizon in horizons]
+    shapes: list[Shape | DitShape] = [
+        Shape(down_dims=dims, horizon=horizon, n_obs_steps=2, obs_dim=18, n_emb=128)
+        for dims in sizes
+        for horizon in horizons
+    ]
+    if args.family == "dit":
+        shapes = [replace(DIT, horizon=args.horizon or DIT.horizon)]
+    cases = [bench(shape, args) for shape in shapes]
     if args.out:
-        document = {"format": "tsad-unet", "machine": machine(), "threads": args.threads}
+        document = {"format": f"tsad-{args.family}", "machine": machine(), "threads": args.threads}
         document |= {"rounds": args.rounds, "passes": PASSES, "cases": cases}
         args.out.write_text(json.dumps(document, indent=1) + "\n")
 
