@@ -140,8 +140,14 @@ def openvino_runner(path: Path, threads: int, names: Sequence[str] = INPUTS) -> 
     return run
 
 
-def peers(shape: Shape | DitShape, weights: Any, codes: np.ndarray, obs: np.ndarray,
-          wanted: list[str], threads: int) -> dict[str, Callable[[np.ndarray, int], Any]]:  # fmt: skip
+def peers(
+    shape: Shape | DitShape,
+    weights: Any,
+    codes: np.ndarray,
+    obs: np.ndarray,
+    wanted: list[str],
+    threads: int,
+) -> dict[str, Callable[[np.ndarray, int], Any]]:
     """Other ways to run one pass, by name; those that cannot be built are said and left out."""
     module = Module(shape, weights).eval()
     rng = np.random.default_rng(0)
