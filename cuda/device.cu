@@ -1,6 +1,8 @@
 /* device.cu: device.h on CUDA's runtime. */
 #include "stream.cuh"
 
+#include <stdio.h>
+
 #include <new>
 
 tsad_atomic_counts tsad_counts;
@@ -37,6 +39,25 @@ const char *tsad_device_name(void)
         return "";
     }
     return properties.name;
+}
+
+const char *tsad_device_identity(void)
+{
+    static char text[512];
+    cudaDeviceProp p;
+    int driver, runtime, used;
+    if (tsad_device_absent() || cudaGetDeviceProperties(&p, 0) != cudaSuccess ||
+        cudaDriverGetVersion(&driver) != cudaSuccess ||
+        cudaRuntimeGetVersion(&runtime) != cudaSuccess) {
+        return "";
+    }
+    used = snprintf(text, sizeof text, "%s, %d.%d, driver %d, runtime %d, ", p.name, p.major,
+                    p.minor, driver, runtime);
+    for (size_t i = 0; i < sizeof p.uuid.bytes; i++) {
+        used += snprintf(text + used, sizeof text - (size_t)used, "%02x",
+                         (unsigned)(unsigned char)p.uuid.bytes[i]);
+    }
+    return text;
 }
 
 tsad_status tsad_device_allocate(size_t bytes, void **out)

@@ -25,6 +25,8 @@ typedef struct tsad_device_counts {
 
 const char *tsad_device_absent(void); /* why there is no device to run on; NULL: there is one */
 const char *tsad_device_name(void);   /* "" without one */
+/* the GPU, its driver and the runtime, as far as what they compute may depend on them; "" */
+const char *tsad_device_identity(void);
 
 tsad_status tsad_device_allocate(size_t bytes, void **out);
 void tsad_device_free(void *memory); /* NULL is fine */

@@ -27,10 +27,12 @@ extern const tsad_backend tsad_cuda_backend;
 
 EXPORTED tsad_device_counts tsad_plugin_counts(void);
 EXPORTED void tsad_plugin_time(int on);
+EXPORTED const char *tsad_plugin_identity(void);
 
 /* for tsad/device.py */
 EXPORTED tsad_device_counts tsad_plugin_counts(void) { return tsad_device_get_counts(); }
 EXPORTED void tsad_plugin_time(int on) { tsad_device_time(on != 0); }
+EXPORTED const char *tsad_plugin_identity(void) { return tsad_device_identity(); }
 
 EXPORTED const tsad_backend *tsad_plugin(const tsad_core *host, const char **device,
                                          const char **absent)

@@ -170,6 +170,7 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.commands = folder, builder()["commands"]
+        self.built: dict[str, Path] = {}
         (folder / "objects").mkdir(parents=True)
         jobs, self.link = self.commands(
             folder / "objects", SOURCES, emulate=True, sanitize=SANITIZED
@@ -185,6 +186,8 @@ class Workshop:
 
     def build(self, mutant: Mutant) -> Path:
         """The library with the fault."""
+        if mutant.name in self.built:
+            return self.built[mutant.name]
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         shutil.copytree(SOURCES, folder / "cuda")
         (folder / "cuda" / mutant.file).write_text(mutant.text())
@@ -198,6 +201,7 @@ class Workshop:
         kept = [part for part in self.link if Path(part).name not in names]
         library = folder / "mutant.so"
         self._run([*kept, *own, "-o", str(library)])
+        self.built[mutant.name] = library
         return library
 
 

@@ -9,6 +9,9 @@ from cases import config, random_inputs
 from cuda_library import SANITIZED, need_compiler
 from cuda_mutants import MUTANTS, Mutant, Workshop, barriers, survives
 from engine import make
+from policies import save_policy
+
+import tsad
 
 # two that are quick to build, of what the host does, and two of the kernels
 FEW = [
@@ -52,6 +55,23 @@ def test_a_failure_of_the_device_is_said(workshop: Workshop) -> None:
 
     fault = next(m for m in MUTANTS if m.name == "product: rows beyond the last")
     assert survives(workshop.build(fault), check)
+
+
+def test_a_gpu_that_forgets_what_it_computed_is_refused(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dense chunk is right: what was computed is reused in the next one (tsad/trust.py)."""
+    fault = next(m for m in MUTANTS if m.name == "delivery: the slot is not written")
+    library, folder = workshop.build(fault), save_policy(tmp_path / "policy")
+    monkeypatch.setenv("TSAD_CUDA_LIBRARY", str(library))
+    monkeypatch.delenv("TSAD_TRUST", raising=False)
+
+    def check() -> None:
+        said = r"first cell that differs is step \d, block '.*' \(reuse_\w+\) of the sparse chunk"
+        with pytest.raises(RuntimeError, match=said):
+            tsad.load(folder, device="cuda", sampler="ddim", num_inference_steps=3)
+
+    assert survives(library, check)
 
 
 def test_every_fault_can_be_planted() -> None:

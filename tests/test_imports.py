@@ -23,7 +23,7 @@ FLOORS = (
     "_extras _program arrays busy device files scope section statistics",  # files, numbers, words
     "families config checkpoint samplers plan plot",  # what a policy and a plan are
     "planners reference",  # the method
-    "setting presets policy image_policy cameras precision convert",  # what runs, and how
+    "setting presets policy image_policy cameras precision trust convert",  # what runs, and how
     "load",
     "sim training recorder plot.frontier",  # episodes and data
     "tsad lerobot evaluation",  # what users import, and what commands do

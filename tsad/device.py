@@ -63,6 +63,16 @@ def counts() -> Counts:
     return Counts(*(getattr(found, name) for name in Counts._fields))
 
 
+def identity() -> str:
+    """The GPU, its driver and its runtime, as far as what they compute may depend on them."""
+    read = ctypes.CDLL(cuda().library).tsad_plugin_identity
+    read.restype = ctypes.c_char_p
+    build = ""
+    with contextlib.suppress(OSError):  # which CUDA's runtime does not say
+        build = Path("/proc/driver/nvidia/version").read_text()
+    return f"{read().decode(errors='replace')} {build}".strip()
+
+
 @contextlib.contextmanager
 def timed() -> Iterator[None]:
     """Within, chunks measure the GPU's time, which costs two events a chunk."""

@@ -140,6 +140,17 @@ def write_json(path: str | os.PathLike[str], value: Any, *, overwrite: bool = Tr
     write_atomically(path, content, overwrite=overwrite)
 
 
+def user_folder(variable: str, default: str) -> Path:
+    """A folder of this user's, there or not: TSAD_HOME, or ``tsad`` in the one that the XDG
+    standard's ``variable`` names, or in ``default`` of the home folder."""
+    own, named = os.environ.get("TSAD_HOME"), os.environ.get(variable, "")
+    if own:
+        return Path(own).absolute()
+    if os.path.isabs(named):  # else to be ignored, says the standard
+        return Path(named, "tsad")
+    return Path("/", os.path.expanduser("~"), default, "tsad")
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsad import policy as policies
+from tsad import trust
 from tsad.cameras import Cameras
 from tsad.checkpoint import (
     CONFIG_FILE,
@@ -104,7 +105,8 @@ def load(
 
     Raises ``ValueError`` or ``TypeError`` naming the argument, what came, what was expected and the
     fix; ``FileNotFoundError`` if ``source`` is a path to nothing; ``CheckpointError``, a
-    ``ValueError``, for files that are truncated, foreign or do not fit.
+    ``ValueError``, for files that are truncated, foreign or do not fit; ``RuntimeError`` if the GPU
+    does not compute what the CPU does, which is asked once for a model (`tsad.trust`).
     """
     options = {name: value for name, value in locals().items() if name != "source"}
     lanes = _integer("lanes", lanes, 1, 2**20)
@@ -142,6 +144,17 @@ def load(
     precision = setting.precision or "float32"
     backend = None if device == "cpu" else device
     model = make_model(config, tensors, pruner, table, backend=backend, precision=precision)
+    if backend is not None:
+
+        def alone(where: str) -> policies.SparsePolicy:
+            same = model
+            if where == "cpu":
+                same = make_model(config, tensors, pruner, table, precision=precision)
+            return policies.SparsePolicy(
+                same, config=config, sampler=table, threads=threads, device=where
+            )
+
+        trust.check(alone, config, table, [tensors, pruner or {}], precision)
     parts: dict[str, Any] = {
         "config": config,
         "sampler": table,

@@ -59,6 +59,7 @@ from tsad.files import (
     output_file,
     output_folder,
     sha256,
+    user_folder,
     write_together,
 )
 from tsad.plan import Plan
@@ -233,12 +234,7 @@ def _read(section: Section, folder: Path) -> Preset:
 
 def home() -> Path:
     """Where this user's presets are; there or not."""
-    own, data = os.environ.get("TSAD_HOME"), os.environ.get("XDG_DATA_HOME", "")
-    if own:
-        return Path(own).absolute()
-    if os.path.isabs(data):  # else to be ignored, says the XDG standard
-        return Path(data, "tsad")
-    return Path("/", os.path.expanduser("~"), ".local", "share", "tsad")
+    return user_folder("XDG_DATA_HOME", ".local/share")
 
 
 def places(folder: Path) -> list[Path]:

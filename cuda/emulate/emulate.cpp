@@ -463,9 +463,18 @@ cudaError_t cudaGetDeviceCount(int *count)
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int)
 {
+    *properties = {};
     snprintf(properties->name, sizeof properties->name, "no GPU: emulated on the CPU, for tests");
     return cudaSuccess;
 }
+
+cudaError_t cudaDriverGetVersion(int *version)
+{
+    *version = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int *version) { return cudaDriverGetVersion(version); }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 

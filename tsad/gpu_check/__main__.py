@@ -224,6 +224,7 @@ def run(args: argparse.Namespace) -> int:
     if cuda.absent is not None:
         raise RuntimeError(f"there is no GPU to check: {cuda.absent}")
     os.environ.pop("TSAD_CUDA_GRAPHS", None)  # what is checked is what users have
+    os.environ["TSAD_TRUST"] = "1"  # it is asked here at length, and has to be said
     session = Session(args, cuda.name)
     chosen = [part for part in args.only or PARTS if part not in (args.skip or ())]
     parts = {"conformance": conformance, "sanitizer": sanitizer}
