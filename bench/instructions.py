@@ -35,8 +35,8 @@ import tasks  # noqa: E402, F401  (finds the tree's own tsad)
 from plans import equal_shares  # noqa: E402
 
 from tsad import COMPUTE, REUSE_STEP  # noqa: E402
-from tsad.config import BLOCK_TYPES  # noqa: E402
 from tsad.files import write_json  # noqa: E402
+from tsad.reference.dpt import BLOCK_TYPES  # noqa: E402
 
 EXPECTED = HERE / "instructions.json"
 MARGIN = 0.03

@@ -34,7 +34,7 @@ import tasks  # noqa: E402, F401  (finds the tree's own tsad)
 from measure import machine  # noqa: E402
 
 from tsad.checkpoint import CONFIG_FILE, MODEL_FILE  # noqa: E402
-from tsad.families import unet1d  # noqa: E402
+from tsad.families import network_shapes, unet1d  # noqa: E402
 from tsad.files import write_json  # noqa: E402
 
 CONFIG = HERE.parent / "tests" / "fixtures" / "lerobot" / "ddpm_three_levels" / CONFIG_FILE
@@ -85,7 +85,7 @@ def make_folder(folder: Path, widths: list[int]) -> int:
     sizes = {name: f["shape"][0] for name, f in config["input_features"].items()}
     network = {key: config[key] for key in keys} | {"type": unet1d.TYPE}
     network |= {"obs_dim": sum(sizes.values()), "action_dim": 2}
-    shapes = {f"diffusion.unet.{name}": s for name, s in unet1d.shapes(network).items()}
+    shapes = {f"diffusion.unet.{name}": s for name, s in network_shapes(network).items()}
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * int(np.prod(shape))
