@@ -334,7 +334,10 @@ def test_one_simulator_and_a_policy(capsys: Any, name: str) -> None:
     Path("s.json").write_text('[{"name": "a"}, {"name": "b", "sparsity": 0.5}]')
     own = "or your own with --simulator MODULE:FACTORY"
     for words, message in (
-        (["chess"], f"unknown simulator 'chess'; expected one of pusht, pusht_corners, {own}"),
+        (
+            ["chess"],
+            f"unknown simulator 'chess'; expected one of pusht, pusht_corners, pusht_pixels, {own}",
+        ),
         ([], "SIMULATOR: expected "),
         (["pusht", "--simulator", "robot:make"], "--simulator: got 'robot:make' beside 'pusht'"),
         (["--simulator", "robot:make"], "--policy: expected a policy for the simulator 'robot:ma"),

@@ -90,7 +90,10 @@ def _record(
     chunks: dict[int, list[Any]] = {seed: [] for seed in todo}  # of the episodes under way
 
     def keep(chunk: sim.Chunk) -> None:
-        for seed, obs, actions in zip(chunk.seeds, chunk.obs, chunk.actions, strict=True):
+        seen = chunk.obs
+        if isinstance(seen, dict):
+            seen = policy._side_by_side(seen, len(chunk.seeds))
+        for seed, obs, actions in zip(chunk.seeds, seen, chunk.actions, strict=True):
             chunks[seed].append((obs, actions))
         progress.chunks(len(chunk.seeds))
 

@@ -155,7 +155,7 @@ def preset_note(preset: Preset) -> str:
 NOT_ASKED: dict[str, Any] = {
     "sampler": None, "steps": None, "spacing": None, "precision": "auto", "plan": None,
     "planner": None, "sparsity": None, "preset": None, "n_action_steps": None, "warm_start": None,
-    "noise": 0, "realtime": None, "latency": None, "resume": True,
+    "noise": 0, "realtime": None, "latency": None, "disturb": None, "resume": True,
 }  # fmt: skip
 
 

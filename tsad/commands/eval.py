@@ -41,6 +41,7 @@ from tsad.evaluation.errors import SINGLE
 from tsad.evaluation.play import Trial, evaluate, percent, seeds_of
 from tsad.evaluation.realtime import check as check_realtime
 from tsad.evaluation.sweep import Sweep, compare_rows, read_settings
+from tsad.evaluation.usage import disturbance
 from tsad.files import output_folder, write_json
 from tsad.presets import Preset
 from tsad.setting import MOVED
@@ -61,11 +62,11 @@ With --out every finished episode is on disk at once, and --resume goes on after
 
 --settings FILE plays many settings over the same seeds: a JSON list of objects with a "name" and
 any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision", "n_action_steps",
-"noise", "preset", "realtime", "latency", "warm_start", "lead", "smoothing". Then --out is a folder
-with a file per setting; the same command goes on with what is missing. The first is the baseline of
-all; the intervals hold for all rows together. Rows that are the first but for a lead and smoothing
-are dense with a lead: the best of them is a second baseline, which rows with a lead are to be
-judged by, as a lead helps whatever is executed.
+"noise", "preset", "realtime", "latency", "warm_start", "lead", "smoothing", "disturb". Then --out
+is a folder with a file per setting; the same command goes on with what is missing. The first is the
+baseline of all; the intervals hold for all rows together. Rows that are the first but for a lead
+and smoothing are dense with a lead: the best of them is a second baseline, which rows with a lead
+are to be judged by, as a lead helps whatever is executed.
 
 {OBSERVATIONS}
 
@@ -83,6 +84,7 @@ examples:
   tsad eval pusht --seeds 500 --preset fast                        a preset of its folder
   tsad eval pusht --seeds 500 --settings sweep.json --out sweep    many settings, one table
   tsad eval pusht --realtime 50 --n-action-steps 4                 a robot that doesn't wait
+  tsad eval pusht_pixels --policy mine --disturb brightness=0.3    seen in another light
   tsad eval pusht --seeds 500 --out dense.json --jobs 8            in eight processes
   tsad eval --simulator robot:make --policy runs/mine              robot.py, a simulator of your own
   tsad eval pusht --seeds 500 --out dense.json --ray               on a Ray cluster"""
@@ -141,6 +143,13 @@ def add_parser(subparsers: Any) -> None:
         default=0,
         metavar="N",
         help="other noise in the same scenes, a number (default: 0)",
+    )
+    parser.add_argument(
+        "--disturb",
+        type=disturbance,
+        metavar="KIND=AMOUNT",
+        help="what is done to the images that the policy sees: brightness, noise, occlusion, from "
+        "0 to 1, several with commas between (tsad.sim.Disturbance says of what)",
     )
     realtime.add_options(parser)
     add_warm_start(parser)
@@ -246,6 +255,7 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
         f"chunk    {times['mean']:.2f} ms mean, {times['max']:.2f} ms largest, over "
         f"{summary['chunks']} chunks{_beside(run_)}",
         *realtime.report(settings),
+        *([f"seen     with {settings['disturb']}"] if "disturb" in settings else []),
     ]
     if "paired" in document:
         paired = document["paired"]

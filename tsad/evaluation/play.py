@@ -20,6 +20,7 @@ from tsad.setting import Setting
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
+    from tsad.sim import Disturbance
     from tsad.sim.results import Journal
     from tsad.sim.rollout import Episode
 
@@ -61,18 +62,24 @@ class Trial:
         setting: how the policy runs.
         noise: other noise in the same scenes, a number.
         realtime, latency: hertz and milliseconds, as of `tsad.evaluation.realtime`.
+        disturb: what is done to images.
     """
 
     setting: Setting
     noise: int = 0
     realtime: float | None = None
     latency: float | None = None
+    disturb: Disturbance | None = None
 
     @classmethod
     def of(cls, words: Mapping[str, Any], source: str) -> Trial:
         """From arguments, or from a row of a settings file over them."""
+        from tsad.sim import Disturbance
+
         facts = {name: words[name] for name in ("noise", "realtime", "latency")}
-        return cls(setting_of(words, source), **facts)
+        text = words["disturb"]
+        disturb = None if text is None else Disturbance.parse(text)
+        return cls(setting_of(words, source), disturb=disturb, **facts)
 
     def load(self, experiment: Experiment, *, name: str, lanes: int) -> SparsePolicy:
         """A policy that does as the setting says."""
@@ -84,12 +91,17 @@ class Trial:
 
 
 def check_policy(
-    simulator: str, policy: SparsePolicy, *, own: bool = False, realtime: bool = False
+    simulator: str,
+    policy: SparsePolicy,
+    *,
+    own: bool = False,
+    realtime: bool = False,
+    disturb: Disturbance | None = None,
 ) -> int:
     """UsageError if the simulator can't be made, or the policy doesn't fit.
 
-    ``own``: it is the user's; ``realtime``: it shall not wait for the policy. Returns its longest
-    episode, in steps.
+    ``own``: it is the user's; ``realtime``: it shall not wait for the policy; ``disturb``: what is
+    done to its images. Returns its longest episode, in steps.
     """
     from tsad import sim
 
@@ -97,7 +109,7 @@ def check_policy(
         environment = sim.make(simulator)
     try:
         with argument("--policy"):
-            sim.check(policy, environment)
+            sim.check(policy, environment, disturb=disturb)
         if realtime and not hasattr(environment, "rest_action"):
             raise UsageError(
                 f"argument --realtime: the simulator {simulator!r} has no rest_action, and "
@@ -147,6 +159,7 @@ def _settings(policy: SparsePolicy, experiment: Experiment, trial: Trial) -> dic
         **trial.setting.key(policy),
         # only where it differs from the default, so that older results can be gone on with
         **({"noise": trial.noise} if trial.noise else {}),
+        **({} if trial.disturb is None else {"disturb": str(trial.disturb)}),
     }
 
 
@@ -188,6 +201,7 @@ def _play(
         "n_action_steps": trial.setting.n_action_steps,
         "noise_stream": trial.noise,
         "delay": delay,
+        "disturb": trial.disturb,
     }
     longest = -(-max_steps // max(trial.setting.n_action_steps or policy.n_action_steps, delay))
     done = experiment.seeds - len(todo)
@@ -277,8 +291,13 @@ def evaluate(
     seeds = seeds_of(experiment)
     # Everything that can be refused is refused here, before a file is touched or time is spent.
     policy = trial.load(experiment, name="--policy", lanes=min(experiment.lanes, experiment.seeds))
-    waits = trial.realtime is None
-    max_steps = check_policy(experiment.simulator, policy, own=experiment.own, realtime=not waits)
+    max_steps = check_policy(
+        experiment.simulator,
+        policy,
+        own=experiment.own,
+        realtime=trial.realtime is not None,
+        disturb=trial.disturb,
+    )
     with argument("--policy"):
         sim.check_executed(policy, trial.setting.n_action_steps)
     workers = jobs.workers_of(experiment, policy)

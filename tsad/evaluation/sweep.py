@@ -17,7 +17,7 @@ from tsad.evaluation.loading import configure
 from tsad.evaluation.play import Experiment, Trial, check_policy, evaluate, seeds_of
 from tsad.evaluation.progress import Progress
 from tsad.evaluation.timing import Clock, milliseconds, observations, sampler_name
-from tsad.evaluation.usage import InterruptedRunError, argument, lead
+from tsad.evaluation.usage import InterruptedRunError, argument, disturbance, lead
 from tsad.files import make_folder
 from tsad.setting import Setting, is_mask
 
@@ -45,9 +45,15 @@ KEYS: dict[str, tuple[type, ...]] = {
     "warm_start": (int,),
     "lead": (int, float),
     "smoothing": (bool,),
+    "disturb": (str,),
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
-RANGES = {"realtime": realtime.hertz, "latency": realtime.milliseconds, "lead": lead}
+RANGES: dict[str, Callable[[Any], object]] = {
+    "realtime": realtime.hertz,
+    "latency": realtime.milliseconds,
+    "lead": lead,
+    "disturb": disturbance,
+}
 CHUNKS_PER_ROUND = 30
 HELD = 10**9  # bytes of weights: dozens of a UNet's would fill the memory
 RESERVED = ("errors", "summary", "tune")  # files of these names lie beside the rows'
@@ -144,11 +150,13 @@ class Sweep:
         self._held: dict[str, SparsePolicy] = {}
         self.add(settings)
         if experiment.simulator is not None:
+            trials = self._trials.values()
             check_policy(
                 experiment.simulator,
                 self.load(self.first),
                 own=experiment.own,
-                realtime=self._trials[self.first].realtime is not None,
+                realtime=any(trial.realtime is not None for trial in trials),
+                disturb=next((trial.disturb for trial in trials if trial.disturb), None),
             )
 
     def add(self, settings: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ class InterruptedRunError(Exception):
 # The library's messages begin with the name of its own argument; here it has another.
 OPTIONS = {
     "device": "--device",
+    "disturb": "--disturb",
     "lead": "--lead",
     "n_action_steps": "--n-action-steps",
     "num_inference_steps": "--steps",
@@ -96,3 +97,14 @@ def real(fits: Callable[[float], bool], expected: str) -> Callable[[Any], float]
 
 
 lead = real(lambda gain: 0 <= gain <= MAX_LEAD, f"a number from 0 (none) to {MAX_LEAD:g}, e.g. 0.2")
+
+
+def disturbance(text: str) -> str:
+    """An argparse type: words of `tsad.sim.Disturbance`."""
+    from tsad.sim import Disturbance
+
+    try:
+        Disturbance.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text

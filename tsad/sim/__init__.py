@@ -26,6 +26,7 @@ do the other commands that play. In Python, `register` gives one a name and `mak
 
 from __future__ import annotations
 
+from tsad.sim.disturbance import Disturbance
 from tsad.sim.rollout import (
     Chunk,
     Episode,
@@ -39,6 +40,8 @@ from tsad.sim.simulators import (
     Environment,
     Facts,
     FloatArray,
+    Observation,
+    Observations,
     SimulatorError,
     Step,
     facts,
@@ -49,10 +52,13 @@ from tsad.sim.simulators import (
 
 __all__ = [
     "Chunk",
+    "Disturbance",
     "Environment",
     "Episode",
     "Facts",
     "FloatArray",
+    "Observation",
+    "Observations",
     "Policy",
     "SimulatorError",
     "Step",

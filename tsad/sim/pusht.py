@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad._extras import require
-from tsad.sim import FloatArray, Step
+from tsad.sim import FloatArray, Observations, Step
 
 SUCCESS_COVERAGE = 0.95  # of the goal's area; the score is the coverage relative to this
 STEP_SECONDS = 0.1  # of the robot, per step
@@ -107,31 +108,28 @@ def _interrupt_waits() -> Iterator[None]:
             handler(*received[0])
 
 
-class PushT:
+class _Table(ABC):
     """One table with a T; see `tsad.sim.Environment`.
 
     An episode ends when more than 95 % of the goal is covered, or after 300 steps of 0.1 s.
     """
 
-    name = "pusht"
-    obs_dim = 20
     action_dim = 2
     max_steps = 300
-    obs_meaning = "9 keypoints x 2, then the agent's x and y, in pixels"
 
     def __init__(self) -> None:
         self._simulator = _make_simulator()
 
-    def reset(self, seed: int) -> NDArray[np.float32]:
+    def reset(self, seed: int) -> Observations:
         # The cross that marks the last action would outlive the episode in pictures.
         self._simulator._last_action = None
         with _interrupt_waits():
             state, _ = self._simulator.reset(seed=seed)
         return self.observation(state)
 
-    def observation(self, state: FloatArray) -> NDArray[np.float32]:
-        """What the policy sees, (obs_dim,), of a state: agent x, y, block x, y, angle."""
-        return observation(state)
+    @abstractmethod
+    def observation(self, state: FloatArray) -> Observations:
+        """What the policy sees of the state that the table is in: agent x, y, block x, y, angle."""
 
     def step(self, action: FloatArray) -> Step:
         with _interrupt_waits():
@@ -157,7 +155,7 @@ class PushT:
         pose = (tuple(block.position), block.angle)
         return (*moving, *pose, tuple(block.velocity), block.angular_velocity)
 
-    def restore(self, snapshot: tuple[Any, ...]) -> NDArray[np.float32]:
+    def restore(self, snapshot: tuple[Any, ...]) -> Observations:
         """Set the table to a snapshot; returns the observation. After at least one `reset`."""
         agent, block, space = self._simulator.agent, self._simulator.block, self._simulator.space
         # The angle first: it turns the block about its centre of gravity, which moves its position.
@@ -176,8 +174,19 @@ class PushT:
         self._simulator.close()
 
 
-class PushTCorners(PushT):
-    """The same table as LeRobot's policies see it: gym-pusht's ``environment_state_agent_pos``.
+class PushT(_Table):
+    """The table as Diffusion Policy's low-dimensional policies see it."""
+
+    name = "pusht"
+    obs_dim = 20
+    obs_meaning = "9 keypoints x 2, then the agent's x and y, in pixels"
+
+    def observation(self, state: FloatArray) -> NDArray[np.float32]:
+        return observation(state)
+
+
+class PushTCorners(_Table):
+    """As LeRobot's policies without cameras see it: gym-pusht's ``environment_state_agent_pos``.
 
     ``observation.state`` (2) and ``observation.environment_state`` (16) side by side, in the order
     of LeRobot's features.
@@ -193,3 +202,16 @@ class PushTCorners(PushT):
         )
         corners = _placed(shapes, np.asarray(state, np.float64)[None, 2:])
         return np.concatenate([state[:2], corners.ravel()]).astype(np.float32)
+
+
+class PushTPixels(_Table):
+    """As LeRobot's policies with a camera see it: gym-pusht's ``pixels_agent_pos``."""
+
+    name = "pusht_pixels"
+    obs_shapes = {"observation.image": (96, 96, 3), "observation.state": (2,)}
+    obs_meaning = "an image of the table, and the agent's x and y in pixels of the 512 x 512 table"
+
+    def observation(self, state: FloatArray) -> dict[str, NDArray[Any]]:
+        # not render(), which marks the last action with a cross
+        image: NDArray[np.uint8] = self._simulator._render()
+        return {"observation.image": image, "observation.state": state[:2].astype(np.float32)}

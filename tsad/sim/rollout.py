@@ -8,16 +8,24 @@ results are those of one lane.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.families.resnet import COLOURS
 from tsad.image_policy import ImagePolicy
+from tsad.sim.disturbance import Disturbance, Disturbed
 from tsad.sim.realtime import Delay
-from tsad.sim.simulators import Environment, first_observation, stepped
+from tsad.sim.simulators import (
+    Environment,
+    Observations,
+    first_observation,
+    obs_shapes,
+    stepped,
+)
 
 
 class Policy(Protocol):
@@ -34,7 +42,7 @@ class Policy(Protocol):
     @property
     def action_dim(self) -> int: ...
 
-    def __call__(self, obs: NDArray[np.float32], *, lanes: Sequence[int]) -> Any: ...
+    def __call__(self, obs: Any, *, lanes: Sequence[int]) -> Any: ...
 
     def reset(self, lanes: Sequence[int], seed: Sequence[int]) -> None: ...
 
@@ -55,11 +63,12 @@ class Episode:
 class Chunk(NamedTuple):
     """One call of the policy: the seeds of its rows, what it saw, what it said, how long it took.
 
-    `obs` (n, n_obs_steps, obs_dim) and `actions` (n, n_action_steps, action_dim) are copies.
+    `obs` (n, n_obs_steps, obs_dim), or a dict of (n, n_obs_steps, ...), and `actions` (n,
+    n_action_steps, action_dim) are copies.
     """
 
     seeds: list[int]
-    obs: NDArray[np.float32]
+    obs: Observations
     actions: NDArray[np.float32]
     milliseconds: float
 
@@ -82,25 +91,32 @@ def noise_seed(seed: int, stream: int = 0) -> int:
 class _Lane:
     """The episode that one lane plays at the moment."""
 
-    def __init__(self, environment: Environment, n_obs_steps: int, delay: Delay) -> None:
-        self.environment, self.delay = environment, delay
-        self.window = np.zeros((n_obs_steps, environment.obs_dim), np.float32)
-        self.seed = -1
+    def __init__(
+        self, environment: Environment, n_obs_steps: int, delay: Delay, disturb: Disturbance | None
+    ) -> None:
+        self.environment, self.delay, self.disturb = environment, delay, disturb
+        self.n_obs_steps, self.seed = n_obs_steps, -1
 
     def start(self, seed: int) -> None:
         self.seed, self.score, self.success, self.steps, self.asked = seed, 0.0, False, 0, 0
         self.chunk_ms: list[float] = []
+        self.disturbed = None if self.disturb is None else Disturbed(self.disturb, seed)
         # Before the start nothing was seen: the first observation stands in, as in training.
-        self.window[:] = first_observation(self.environment, seed)
+        first = self.see(first_observation(self.environment, seed))
+        self.window = (first,) * self.n_obs_steps
         self.delay.start(self.environment)
+
+    def see(self, obs: Observations) -> Observations:
+        if self.disturbed is None or not isinstance(obs, dict):
+            return obs
+        return self.disturbed(obs)
 
     def act(self, chunk: NDArray[np.float32], on_step: OnStep | None) -> bool:
         """Go on to the next chunk with this one; True when the episode is over."""
         self.asked = self.steps
         for action in self.delay.ask(chunk):
             step = stepped(self.environment, action)
-            self.window[:-1] = self.window[1:]
-            self.window[-1] = step.obs
+            self.window = (*self.window[1:], self.see(step.obs))
             self.steps += 1
             self.score = max(self.score, step.score)
             self.success = self.success or step.success
@@ -117,22 +133,81 @@ class _Lane:
         )
 
 
-def check(policy: Policy, environment: Environment) -> None:
-    """Does the policy fit the simulator? ValueError saying what differs if it does not."""
-    if isinstance(policy, ImagePolicy):
+def check(policy: Policy, environment: Environment, *, disturb: Disturbance | None = None) -> None:
+    """Does the policy fit the simulator? ValueError saying what differs if it does not.
+
+    ``disturb``: as of `rollouts`, which has to find an image.
+    """
+    shapes = obs_shapes(environment)
+    if isinstance(policy, ImagePolicy) and shapes is None:
         cameras = ", ".join(camera["name"] for camera in policy.config["vision"]["cameras"])
         raise ValueError(
             f"policy: it sees images ({cameras}), but the simulator '{environment.name}' gives "
-            f"numbers ({environment.obs_meaning}); call it in a loop of your own, with "
-            "tsad.Recorder around it what it sees can be tuned on"
+            f"numbers ({environment.obs_meaning}); play it in one that gives images, as "
+            "'pusht_pixels' does, or call it in a loop of your own, with tsad.Recorder around it"
         )
-    for name in ("obs_dim", "action_dim"):
+    if shapes is not None:
+        names = _names(policy, environment, shapes)
+    if disturb is not None and (shapes is None or all(len(shapes[name]) == 1 for name in names)):
+        raise ValueError(
+            f"disturb: images are disturbed, but of the simulator '{environment.name}' the policy "
+            "sees none; leave it out"
+        )
+    for name in ("obs_dim", "action_dim") if shapes is None else ("action_dim",):
         wanted, got = getattr(environment, name), getattr(policy, name)
         if wanted != got:
             raise ValueError(
                 f"policy: {name} is {got}, but the simulator '{environment.name}' has {wanted} "
                 f"(observation: {environment.obs_meaning}); load a policy trained for this task"
             )
+
+
+def _names(
+    policy: Policy, environment: Environment, shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What the policy sees of a simulator with `obs_shapes`; ValueError if that is not there."""
+    config = getattr(policy, "config", None)
+    if config is None:  # a policy of the user's own, who knows
+        return list(shapes)
+    features = {feature["name"]: feature["dim"] for feature in config.get("features", [])}
+    cameras = {camera["name"]: camera for camera in config.get("vision", {}).get("cameras", [])}
+    there = f"the simulator '{environment.name}' gives {', '.join(map(repr, shapes))}"
+    if not features:
+        raise ValueError(
+            f"policy: it sees {policy.obs_dim} numbers without names, but {there}; load a policy "
+            "with names for what it sees, such as LeRobot's"
+        )
+    for name, dim in features.items():
+        if name not in shapes:
+            raise ValueError(
+                f"policy: it sees {name!r}, but {there}; load a policy trained for this task, or "
+                "add it to the simulator's obs_shapes"
+            )
+        camera = cameras.get(name)
+        wanted: list[tuple[int, ...]] = [(dim,)]
+        if camera is not None:
+            height, width = camera["height"], camera["width"]
+            wanted = [(height, width, COLOURS), (COLOURS, height, width)]
+        if shapes[name] not in wanted:
+            raise ValueError(
+                f"policy: its {name!r} is {' or '.join(map(str, wanted))}, but the simulator "
+                f"'{environment.name}' gives {shapes[name]}; load a policy trained for this task"
+            )
+    return list(features)
+
+
+def stacked(policy: Policy, environment: Environment, windows: Sequence[Sequence[Any]]) -> Any:
+    """What a policy that fits is called with, of the last observations of n lanes.
+
+    (n, n_obs_steps, obs_dim), or a dict of (n, n_obs_steps, ...) of what it sees.
+    """
+    shapes = obs_shapes(environment)
+    if shapes is None:
+        return np.stack([np.stack(window) for window in windows])
+    return {
+        name: np.stack([np.stack([seen[name] for seen in window]) for window in windows])
+        for name in _names(policy, environment, shapes)
+    }
 
 
 def check_executed(policy: Policy, n_action_steps: int | None) -> int:
@@ -157,6 +232,7 @@ def rollouts(
     n_action_steps: int | None = None,
     noise_stream: int = 0,
     delay: int = 0,
+    disturb: Disturbance | None = None,
 ) -> Iterator[Episode]:
     """Play the episodes of `seeds`; yields each as it ends, in an order that depends on the lanes.
 
@@ -172,6 +248,7 @@ def rollouts(
             all that the policy returns.
         noise_stream: of `noise_seed`: other noise in the same scenes.
         delay: ticks, steps of the simulator, that go by while a chunk is made: `tsad.sim.realtime`.
+        disturb: what is done to the images that the policy sees: `tsad.sim.Disturbance`.
 
     Raises:
         ValueError: the policy does not fit the simulator, has too few lanes, or returns fewer than
@@ -184,11 +261,11 @@ def rollouts(
             f"environments: got {len(environments)}, expected 1 to {policy.lanes}, "
             "one per lane; load the policy with lanes=N"
         )
-    check(policy, environments[0])
+    check(policy, environments[0], disturb=disturb)
     executed = check_executed(policy, n_action_steps)
     queue = iter(seeds)
     lanes = [
-        _Lane(environment, policy.n_obs_steps, Delay(executed, delay))
+        _Lane(environment, policy.n_obs_steps, Delay(executed, delay), disturb)
         for environment in environments
     ]
     running: list[int] = []
@@ -207,7 +284,7 @@ def rollouts(
 
     running = [index for index in range(len(lanes)) if take_next(index)]
     while running:
-        obs = np.stack([lanes[index].window for index in running])
+        obs = stacked(policy, environments[0], [lanes[index].window for index in running])
         options: dict[str, Any] = {}
         inner: Any = getattr(policy, "policy", policy)  # of a tsad.Recorder
         if getattr(inner, "warm_start", None) is not None or getattr(inner, "lead", None):

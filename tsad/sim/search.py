@@ -15,21 +15,28 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.sim.rollout import Policy, check
-from tsad.sim.simulators import Environment, FloatArray, first_observation, stepped
+from tsad.sim.rollout import Policy, check, stacked
+from tsad.sim.simulators import (
+    Environment,
+    FloatArray,
+    Observations,
+    first_observation,
+    obs_shapes,
+    stepped,
+)
 
 
 class Searchable(Environment, Protocol):
     """A simulated world that can be copied.
 
     If it has a method `state`, demonstrations record what that returns, float32 (state_dim,), else
-    the observation.
+    the observation; one with `obs_shapes` has to have it.
     """
 
     def snapshot(self) -> tuple[Any, ...]:
         """All that the coming steps depend on."""
 
-    def restore(self, snapshot: tuple[Any, ...]) -> NDArray[np.float32]:
+    def restore(self, snapshot: tuple[Any, ...]) -> Observations:
         """Go to a snapshot of any world of this class; returns the observation."""
 
 
@@ -77,7 +84,7 @@ class Demonstration(NamedTuple):
 @dataclass
 class _Particle:
     environment: Searchable
-    window: NDArray[np.float32]
+    window: tuple[Observations, ...]
     states: list[NDArray[np.float32]] = field(default_factory=list)
     actions: list[NDArray[np.float32]] = field(default_factory=list)
     score: float = 0.0
@@ -87,10 +94,11 @@ class _Particle:
         """Execute a chunk (n, action_dim), up to success."""
         state = getattr(self.environment, "state", None)
         for action in actions:
-            self.states.append(self.window[-1] if state is None else state())
+            seen: Any = self.window[-1] if state is None else state()
+            self.states.append(seen)
             self.actions.append(action.copy())
             step = stepped(self.environment, action)
-            self.window = np.concatenate([self.window[1:], step.obs[None]])
+            self.window = (*self.window[1:], step.obs)
             self.score, self.success = step.score, step.success
             if step.success or len(self.actions) >= self.environment.max_steps:
                 return
@@ -123,6 +131,11 @@ class Searcher:
             if got < search.particles:
                 raise ValueError(f"{name}: got {got}, expected at least {search.particles}")
         check(policy, environments[0])
+        if obs_shapes(environments[0]) and not hasattr(environments[0], "state"):
+            raise ValueError(
+                f"environments: '{environments[0].name}' has obs_shapes and no method state, whose "
+                "numbers demonstrations record; give it one"
+            )
         if (search.execute or 0) > policy.n_action_steps:
             raise ValueError(
                 f"execute: expected 1 to {policy.n_action_steps}, the policy's n_action_steps, got "
@@ -151,10 +164,11 @@ class Searcher:
         environment = self.environments[lane]
         first = first_observation(environment, seed)
         # Before the start nothing was seen: the first observation stands in, as in training.
-        return _Particle(environment, np.stack([first] * self.policy.n_obs_steps))
+        return _Particle(environment, (first,) * self.policy.n_obs_steps)
 
     def _advance(self, particles: Sequence[_Particle], execute: int) -> None:
-        obs = np.stack([particle.window for particle in particles])
+        windows = [particle.window for particle in particles]
+        obs = stacked(self.policy, self.environments[0], windows)
         actions: FloatArray = np.asarray(
             self.policy(obs, lanes=list(range(len(particles)))), np.float32
         )

@@ -17,9 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad._extras import MissingExtraError
+from tsad.families.resnet import COLOURS
 from tsad.files import sha256
 
 FloatArray = NDArray[np.floating[Any]]
+Observation = NDArray[Any]
+Observations = Observation | dict[str, Observation]
+"""What a simulator gives: one row of numbers, or arrays by the names that the policy has them."""
 
 
 class SimulatorError(ValueError):
@@ -29,11 +33,12 @@ class SimulatorError(ValueError):
 class Step(NamedTuple):
     """What one environment step gives.
 
-    `obs` (obs_dim,) is the observation of the policy in its own raw units. `score` is in [0, 1];
-    the score of an episode is the largest of its steps. `done` ends the episode early.
+    `obs` is the observation of the policy in its own raw units, as `Environment.reset` returns it.
+    `score` is in [0, 1]; the score of an episode is the largest of its steps. `done` ends the
+    episode early.
     """
 
-    obs: FloatArray
+    obs: Observations
     score: float
     success: bool
     done: bool
@@ -44,16 +49,23 @@ class Environment(Protocol):
 
     `obs_dim` and `action_dim` are those of the policies that fit; an episode ends after `max_steps`
     steps, if none of them was `done`. `name` and `obs_meaning` are for messages.
+
+    A simulator with cameras has `obs_shapes` in the place of `obs_dim`, and so may others whose
+    policies have names for what they see (``policy.config["features"]``): the shape of each array
+    by its name, (dim,) of numbers, (H, W, 3) of uint8 images, (3, H, W) of float32 images from 0 to
+    1. An observation is a dict of them. There may be more than a policy sees.
     """
 
     name: str
-    obs_dim: int
     action_dim: int
     max_steps: int
     obs_meaning: str
 
-    def reset(self, seed: int) -> FloatArray:
-        """Start the episode of `seed`; returns the first observation (obs_dim,), raw units."""
+    def reset(self, seed: int) -> Observations:
+        """Start the episode of `seed`; returns the first observation, raw units.
+
+        That is (obs_dim,), or a dict of arrays if there is `obs_shapes`.
+        """
 
     def step(self, action: FloatArray) -> Step:
         """Execute one action, float32 (action_dim,), raw units."""
@@ -86,6 +98,9 @@ _REGISTRY: dict[str, Facts] = {
     # Seeds from 100000 are Diffusion Policy's test seeds for this task.
     "pusht": Facts("tsad.sim.pusht:PushT", 100_000, ("gym-pusht", "pymunk")),
     "pusht_corners": Facts("tsad.sim.pusht:PushTCorners", 100_000, ("gym-pusht", "pymunk")),
+    "pusht_pixels": Facts(
+        "tsad.sim.pusht:PushTPixels", 100_000, ("gym-pusht", "pymunk", "pygame", "opencv-python")
+    ),
 }
 
 
@@ -221,7 +236,7 @@ def _factory(found: Facts) -> Any:
     return factory
 
 
-_SIZES = ("obs_dim", "action_dim", "max_steps")
+_SIZES = ("obs_dim", "action_dim", "max_steps")  # no obs_dim where there is obs_shapes
 _TEXTS = ("name", "obs_meaning")
 _METHODS = ("reset(seed)", "step(action)", "close()")
 
@@ -229,7 +244,9 @@ _METHODS = ("reset(seed)", "step(action)", "close()")
 def _check_members(environment: Any, location: str) -> None:
     """SimulatorError naming every member that an `Environment` has and this lacks."""
     kind = type(environment).__name__
-    missing = [name for name in (*_TEXTS, *_SIZES) if getattr(environment, name, None) is None]
+    shapes = getattr(environment, "obs_shapes", None)
+    sizes = _SIZES if shapes is None else _SIZES[1:]
+    missing = [name for name in (*_TEXTS, *sizes) if getattr(environment, name, None) is None]
     missing += [
         method
         for method in _METHODS
@@ -242,7 +259,12 @@ def _check_members(environment: Any, location: str) -> None:
             f"{location}() gives a {kind} without {', '.join(missing)}, expected all that "
             f"tsad.sim.Environment says{hint}"
         )
-    for name in _SIZES:
+    if shapes is not None and not _are_shapes(shapes):
+        raise SimulatorError(
+            f"{location}() gives a {kind} whose obs_shapes is {shapes!r}, expected a dict of "
+            'names, each with (dim,), (H, W, 3) or (3, H, W); e.g. {"observation.state": (2,)}'
+        )
+    for name in sizes:
         value = getattr(environment, name)
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
             raise SimulatorError(
@@ -251,10 +273,28 @@ def _check_members(environment: Any, location: str) -> None:
             )
 
 
-def first_observation(environment: Environment, seed: int) -> NDArray[np.float32]:
-    """`reset`, checked: float32 (obs_dim,)."""
-    obs = environment.reset(seed)
-    return vector(environment, obs, environment.obs_dim, f"reset({seed})", "the observation")
+def _are_shapes(shapes: Any) -> bool:
+    return (
+        isinstance(shapes, dict)
+        and bool(shapes)
+        and all(
+            isinstance(name, str)
+            and isinstance(shape, tuple)
+            and (len(shape) == 1 or (len(shape) == 3 and COLOURS in (shape[0], shape[-1])))
+            and all(isinstance(n, int | np.integer) and n >= 1 for n in shape)
+            for name, shape in shapes.items()
+        )
+    )
+
+
+def obs_shapes(environment: Environment) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of its observations by name; None if they are one row of numbers."""
+    return getattr(environment, "obs_shapes", None)
+
+
+def first_observation(environment: Environment, seed: int) -> Observations:
+    """`reset`, checked."""
+    return _observed(environment, environment.reset(seed), f"reset({seed})", "the observation")
 
 
 def rest(environment: Environment) -> NDArray[np.float32]:
@@ -269,7 +309,7 @@ def rest(environment: Environment) -> NDArray[np.float32]:
 
 
 def stepped(environment: Environment, action: FloatArray) -> Step:
-    """`step`, checked: obs float32 (obs_dim,), a score in [0, 1]."""
+    """`step`, checked: its observation, a score in [0, 1]."""
     step: Any = environment.step(action)
     if not isinstance(step, Step):
         size = f" of {len(step)}" if isinstance(step, tuple) else ""
@@ -277,13 +317,47 @@ def stepped(environment: Environment, action: FloatArray) -> Step:
             f"simulator '{environment.name}': step(action) gave a {type(step).__name__}{size}, "
             "expected a tsad.sim.Step; return tsad.sim.Step(obs, score, success, done)"
         )
-    obs = vector(environment, step.obs, environment.obs_dim, "step(action)", "its obs")
+    obs = _observed(environment, step.obs, "step(action)", "its obs")
     if not 0 <= step.score <= 1:
         raise SimulatorError(
             f"simulator '{environment.name}': step(action) gave the score {step.score}, expected 0 "
             "to 1; divide by the largest that there can be, or clip it"
         )
     return Step(obs, float(step.score), bool(step.success), bool(step.done))
+
+
+def _observed(environment: Environment, value: Any, call: str, what: str) -> Observations:
+    """What a simulator gave as observation: float32 (obs_dim,), or arrays of its `obs_shapes`."""
+    shapes = obs_shapes(environment)
+    if shapes is None:
+        return vector(environment, value, environment.obs_dim, call, what)  # type: ignore[attr-defined]
+    if not isinstance(value, dict) or set(value) != set(shapes):
+        got = sorted(map(str, value)) if isinstance(value, dict) else f"a {type(value).__name__}"
+        raise SimulatorError(
+            f"simulator '{environment.name}': {what} of {call}: expected a dict with the keys "
+            f"{list(shapes)}, as its obs_shapes says, got {got}"
+        )
+    return {
+        name: vector(environment, value[name], shape[0], call, f"{what}[{name!r}]")
+        if len(shape) == 1
+        else _image(environment, value[name], shape, call, f"{what}[{name!r}]")
+        for name, shape in shapes.items()
+    }
+
+
+def _image(
+    environment: Environment, value: Any, shape: tuple[int, ...], call: str, what: str
+) -> Observation:
+    # a copy: a renderer may draw the next one over it
+    image = np.array(value)
+    dtype = np.dtype(np.uint8 if shape[-1] == COLOURS else np.float32)
+    if image.shape != shape or image.dtype != dtype:
+        raise SimulatorError(
+            f"simulator '{environment.name}': {what} of {call}: expected {dtype} {shape}, as its "
+            f"obs_shapes says, got {image.dtype} {image.shape}; uint8 images are (H, W, "
+            f"{COLOURS}), float32 ones ({COLOURS}, H, W) from 0 to 1"
+        )
+    return image
 
 
 def vector(
