@@ -109,15 +109,14 @@ class Training:
 
     def __init__(self, data: Path, out: Path, settings: dict[str, Any]) -> None:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
-        from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
         from lerobot.policies.factory import make_pre_post_processors
 
         self.out, self.settings = out, settings
         torch.manual_seed(settings["seed"])
-        dataset = LeRobotDataset(REPO_ID, root=data)
+        self.dataset = dataset = LeRobotDataset(REPO_ID, root=data)
         config = policy_config(dataset.meta.features, settings["down_dims"])
         self.processors = make_pre_post_processors(config, dataset_stats=dataset.meta.stats)
-        self.policy = DiffusionPolicy(config).train()
+        self.policy = self.make_policy(config).train()
         self.ema = copy.deepcopy(self.policy).eval()
         for module in self.policy.modules():
             if isinstance(module, nn.Conv1d):
@@ -130,12 +129,18 @@ class Training:
             weight_decay=config.optimizer_weight_decay,
             fused=True,
         )
-        self._load(dataset)
+        self._load()
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
 
-    def _load(self, dataset: Any) -> None:
+    def make_policy(self, config: Any) -> Any:
+        """What is trained, before it is."""
+        from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+        return DiffusionPolicy(config)
+
+    def _load(self) -> None:
         """All frames, normalised by LeRobot's preprocessor, and the windows into them."""
-        table = dataset.hf_dataset.with_format("numpy")
+        table = self.dataset.hf_dataset.with_format("numpy")
         columns = {k: torch.from_numpy(np.asarray(table[k][:])) for k in (STATE, ENV, ACTION)}
         frames = self.processors[0](columns)
         self.frames = {key: frames[key].contiguous() for key in columns}
@@ -201,12 +206,16 @@ class Training:
         torch.set_rng_state(state["random"])
         self.step, self.seconds, self.loss = state["step"], state["seconds"], state["loss"]
 
+    def parts(self) -> Sequence[Any]:
+        """What makes up the policy's folder."""
+        return self.ema, *self.processors
+
     def write(self) -> Path:
         """The averaged weights and the processors as LeRobot saves them, in a numbered folder."""
         name = self.out / "checkpoints" / f"{self.step:06d}" / "pretrained_model"
         temporary = self.out / ".unfinished"
         shutil.rmtree(temporary, ignore_errors=True)
-        for part in (self.ema, *self.processors):
+        for part in self.parts():
             part.save_pretrained(temporary)
         shutil.rmtree(name, ignore_errors=True)
         name.parent.mkdir(parents=True, exist_ok=True)
@@ -289,12 +298,12 @@ def learning_rate(settings: dict[str, Any], step: int) -> float:
     return float(settings["lr"] * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def train(args: argparse.Namespace) -> None:
-    """Start or resume a training."""
+def train(args: argparse.Namespace, kind: type[Training] = Training, **more: Any) -> None:
+    """Start or resume a training; ``more`` settings are of its kind."""
     if args.resume:
         state = load_state(args.out)
         settings = state["settings"] | ({"steps": args.steps} if args.steps else {})
-        training = Training(args.data, args.out, settings)
+        training = kind(args.data, args.out, settings)
         training.restore(state)
         print(f"going on at step {training.step}", flush=True)
     else:
@@ -302,8 +311,8 @@ def train(args: argparse.Namespace) -> None:
             raise SystemExit(f"{args.out}: has a training; --resume goes on with it")
         args.out.mkdir(parents=True, exist_ok=True)
         settings = {"steps": args.steps or STEPS, "lr": args.lr, "batch": args.batch}
-        settings |= {"seed": args.seed, "down_dims": list(args.down_dims)}
-        training = Training(args.data, args.out, settings)
+        settings |= {"seed": args.seed, "down_dims": list(args.down_dims), **more}
+        training = kind(args.data, args.out, settings)
     training.fit(args.save_minutes, args.keep_every)
 
 
@@ -321,6 +330,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     small.add_argument("out", type=Path)
     small.set_defaults(run=lambda args: halve(args.source, args.out))
     fit = commands.add_parser("train", help="a LeRobotDataset to a policy")
+    add_training(fit)
+    fit.set_defaults(run=train)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+def add_training(fit: argparse.ArgumentParser) -> None:
+    """The arguments of `train`."""
     fit.add_argument("data", type=Path, help="folder of the LeRobotDataset")
     fit.add_argument("--out", type=Path, required=True)
     fit.add_argument("--resume", action="store_true", help="go on with the training in --out")
@@ -336,9 +353,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     fit.add_argument("--save-minutes", type=float, default=5, help="between saved states")
     fit.add_argument("--keep-every", type=int, default=5000, help="steps between kept policies")
-    fit.set_defaults(run=train)
-    args = parser.parse_args(argv)
-    args.run(args)
 
 
 if __name__ == "__main__":

@@ -46,26 +46,29 @@ int tsad_backend_names(const char **names, int capacity)
     return n;
 }
 
+tsad_status tsad_check_size(const char *name, int value, int least, int most)
+{
+    return value >= least && value <= most
+               ? TSAD_OK
+               : tsad_fail(TSAD_ARGUMENT, "%s: expected %d to %d, got %d", name, least, most,
+                           value);
+}
+
+tsad_status tsad_check_interface(const tsad_model_spec *s)
+{
+    TSAD_TRY(tsad_check_size("horizon", s->horizon, 1, 4096));
+    TSAD_TRY(tsad_check_size("n_obs_steps", s->n_obs_steps, 1, 4096));
+    TSAD_TRY(tsad_check_size("obs_dim", s->obs_dim, 1, 1 << 16)); /* all steps' fit an int */
+    return tsad_check_size("action_dim", s->action_dim, 1, 1 << 16);
+}
+
 static tsad_status check_spec(const tsad_model_spec *s)
 {
-    const struct {
-        const char *name;
-        int value, least, most;
-    } sizes[] = {
-        {"horizon", s->horizon, 1, 4096},
-        {"n_obs_steps", s->n_obs_steps, 1, 4096},
-        {"n_action_steps", s->n_action_steps, 1, s->horizon - s->n_obs_steps + 1},
-        {"obs_dim", s->obs_dim, 1, 1 << 20},
-        {"action_dim", s->action_dim, 1, 1 << 16},
-        {"n_steps", s->n_steps, 1, TSAD_MAX_STEPS},
-        {"n_blocks", s->n_blocks, 1, TSAD_MAX_BLOCKS},
-    };
-    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
-        if (sizes[i].value < sizes[i].least || sizes[i].value > sizes[i].most) {
-            return tsad_fail(TSAD_ARGUMENT, "%s: expected %d to %d, got %d", sizes[i].name,
-                             sizes[i].least, sizes[i].most, sizes[i].value);
-        }
-    }
+    int most = s->horizon - s->n_obs_steps + 1;
+    TSAD_TRY(tsad_check_interface(s));
+    TSAD_TRY(tsad_check_size("n_action_steps", s->n_action_steps, 1, most));
+    TSAD_TRY(tsad_check_size("n_steps", s->n_steps, 1, TSAD_MAX_STEPS));
+    TSAD_TRY(tsad_check_size("n_blocks", s->n_blocks, 1, TSAD_MAX_BLOCKS));
     for (int b = 0; b < s->n_blocks; b++) {
         if (s->block_cost[b] < 0) {
             return tsad_fail(TSAD_ARGUMENT, "block_cost[%d]: expected >= 0, got %lld", b,
@@ -203,6 +206,26 @@ static tsad_status check_length(const tsad_model *m)
     return TSAD_OK;
 }
 
+tsad_status tsad_net_of_family(const tsad_model_spec *spec, tsad_model *m)
+{
+    static const struct {
+        const char *name;
+        tsad_status (*build)(const tsad_model_spec *spec, tsad_model *model);
+    } families[] = {{"diffusion_policy_transformer", tsad_net_dpt},
+                    {"unet1d", tsad_net_unet1d},
+                    {"dit", tsad_net_dit},
+                    {"nodes", tsad_net_nodes}};
+    for (size_t i = 0; i < sizeof families / sizeof families[0]; i++) {
+        if (strcmp(spec->family, families[i].name) == 0) {
+            return families[i].build(spec, m);
+        }
+    }
+    return tsad_fail(TSAD_ARGUMENT,
+                     "family: expected 'diffusion_policy_transformer', 'unet1d', 'dit' or 'nodes', "
+                     "got '%s'",
+                     spec->family);
+}
+
 static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
 {
     TSAD_TRY(check_spec(spec));
@@ -210,20 +233,7 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
     TSAD_TRY(check_tables(spec));
     m->precision = spec->precision;
     TSAD_TRY(copy_tables(spec, m));
-    if (strcmp(spec->family, "diffusion_policy_transformer") == 0) {
-        TSAD_TRY(tsad_net_dpt(spec, m));
-    } else if (strcmp(spec->family, "unet1d") == 0) {
-        TSAD_TRY(tsad_net_unet1d(spec, m));
-    } else if (strcmp(spec->family, "dit") == 0) {
-        TSAD_TRY(tsad_net_dit(spec, m));
-    } else if (strcmp(spec->family, "nodes") == 0) {
-        TSAD_TRY(tsad_net_nodes(spec, m));
-    } else {
-        return tsad_fail(TSAD_ARGUMENT,
-                         "family: expected 'diffusion_policy_transformer', 'unet1d', 'dit' or "
-                         "'nodes', got '%s'",
-                         spec->family);
-    }
+    TSAD_TRY(tsad_net_of_family(spec, m));
     /* after the shapes, which say how many numbers there are */
     TSAD_TRY(tsad_check_tensors(spec->tensors, spec->n_tensors));
     TSAD_TRY(tsad_check_tensors(spec->pruner_tensors, spec->n_pruner_tensors));

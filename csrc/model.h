@@ -88,7 +88,15 @@ static inline const tsad_net *tsad_denoiser(const tsad_model *m) { return &m->ne
 /* Is this a sampler's table? *adds_noise: it reads noise after the first. */
 tsad_status tsad_sampler_check(const float *sampler, int n_steps, bool *adds_noise);
 
+/* A failure that names the number; least to most. */
+tsad_status tsad_check_size(const char *name, int value, int least, int most);
+/* what every family has: horizon, observations, actions */
+tsad_status tsad_check_interface(const tsad_model_spec *spec);
+
 /* ---- families ---------------------------------------------------------------------------- */
+
+/* The nets of the family that the specification names. */
+tsad_status tsad_net_of_family(const tsad_model_spec *spec, tsad_model *model);
 
 tsad_status tsad_net_dpt(const tsad_model_spec *spec, tsad_model *model);
 tsad_status tsad_net_unet1d(const tsad_model_spec *spec, tsad_model *model);

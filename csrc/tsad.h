@@ -119,8 +119,8 @@ typedef struct tsad_model_spec {
     const int32_t *down_dims; /* (n_levels) */
     int n_levels, kernel_size, n_groups, use_film_scale_modulation;
     /* family "dit" only */
-    int hidden_dim;
-    const float *rotation; /* (horizon, hidden_dim / n_heads): cosines, then sines; NULL: none */
+    int hidden_dim, use_rope, use_positional_encoding;
+    const float *rotation; /* use_rope: (horizon, hidden_dim / n_heads): cosines, then sines */
 
     int n_steps;
     const float *sampler;  /* (K, 8) */
@@ -151,6 +151,9 @@ typedef struct tsad_model_spec {
     const char
         *backend; /* NULL or "auto": the best this CPU has; "ref", "avx2", "avx512", "neon" */
     tsad_precision precision;
+
+    /* tsad_describe's own; NULL otherwise */
+    struct tsad_wanted_list *wanted, *pruner_wanted;
 } tsad_model_spec;
 
 tsad_status tsad_model_create(const tsad_model_spec *spec, tsad_model **out);
@@ -171,6 +174,34 @@ typedef struct tsad_model_info {
 } tsad_model_info;
 
 tsad_model_info tsad_model_get_info(const tsad_model *model);
+
+/* What a family makes of its settings, by its own builder, run without a tensor. */
+typedef struct tsad_wanted {
+    char name[112];
+    int n_dims;
+    int64_t shape[4];
+} tsad_wanted;
+
+typedef struct tsad_wanted_list {
+    int n, capacity;
+    tsad_wanted *list;
+} tsad_wanted_list;
+
+typedef struct tsad_block_description {
+    char name[40], type[40]; /* blocks of one type can stand in for each other */
+    int64_t cost;            /* multiply-accumulates of a cell, as executed */
+} tsad_block_description;
+
+typedef struct tsad_description {
+    tsad_wanted_list tensors, pruner; /* pruner: with spec->pruner_hidden */
+    int n_blocks;
+    tsad_block_description *blocks; /* in order of execution */
+} tsad_description;
+
+/* Of the specification the sizes alone are read, those of the interface, the family, the pruner.
+ * Free it, whatever the status. */
+tsad_status tsad_describe(const tsad_model_spec *spec, tsad_description *out);
+void tsad_description_free(tsad_description *description);
 
 /* Backends compiled in and usable on this CPU, best first; returns the count. */
 int tsad_backend_names(const char **names, int capacity);

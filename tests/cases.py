@@ -150,10 +150,24 @@ def random_pruner(
     return w
 
 
+_MODULES = (
+    "pos_emb cond_pos_emb input_emb cond_obs_emb memory_proj encoder decoder transformer_decoder "
+    "ln_f head self_attn multihead_attn in_proj_weight in_proj_bias out_proj linear1 linear2 norm1 "
+    "norm2 norm3 weight bias"
+).split()
+
+
+def _order(name: str) -> list[int]:
+    """Where a name stands: recorded results are of weights that were drawn in this order."""
+    words = (word for word in name.split(".") if word != "layers")
+    return [int(word) if word.isdigit() else _MODULES.index(word) for word in words]
+
+
 def _random(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Tensors:
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in shapes.items():
+    for name in sorted(shapes, key=_order):
+        shape = shapes[name]
         values = rng.standard_normal(shape, dtype=np.float32)
         if "norm" in name or "ln_f" in name:
             values = np.float32(name.endswith("weight")) + np.float32(0.2) * values

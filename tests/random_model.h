@@ -118,6 +118,10 @@ static inline void draw_policy(weights *w, const shape *s)
     int d = s->width;
     add(w, "", "pos_emb", s->horizon, d);
     add(w, "", "cond_pos_emb", 1 + s->n_obs_steps, d);
+    for (int i = 0; i < 2; i++) { /* a batch of one */
+        tsad_tensor *t = &w->tensors[i];
+        *t = (tsad_tensor){t->name, t->data, 3, {1, t->shape[0], d}};
+    }
     add_linear(w, "", "input_emb", s->action_dim, d);
     add_linear(w, "", "cond_obs_emb", s->obs_dim, d);
     add_linear(w, "", "encoder.0", d, 4 * d);

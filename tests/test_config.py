@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from tsad.config import (
-    BLOCK_TYPES,
     NetworkConfig,
     PolicyConfig,
     block_costs,
@@ -285,7 +284,7 @@ def test_blocks_and_costs() -> None:
         "layers.0.feed_forward",
         "layers.1.self_attn",
     ]
-    assert block_types(network) == list(BLOCK_TYPES) * 2
+    assert block_types(network) == ["self_attn", "cross_attn", "feed_forward"] * 2
     tokens, dim, heads, memory = 10, 32, 4, 3
     projections = 4 * tokens * dim * dim  # q, k, v, out
     scores_and_mix = 2 * tokens * tokens * dim

@@ -48,6 +48,7 @@ def make(
         family="dit", horizon=shape.horizon, n_obs_steps=shape.n_obs_steps, n_action_steps=1,
         obs_dim=n_obs, action_dim=A, n_emb=shape.n_emb, n_layers=shape.num_layers,
         n_heads=shape.num_heads, hidden_dim=shape.hidden_dim, rotation=turns(shape),
+        use_positional_encoding=shape.positions,
         sampler=sampler(K), time_emb=time_emb(shape, K), obs_scale=np.ones(n_obs, np.float32),
         obs_offset=np.zeros(n_obs, np.float32), action_scale=np.ones(A, np.float32),
         action_offset=np.zeros(A, np.float32),

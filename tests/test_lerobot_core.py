@@ -11,7 +11,7 @@ import pytest
 from tsad import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, SKIP, _core
 from tsad.config import PolicyConfig
 from tsad.convert.lerobot import Description, read_lerobot
-from tsad.families.unet1d import block_types
+from tsad.families import block_types
 from tsad.load import make_model
 from tsad.reference import ReferencePolicy
 

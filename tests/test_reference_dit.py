@@ -8,7 +8,7 @@ import pytest
 from lerobot_cases import condition, load, within
 
 from tsad.convert.lerobot import read_lerobot
-from tsad.families.dit import block_costs, shapes
+from tsad.families import block_costs, network_shapes
 from tsad.reference import REUSE_STEP, REUSE_TYPE, SKIP, ReferencePolicy, denoise, sinusoid
 from tsad.reference import dit as family
 
@@ -102,7 +102,7 @@ SHAPES = {
 def test_network_equals_pytorch(name):
     shape = SHAPES[name]
     network, weights = family.check(shape.network()), shape.weights(seed=1)
-    assert {k: v.shape for k, v in weights.items()} == shapes(network)
+    assert {k: v.shape for k, v in weights.items()} == network_shapes(network)
     rng = np.random.default_rng(2)
     sample = rng.standard_normal((3, shape.horizon, shape.action_dim))
     obs = rng.standard_normal((3, shape.n_obs_steps, shape.obs_dim))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lerobot_cases import condition, load, within
 
-from tsad.families.unet1d import block_costs, blocks, shapes
+from tsad.families import block_costs, network_shapes
 from tsad.reference import (
     REUSE_ROLLOUT,
     REUSE_STEP,
@@ -78,7 +78,8 @@ def test_each_module_equals_lerobot(name):
         x = check(f"up_modules.{i}.2", family.upsample(w, f"up_modules.{i}.2", x))
     check("final_conv.0", family.conv_block(x, w, "final_conv.0", 8))
     assert set(checked) == set(seen)
-    assert len(seen) == len(blocks(network)) + 2 * levels  # resampling, and the last convolution
+    # resampling, and the last convolution
+    assert len(seen) == len(family.block_names(network)) + 2 * levels
 
 
 @pytest.mark.parametrize("name", lerobot.CASES)
@@ -152,7 +153,7 @@ SHAPES = {
 def test_network_equals_pytorch(name):
     shape = SHAPES[name]
     network, weights = family.check(shape.network(4)), shape.weights(seed=1)
-    assert {k: v.shape for k, v in weights.items()} == shapes(network)
+    assert {k: v.shape for k, v in weights.items()} == network_shapes(network)
     names = [name for name, *_ in shape.blocks()]
     assert family.block_names(network) == names
     rng = np.random.default_rng(2)
@@ -181,11 +182,12 @@ def test_angles_of_the_time_are_those_of_pytorch_in_float32():
 @pytest.mark.parametrize("name", SHAPES)
 def test_costs_are_the_products_of_both_convolutions(name):
     network = SHAPES[name].network(4)
-    for block, cost in zip(blocks(network), block_costs(network), strict=True):
+    blocks = SHAPES[name].blocks()
+    for (_, c_in, c_out, length), cost in zip(blocks, block_costs(network), strict=True):
         counted = 0.0
-        for channels in (block.channels_in, block.channels):
-            ones = torch.ones(1, channels, block.length, dtype=torch.float64)
-            taps = torch.ones(block.channels, channels, network["kernel_size"]).double()
+        for channels in (c_in, c_out):
+            ones = torch.ones(1, channels, length, dtype=torch.float64)
+            taps = torch.ones(c_out, channels, network["kernel_size"]).double()
             padding = network["kernel_size"] // 2
             counted += float(torch.conv1d(ones, taps, padding=padding).sum())
         assert cost == counted

@@ -53,7 +53,9 @@ class Model:
         obs_shift: _Array | None = None,
         action_shift: _Array | None = None,
         hidden_dim: int = 0,
+        use_rope: bool = False,
         rotation: _Array | None = None,
+        use_positional_encoding: bool = False,
     ) -> None: ...
     @property
     def n_steps(self) -> int: ...
@@ -207,6 +209,28 @@ def resolve(
     filled: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.int32]: ...
 def backends() -> list[str]: ...
+def describe(
+    *,
+    family: str = "diffusion_policy_transformer",
+    horizon: int,
+    n_obs_steps: int,
+    n_action_steps: int,
+    obs_dim: int,
+    action_dim: int,
+    n_layers: int = 0,
+    n_heads: int = 0,
+    n_emb: int = 0,
+    n_cond_layers: int = 0,
+    causal: bool = True,
+    down_dims: _Array | None = None,
+    kernel_size: int = 0,
+    n_groups: int = 0,
+    use_film_scale_modulation: bool = False,
+    hidden_dim: int = 0,
+    use_rope: bool = False,
+    use_positional_encoding: bool = False,
+    pruner: dict[str, int] | None = None,
+) -> dict[str, Any]: ...
 def _load_backend(path: str, /) -> tuple[str, str | None]: ...
 def _plan_fault(
     sources: NDArray[np.uint8],

@@ -76,19 +76,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from tsad import _core
 from tsad.families import (
     NETWORK_TYPES,
     Network,
+    arguments,
     as_network,
     as_transformer,
     block_costs,
     block_names,
     block_types,
-    dpt,
     network_shapes,
     read_network,
 )
-from tsad.families.dpt import BLOCK_TYPES, NetworkConfig
+from tsad.families.dpt import NetworkConfig
 from tsad.families.resnet import VisionConfig
 from tsad.scope import scope
 from tsad.section import (
@@ -106,7 +107,6 @@ from tsad.section import (
 
 __all__ = [
     "BETA_SCHEDULES",
-    "BLOCK_TYPES",
     "FORMAT",
     "FORMAT_VERSION",
     "MAX_DIM",
@@ -326,6 +326,10 @@ class PrunerConfig:
             raise section.error("hidden_dim", expected, pruner.hidden_dim)
         return pruner
 
+    def arguments(self) -> dict[str, int]:
+        """What the core takes of it; no heads are an MLP."""
+        return {"hidden": self.hidden_dim, "heads": self.n_head, "ff": self.dim_feedforward}
+
     def to_dict(self) -> dict[str, Any]:
         """The ``pruner`` object of ``config.json``."""
         data = asdict(self)
@@ -469,10 +473,11 @@ def _read_costs(data: Any, network: Network, file: str) -> tuple[int, ...]:
     section.integer("version", COST_VERSION, COST_VERSION)
     section.choice("unit", ("MAC",))
     blocks = section.take("blocks")
-    expected = f"a list of {network.n_blocks} integers, one per block"
+    n_blocks = len(block_costs(network))
+    expected = f"a list of {n_blocks} integers, one per block"
     if not isinstance(blocks, list | tuple):
         raise section.error("blocks", expected, blocks)
-    if len(blocks) != network.n_blocks:
+    if len(blocks) != n_blocks:
         raise section.error("blocks", expected, Text(f"a list of {len(blocks)}"))
     for i, cost in enumerate(blocks):
         if isinstance(cost, bool) or not isinstance(cost, int) or not 0 <= cost <= MAX_COST:
@@ -498,11 +503,5 @@ def pruner_shapes(
     """
     net = as_transformer(as_network(network), "pruner")
     prn = pruner if isinstance(pruner, PrunerConfig) else PrunerConfig.from_dict(pruner)
-    if prn.type == "mlp":
-        first = dpt.linear_shapes("0", prn.hidden_dim, net.n_memory * net.n_emb)
-        return first | dpt.linear_shapes("2", 4 * net.n_blocks, prn.hidden_dim)
-    shapes = dpt.linear_shapes("memory_proj", prn.hidden_dim, net.n_emb)
-    shapes |= dpt.layer_shapes(
-        "transformer_decoder.layers.0", prn.hidden_dim, prn.dim_feedforward, decoder=True
-    )
-    return shapes | dpt.linear_shapes("head", 4, prn.hidden_dim)
+    said: Shapes = _core.describe(**arguments(net), pruner=prn.arguments())["pruner"]
+    return said

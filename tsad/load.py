@@ -28,9 +28,9 @@ from tsad.checkpoint import (
 )
 from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
 from tsad.device import check_device
-from tsad.families import Network
+from tsad.families import Network, arguments
 from tsad.families.dit import DitConfig
-from tsad.families.unet1d import Unet1dConfig
+from tsad.families.dpt import NetworkConfig
 from tsad.files import sha256
 from tsad.image_policy import ImagePolicy
 from tsad.presets import Preset, check_clash, find_preset
@@ -230,25 +230,15 @@ def make_model(
         return np.array(values, dtype=np.float32)
 
     obs_shift, action_shift = config.normalizer.obs.shift, config.normalizer.action.shift
-    packed_pruner = None
+    packed_pruner: dict[str, Any] | None = None
     if pruner is not None and config.pruner is not None:
-        hidden = config.pruner.hidden_dim
-        packed_pruner = {"tensors": pruner, "hidden": hidden}
+        packed_pruner = {"tensors": pruner, **config.pruner.arguments()}
         if config.pruner.type == "transformer":
-            packed_pruner |= {
-                "heads": config.pruner.n_head,
-                "ff": config.pruner.dim_feedforward,
-                "block_emb": sinusoid(np.arange(net.n_blocks), hidden, np.float32),
-            }
+            blocks = np.arange(len(config.costs))
+            packed_pruner["block_emb"] = sinusoid(blocks, config.pruner.hidden_dim, np.float32)
     return _core.Model(
-        family=net.type,
-        horizon=net.horizon,
-        n_obs_steps=net.n_obs_steps,
-        n_action_steps=net.n_action_steps,
-        obs_dim=net.obs_dim,
-        action_dim=net.action_dim,
-        sampler=np.ascontiguousarray(sampler.table, dtype=np.float32),
-        **_family_arguments(net, sampler),
+        **arguments(net),
+        **_tables(net, sampler),
         obs_scale=vector(config.normalizer.obs.scale),
         obs_offset=vector(config.normalizer.obs.offset),
         action_scale=vector(config.normalizer.action.scale),
@@ -263,38 +253,16 @@ def make_model(
     )
 
 
-def _family_arguments(net: Network, sampler: Sampler) -> dict[str, Any]:
-    """What the core takes of one family alone."""
-    if isinstance(net, Unet1dConfig):
-        dim = net.diffusion_step_embed_dim
-        return {
-            "n_emb": dim,
-            # LeRobot's module meets times and frequencies in float32
-            "time_emb": sinusoid(sampler.timesteps, dim, np.float32, angles=np.float32),
-            "down_dims": np.array(net.down_dims, np.int32),
-            "kernel_size": net.kernel_size,
-            "n_groups": net.n_groups,
-            "use_film_scale_modulation": net.use_film_scale_modulation,
-        }
-    if isinstance(net, DitConfig):
-        dim = net.timestep_embed_dim
-        turns = rotation(net.horizon, net.head_dim, net.rope_base) if net.use_rope else None
-        return {
-            "n_emb": dim,
-            "time_emb": sinusoid(sampler.timesteps, dim, np.float32, angles=np.float32),
-            "n_layers": net.num_layers,
-            "n_heads": net.num_heads,
-            "hidden_dim": net.hidden_dim,
-            "rotation": turns,
-        }
-    return {
-        "n_layers": net.n_layer,
-        "n_heads": net.n_head,
-        "n_emb": net.n_emb,
-        "n_cond_layers": net.n_cond_layers,
-        "causal": net.causal_attn,
-        "time_emb": sinusoid(sampler.timesteps, net.n_emb, np.float32),
-    }
+def _tables(net: Network, sampler: Sampler) -> dict[str, Any]:
+    """Of the steps and positions."""
+    dpt = isinstance(net, NetworkConfig)
+    # LeRobot's modules meet times and frequencies in float32
+    codes = {} if dpt else {"angles": np.float32}
+    time_emb = sinusoid(sampler.timesteps, net.arguments()["n_emb"], np.float32, **codes)
+    tables = {"sampler": np.ascontiguousarray(sampler.table, np.float32), "time_emb": time_emb}
+    if isinstance(net, DitConfig) and net.use_rope:
+        tables["rotation"] = rotation(net.horizon, net.head_dim, net.rope_base)
+    return tables
 
 
 def bundled() -> list[str]:

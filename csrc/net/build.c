@@ -206,10 +206,43 @@ static tsad_status misshapen(const tsad_tensor *t, int n_dims, const int64_t *sh
     return tsad_fail(TSAD_SHAPE, "tensor '%s': expected shape %s, got %s", t->name, expected, got);
 }
 
-tsad_status tsad_take_shape(const tsad_tensor *tensors, int n, const char *name, int n_dims,
+/* once, even if it is asked for again */
+static tsad_status write_down(tsad_wanted_list *wanted, const char *name, int n_dims,
+                              const int64_t *shape)
+{
+    for (int i = 0; i < wanted->n; i++) {
+        if (strcmp(wanted->list[i].name, name) == 0) {
+            return TSAD_OK;
+        }
+    }
+    if (wanted->n == wanted->capacity) {
+        int capacity = wanted->capacity ? 2 * wanted->capacity : 64;
+        tsad_wanted *list = tsad_allocate(sizeof *list * (size_t)capacity);
+        if (!list) {
+            return tsad_fail(TSAD_MEMORY, "out of memory for the names of %d tensors", capacity);
+        }
+        if (wanted->n) {
+            memcpy(list, wanted->list, sizeof *list * (size_t)wanted->n);
+        }
+        tsad_deallocate(wanted->list);
+        wanted->list = list;
+        wanted->capacity = capacity;
+    }
+    tsad_wanted *own = &wanted->list[wanted->n++];
+    snprintf(own->name, sizeof own->name, "%s", name);
+    own->n_dims = n_dims;
+    memcpy(own->shape, shape, sizeof *shape * (size_t)n_dims);
+    return TSAD_OK;
+}
+
+tsad_status tsad_take_shape(tsad_tensors tensors, const char *name, int n_dims,
                             const int64_t *shape, const float **out)
 {
-    const tsad_tensor *t = tsad_find(tensors, n, name);
+    *out = NULL;
+    if (tensors.wanted) {
+        return write_down(tensors.wanted, name, n_dims, shape);
+    }
+    const tsad_tensor *t = tsad_find(tensors.list, tensors.n, name);
     if (!t) {
         return tsad_fail(TSAD_ARGUMENT, "tensor '%s' is missing", name);
     }
@@ -220,14 +253,18 @@ tsad_status tsad_take_shape(const tsad_tensor *tensors, int n, const char *name,
     return TSAD_OK;
 }
 
-tsad_status tsad_take(const tsad_tensor *tensors, int n, const char *name, int64_t rows,
-                      int64_t cols, const float **out)
+tsad_status tsad_take(tsad_tensors tensors, const char *name, int64_t rows, int64_t cols,
+                      const float **out)
 {
-    const tsad_tensor *t = tsad_find(tensors, n, name);
+    int64_t count = 1, shape[2] = {rows, cols};
+    *out = NULL;
+    if (tensors.wanted) {
+        return write_down(tensors.wanted, name, cols ? 2 : 1, shape);
+    }
+    const tsad_tensor *t = tsad_find(tensors.list, tensors.n, name);
     if (!t) {
         return tsad_fail(TSAD_ARGUMENT, "tensor '%s' is missing", name);
     }
-    int64_t count = 1, shape[2] = {rows, cols};
     for (int i = 0; i < t->n_dims; i++) {
         count *= t->shape[i];
     }
@@ -241,10 +278,14 @@ tsad_status tsad_take(const tsad_tensor *tensors, int n, const char *name, int64
     return TSAD_OK;
 }
 
-void tsad_matrix_fold(tsad_matrix *m, const float *weight, const float *bias, const float *gain,
-                      const float *shift, float scale)
+tsad_status tsad_matrix_linear(tsad_matrix *m, int n_in, int n_out, const float *weight,
+                               const float *bias, const float *gain, const float *shift)
 {
-    int n_in = m->n_in, n_out = m->n_out;
+    *m = (tsad_matrix){.n_in = n_in, .n_out = n_out};
+    if (!weight) {
+        return TSAD_OK;
+    }
+    TSAD_TRY(tsad_matrix_make(m, n_in, n_out));
     for (int o = 0; o < n_out; o++) {
         const float *row = weight + (size_t)o * (size_t)n_in;
         double b = bias ? bias[o] : 0;
@@ -253,15 +294,18 @@ void tsad_matrix_fold(tsad_matrix *m, const float *weight, const float *bias, co
             if (shift) {
                 b += w * shift[i];
             }
-            m->data[(size_t)i * (size_t)n_out + (size_t)o] =
-                (float)((gain ? w * gain[i] : w) * scale);
+            m->data[(size_t)i * (size_t)n_out + (size_t)o] = (float)(gain ? w * gain[i] : w);
         }
-        m->bias[o] = (float)(b * scale);
+        m->bias[o] = (float)b;
     }
+    return TSAD_OK;
 }
 
 tsad_status tsad_copy_floats(float **out, const float *source, size_t n)
 {
+    if (!source) {
+        return TSAD_OK;
+    }
     *out = tsad_allocate(sizeof(float) * n);
     if (!*out) {
         return tsad_fail(TSAD_MEMORY, "out of memory for %zu floats", n);
@@ -273,7 +317,7 @@ tsad_status tsad_copy_floats(float **out, const float *source, size_t n)
 void tsad_scale_queries(tsad_matrix *qkv, int head_dim)
 {
     float scale = (float)(1.0 / sqrt(head_dim));
-    int d = qkv->n_in;
+    int d = qkv->data ? qkv->n_in : 0;
     for (int i = 0; i < d; i++) {
         for (int o = 0; o < d; o++) {
             qkv->data[(size_t)i * (size_t)qkv->n_out + (size_t)o] *= scale;

@@ -18,7 +18,7 @@ static tsad_status take(const tsad_model_spec *s, const char *prefix, const char
 {
     char full[160];
     snprintf(full, sizeof full, "%s%s", prefix, name);
-    return tsad_take(s->tensors, s->n_tensors, full, rows, cols, out);
+    return tsad_take(tsad_tensors_of(s), full, rows, cols, out);
 }
 
 /* linear layer `name`: weight and bias follow after `dot` */
@@ -31,9 +31,7 @@ static tsad_status take_linear(const tsad_model_spec *s, const char *prefix, con
     TSAD_TRY(take(s, prefix, text, n_out, n_in, &weight));
     snprintf(text, sizeof text, "%s%sbias", name, dot);
     TSAD_TRY(take(s, prefix, text, n_out, 0, &bias));
-    TSAD_TRY(tsad_matrix_make(m, n_in, n_out));
-    tsad_matrix_fold(m, weight, bias, NULL, NULL, 1.0f);
-    return TSAD_OK;
+    return tsad_matrix_linear(m, n_in, n_out, weight, bias, NULL, NULL);
 }
 
 static tsad_node *add_branch(tsad_net *net, tsad_node_kind kind, int reg, const char *prefix,
@@ -41,7 +39,8 @@ static tsad_node *add_branch(tsad_net *net, tsad_node_kind kind, int reg, const 
 {
     tsad_node *node = tsad_net_add(net, kind, reg, reg);
     bool attention = kind == TSAD_SELF_ATTENTION;
-    snprintf(node->label, sizeof node->label, "%.32s%s", prefix, attention ? "attn" : "mlp");
+    snprintf(node->kin, sizeof node->kin, attention ? "attn" : "mlp");
+    snprintf(node->label, sizeof node->label, "%.32s%.6s", prefix, node->kin);
     node->type = attention ? 0 : 1;
     node->normalise = true;
     node->eps = 1e-6f;
@@ -60,7 +59,7 @@ static tsad_status add_layer(const tsad_model_spec *s, tsad_net *net, tsad_terms
 
     tsad_node *node = add_branch(net, TSAD_SELF_ATTENTION, reg, prefix, terms->n_terms);
     node->n_heads = s->n_heads;
-    if (s->rotation) {
+    if (s->use_rope) {
         TSAD_TRY(take_linear(s, prefix, "attn.qkv_proj", ".", D, 3 * D, &node->m[0]));
         TSAD_TRY(take_linear(s, prefix, "attn.out_proj", ".", D, D, &node->m[1]));
         size_t n = (size_t)s->horizon * (size_t)head;
@@ -90,8 +89,9 @@ static tsad_status build_denoiser(const tsad_model_spec *s, tsad_net *net, tsad_
     net->output = tsad_net_register(net, T, s->action_dim);
     tsad_node *embed = tsad_net_add(net, TSAD_LINEAR, net->input, h);
     TSAD_TRY(take_linear(s, "", "input_proj", ".", s->action_dim, D, &embed->m[0]));
-    if (tsad_find(s->tensors, s->n_tensors, "pos_embedding")) {
-        TSAD_TRY(take(s, "", "pos_embedding", T, D, &position));
+    if (s->use_positional_encoding) {
+        TSAD_TRY(tsad_take_shape(tsad_tensors_of(s), "pos_embedding", 3, (int64_t[]){1, T, D},
+                                 &position));
         TSAD_TRY(tsad_copy_floats(&embed->table, position, (size_t)T * (size_t)D));
     }
     for (int layer = 0; layer < s->n_layers; layer++) {
@@ -129,11 +129,15 @@ static tsad_status check(const tsad_model_spec *s)
                          TSAD_MAX_BLOCKS / 2, s->n_layers, s->hidden_dim);
     }
     if (s->n_heads < 1 || s->hidden_dim % s->n_heads ||
-        (s->rotation && s->hidden_dim / s->n_heads % 2)) {
+        (s->use_rope && s->hidden_dim / s->n_heads % 2)) {
         return tsad_fail(TSAD_ARGUMENT,
                          "hidden_dim: expected a multiple of n_heads (%d), with rotation an even "
                          "one, got %d",
                          s->n_heads, s->hidden_dim);
+    }
+    if (s->use_rope && !s->rotation && !s->wanted) {
+        return tsad_fail(TSAD_ARGUMENT, "rotation: expected cosines and sines, as use_rope is set, "
+                                        "got none; pass them");
     }
     if (s->n_emb < 4 || s->n_emb % 2 || s->n_emb > 1 << 16) {
         return tsad_fail(TSAD_ARGUMENT, "n_emb: expected an even number from 4, got %d", s->n_emb);

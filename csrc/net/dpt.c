@@ -23,7 +23,15 @@ static tsad_status take(const source *s, const char *name, int rows, int cols, c
 {
     char full[256];
     snprintf(full, sizeof full, "%s%s", s->prefix, name);
-    return tsad_take(s->spec->tensors, s->spec->n_tensors, full, rows, cols, out);
+    return tsad_take(tsad_tensors_of(s->spec), full, rows, cols, out);
+}
+
+/* a learned position for each of `tokens` */
+static tsad_status take_positions(const tsad_model_spec *spec, const char *name, int tokens,
+                                  const float **out)
+{
+    return tsad_take_shape(tsad_tensors_of(spec), name, 3, (int64_t[]){1, tokens, spec->n_emb},
+                           out);
 }
 
 /* node matrix = linear layer `name`, after the LayerNorm `norm` if given */
@@ -42,9 +50,7 @@ static tsad_status take_linear(const source *s, const char *name, const char *no
         snprintf(text, sizeof text, "%s.bias", norm);
         TSAD_TRY(take(s, text, n_in, 0, &shift));
     }
-    TSAD_TRY(tsad_matrix_make(m, n_in, n_out));
-    tsad_matrix_fold(m, weight, bias, gain, shift, 1.0f);
-    return TSAD_OK;
+    return tsad_matrix_linear(m, n_in, n_out, weight, bias, gain, shift);
 }
 
 static tsad_status add_self_attention(tsad_net *net, const source *s, int reg, const char *norm,
@@ -85,7 +91,9 @@ static tsad_status add_cross_attention(tsad_net *net, const source *s, int reg, 
     node->layer = layer;
     TSAD_TRY(take(s, "multihead_attn.out_proj.bias", d, 0, &bias));
     TSAD_TRY(tsad_matrix_make(&node->m[0], 1, d));
-    memcpy(node->m[0].bias, bias, sizeof(float) * (size_t)d);
+    if (bias) {
+        memcpy(node->m[0].bias, bias, sizeof(float) * (size_t)d);
+    }
     return TSAD_OK;
 }
 
@@ -104,8 +112,11 @@ static tsad_status add_fold(tsad_net *net, const source *s, int reg, int layer)
     TSAD_TRY(take(s, "multihead_attn.out_proj.weight", d, d, &wo));
     TSAD_TRY(take(s, "norm2.weight", d, 0, &gain));
     TSAD_TRY(take(s, "norm2.bias", d, 0, &shift));
-    TSAD_TRY(tsad_matrix_make(&node->m[0], d, 2 * d));
-    tsad_matrix_fold(&node->m[0], w + (size_t)d * (size_t)d, b + d, NULL, NULL, 1.0f);
+    if (!w || !b || !wo || !gain || !shift) {
+        return TSAD_OK;
+    }
+    TSAD_TRY(
+        tsad_matrix_linear(&node->m[0], d, 2 * d, w + (size_t)d * (size_t)d, b + d, NULL, NULL));
     TSAD_TRY(tsad_matrix_make(&node->m[1], d, d));
     TSAD_TRY(tsad_matrix_make(&node->m[2], d, d));
     TSAD_TRY(tsad_copy_floats(&node->table, b, (size_t)d));
@@ -137,7 +148,7 @@ static tsad_status build_denoiser(const tsad_model_spec *spec, tsad_model *model
 
     source top = {spec, ""};
     const float *pos;
-    TSAD_TRY(take(&top, "pos_emb", T, d, &pos));
+    TSAD_TRY(take_positions(spec, "pos_emb", T, &pos));
     tsad_node *embed = tsad_net_add(net, TSAD_LINEAR, sample, h);
     TSAD_TRY(take_linear(&top, "input_emb", NULL, spec->action_dim, d, &embed->m[0]));
     TSAD_TRY(tsad_copy_floats(&embed->table, pos, (size_t)T * (size_t)d));
@@ -151,6 +162,7 @@ static tsad_status build_denoiser(const tsad_model_spec *spec, tsad_model *model
         static const char *const names[] = {"self_attn", "cross_attn", "feed_forward"};
         for (int i = 0; i < 3; i++) {
             tsad_node *node = &net->nodes[net->n_nodes - 3 + i];
+            snprintf(node->kin, sizeof node->kin, "%s", names[i]);
             snprintf(node->label, sizeof node->label, "layers.%d.%s", l, names[i]);
         }
     }
@@ -167,13 +179,13 @@ static tsad_status build_encoder(const tsad_model_spec *spec, tsad_model *model)
     source top = {spec, ""};
     const float *pos;
     TSAD_TRY(tsad_net_begin(net, 6 + 2 * spec->n_cond_layers + spec->n_layers, 4));
-    TSAD_TRY(take(&top, "cond_pos_emb", S, d, &pos));
+    TSAD_TRY(take_positions(spec, "cond_pos_emb", S, &pos));
     int obs = tsad_net_register(net, n_obs, spec->obs_dim);
     int token = tsad_net_register(net, n_obs, d);
     net->input = obs;
     tsad_node *embed = tsad_net_add(net, TSAD_LINEAR, obs, token);
     TSAD_TRY(take_linear(&top, "cond_obs_emb", NULL, spec->obs_dim, d, &embed->m[0]));
-    TSAD_TRY(tsad_copy_floats(&embed->table, pos + d, (size_t)n_obs * (size_t)d));
+    TSAD_TRY(tsad_copy_floats(&embed->table, pos ? pos + d : NULL, (size_t)n_obs * (size_t)d));
 
     if (spec->n_cond_layers == 0) {
         int hidden = tsad_net_register(net, n_obs, 4 * d);
@@ -251,9 +263,8 @@ static tsad_status tabulate_time(const tsad_model_spec *spec, tsad_model *model,
 {
     int d = spec->n_emb, K = spec->n_steps;
     size_t layer_floats = model->fold.floats;
-    source top = {spec, ""};
     const float *pos;
-    TSAD_TRY(take(&top, "cond_pos_emb", 1 + spec->n_obs_steps, d, &pos));
+    TSAD_TRY(take_positions(spec, "cond_pos_emb", 1 + spec->n_obs_steps, &pos));
     model->time_fold =
         tsad_allocate(sizeof(float) * layer_floats * (size_t)spec->n_layers * (size_t)K);
     float *table = tsad_allocate(sizeof(float) * (size_t)K * (size_t)d);
@@ -293,10 +304,14 @@ static tsad_status tabulate_time(const tsad_model_spec *spec, tsad_model *model,
 tsad_status tsad_net_dpt(const tsad_model_spec *spec, tsad_model *model)
 {
     int d = spec->n_emb, heads = spec->n_heads;
-    if (d < 4 || d % 2 || heads < 1 || d % heads) {
+    if (d < 4 || d % 2 || heads < 1 || d % heads || d > 1 << 16) {
         return tsad_fail(TSAD_ARGUMENT,
-                         "n_emb: expected an even multiple of n_head (%d), at least 4, got %d",
+                         "n_emb: expected an even multiple of n_head (%d), 4 to 65536, got %d",
                          heads, d);
+    }
+    if (spec->n_layers > TSAD_MAX_BLOCKS / 3 || spec->n_cond_layers > TSAD_MAX_BLOCKS / 3) {
+        return tsad_fail(TSAD_ARGUMENT, "n_layers, n_cond_layers: expected at most %d, got %d, %d",
+                         TSAD_MAX_BLOCKS / 3, spec->n_layers, spec->n_cond_layers);
     }
     if (spec->n_obs_steps > TSAD_MAX_MEMORY - 1) {
         return tsad_fail(TSAD_ARGUMENT, "n_obs_steps: expected at most %d, got %d",
@@ -317,8 +332,10 @@ tsad_status tsad_net_dpt(const tsad_model_spec *spec, tsad_model *model)
         status = tabulate_time(spec, model, &time_memory);
     }
     if (status == TSAD_OK && spec->n_pruner_tensors) {
-        status = spec->pruner_heads ? tsad_net_pruner(spec, model, time_memory)
-                                    : tsad_net_pruner_mlp(spec, model, time_memory);
+        tsad_model_spec own = *spec;
+        own.n_blocks = spec->wanted ? tsad_denoiser(model)->n_blocks : spec->n_blocks;
+        status = spec->pruner_heads ? tsad_net_pruner(&own, model, time_memory)
+                                    : tsad_net_pruner_mlp(&own, model, time_memory);
     }
     tsad_deallocate(time_memory);
     return status;

@@ -80,8 +80,9 @@ typedef struct tsad_node {
     int in, in2, out; /* registers */
     int residual;     /* -1: identity; else the fixed node that maps in to out */
     int block;        /* index among prunable nodes, -1: fixed */
-    char label[40];   /* of a prunable node, for messages: "layers.3.cross_attn" */
-    int type;         /* reuse type of a prunable node */
+    char label[40];   /* of a prunable node: "layers.3.cross_attn", */
+    char kin[40];     /* and of all that can stand in for it: "cross_attn" */
+    int type;         /* reuse type of a prunable node: the number of its kin */
     int layer;        /* cross-attention and fold: which layer's keys and values */
     tsad_cache_point cache_point;
     tsad_activation activation;
@@ -138,16 +139,34 @@ tsad_status tsad_matrix_make(tsad_matrix *m, int n_in, int n_out); /* zeroed */
 tsad_matrix tsad_matrix_taps(const float *weight, const float *bias, int channels, int n_out,
                              int kernel, int n, int tap, int step, bool transposed);
 void tsad_matrix_free(tsad_matrix *m);
+
+/* Where a family's tensors come from. `wanted` (tsad_describe): from nowhere; what is asked for is
+ * written down there, each tensor is NULL, and what a builder makes of it has a size alone. */
+typedef struct tsad_tensors {
+    const tsad_tensor *list;
+    int n;
+    tsad_wanted_list *wanted;
+} tsad_tensors;
+
+static inline tsad_tensors tsad_tensors_of(const tsad_model_spec *s)
+{
+    return (tsad_tensors){s->tensors, s->n_tensors, s->wanted};
+}
+static inline tsad_tensors tsad_pruner_tensors_of(const tsad_model_spec *s)
+{
+    return (tsad_tensors){s->pruner_tensors, s->n_pruner_tensors, s->pruner_wanted};
+}
+
 const tsad_tensor *tsad_find(const tsad_tensor *tensors, int n, const char *name);
 /* The named tensor, or a failure that names it; a shape of 0 ends the list. */
-tsad_status tsad_take(const tsad_tensor *tensors, int n, const char *name, int64_t rows,
-                      int64_t cols, const float **out);
+tsad_status tsad_take(tsad_tensors tensors, const char *name, int64_t rows, int64_t cols,
+                      const float **out);
 /* The named tensor of exactly this shape, or a failure that names it. */
-tsad_status tsad_take_shape(const tsad_tensor *tensors, int n, const char *name, int n_dims,
+tsad_status tsad_take_shape(tsad_tensors tensors, const char *name, int n_dims,
                             const int64_t *shape, const float **out);
 /* m = transpose of a torch weight (n_out, n_in), with LayerNorm's scale and shift folded in when
- * gain is given, all times `scale`. */
-void tsad_matrix_fold(tsad_matrix *m, const float *weight, const float *bias, const float *gain,
-                      const float *shift, float scale);
+ * gain is given. */
+tsad_status tsad_matrix_linear(tsad_matrix *m, int n_in, int n_out, const float *weight,
+                               const float *bias, const float *gain, const float *shift);
 void tsad_scale_queries(tsad_matrix *qkv, int head_dim); /* by what softmax divides scores by */
-tsad_status tsad_copy_floats(float **out, const float *source, size_t n);
+tsad_status tsad_copy_floats(float **out, const float *source, size_t n); /* NULL of NULL */

@@ -21,7 +21,7 @@ static const float *optional(const tsad_model_spec *spec, int i, const char *suf
     const float *data = NULL;
     snprintf(name, sizeof name, "nodes.%d.%s", i, suffix);
     if (*status == TSAD_OK && tsad_find(spec->tensors, spec->n_tensors, name)) {
-        *status = tsad_take(spec->tensors, spec->n_tensors, name, rows, cols, &data);
+        *status = tsad_take(tsad_tensors_of(spec), name, rows, cols, &data);
     }
     return data;
 }
@@ -32,12 +32,10 @@ static tsad_status take_matrix(const tsad_model_spec *spec, int i, int j, int n_
     char name[64];
     const float *weight, *bias;
     snprintf(name, sizeof name, "nodes.%d.%d.weight", i, j);
-    TSAD_TRY(tsad_take(spec->tensors, spec->n_tensors, name, n_out, n_in, &weight));
+    TSAD_TRY(tsad_take(tsad_tensors_of(spec), name, n_out, n_in, &weight));
     snprintf(name, sizeof name, "nodes.%d.%d.bias", i, j);
-    TSAD_TRY(tsad_take(spec->tensors, spec->n_tensors, name, n_out, 0, &bias));
-    TSAD_TRY(tsad_matrix_make(m, n_in, n_out));
-    tsad_matrix_fold(m, weight, bias, gain, shift, 1.0f);
-    return TSAD_OK;
+    TSAD_TRY(tsad_take(tsad_tensors_of(spec), name, n_out, 0, &bias));
+    return tsad_matrix_linear(m, n_in, n_out, weight, bias, gain, shift);
 }
 
 static tsad_status check(const tsad_model_spec *spec, int i, const int32_t *row)

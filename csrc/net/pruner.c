@@ -16,7 +16,7 @@
 static tsad_status take(const tsad_model_spec *spec, const char *name, int rows, int cols,
                         const float **out)
 {
-    return tsad_take(spec->pruner_tensors, spec->n_pruner_tensors, name, rows, cols, out);
+    return tsad_take(tsad_pruner_tensors_of(spec), name, rows, cols, out);
 }
 
 /* y (n) = LayerNorm(x) */
@@ -58,6 +58,9 @@ static tsad_status constant_tokens(const tsad_model_spec *spec, double *out, dou
     TSAD_TRY(take(spec, LAYER "self_attn.out_proj.bias", n, 0, &bo));
     TSAD_TRY(take(spec, LAYER "norm1.weight", n, 0, &gain));
     TSAD_TRY(take(spec, LAYER "norm1.bias", n, 0, &shift));
+    if (!w) {
+        return TSAD_OK;
+    }
     double *qkv = work, *x = qkv + (size_t)B * 3 * (size_t)n, *y = x + n, *score = y + n;
     for (int t = 0; t < B; t++) {
         for (int i = 0; i < n; i++) {
@@ -100,14 +103,11 @@ static tsad_status constant_tokens(const tsad_model_spec *spec, double *out, dou
     return TSAD_OK;
 }
 
-/* m = memory_proj followed by rows of the cross-attention's in-projection, times scale */
-static tsad_status compose(const tsad_model_spec *spec, const float *w, const float *b,
-                           double scale, tsad_matrix *m)
+/* m = memory_proj (wp, bp) followed by rows of the cross-attention's in-projection, times scale */
+static tsad_status compose(const tsad_model_spec *spec, const float *wp, const float *bp,
+                           const float *w, const float *b, double scale, tsad_matrix *m)
 {
     int d = spec->n_emb, n = spec->pruner_hidden;
-    const float *wp, *bp;
-    TSAD_TRY(take(spec, "memory_proj.weight", n, d, &wp));
-    TSAD_TRY(take(spec, "memory_proj.bias", n, 0, &bp));
     TSAD_TRY(tsad_matrix_make(m, d, n));
     double *row = tsad_allocate(sizeof(double) * (size_t)d);
     if (!row) {
@@ -198,17 +198,14 @@ static tsad_status build_nodes(const tsad_model_spec *spec, tsad_net *net)
     TSAD_TRY(take(spec, LAYER "norm3.bias", n, 0, &shift));
     TSAD_TRY(take(spec, LAYER "linear1.weight", ff, n, &w));
     TSAD_TRY(take(spec, LAYER "linear1.bias", ff, 0, &b));
-    TSAD_TRY(tsad_matrix_make(&node->m[0], n, ff));
-    tsad_matrix_fold(&node->m[0], w, b, gain, shift, 1.0f);
+    TSAD_TRY(tsad_matrix_linear(&node->m[0], n, ff, w, b, gain, shift));
     TSAD_TRY(take(spec, LAYER "linear2.weight", n, ff, &w));
     TSAD_TRY(take(spec, LAYER "linear2.bias", n, 0, &b));
-    TSAD_TRY(tsad_matrix_make(&node->m[1], ff, n));
-    tsad_matrix_fold(&node->m[1], w, b, NULL, NULL, 1.0f);
+    TSAD_TRY(tsad_matrix_linear(&node->m[1], ff, n, w, b, NULL, NULL));
     node = tsad_net_add(net, TSAD_LINEAR, x, scores);
     TSAD_TRY(take(spec, "head.weight", 4, n, &w));
     TSAD_TRY(take(spec, "head.bias", 4, 0, &b));
-    TSAD_TRY(tsad_matrix_make(&node->m[0], n, 4));
-    tsad_matrix_fold(&node->m[0], w, b, NULL, NULL, 1.0f);
+    TSAD_TRY(tsad_matrix_linear(&node->m[0], n, 4, w, b, NULL, NULL));
     tsad_net_add(net, TSAD_PRUNE_STORE, scores, scores);
     return tsad_net_finish(net);
 }
@@ -218,19 +215,23 @@ static tsad_status build_attention(const tsad_model_spec *spec, tsad_pruner *p, 
                                    double *work)
 {
     int n = spec->pruner_hidden, B = spec->n_blocks;
-    const float *w, *b, *wo, *bo, *gain, *shift;
+    const float *w, *b, *wp, *bp, *wo, *bo, *gain, *shift;
+    TSAD_TRY(take(spec, "memory_proj.weight", n, spec->n_emb, &wp));
+    TSAD_TRY(take(spec, "memory_proj.bias", n, 0, &bp));
     TSAD_TRY(take(spec, LAYER "multihead_attn.in_proj_weight", 3 * n, n, &w));
     TSAD_TRY(take(spec, LAYER "multihead_attn.in_proj_bias", 3 * n, 0, &b));
     TSAD_TRY(take(spec, LAYER "multihead_attn.out_proj.weight", n, n, &wo));
     TSAD_TRY(take(spec, LAYER "multihead_attn.out_proj.bias", n, 0, &bo));
     TSAD_TRY(take(spec, LAYER "norm2.weight", n, 0, &gain));
     TSAD_TRY(take(spec, LAYER "norm2.bias", n, 0, &shift));
+    if (!w || !b) {
+        return TSAD_OK;
+    }
     size_t square = (size_t)n * (size_t)n;
     double scale = 1 / sqrt((double)n / spec->pruner_heads);
-    TSAD_TRY(compose(spec, w + square, b + n, scale, &p->keys));
-    TSAD_TRY(compose(spec, w + 2 * square, b + 2 * n, 1, &p->values));
-    TSAD_TRY(tsad_matrix_make(&p->out, n, n));
-    tsad_matrix_fold(&p->out, wo, NULL, NULL, NULL, 1.0f);
+    TSAD_TRY(compose(spec, wp, bp, w + square, b + n, scale, &p->keys));
+    TSAD_TRY(compose(spec, wp, bp, w + 2 * square, b + 2 * n, 1, &p->values));
+    TSAD_TRY(tsad_matrix_linear(&p->out, n, n, wo, NULL, NULL, NULL));
     p->query = tsad_allocate(sizeof(float) * (size_t)B * (size_t)n);
     p->token = tsad_allocate(sizeof(float) * (size_t)B * (size_t)n);
     if (!p->query || !p->token) {

@@ -12,6 +12,9 @@
 static tsad_status columns(tsad_matrix *m, const float *weight, const float *bias, int n_all,
                            int from, int n_out)
 {
+    if (!weight) {
+        return TSAD_OK;
+    }
     TSAD_TRY(tsad_matrix_make(m, n_all - from, n_out));
     for (int o = 0; o < n_out; o++) {
         for (int i = from; i < n_all; i++) {
@@ -54,12 +57,11 @@ tsad_status tsad_net_pruner_mlp(const tsad_model_spec *spec, tsad_model *model,
         return tsad_fail(TSAD_ARGUMENT, "pruner: hidden: expected at least 1, got %d", hidden);
     }
     const float *w0, *b0, *w2, *b2;
-    const tsad_tensor *tensors = spec->pruner_tensors;
-    int n = spec->n_pruner_tensors;
-    TSAD_TRY(tsad_take(tensors, n, "0.weight", hidden, n_all, &w0));
-    TSAD_TRY(tsad_take(tensors, n, "0.bias", hidden, 0, &b0));
-    TSAD_TRY(tsad_take(tensors, n, "2.weight", 4 * B, hidden, &w2));
-    TSAD_TRY(tsad_take(tensors, n, "2.bias", 4 * B, 0, &b2));
+    tsad_tensors tensors = tsad_pruner_tensors_of(spec);
+    TSAD_TRY(tsad_take(tensors, "0.weight", hidden, n_all, &w0));
+    TSAD_TRY(tsad_take(tensors, "0.bias", hidden, 0, &b0));
+    TSAD_TRY(tsad_take(tensors, "2.weight", 4 * B, hidden, &w2));
+    TSAD_TRY(tsad_take(tensors, "2.bias", 4 * B, 0, &b2));
     TSAD_TRY(tsad_net_begin(net, 5, 4));
     int memory = tsad_net_register(net, 1, n_all - from), first = tsad_net_register(net, 1, hidden);
     int middle = time_memory ? tsad_net_register(net, rows, hidden) : first;
@@ -76,8 +78,7 @@ tsad_status tsad_net_pruner_mlp(const tsad_model_spec *spec, tsad_model *model,
         node->activation = TSAD_RELU;
     }
     node = tsad_net_add(net, TSAD_LINEAR, middle, scores);
-    TSAD_TRY(tsad_matrix_make(&node->m[0], hidden, 4 * B));
-    tsad_matrix_fold(&node->m[0], w2, b2, NULL, NULL, 1.0f);
+    TSAD_TRY(tsad_matrix_linear(&node->m[0], hidden, 4 * B, w2, b2, NULL, NULL));
     tsad_net_add(net, TSAD_PRUNE_STORE, scores, scores);
     model->pruner.query_tokens = time_memory ? model->n_memory - 1 : model->n_memory;
     model->pruner.at_once = time_memory != NULL;

@@ -39,7 +39,8 @@ static tsad_status take(builder *b, const char *layer, const char *part, bool op
     } else if (optional) {
         return TSAD_OK;
     }
-    return tsad_take_shape(tensors, b->spec->n_tensors, name, n_dims, shape, out);
+    tsad_tensors from = {.list = tensors, .n = b->spec->n_tensors};
+    return tsad_take_shape(from, name, n_dims, shape, out);
 }
 
 static tsad_status check_all_used(const builder *b)

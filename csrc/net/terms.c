@@ -31,13 +31,19 @@ static tsad_status take(const tsad_model_spec *s, const char *name, const char *
 {
     char full[160];
     snprintf(full, sizeof full, "%s.%s", name, part);
-    return tsad_take_shape(s->tensors, s->n_tensors, full, columns ? 2 : 1,
-                           (int64_t[]){rows, columns}, out);
+    return tsad_take_shape(tsad_tensors_of(s), full, columns ? 2 : 1, (int64_t[]){rows, columns},
+                           out);
 }
 
 tsad_status tsad_terms_add(tsad_terms *t, const tsad_model_spec *s, const char *name, int rows)
 {
     int i = t->n_layers;
+    if (rows > INT32_MAX - t->n_terms) {
+        return tsad_fail(TSAD_ARGUMENT,
+                         "'%s': with its %d rows there are more terms than %d; use a narrower "
+                         "network, or fewer layers",
+                         name, rows, INT32_MAX);
+    }
     TSAD_TRY(take(s, name, "weight", rows, s->n_emb + s->n_obs_steps * s->obs_dim, &t->weight[i]));
     TSAD_TRY(take(s, name, "bias", rows, 0, &t->bias[i]));
     t->rows[i] = rows;
@@ -59,6 +65,9 @@ static tsad_status build_encoder(const tsad_terms *t, const tsad_model_spec *s, 
     tsad_node *node = tsad_net_add(net, TSAD_LINEAR, flat, net->output);
     tsad_net_add(net, TSAD_TERMS, net->output, net->output);
     tsad_matrix *m = &node->m[0];
+    if (s->wanted) {
+        return TSAD_OK;
+    }
     TSAD_TRY(tsad_matrix_make(m, cond, n));
     for (int c = 0, at = 0; c < t->n_layers; at += t->rows[c++]) {
         for (int o = 0; o < t->rows[c]; o++) {

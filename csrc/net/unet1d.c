@@ -32,7 +32,7 @@ static tsad_status take(const builder *b, const char *prefix, const char *name, 
 {
     char full[160];
     snprintf(full, sizeof full, "%s%s", prefix, name);
-    return tsad_take_shape(b->spec->tensors, b->spec->n_tensors, full,
+    return tsad_take_shape(tsad_tensors_of(b->spec), full,
                            d2   ? 3
                            : d1 ? 2
                                 : 1,
@@ -76,10 +76,12 @@ static tsad_status take_conv_norm(const builder *b, const char *prefix, const ch
     TSAD_TRY(take(b, prefix, text, c_out, 0, 0, &gain));
     snprintf(text, sizeof text, "%s.block.1.bias", name);
     TSAD_TRY(take(b, prefix, text, c_out, 0, 0, &shift));
-    float *to = node->norm + 2 * (size_t)i * (size_t)c_out;
-    memcpy(to, gain, sizeof(float) * (size_t)c_out);
-    memcpy(to + c_out, shift, sizeof(float) * (size_t)c_out);
     node->groups[i] = groups;
+    if (gain && shift) {
+        float *to = node->norm + 2 * (size_t)i * (size_t)c_out;
+        memcpy(to, gain, sizeof(float) * (size_t)c_out);
+        memcpy(to + c_out, shift, sizeof(float) * (size_t)c_out);
+    }
     return TSAD_OK;
 }
 
@@ -136,6 +138,7 @@ static tsad_status add_block(builder *b, const char *name, int in, int channels,
     node->term = b->terms.n_terms;
     node->scales = b->spec->use_film_scale_modulation;
     snprintf(node->label, sizeof node->label, "%s", name);
+    snprintf(node->kin, sizeof node->kin, "conv_residual[%dx%d]", channels, tokens);
     TSAD_TRY(type_of(b, &b->net->registers[*out], &node->type));
     TSAD_TRY(take_conv_norm(b, prefix, "conv1", c_in, channels, b->spec->n_groups, 0, node));
     TSAD_TRY(take_conv_norm(b, prefix, "conv2", channels, channels, b->spec->n_groups, 1, node));
@@ -248,7 +251,7 @@ static tsad_status check(const tsad_model_spec *s)
         return tsad_fail(TSAD_ARGUMENT, "kernel_size: expected an odd number up to 31, got %d",
                          s->kernel_size);
     }
-    if (s->n_groups < 1 || s->n_emb < 4 || s->n_emb % 2) {
+    if (s->n_groups < 1 || s->n_emb < 4 || s->n_emb % 2 || s->n_emb > 1 << 16) {
         return tsad_fail(TSAD_ARGUMENT,
                          "n_groups, n_emb: expected at least 1, and an even number from 4, got %d "
                          "and %d",

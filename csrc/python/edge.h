@@ -147,6 +147,7 @@ typedef struct edge_model {
     PyObject_HEAD tsad_model *model; /* NULL until initialised */
 } edge_model;
 
+PyObject *edge_describe(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *edge_block_types(const tsad_model *model);
 PyObject *edge_block_costs(const tsad_model *model);
 

@@ -8,22 +8,42 @@
 /* ---- keywords ---------------------------------------------------------------------------- */
 
 static const char *const keywords[] = {
-    "family",        "horizon",       "n_obs_steps", "n_action_steps",
-    "obs_dim",       "action_dim",    "n_layers",    "n_heads",
-    "n_emb",         "n_cond_layers", "causal",      "sampler",
-    "time_emb",      "obs_scale",     "obs_offset",  "action_scale",
-    "action_offset", "block_cost",    "tensors",     "pruner",
-    "nodes",         "registers",     "backend",     "precision",
-    "down_dims",     "kernel_size",   "n_groups",    "use_film_scale_modulation",
-    "obs_shift",     "action_shift",  "hidden_dim",  "rotation",
+    "family",        "horizon",
+    "n_obs_steps",   "n_action_steps",
+    "obs_dim",       "action_dim",
+    "n_layers",      "n_heads",
+    "n_emb",         "n_cond_layers",
+    "causal",        "sampler",
+    "time_emb",      "obs_scale",
+    "obs_offset",    "action_scale",
+    "action_offset", "block_cost",
+    "tensors",       "pruner",
+    "nodes",         "registers",
+    "backend",       "precision",
+    "down_dims",     "kernel_size",
+    "n_groups",      "use_film_scale_modulation",
+    "obs_shift",     "action_shift",
+    "hidden_dim",    "use_rope",
+    "rotation",      "use_positional_encoding",
+};
+static const char *const described_keywords[] = {
+    "family",         "horizon",  "n_obs_steps",
+    "n_action_steps", "obs_dim",  "action_dim",
+    "n_layers",       "n_heads",  "n_emb",
+    "n_cond_layers",  "causal",   "down_dims",
+    "kernel_size",    "n_groups", "use_film_scale_modulation",
+    "hidden_dim",     "use_rope", "use_positional_encoding",
+    "pruner",
 };
 static const char *const pruner_keywords[] = {"tensors", "hidden", "heads", "ff", "block_emb"};
+#define LENGTH(array) (sizeof(array) / sizeof(array)[0])
 
 /* ---- arrays ------------------------------------------------------------------------------ */
 
 /* What a specification borrows while the model is built. */
 typedef struct source {
     edge_state *state;
+    const char *who; /* for errors */
     edge_view view[14];
     int n_views;
     edge_tensors network, pruner;
@@ -45,7 +65,7 @@ static edge_view *take_array(source *s, PyObject *dict, const char *name, edge_d
     PyObject *value = edge_look_up(dict, name);
     if (!value) {
         if (required) {
-            edge_missing("Model", name);
+            edge_missing(s->who, name);
         }
         return NULL;
     }
@@ -59,14 +79,55 @@ static edge_view *take_array(source *s, PyObject *dict, const char *name, edge_d
 
 /* ---- specification ----------------------------------------------------------------------- */
 
-static int read_sizes(PyObject *kw, tsad_model_spec *spec)
+typedef struct size {
+    const char *name;
+    int fallback; /* -1: required */
+    int *out;
+} size;
+
+static int take_sizes(const char *who, PyObject *kw, const size *sizes, size_t n)
 {
-    if (edge_take_string(kw, "family", "diffusion_policy_transformer", &spec->family) < 0 ||
-        edge_take_string(kw, "backend", NULL, &spec->backend) < 0) {
+    for (size_t i = 0; i < n; i++) {
+        if (edge_take_int(who, kw, sizes[i].name, sizes[i].fallback, sizes[i].out) < 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static int read_sizes(const char *who, PyObject *kw, tsad_model_spec *spec)
+{
+    if (edge_take_string(kw, "family", "diffusion_policy_transformer", &spec->family) < 0) {
         return -1;
     }
+    bool transformer = strcmp(spec->family, "diffusion_policy_transformer") == 0;
+    int layered = transformer ? -1 : 0; /* others have no layers */
+    const size sizes[] = {
+        {"horizon", -1, &spec->horizon},
+        {"n_obs_steps", -1, &spec->n_obs_steps},
+        {"n_action_steps", -1, &spec->n_action_steps},
+        {"obs_dim", -1, &spec->obs_dim},
+        {"action_dim", -1, &spec->action_dim},
+        {"n_layers", layered, &spec->n_layers},
+        {"n_heads", layered, &spec->n_heads},
+        {"n_emb", layered, &spec->n_emb},
+        {"kernel_size", 0, &spec->kernel_size},
+        {"n_groups", 0, &spec->n_groups},
+        {"hidden_dim", 0, &spec->hidden_dim},
+        {"use_rope", 0, &spec->use_rope},
+        {"use_positional_encoding", 0, &spec->use_positional_encoding},
+        {"use_film_scale_modulation", 0, &spec->use_film_scale_modulation},
+        {"n_cond_layers", 0, &spec->n_cond_layers},
+        {"causal", 1, &spec->causal},
+    };
+    return take_sizes(who, kw, sizes, LENGTH(sizes));
+}
+
+static int read_precision(PyObject *kw, tsad_model_spec *spec)
+{
     const char *precision;
-    if (edge_take_string(kw, "precision", "float32", &precision) < 0) {
+    if (edge_take_string(kw, "backend", NULL, &spec->backend) < 0 ||
+        edge_take_string(kw, "precision", "float32", &precision) < 0) {
         return -1;
     }
     static const char *const precisions[] = {"float32", "int16", "int8"}; /* tsad_precision */
@@ -80,25 +141,7 @@ static int read_sizes(PyObject *kw, tsad_model_spec *spec)
         return -1;
     }
     spec->precision = (tsad_precision)which;
-    bool transformer = strcmp(spec->family, "diffusion_policy_transformer") == 0;
-    int layered = transformer ? -1 : 0; /* others have no layers */
-    return edge_take_int("Model", kw, "horizon", -1, &spec->horizon) < 0 ||
-                   edge_take_int("Model", kw, "n_obs_steps", -1, &spec->n_obs_steps) < 0 ||
-                   edge_take_int("Model", kw, "n_action_steps", -1, &spec->n_action_steps) < 0 ||
-                   edge_take_int("Model", kw, "obs_dim", -1, &spec->obs_dim) < 0 ||
-                   edge_take_int("Model", kw, "action_dim", -1, &spec->action_dim) < 0 ||
-                   edge_take_int("Model", kw, "n_layers", layered, &spec->n_layers) < 0 ||
-                   edge_take_int("Model", kw, "n_heads", layered, &spec->n_heads) < 0 ||
-                   edge_take_int("Model", kw, "n_emb", layered, &spec->n_emb) < 0 ||
-                   edge_take_int("Model", kw, "kernel_size", 0, &spec->kernel_size) < 0 ||
-                   edge_take_int("Model", kw, "n_groups", 0, &spec->n_groups) < 0 ||
-                   edge_take_int("Model", kw, "hidden_dim", 0, &spec->hidden_dim) < 0 ||
-                   edge_take_int("Model", kw, "use_film_scale_modulation", 0,
-                                 &spec->use_film_scale_modulation) < 0 ||
-                   edge_take_int("Model", kw, "n_cond_layers", 0, &spec->n_cond_layers) < 0 ||
-                   edge_take_int("Model", kw, "causal", 1, &spec->causal) < 0
-               ? -1
-               : 0;
+    return 0;
 }
 
 static int read_tables(source *s, PyObject *kw, tsad_model_spec *spec)
@@ -146,21 +189,35 @@ static int read_tables(source *s, PyObject *kw, tsad_model_spec *spec)
     return 0;
 }
 
-static int read_pruner(source *s, PyObject *kw, tsad_model_spec *spec)
+/* *pruner: borrowed; NULL where there is none */
+static int read_pruner_sizes(const char *who, PyObject *kw, tsad_model_spec *spec,
+                             PyObject **pruner)
 {
-    PyObject *pruner = edge_look_up(kw, "pruner");
-    if (!pruner) {
+    const size sizes[] = {{"hidden", -1, &spec->pruner_hidden},
+                          {"heads", 0, &spec->pruner_heads},
+                          {"ff", 0, &spec->pruner_ff}};
+    *pruner = edge_look_up(kw, "pruner");
+    if (!*pruner) {
         return 0;
     }
-    if (!PyDict_Check(pruner)) {
-        PyErr_Format(PyExc_TypeError, "pruner: expected a dict or None, got %R; pass one", pruner);
+    if (!PyDict_Check(*pruner)) {
+        PyErr_Format(PyExc_TypeError, "pruner: expected a dict or None, got %R; pass one", *pruner);
         return -1;
     }
-    if (edge_check_keywords(pruner, pruner_keywords, 5, "pruner") < 0 ||
-        edge_take_int("Model", pruner, "hidden", -1, &spec->pruner_hidden) < 0 ||
-        edge_take_int("Model", pruner, "heads", 0, &spec->pruner_heads) < 0 ||
-        edge_take_int("Model", pruner, "ff", 0, &spec->pruner_ff) < 0) {
+    if (edge_check_keywords(*pruner, pruner_keywords, LENGTH(pruner_keywords), "pruner") < 0) {
         return -1;
+    }
+    return take_sizes(who, *pruner, sizes, LENGTH(sizes));
+}
+
+static int read_pruner(source *s, PyObject *kw, tsad_model_spec *spec)
+{
+    PyObject *pruner;
+    if (read_pruner_sizes("Model", kw, spec, &pruner) < 0) {
+        return -1;
+    }
+    if (!pruner) {
+        return 0;
     }
     int64_t shape[2] = {spec->n_blocks, spec->pruner_hidden};
     bool transformer = spec->pruner_heads != 0;
@@ -175,9 +232,21 @@ static int read_pruner(source *s, PyObject *kw, tsad_model_spec *spec)
     return 0;
 }
 
+static int read_levels(source *s, PyObject *kw, tsad_model_spec *spec)
+{
+    int64_t levels = -1;
+    bool needed = strcmp(spec->family, "unet1d") == 0;
+    edge_view *view = take_array(s, kw, "down_dims", EDGE_INT32, 1, &levels, needed);
+    if (view) {
+        spec->down_dims = view->data;
+        spec->n_levels = (int)view->shape[0];
+    }
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 static int read_nodes(source *s, PyObject *kw, tsad_model_spec *spec)
 {
-    int64_t nodes[2] = {-1, 10}, registers[2] = {-1, 2}, levels = -1;
+    int64_t nodes[2] = {-1, 10}, registers[2] = {-1, 2};
     bool needed = strcmp(spec->family, "nodes") == 0;
     edge_view *view = take_array(s, kw, "nodes", EDGE_INT32, 2, nodes, needed);
     if (view) {
@@ -190,30 +259,95 @@ static int read_nodes(source *s, PyObject *kw, tsad_model_spec *spec)
         spec->registers = view->data;
         spec->n_registers = (int)view->shape[0];
     }
-    needed = strcmp(spec->family, "unet1d") == 0;
-    view = PyErr_Occurred() ? NULL : take_array(s, kw, "down_dims", EDGE_INT32, 1, &levels, needed);
-    if (view) {
-        spec->down_dims = view->data;
-        spec->n_levels = (int)view->shape[0];
-    }
     int64_t turns[2] = {spec->horizon, spec->n_heads ? spec->hidden_dim / spec->n_heads : -1};
     view = PyErr_Occurred() ? NULL : take_array(s, kw, "rotation", EDGE_FLOAT32, 2, turns, false);
     spec->rotation = view ? view->data : NULL;
+    spec->use_rope |= spec->rotation != NULL;
     return PyErr_Occurred() ? -1 : 0;
 }
 
 static int read_spec(source *s, PyObject *kw, tsad_model_spec *spec)
 {
-    size_t n = sizeof keywords / sizeof keywords[0];
-    if (edge_check_keywords(kw, keywords, n, "Model") < 0 || read_sizes(kw, spec) < 0 ||
+    if (edge_check_keywords(kw, keywords, LENGTH(keywords), "Model") < 0 ||
+        read_sizes("Model", kw, spec) < 0 || read_precision(kw, spec) < 0 ||
         read_tables(s, kw, spec) < 0 || read_pruner(s, kw, spec) < 0 ||
-        read_nodes(s, kw, spec) < 0 ||
+        read_levels(s, kw, spec) < 0 || read_nodes(s, kw, spec) < 0 ||
         edge_borrow_tensors(s->state, edge_look_up(kw, "tensors"), "tensors", &s->network) < 0) {
         return -1;
     }
     spec->tensors = s->network.list;
     spec->n_tensors = (int)s->network.n;
     return 0;
+}
+
+/* ---- descriptions ------------------------------------------------------------------------ */
+
+static PyObject *shapes_of(const tsad_wanted_list *wanted)
+{
+    PyObject *dict = PyDict_New();
+    for (int i = 0; dict && i < wanted->n; i++) {
+        const tsad_wanted *t = &wanted->list[i];
+        PyObject *shape = PyTuple_New(t->n_dims);
+        for (int d = 0; shape && d < t->n_dims; d++) {
+            PyObject *size = PyLong_FromLongLong(t->shape[d]);
+            if (!size || PyTuple_SetItem(shape, d, size) < 0) {
+                Py_CLEAR(shape);
+            }
+        }
+        if (!shape || PyDict_SetItemString(dict, t->name, shape) < 0) {
+            Py_CLEAR(dict);
+        }
+        Py_XDECREF(shape);
+    }
+    return dict;
+}
+
+static PyObject *blocks_of(const tsad_description *d)
+{
+    PyObject *list = PyList_New(0);
+    for (int b = 0; list && b < d->n_blocks; b++) {
+        const tsad_block_description *block = &d->blocks[b];
+        PyObject *item = Py_BuildValue("(ssL)", block->name, block->type, (long long)block->cost);
+        if (!item || PyList_Append(list, item) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(item);
+    }
+    return list;
+}
+
+PyObject *edge_describe(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    if (PyTuple_Size(args) > 0 || !kwargs) {
+        PyErr_SetString(PyExc_TypeError, "describe: expected keyword arguments only; name them");
+        return NULL;
+    }
+    source s = {.state = PyModule_GetState(module), .who = "describe"};
+    tsad_model_spec spec = {0};
+    tsad_description d = {0};
+    PyObject *pruner, *result = NULL;
+    if (edge_check_keywords(kwargs, described_keywords, LENGTH(described_keywords), s.who) == 0 &&
+        read_sizes(s.who, kwargs, &spec) == 0 &&
+        read_pruner_sizes(s.who, kwargs, &spec, &pruner) == 0 &&
+        read_levels(&s, kwargs, &spec) == 0) {
+        tsad_status status = tsad_describe(&spec, &d);
+        if (status != TSAD_OK) {
+            edge_raise(status);
+        } else {
+            PyObject *tensors = shapes_of(&d.tensors), *of_pruner = shapes_of(&d.pruner);
+            PyObject *blocks = blocks_of(&d);
+            if (tensors && of_pruner && blocks) {
+                result = Py_BuildValue("{s:O,s:O,s:O}", "tensors", tensors, "pruner", of_pruner,
+                                       "blocks", blocks);
+            }
+            Py_XDECREF(tensors);
+            Py_XDECREF(of_pruner);
+            Py_XDECREF(blocks);
+        }
+    }
+    tsad_description_free(&d);
+    source_close(&s);
+    return result;
 }
 
 /* ---- the type ---------------------------------------------------------------------------- */
@@ -230,7 +364,7 @@ static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_TypeError, "Model: expected keyword arguments only; name them");
         return -1;
     }
-    source s = {.state = edge_state_of_type(Py_TYPE(object))};
+    source s = {.state = edge_state_of_type(Py_TYPE(object)), .who = "Model"};
     if (!s.state) {
         return -1;
     }
@@ -377,7 +511,8 @@ PyDoc_STRVAR(
     "      block_cost, tensors, pruner=None, nodes=None, registers=None, backend=None,\n"
     "      precision='float32', down_dims=None, kernel_size=0, n_groups=0,\n"
     "      use_film_scale_modulation=False, obs_shift=None, action_shift=None,\n"
-    "      hidden_dim=0, rotation=None)\n--\n\n"
+    "      hidden_dim=0, use_rope=False, rotation=None,\n"
+    "      use_positional_encoding=False)\n--\n\n"
     "An immutable model, shared by policies: weights packed for one backend, rewritten tables,\n"
     "sampler. The arguments are those of struct tsad_model_spec in csrc/tsad.h; arrays are read\n"
     "by the constructor alone. Only family 'nodes' may leave out sizes of layers and time_emb.");

@@ -168,6 +168,16 @@ static PyObject *backends(PyObject *module, PyObject *unused)
     return list;
 }
 
+PyDoc_STRVAR(describe_doc,
+             "describe($module, /, *, family='diffusion_policy_transformer', horizon,\n"
+             "         n_obs_steps, n_action_steps, obs_dim, action_dim, n_layers=0, n_heads=0,\n"
+             "         n_emb=0, n_cond_layers=0, causal=True, down_dims=None, kernel_size=0,\n"
+             "         n_groups=0, use_film_scale_modulation=False, hidden_dim=0,\n"
+             "         use_rope=False, use_positional_encoding=False, pruner=None)\n--\n\n"
+             "What Model makes of these settings, said by the family's builder without a tensor:\n"
+             "{'tensors': {name: shape}, 'pruner': {name: shape} of its tensors,\n"
+             "'blocks': [(name, type, multiply-accumulates of a cell)] in order of execution}.");
+
 PyDoc_STRVAR(load_doc,
              "_load_backend($module, path, /)\n--\n\n"
              "Loads the library of one more backend, for Model(backend=...): (the name of its\n"
@@ -246,6 +256,8 @@ static PyMethodDef methods[] = {
     {"_plan_fault", (PyCFunction)(void (*)(void))plan_fault, METH_VARARGS | METH_KEYWORDS,
      plan_fault_doc},
     {"backends", backends, METH_NOARGS, backends_doc},
+    {"describe", (PyCFunction)(void (*)(void))edge_describe, METH_VARARGS | METH_KEYWORDS,
+     describe_doc},
     {"_load_backend", edge_load_backend, METH_O, load_doc},
     {"_borrow", borrow, METH_O, borrow_doc},
     {"_copy", copy, METH_VARARGS, copy_doc},

@@ -52,7 +52,7 @@ from tsad.convert.lerobot_processors import (
     read_postprocessor,
     read_processors,
 )
-from tsad.families import dit, unet1d
+from tsad.families import dit, network_shapes, unet1d
 from tsad.scope import scope
 from tsad.section import MAX_DIM, Section, Shapes
 
@@ -145,7 +145,7 @@ def read_lerobot(path: str | os.PathLike[str]) -> Description:
     model = folder / MODEL_FILE
     tensors = _plain_names(map_safetensors(model), str(model), notes)
     vision, separate = _read_vision(section, features)
-    unet = {f"{_UNET}{name}": shape for name, shape in unet1d.shapes(network).items()}
+    unet = {f"{_UNET}{name}": shape for name, shape in network_shapes(network).items()}
     encoders: Shapes = {}
     if vision is not None:
         encoders = lerobot_vision.wanted(vision, separate)
@@ -205,7 +205,7 @@ def _read_dit(folder: Path, config: Mapping[str, Any], section: Section) -> Desc
     features = _dit_features(section, network, tensors, str(model))
     network["obs_dim"] = sum(f.dim for f in features)
     _clamp_actions(network, notes)
-    wanted = {f"{_DIT}{name}": shape for name, shape in dit.shapes(network).items()}
+    wanted = {f"{_DIT}{name}": shape for name, shape in network_shapes(network).items()}
     found = _network_tensors(tensors, wanted, str(model), _CLIP_PARTS)
     found = {name.removeprefix(_DIT): value for name, value in found.items()}
     parts = sorted({name.split(".")[1] for name in tensors if name.startswith(_CLIP_PARTS)})

@@ -19,7 +19,7 @@ from typing import Any
 from tsad.checkpoint import CheckpointError
 from tsad.convert.settings import Settings
 from tsad.convert.torch_file import TensorRef
-from tsad.families import unet1d
+from tsad.families import network_shapes, unet1d
 from tsad.families.unet1d import Unet1dConfig
 from tsad.scope import scope
 
@@ -34,7 +34,7 @@ _CONDITION = "mid_modules.0.cond_encoder.1.weight"
 
 def names(network: Unet1dConfig) -> dict[str, str]:
     """The name in the file of every tensor, to the name here."""
-    return {_their_name(name): name for name in unet1d.shapes(network)}
+    return {_their_name(name): name for name in network_shapes(network)}
 
 
 def _their_name(name: str) -> str:

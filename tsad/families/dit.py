@@ -25,20 +25,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tsad.families.dpt import linear_shapes
 from tsad.section import (
     MAX_HEADS,
     MAX_LAYERS,
     MAX_WIDTH,
     Section,
-    Shapes,
     interface,
 )
 
 TYPE = "dit"
-BLOCK_TYPES = ("attn", "mlp")
-MLP_EXPANSION, STEP_EXPANSION, TERMS = 4, 2, 6
-"""Of adaLN each block has six terms of width D: shift, scale and gate of attention, then of MLP."""
 
 
 @dataclass(frozen=True)
@@ -101,70 +96,16 @@ class DitConfig:
         """Width of an attention head."""
         return self.hidden_dim // self.num_heads
 
-    @property
-    def n_blocks(self) -> int:
-        """B: prunable blocks, attention and MLP of each transformer block."""
-        return len(BLOCK_TYPES) * self.num_layers
-
-    @property
-    def condition_dim(self) -> int:
-        """Width of what conditions every block: the time's embedding, then all observations."""
-        return self.timestep_embed_dim + self.n_obs_steps * self.obs_dim
-
-
-def _as_network(network: DitConfig | Mapping[str, Any]) -> DitConfig:
-    return network if isinstance(network, DitConfig) else DitConfig.from_dict(network)
-
-
-def block_names(network: DitConfig | Mapping[str, Any]) -> list[str]:
-    """Names of the prunable blocks in execution order, e.g. ``"transformer_blocks.0.mlp"``."""
-    layers = range(_as_network(network).num_layers)
-    return [f"transformer_blocks.{layer}.{kind}" for layer in layers for kind in BLOCK_TYPES]
-
-
-def block_types(network: DitConfig | Mapping[str, Any]) -> list[str]:
-    """Type of each block in execution order: one of ``BLOCK_TYPES``."""
-    return list(BLOCK_TYPES) * _as_network(network).num_layers
-
-
-def block_costs(network: DitConfig | Mapping[str, Any]) -> tuple[int, ...]:
-    """Multiply-accumulates of one cell of each block as executed.
-
-    Attention: four D x D projections of T tokens, scores and mix. MLP: two D x 4 D matrices.
-    adaLN is a table and one product per chunk.
-    """
-    net = _as_network(network)
-    T, D = net.horizon, net.hidden_dim
-    return (4 * T * D * D + 2 * T * T * D, 2 * MLP_EXPANSION * T * D * D) * net.num_layers
-
-
-def attention_names(use_rope: bool) -> tuple[str, tuple[str, str]]:
-    """A block's attention module, and in it weight and bias of queries, keys and values."""
-    if use_rope:
-        return "attn", ("qkv_proj.weight", "qkv_proj.bias")
-    return "multihead_attn", ("in_proj_weight", "in_proj_bias")
-
-
-def shapes(network: DitConfig | Mapping[str, Any]) -> Shapes:
-    """Name -> shape of every tensor; weights are (out, in)."""
-    net = _as_network(network)
-    D, E = net.hidden_dim, net.timestep_embed_dim
-    found: Shapes = {}
-    if net.use_positional_encoding:
-        found["pos_embedding"] = (1, net.horizon, D)
-    found |= linear_shapes("time_mlp.1", STEP_EXPANSION * E, E)
-    found |= linear_shapes("time_mlp.3", E, STEP_EXPANSION * E)
-    found |= linear_shapes("input_proj", D, net.action_dim)
-    module, (weight, bias) = attention_names(net.use_rope)
-    for layer in range(net.num_layers):
-        name = f"transformer_blocks.{layer}"
-        found[f"{name}.{module}.{weight}"] = (3 * D, D)
-        found[f"{name}.{module}.{bias}"] = (3 * D,)
-        found |= linear_shapes(f"{name}.{module}.out_proj", D, D)
-        found |= linear_shapes(f"{name}.mlp.0", MLP_EXPANSION * D, D)
-        found |= linear_shapes(f"{name}.mlp.2", D, MLP_EXPANSION * D)
-        found |= linear_shapes(f"{name}.adaLN_modulation.1", TERMS * D, net.condition_dim)
-    return found | linear_shapes("output_proj", net.action_dim, D)
+    def arguments(self) -> dict[str, Any]:
+        """What ``_core`` takes of this family alone, but for the ``rotation`` of ``use_rope``."""
+        return {
+            "n_emb": self.timestep_embed_dim,
+            "n_layers": self.num_layers,
+            "n_heads": self.num_heads,
+            "hidden_dim": self.hidden_dim,
+            "use_rope": self.use_rope,
+            "use_positional_encoding": self.use_positional_encoding,
+        }
 
 
 def describe(network: DitConfig) -> str:

@@ -25,14 +25,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tsad.section import MAX_WIDTH, Section, Shapes, interface
+import numpy as np
+
+from tsad.section import MAX_WIDTH, Section, interface
 
 TYPE = "unet1d"
 FINAL_GROUPS = 8
-STEP_EXPANSION = 4
 MAX_LEVELS = 12
-MAX_KERNEL = 99
-DOWN_KERNEL, UP_KERNEL = 3, 4
+MAX_KERNEL = 31
 
 
 @dataclass(frozen=True)
@@ -101,112 +101,15 @@ class Unet1dConfig:
         data = asdict(self)
         return {"type": data.pop("type"), **data, "down_dims": list(self.down_dims)}
 
-    @property
-    def n_blocks(self) -> int:
-        """B: prunable residual blocks, two at each level of either way and two between."""
-        return 4 * len(self.down_dims)
-
-    @property
-    def condition_dim(self) -> int:
-        """Width of what conditions every block: the time's embedding, then all observations."""
-        return self.diffusion_step_embed_dim + self.n_obs_steps * self.obs_dim
-
-
-@dataclass(frozen=True)
-class Block:
-    """A residual block: its module's name, channels in and out, time steps."""
-
-    name: str
-    channels_in: int
-    channels: int
-    length: int
-
-    @property
-    def type(self) -> str:
-        """Blocks of one type can stand in for each other: their values have one shape."""
-        return f"conv_residual[{self.channels}x{self.length}]"
-
-
-def _as_network(network: Unet1dConfig | Mapping[str, Any]) -> Unet1dConfig:
-    return network if isinstance(network, Unet1dConfig) else Unet1dConfig.from_dict(network)
-
-
-def blocks(network: Unet1dConfig | Mapping[str, Any]) -> list[Block]:
-    """The prunable blocks in order of execution."""
-    net = _as_network(network)
-    dims, length, channels = net.down_dims, net.horizon, net.action_dim
-    found: list[Block] = []
-
-    def pair(name: str, channels_in: int, channels: int) -> None:
-        found.append(Block(f"{name}.0", channels_in, channels, length))
-        found.append(Block(f"{name}.1", channels, channels, length))
-
-    for i, dim in enumerate(dims):
-        pair(f"down_modules.{i}", channels, dim)
-        channels = dim
-        if i < len(dims) - 1:
-            length //= 2
-    pair("mid_modules", channels, channels)
-    for i, dim in enumerate(reversed(dims[:-1])):  # the skip connection doubles the channels in
-        pair(f"up_modules.{i}", 2 * dims[-1 - i], dim)
-        length *= 2
-    return found
-
-
-def block_names(network: Unet1dConfig | Mapping[str, Any]) -> list[str]:
-    """Names of the prunable blocks in execution order, e.g. ``"down_modules.0.1"``."""
-    return [block.name for block in blocks(network)]
-
-
-def block_types(network: Unet1dConfig | Mapping[str, Any]) -> list[str]:
-    """Type of each block in execution order, e.g. ``"conv_residual[512x16]"``."""
-    return [block.type for block in blocks(network)]
-
-
-def block_costs(network: Unet1dConfig | Mapping[str, Any]) -> tuple[int, ...]:
-    """Multiply-accumulates of one cell of each block as executed.
-
-    Its two convolutions, without the taps that only meet padding. Its 1x1 residual is computed
-    whatever the block's source, and FiLM is a table and one product per chunk.
-    """
-    net = _as_network(network)
-    half = net.kernel_size // 2
-    costs = []
-    for block in blocks(net):
-        T = block.length
-        taps = sum(max(0, T - abs(j)) for j in range(-half, half + 1))
-        costs.append(taps * block.channels * (block.channels_in + block.channels))
-    return tuple(costs)
-
-
-def shapes(network: Unet1dConfig | Mapping[str, Any]) -> Shapes:
-    """Name -> shape of every tensor; convolutions are (out, in, taps), transposed (in, out, 4)."""
-    net = _as_network(network)
-    dim, dims = net.diffusion_step_embed_dim, net.down_dims
-    found = _layer("diffusion_step_encoder.1", STEP_EXPANSION * dim, dim)
-    found |= _layer("diffusion_step_encoder.3", dim, STEP_EXPANSION * dim)
-    for block in blocks(net):
-        n = block.channels
-        found |= _convolution(f"{block.name}.conv1", n, block.channels_in, net.kernel_size)
-        film = 2 * n if net.use_film_scale_modulation else n
-        found |= _layer(f"{block.name}.cond_encoder.1", film, net.condition_dim)
-        found |= _convolution(f"{block.name}.conv2", n, n, net.kernel_size)
-        if block.channels_in != n:
-            found |= _layer(f"{block.name}.residual_conv", n, block.channels_in, 1)
-    for i, (down, up) in enumerate(zip(dims[:-1], reversed(dims[:-1]), strict=True)):
-        found |= _layer(f"down_modules.{i}.2", down, down, DOWN_KERNEL)
-        found |= _layer(f"up_modules.{i}.2", up, up, UP_KERNEL)
-    found |= _convolution("final_conv.0", dims[0], dims[0], net.kernel_size)
-    return found | _layer("final_conv.1", net.action_dim, dims[0], 1)
-
-
-def _layer(name: str, out_dim: int, *others: int) -> Shapes:
-    return {f"{name}.weight": (out_dim, *others), f"{name}.bias": (out_dim,)}
-
-
-def _convolution(name: str, out_dim: int, in_dim: int, kernel: int) -> Shapes:
-    """Convolution and norm of a ``Conv1dBlock``."""
-    return _layer(f"{name}.block.0", out_dim, in_dim, kernel) | _layer(f"{name}.block.1", out_dim)
+    def arguments(self) -> dict[str, Any]:
+        """What ``_core`` takes of this family alone."""
+        return {
+            "n_emb": self.diffusion_step_embed_dim,
+            "down_dims": np.array(self.down_dims, np.int32),
+            "kernel_size": self.kernel_size,
+            "n_groups": self.n_groups,
+            "use_film_scale_modulation": self.use_film_scale_modulation,
+        }
 
 
 def describe(network: Unet1dConfig) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tsad.families.dit import TERMS, DitConfig, attention_names, block_names, block_types
+from tsad.families.dit import DitConfig
 from tsad.reference.layers import (
     Array,
     Network,
@@ -32,15 +32,34 @@ from tsad.reference.layers import (
     standardise,
 )
 
-__all__ = ["COEFFICIENTS", "block_names", "block_types", "check", "encode", "predict"]
-
 COEFFICIENTS: type[np.floating[Any]] = np.float32
 EPS = 1e-6
+TERMS = 6
+"""Of adaLN each block has six terms of width D: shift, scale and gate of attention, then of MLP."""
+BLOCK_TYPES = ("attn", "mlp")
 
 
 def check(network: Mapping[str, Any]) -> Network:
     """The settings; ``ValueError`` names what is wrong."""
     return DitConfig.from_dict(network).to_dict()
+
+
+def block_names(network: Network) -> list[str]:
+    """The prunable blocks in execution order, e.g. ``"transformer_blocks.0.mlp"``."""
+    layers = range(network["num_layers"])
+    return [f"transformer_blocks.{layer}.{kind}" for layer in layers for kind in BLOCK_TYPES]
+
+
+def block_types(network: Network) -> list[str]:
+    """The type of each block."""
+    return list(BLOCK_TYPES) * int(network["num_layers"])
+
+
+def attention_names(use_rope: bool) -> tuple[str, tuple[str, str]]:
+    """A block's attention module, and in it weight and bias of queries, keys and values."""
+    if use_rope:
+        return "attn", ("qkv_proj.weight", "qkv_proj.bias")
+    return "multihead_attn", ("in_proj_weight", "in_proj_bias")
 
 
 def encode(w: Tensors, network: Network, timesteps: ArrayLike, obs: Array) -> Array:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from tsad.config import BLOCK_TYPES, NetworkConfig, block_names, block_types
+from tsad.families.dpt import NetworkConfig
 from tsad.reference.layers import (
     Array,
     Network,
@@ -28,14 +28,23 @@ from tsad.reference.layers import (
     sinusoid,
 )
 
-__all__ = ["COEFFICIENTS", "block_names", "block_types", "check", "encode", "predict"]
-
 COEFFICIENTS: type[np.floating[Any]] = np.float64
+BLOCK_TYPES = ("self_attn", "cross_attn", "feed_forward")
 
 
 def check(network: Mapping[str, Any]) -> Network:
     """The settings, every key present; ``ValueError`` names what is wrong."""
     return NetworkConfig.from_dict(network).to_dict()
+
+
+def block_names(network: Network) -> list[str]:
+    """The prunable blocks in execution order, e.g. ``"layers.0.cross_attn"``."""
+    return [f"layers.{layer}.{kind}" for layer in range(network["n_layer"]) for kind in BLOCK_TYPES]
+
+
+def block_types(network: Network) -> list[str]:
+    """The type of each block."""
+    return list(BLOCK_TYPES) * int(network["n_layer"])
 
 
 def causal_masks(network: Network, dtype: DTypeLike) -> tuple[Array, Array]:

@@ -15,14 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tsad.families.unet1d import (
-    DOWN_KERNEL,
-    FINAL_GROUPS,
-    UP_KERNEL,
-    Unet1dConfig,
-    block_names,
-    block_types,
-)
+from tsad.families.unet1d import FINAL_GROUPS, Unet1dConfig
 from tsad.reference.layers import (
     Array,
     Network,
@@ -36,14 +29,29 @@ from tsad.reference.layers import (
     sinusoid,
 )
 
-__all__ = ["COEFFICIENTS", "block_names", "block_types", "check", "encode", "predict"]
-
 COEFFICIENTS: type[np.floating[Any]] = np.float32
+DOWN_KERNEL, UP_KERNEL = 3, 4
 
 
 def check(network: Mapping[str, Any]) -> Network:
     """The settings; ``ValueError`` names what is wrong."""
     return Unet1dConfig.from_dict(network).to_dict()
+
+
+def block_names(network: Network) -> list[str]:
+    """The residual blocks in execution order, e.g. ``"down_modules.0.1"``."""
+    levels = len(network["down_dims"])
+    modules = [*(f"down_modules.{i}" for i in range(levels)), "mid_modules"]
+    modules += [f"up_modules.{i}" for i in range(levels - 1)]
+    return [f"{module}.{i}" for module in modules for i in (0, 1)]
+
+
+def block_types(network: Network) -> list[str]:
+    """The type of each block says its value's shape, e.g. ``"conv_residual[512x16]"``."""
+    levels = list(enumerate(network["down_dims"]))
+    shapes = [(dim, network["horizon"] >> i) for i, dim in (*levels, levels[-1])]
+    shapes += [(dim, network["horizon"] >> i + 1) for i, dim in reversed(levels[:-1])]
+    return [f"conv_residual[{dim}x{length}]" for dim, length in shapes for _ in range(2)]
 
 
 def encode(w: Tensors, network: Network, timesteps: ArrayLike, obs: Array) -> Array:
