@@ -87,6 +87,21 @@ def test_the_network_equals_pytorch(name: str, backend: str, precision: str) -> 
         assert error < TOLERANCES[precision]
 
 
+def test_registers_that_are_not_alive_together_share_memory() -> None:
+    """One more thread takes what is alive at once, and little beside it."""
+    shape, halo = Shape(down_dims=(64, 128, 256)), 4
+    weights = shape.weights(1)
+    one, two = (make(shape, weights, threads=threads)._bytes for threads in (1, 2))
+    # a block's output and what is between its convolutions; in the middle a skip waits as well
+    alive = {(c, T): 3 if c == 256 else 2 for _, _, c, T in shape.blocks()}
+    floats = sum(n * (T + halo) * c for (c, T), n in alive.items())
+    floats += (4 + halo) * 512 + (8 + halo) * 256  # with the skips beside them
+    floats += 4 * max(T * c for c, T in alive)  # sums that are kept
+    floats += max(T * (c + 5 * c_in // 2) for _, c_in, c, T in shape.blocks())  # rounded taps
+    floats += 2 * sum(c for _, _, c, _ in shape.blocks())  # terms
+    assert two - one < 1.15 * 4 * floats
+
+
 @pytest.mark.parametrize("precision", ["int16", "int8"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rounded_weights_are_the_same_on_every_path(backend: str, precision: str) -> None:

@@ -302,24 +302,39 @@ void tsad_cpu_unpack(tsad_model *m) { tsad_arena_free(&m->packed); }
 
 /* an upper bound of what one node needs: its inputs normalised or gathered, its middle results,
  * the parts of its sum, and the stretch that delivery keeps for itself */
+/* floats of one lane that a node needs for a time */
+static size_t node_scratch(const tsad_model *m, const tsad_net *net, const tsad_node *node)
+{
+    const tsad_register *in = &net->registers[node->in], *out = &net->registers[node->out];
+    int rows = in->tokens > out->tokens ? in->tokens : out->tokens;
+    int columns = tsad_pad(in->channels) + tsad_pad(in->channels * node->kernel);
+    if (net->wide) { /* a product before its GroupNorm, and then what comes in, rounded, or terms */
+        size_t room = 2 * (size_t)tsad_pad(out->channels);
+        for (int j = 0; j < 4; j++) {
+            size_t rounded = tsad_rounded_floats(rows, node->m[j].n_in);
+            room = rounded > room ? rounded : room;
+        }
+        return (size_t)rows * (size_t)tsad_pad(out->channels) + room;
+    }
+    if (!tsad_node_is_prunable(node->kind) && node->kind != TSAD_FOLD) {
+        return (size_t)rows * (size_t)columns; /* normalised, or as taps */
+    }
+    for (int j = 0; j < 4; j++) {
+        columns += 2 * tsad_pad(node->m[j].n_in) + 2 * tsad_pad(node->m[j].n_out);
+    }
+    columns += (TSAD_PARTS + 1) * tsad_pad(out->channels);
+    columns += tsad_pad(node->n_heads) * tsad_pad(m->n_memory); /* cross-attention */
+    columns += tsad_pad(in->channels) + 2 * TSAD_LANE;          /* the rows' units in 16 bits */
+    return (size_t)rows * (size_t)columns;
+}
+
 size_t tsad_cpu_scratch(const tsad_model *m)
 {
     size_t most = 0;
     for (int i = 0; i < TSAD_N_PARTS; i++) {
         const tsad_net *net = &m->nets[i];
         for (int n = 0; n < net->n_nodes; n++) {
-            const tsad_node *node = &net->nodes[n];
-            const tsad_register *in = &net->registers[node->in];
-            const tsad_register *out = &net->registers[node->out];
-            int rows = in->tokens > out->tokens ? in->tokens : out->tokens;
-            int columns = tsad_pad(in->channels) + tsad_pad(in->channels * node->kernel);
-            for (int j = 0; j < 4; j++) {
-                columns += 2 * tsad_pad(node->m[j].n_in) + 2 * tsad_pad(node->m[j].n_out);
-            }
-            columns += (TSAD_PARTS + 1) * tsad_pad(out->channels);
-            columns += tsad_pad(node->n_heads) * tsad_pad(m->n_memory); /* cross-attention */
-            columns += tsad_pad(in->channels) + 2 * TSAD_LANE; /* the rows' units in 16 bits */
-            size_t floats = (size_t)rows * (size_t)columns;
+            size_t floats = node_scratch(m, net, &net->nodes[n]);
             most = floats > most ? floats : most;
         }
     }

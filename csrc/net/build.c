@@ -77,6 +77,78 @@ static tsad_status check_node(const tsad_net *net, int i)
     return TSAD_OK;
 }
 
+/* The nodes, of a row, between which a register holds something; first > last: never. */
+typedef struct lifetime {
+    int first, last;
+} lifetime;
+
+static void live(lifetime *of, int reg, int node)
+{
+    if (reg >= 0) {
+        of[reg].first = node < of[reg].first ? node : of[reg].first;
+        of[reg].last = node > of[reg].last ? node : of[reg].last;
+    }
+}
+
+/* the number, among the first n that stay, of one that `reg` can be; n: none */
+static int room_for(const tsad_net *net, const lifetime *of, const int *stays, int n, int reg)
+{
+    const tsad_register *own = &net->registers[reg];
+    for (int s = 0; s < n; s++) {
+        const tsad_register *other = &net->registers[s]; /* moved there: those that stay */
+        bool fits = own->tokens == other->tokens && own->channels == other->channels &&
+                    own->halo == other->halo;
+        for (int r = 0; r < reg && fits; r++) {
+            fits = stays[r] != s || of[r].last < of[reg].first || of[reg].last < of[r].first;
+        }
+        if (fits) {
+            return s;
+        }
+    }
+    return n;
+}
+
+/* Registers of one shape whose lifetimes do not overlap become one. Of one shape alone: so what
+ * stays zero beside and around a register's numbers, and is read as such, stays zero. Of wide nets,
+ * whose nodes write all of what they put out; sample and output last from row to row. */
+static tsad_status share_registers(tsad_net *net)
+{
+    int n = 0, total = net->n_registers;
+    lifetime *of = tsad_allocate(sizeof *of * (size_t)total);
+    int *stays = tsad_allocate(sizeof *stays * (size_t)total); /* what became of each */
+    if (!of || !stays) {
+        tsad_deallocate(of);
+        tsad_deallocate(stays);
+        return tsad_fail(TSAD_MEMORY, "out of memory for %d registers", total);
+    }
+    for (int r = 0; r < total; r++) {
+        bool lasts = r == net->input || r == net->output;
+        of[r] = lasts ? (lifetime){-1, net->n_nodes} : (lifetime){net->n_nodes, -1};
+    }
+    for (int i = 0; i < net->n_nodes; i++) {
+        live(of, net->nodes[i].in, i);
+        live(of, net->nodes[i].in2, i);
+        live(of, net->nodes[i].out, i);
+    }
+    for (int r = 0; r < total; r++) {
+        stays[r] = room_for(net, of, stays, n, r);
+        net->registers[stays[r]] = net->registers[r];
+        n += stays[r] == n;
+    }
+    for (int i = 0; i < net->n_nodes; i++) {
+        tsad_node *node = &net->nodes[i];
+        node->in = stays[node->in];
+        node->in2 = node->in2 < 0 ? -1 : stays[node->in2];
+        node->out = stays[node->out];
+    }
+    net->input = stays[net->input];
+    net->output = stays[net->output];
+    net->n_registers = n;
+    tsad_deallocate(of);
+    tsad_deallocate(stays);
+    return TSAD_OK;
+}
+
 tsad_status tsad_net_finish(tsad_net *net)
 {
     for (int i = 0; i < net->n_nodes; i++) {
@@ -120,7 +192,7 @@ tsad_status tsad_net_finish(tsad_net *net)
         net->row_floats += tsad_register_floats(out);
         b++;
     }
-    return TSAD_OK;
+    return net->wide ? share_registers(net) : TSAD_OK;
 }
 
 void tsad_net_free(tsad_net *net)
