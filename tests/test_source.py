@@ -110,6 +110,17 @@ def test_a_planted_upward_include_is_found(tmp_path: Path, file: str, header: st
     assert upward_includes(tmp_path) == [f"{file} includes {to}"]
 
 
+def test_the_page_on_architecture_names_what_is_there() -> None:
+    page = ROOT / "docs" / "architecture.md"
+    if not page.exists():
+        pytest.skip("needs docs/")
+    paths = r"`((?:csrc|cuda|tsad|tests|bench|notebooks)/[\w./]*)`"
+    named = {ROOT / name for name in re.findall(paths, page.read_text())}
+    assert len(named) > 50 and [path for path in named if not path.exists()] == []
+    folders = {path.parent for path in [*CORE, *PYTHON]} - {ROOT / "csrc", ROOT / "tsad"}
+    assert folders - {path if path.is_dir() else path.parent for path in named} == set()
+
+
 def test_the_core_allocates_in_one_file_and_never_leaves_the_process() -> None:
     allowed = ("arena.c",)
     hits = where(r"\b(malloc|calloc|realloc|free|aligned_alloc)\(", allowed=allowed)
