@@ -289,17 +289,10 @@ void tsad_cuda_fixed(const tsad_cuda_context *c, const tsad_node *node)
     case TSAD_FLATTEN:
         copy(c, node->in, in->tokens, 1, reg(c, node->out), in->channels, node->activation);
         break;
-    case TSAD_TERMS:
-        copy(c, node->in, 1, 1, c->lane->array[TSAD_ARRAY_TERMS], c->m->n_terms, TSAD_LINEAR_ONLY);
-        break;
-    case TSAD_KEEP_MEMORY:
-        copy(c, node->in, in->tokens, 1, tsad_cuda_memory(c, in->tokens), tsad_pad(c->m->width),
-             TSAD_LINEAR_ONLY);
-        break;
-    case TSAD_PRUNE_STORE: {
-        float *scores = c->lane->array[TSAD_ARRAY_SCORES];
-        copy(c, node->in, in->tokens, 1, scores + (size_t)c->row * (size_t)c->m->n_blocks * 4,
-             in->channels, TSAD_LINEAR_ONLY);
+    case TSAD_STORE: {
+        int ld = node->padded ? tsad_pad(in->channels) : in->channels;
+        float *row = c->lane->array[node->array] + (size_t)c->row * (size_t)(in->tokens * ld);
+        copy(c, node->in, in->tokens, 1, row, ld, TSAD_LINEAR_ONLY);
         break;
     }
     case TSAD_FOLD:

@@ -90,10 +90,15 @@ static void flatten(const context *c, const tsad_node *node)
     }
 }
 
-static void store_terms(const context *c, const tsad_node *node)
+static void store(const context *c, const tsad_node *node)
 {
-    memcpy(c->lane->array[TSAD_ARRAY_TERMS], reg(c, node->in),
-           sizeof(float) * (size_t)c->m->n_terms);
+    const tsad_register *in = &c->net->registers[node->in];
+    size_t n = (size_t)in->channels, ld = (size_t)tsad_pad(in->channels);
+    size_t ldy = node->padded ? ld : n, row = (size_t)c->row * (size_t)in->tokens * ldy;
+    for (size_t t = 0; t < (size_t)in->tokens; t++) {
+        memcpy(c->lane->array[node->array] + row + t * ldy, reg(c, node->in) + t * ld,
+               sizeof(float) * n);
+    }
 }
 
 /* the memory of this step */
@@ -101,13 +106,6 @@ static float *memory(const context *c, size_t tokens)
 {
     size_t floats = tokens * (size_t)tsad_pad(c->m->width);
     return c->lane->array[TSAD_ARRAY_MEMORY] + (c->m->encode_rows ? (size_t)c->row * floats : 0);
-}
-
-static void keep_memory(const context *c, const tsad_node *node)
-{
-    const tsad_register *in = &c->net->registers[node->in];
-    memcpy(memory(c, (size_t)in->tokens), reg(c, node->in),
-           sizeof(float) * tsad_register_floats(in));
 }
 
 /* where a lane keeps the folded tokens of this step and layer */
@@ -280,16 +278,6 @@ static void prune_spread(const context *c, const tsad_node *node)
     }
 }
 
-static void prune_store(const context *c, const tsad_node *node)
-{
-    const tsad_register *in = &c->net->registers[node->in];
-    size_t n = (size_t)in->channels, ld = (size_t)tsad_pad(in->channels);
-    float *out = c->lane->array[TSAD_ARRAY_SCORES] + (size_t)c->row * (size_t)c->m->n_blocks * 4;
-    for (size_t t = 0; t < (size_t)in->tokens; t++) {
-        memcpy(out + t * n, reg(c, node->in) + t * ld, sizeof(float) * n);
-    }
-}
-
 void tsad_cpu_fixed(const context *c, const tsad_node *node)
 {
     switch (node->kind) {
@@ -300,11 +288,8 @@ void tsad_cpu_fixed(const context *c, const tsad_node *node)
     case TSAD_FLATTEN:
         flatten(c, node);
         break;
-    case TSAD_TERMS:
-        store_terms(c, node);
-        break;
-    case TSAD_KEEP_MEMORY:
-        keep_memory(c, node);
+    case TSAD_STORE:
+        store(c, node);
         break;
     case TSAD_FOLD:
         tsad_cpu_fold(c, 1, node);
@@ -320,9 +305,6 @@ void tsad_cpu_fixed(const context *c, const tsad_node *node)
         break;
     case TSAD_PRUNE_SPREAD:
         prune_spread(c, node);
-        break;
-    case TSAD_PRUNE_STORE:
-        prune_store(c, node);
         break;
     default:
         move_node(c, node);

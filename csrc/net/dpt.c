@@ -211,7 +211,9 @@ static tsad_status build_encoder(const tsad_model_spec *spec, tsad_model *model)
             TSAD_TRY(add_feed_forward(net, &layer, net->output, "norm2", 1));
         }
     }
-    tsad_net_add(net, TSAD_KEEP_MEMORY, net->output, net->output);
+    tsad_node *store = tsad_net_add(net, TSAD_STORE, net->output, net->output);
+    store->array = TSAD_ARRAY_MEMORY;
+    store->padded = true;
     for (int l = 0; l < spec->n_layers; l++) {
         source layer = {spec, ""};
         snprintf(layer.prefix, sizeof layer.prefix, "decoder.layers.%d.", l);

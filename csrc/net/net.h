@@ -20,20 +20,18 @@ typedef enum tsad_node_kind {
     TSAD_CONCAT,   /* channels of in, then of in2 */
     TSAD_COPY,
     TSAD_TOKENS,       /* out = [row's table token, in]: memory tokens of one step */
-    TSAD_KEEP_MEMORY,  /* in -> the lane's memory of this row, for the pruner */
+    TSAD_STORE,        /* in -> an array of the lane, at this row */
     TSAD_FOLD,         /* memory tokens -> folded keys and values of one layer (tsad_fold) */
     TSAD_PRUNE_KEYS,   /* the lane's memory -> the pruner's scores and values */
     TSAD_PRUNE_QUERY,  /* softmax over memory of one step, added to the constant block tokens */
     TSAD_PRUNE_TOKENS, /* the lane's memory of this row, its tokens in a row -> out */
     TSAD_PRUNE_SPREAD, /* out (K, n) = ReLU of in (1, n) added to every row of the table */
-    TSAD_PRUNE_STORE,  /* in -> the lane's scores, from this row on */
     /* of wide nets (explicit lists give kinds as numbers: new ones come last); a branch first */
     TSAD_FILM_BRANCH,     /* two of CONV_NORM, the first one's output, in register in2, scaled and
                              moved by a term */
     TSAD_CONV_NORM,       /* m0 (k * c_in, c_out), GroupNorm, activation, same length */
     TSAD_CONV_TRANSPOSED, /* kernel 4, stride 2, padding 1: m0 even tokens, m1 odd ones */
-    TSAD_FLATTEN,         /* out (1, tokens * channels) = activation(in), token by token */
-    TSAD_TERMS            /* in (1, n) -> the lane's terms */
+    TSAD_FLATTEN          /* out (1, tokens * channels) = activation(in), token by token */
 } tsad_node_kind;
 
 typedef enum tsad_activation {
@@ -92,6 +90,8 @@ typedef struct tsad_node {
     bool causal;
     bool is_residual; /* a later branch's residual map: runs with that branch */
     int n_heads, kernel, stride;
+    int array;     /* STORE: which (tsad_array), its tokens side by side or, */
+    bool padded;   /* like a register's, on padded rows */
     int groups[2]; /* of the GroupNorm after m0, m1 */
     int term;      /* where its terms are: move, or scale and move; modulated: move, scale, gate */
     bool scales;

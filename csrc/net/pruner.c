@@ -206,7 +206,7 @@ static tsad_status build_nodes(const tsad_model_spec *spec, tsad_net *net)
     TSAD_TRY(take(spec, "head.weight", 4, n, &w));
     TSAD_TRY(take(spec, "head.bias", 4, 0, &b));
     TSAD_TRY(tsad_matrix_linear(&node->m[0], n, 4, w, b, NULL, NULL));
-    tsad_net_add(net, TSAD_PRUNE_STORE, scores, scores);
+    tsad_net_add(net, TSAD_STORE, scores, scores)->array = TSAD_ARRAY_SCORES;
     return tsad_net_finish(net);
 }
 

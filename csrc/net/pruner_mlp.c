@@ -79,7 +79,7 @@ tsad_status tsad_net_pruner_mlp(const tsad_model_spec *spec, tsad_model *model,
     }
     node = tsad_net_add(net, TSAD_LINEAR, middle, scores);
     TSAD_TRY(tsad_matrix_linear(&node->m[0], hidden, 4 * B, w2, b2, NULL, NULL));
-    tsad_net_add(net, TSAD_PRUNE_STORE, scores, scores);
+    tsad_net_add(net, TSAD_STORE, scores, scores)->array = TSAD_ARRAY_SCORES;
     model->pruner.query_tokens = time_memory ? model->n_memory - 1 : model->n_memory;
     model->pruner.at_once = time_memory != NULL;
     TSAD_TRY(tsad_net_finish(net));

@@ -63,7 +63,7 @@ static tsad_status build_encoder(const tsad_terms *t, const tsad_model_spec *s, 
     net->output = tsad_net_register(net, 1, n);
     tsad_net_add(net, TSAD_FLATTEN, net->input, flat)->activation = act;
     tsad_node *node = tsad_net_add(net, TSAD_LINEAR, flat, net->output);
-    tsad_net_add(net, TSAD_TERMS, net->output, net->output);
+    tsad_net_add(net, TSAD_STORE, net->output, net->output)->array = TSAD_ARRAY_TERMS;
     tsad_matrix *m = &node->m[0];
     if (s->wanted) {
         return TSAD_OK;
