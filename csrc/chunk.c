@@ -209,6 +209,23 @@ static void deliver(const tsad_policy *p, const tsad_call *call)
     }
 }
 
+/* see tsad_policy_set_correction */
+static void correct_chunks(tsad_policy *p, const tsad_call *call)
+{
+    int T = p->model->horizon, A = p->model->action_dim;
+    for (int row = 0; row < call->n_lanes && p->corrected; row++) {
+        float *chunk = p->actions + (size_t)row * (size_t)T * (size_t)A;
+        if (p->lanes[call->lanes[row]].cold) {
+            continue;
+        }
+        for (int i = 0; i < T * A; i++) {
+            int t = i / A, a = i % A;
+            float move = p->warm_start ? chunk[i] - tsad_expected(p, call, row, t)[a] : 0;
+            chunk[i] = within_clip(p, a, chunk[i] + p->gain[i] * move + p->shift[i]);
+        }
+    }
+}
+
 /* what the lanes' next chunks start from, or are compared with */
 static void keep_chunks(tsad_policy *p, const tsad_call *call)
 {
@@ -288,6 +305,7 @@ tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
     if (status != TSAD_OK) {
         return abandon(p, call, status);
     }
+    correct_chunks(p, call);
     deliver(p, call);
     keep_chunks(p, call);
     for (int i = 0; i < queues; i++) {

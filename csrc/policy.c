@@ -71,6 +71,8 @@ static void layout(tsad_policy *p, tsad_arena *arena)
     p->actions =
         TSAD_CARVE(arena, float, (size_t)p->n_lanes *(size_t)m->horizon *(size_t)m->action_dim);
     p->rows = TSAD_CARVE(arena, int, p->n_lanes);
+    p->gain = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
+    p->shift = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
     if (p->warm_start) {
         p->own.sampler = TSAD_CARVE(arena, float, p->own.n *TSAD_SAMPLER_COLUMNS);
     }
@@ -178,6 +180,30 @@ tsad_status tsad_policy_set_lead(tsad_policy *p, float lead, int smoothing)
     }
     p->lead = lead;
     p->smoothing = smoothing != 0;
+    return TSAD_OK;
+}
+
+tsad_status tsad_policy_set_correction(tsad_policy *p, const float *gain, const float *shift)
+{
+    const tsad_model *m = p->model;
+    int A = m->action_dim;
+    size_t n = (size_t)m->horizon * (size_t)A;
+    TSAD_TRY(tsad_check_numbers("gain", gain, n));
+    TSAD_TRY(tsad_check_numbers("shift", shift, n));
+    for (size_t i = 0; i < n && !p->warm_start; i++) {
+        if (gain[i] != 0) {
+            return tsad_fail(
+                TSAD_ARGUMENT,
+                "gain: expected zeros, as no chunk starts from the one before, got %g; "
+                "it takes a warm start",
+                (double)gain[i]);
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        p->gain[i] = gain[i];
+        p->shift[i] = shift[i] / m->action_scale[i % (size_t)A];
+    }
+    p->corrected = true;
     return TSAD_OK;
 }
 

@@ -53,6 +53,8 @@ struct tsad_policy {
     float signal, noise_share; /* of a warm chunk's first sample */
     float lead;                /* tsad_policy_set_lead */
     bool smoothing;
+    float *gain, *shift; /* (T, A) tsad_policy_set_correction; shift in raw units */
+    bool corrected;
     bool rollout_memory; /* the engine's slots hold K rows */
     double sparsity;     /* of the pruner's budget; < 0: argmax */
     tsad_arena arena;

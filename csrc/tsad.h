@@ -273,6 +273,13 @@ void tsad_policy_destroy(tsad_policy *policy); /* NULL is fine */
 #define TSAD_MAX_LEAD 10.0f
 tsad_status tsad_policy_set_lead(tsad_policy *policy, float lead, int smoothing);
 
+/* What is made of a chunk itself, before anything else: of its final sample x, normalised,
+ *   x + gain (x - start) + shift,
+ * each (T, A), within what the sampler clips to. `start` is what a warm chunk starts from, without
+ * noise. With a warm start the cold chunk stays as it is; without one every chunk is shifted, and
+ * gain must be zero. At first nothing. */
+tsad_status tsad_policy_set_correction(tsad_policy *policy, const float *gain, const float *shift);
+
 /* The model's facts as they are here: with a warm start, steps and noise of its chunks. */
 tsad_model_info tsad_policy_get_info(const tsad_policy *policy);
 

@@ -16,6 +16,7 @@ from cases import config, random_pruner, random_tensors
 from tsad import SparsePolicy
 from tsad.checkpoint import write_folder
 from tsad.config import PolicyConfig
+from tsad.fitted import Fitted
 from tsad.load import make_model
 from tsad.samplers import make_sampler
 
@@ -33,11 +34,14 @@ def make_policy(
     lead: float = 0.0,
     smoothing: bool = False,
     clip: bool = False,
+    fitted: Fitted | None = None,
     precision: str = "float32",
     backend: str | None = None,
 ) -> SparsePolicy:
     case = config(name, pruner=pruner, prediction_type="sample", clip_sample=clip)
     table = make_sampler(case["scheduler"], sampler=sampler, num_inference_steps=steps)
+    if fitted is not None and warm_start is None:
+        table = fitted.applied(table)
     parsed = PolicyConfig.from_dict(case)
     weights = random_tensors(case["network"], seed)
     pruner_weights = random_pruner(case["pruner"], case["network"], seed) if pruner else None
@@ -52,6 +56,7 @@ def make_policy(
         warm_start=warm_start,
         lead=lead,
         smoothing=smoothing,
+        fitted=fitted,
     )
 
 

@@ -27,6 +27,7 @@ COMMANDS = [
     "bench",
     "show",
     "info",
+    "fit",
     "certify",
     "convert",
     "generate",
@@ -234,6 +235,7 @@ def test_eval_json(capsys, monkeypatch, fake) -> None:
         "warm_start": None,
         "lead": None,
         "smoothing": None,
+        "fitted": None,
     }
     assert [episode["seed"] for episode in one["episodes"]] == [100000 + i for i in range(4)]
     assert one["settings"]["sparsity"] == 0.5 and one["settings"]["planner"] == "uniform"

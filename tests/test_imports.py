@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # from the ground up; a package stands for what is in it, but for what is named itself
 FLOORS = (
-    "_extras _program arrays busy device files scope section statistics",  # files, numbers, words
-    "families config checkpoint samplers plan plot",  # what a policy and a plan are
+    "_extras _program arrays attributes busy device files scope section statistics",  # files, words
+    "families config checkpoint samplers fitted plan plot",  # what a policy and a plan are
     "planners reference",  # the method
     "setting presets policy image_policy cameras precision trust convert",  # what runs, and how
     "load",

@@ -224,6 +224,7 @@ LINES = {
     "convert": ["convert", "nothing.ckpt", "o"],
     "generate": ["generate", "--out", "o.npz"],
     "train_policy": ["train-policy", "nothing.npz", "--out", "o"],
+    "fit": ["fit", "pusht", "--data", "nothing.npz", "--out", "o"],
     "train_pruner": ["train-pruner", "pusht", "--data", "nothing.npz", "--out", "o"],
 }
 PROGRAM = [sys.executable, "-m", "tsad"]

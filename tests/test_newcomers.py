@@ -18,7 +18,10 @@ import tsad
 from tsad import cli
 from tsad.checkpoint import write_folder
 from tsad.commands.parser import Parser
-from tsad.load import read_policy
+from tsad.fitted import Fitted, coefficients_of, rows_of
+from tsad.load import read_policy, weights_sha256
+from tsad.samplers import make_sampler
+from tsad.setting import steady_sha256
 from tsad.sim.rollout import Episode
 
 FEW = "--sampler ddim --steps 4 --threads 1"
@@ -26,7 +29,8 @@ FEW = "--sampler ddim --steps 4 --threads 1"
 USES = {
     "demo": ["--policy POLICY --out OUT --seeds 1"],
     "eval": [
-        f"pusht --seeds 1 --policy POLICY --plan PLAN --baseline RESULTS --out OUT {FEW}",
+        f"pusht --seeds 1 --policy POLICY --plan PLAN --baseline RESULTS --fitted FITTED --out OUT"
+        f" {FEW}",
         "pusht --policy POLICY --seeds 2 --settings SETTINGS --observations RECORDED --out OUT",
     ],
     "collect": [f"pusht --policy POLICY --episodes 1 --out OUT {FEW}"],
@@ -35,7 +39,7 @@ USES = {
     "plan search": [f"POLICY --data RECORDED --start PLAN --minutes 0 --out OUT {FEW}"],
     "plan import": [f"MASK POLICY --out OUT {FEW}"],
     "tune": ["--policy POLICY --observations RECORDED --settings SETTINGS --draws 2 --out OUT"],
-    "bench": [f"POLICY {FEW}"],
+    "bench": [f"POLICY {FEW}", "POLICY --settings SETTINGS --threads 1"],
     "show": ["PLAN --png OUT"],
     "info": ["POLICY"],
     "certify": [
@@ -46,6 +50,10 @@ USES = {
     "train-policy": [
         "DATA --init POLICY --out OUT --steps 1 --device cpu",
         "DATA --keypoints KEYPOINTS --out OUT --steps 1 --device cpu",
+    ],
+    "fit": [
+        "SMALL --data SMALL_RECORDED --out OUT --updates 1 --chunks 2 --draws 2 --against 4"
+        " --plan PLAN --threads 1"
     ],
     "train-pruner": [
         "SMALL --data SMALL_RECORDED --out OUT --steps 1 --device cpu --chunks 1",
@@ -113,8 +121,24 @@ def material(tmp_path_factory: Any) -> dict[str, str]:
     command = f"plan measure {files['SMALL']} --data {files['SMALL_RECORDED']} --chunks 2"
     assert cli.main([*command.split(), "--out", files["SMALL_EFFECTS"], "--threads", "1"]) == 0
     checkpoints.save(folder / "checkpoint", checkpoints.payload())
-    plan = tsad.planners.uniform(tsad.load("pusht", sampler="ddim", num_inference_steps=4), 2)
+    policy = tsad.load("pusht", sampler="ddim", num_inference_steps=4)
+    plan = tsad.planners.uniform(policy, 2)
     plan.save(folder / "plan.npz")
+    config, shape = policy.config["scheduler"], (policy.horizon, policy.action_dim)
+    policy.plan = plan
+    fitted = Fitted(
+        model_sha256=weights_sha256("pusht"),
+        sampler="ddim",
+        num_inference_steps=4,
+        timestep_spacing=config["timestep_spacing"],
+        warm_start=None,
+        plan_sha256=str(steady_sha256(policy)),
+        n_action_steps=policy.n_action_steps,
+        coefficients=rows_of(coefficients_of(make_sampler(config))),
+        gain=rows_of(np.zeros(shape)),
+        shift=rows_of(np.zeros(shape)),
+    )
+    (folder / "fitted").write_bytes(fitted.to_bytes())
     (folder / "mask").write_text("1010")
     episode = asdict(Episode(100_000, 0.5, False, 8, 1, 1.0, 1.0))
     results = {"format": "tsad-eval", "format_version": 1, "settings": {}, "episodes": [episode]}
@@ -124,7 +148,8 @@ def material(tmp_path_factory: Any) -> dict[str, str]:
     state, action = (rng.uniform(0, 500, (200, n)).astype(np.float32) for n in (5, 2))
     np.savez(folder / "data.npz", state=state, action=action, episode_ends=ends)
     (folder / "keypoints").write_text('{"local_keypoints_block_frame_px": [[0, 0]]}')
-    files |= {name: str(folder / name.lower()) for name in ("MASK", "RESULTS", "SETTINGS")}
+    names = ("MASK", "RESULTS", "SETTINGS", "FITTED")
+    files |= {name: str(folder / name.lower()) for name in names}
     files |= {"PLAN": str(folder / "plan.npz"), "DATA": str(folder / "data.npz")}
     return files | {"POLICY": "pusht", "KEYPOINTS": str(folder / "keypoints")}
 

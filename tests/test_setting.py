@@ -17,7 +17,8 @@ from tsad.commands.common import UsageError, configure, setting_of
 from tsad.presets import Preset, find_preset, model_sha256, save_presets
 from tsad.setting import Setting
 
-LEFT = ("sampler", "num_inference_steps", "timestep_spacing", "warm_start", "lead", "smoothing")
+LEFT = ("sampler", "num_inference_steps", "timestep_spacing", "warm_start", "lead", "smoothing",
+        "fitted")  # fmt: skip
 TYPED = {"sampler": "ddim", "steps": 5, "spacing": "trailing", "precision": "int16"}
 LOADED = {
     "sampler": "ddim",

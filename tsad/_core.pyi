@@ -102,6 +102,7 @@ class Policy:
         lead: float = 0.0,
         smoothing: bool = False,
         features: tuple[tuple[str, int], ...] | None = None,
+        correction: tuple[_Array, _Array] | None = None,  # gain, shift (horizon, action_dim)
     ) -> None: ...
     def __call__(
         self,

@@ -35,6 +35,7 @@ COMMANDS = (
     "bench",
     "show",
     "info",
+    "fit",
     "certify",
     "convert",
     "generate",
@@ -55,6 +56,7 @@ examples:
   tsad collect pusht --out recorded               rollouts to calibrate and search plans on
   tsad plan --help                                static plans: measure, make, search, import
   tsad train-pruner --help                        plans made anew for every observation
+  tsad fit --help                                 what few steps lose, mended
   tsad tune pusht --out tuned                     the fastest settings that lose nothing
   tsad certify mine/ --out certificate            parity, times and losses for a model card
   tsad convert policy.ckpt policy/                a Diffusion Policy checkpoint to a tsad folder

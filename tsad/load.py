@@ -32,6 +32,7 @@ from tsad.families import Network, arguments
 from tsad.families.dit import DitConfig
 from tsad.families.dpt import NetworkConfig
 from tsad.files import sha256
+from tsad.fitted import Fitted
 from tsad.image_policy import ImagePolicy
 from tsad.presets import Preset, check_clash, find_preset
 from tsad.reference.families import family_of
@@ -65,6 +66,7 @@ def load(
     warm_start: int | None = None,
     lead: float | None = None,
     smoothing: bool | None = None,
+    fitted: Fitted | str | os.PathLike[str] | None = None,
     weights: str = "auto",
 ) -> policies.SparsePolicy:
     """A policy, ready to run.
@@ -103,6 +105,9 @@ def load(
     clip range. Whether that helps is a matter of the robot and its controller, not of the policy: a
     dense policy may gain as much (docs/results.md).
 
+    ``fitted`` is what `tsad fit` found for these weights, sampler, steps and warm start, a file or
+    a `tsad.fitted.Fitted`. It is of one plan, to be set afterwards; a preset has both.
+
     Raises ``ValueError`` or ``TypeError`` naming the argument, what came, what was expected and the
     fix; ``FileNotFoundError`` if ``source`` is a path to nothing; ``CheckpointError``, a
     ``ValueError``, for files that are truncated, foreign or do not fit; ``RuntimeError`` if the GPU
@@ -126,7 +131,9 @@ def load(
         warm_start=warm_start,
         lead=_lead(lead),
         smoothing=_flag("smoothing", smoothing),
+        fitted=_fitted(fitted),
     )
+    options["fitted"] = setting.fitted  # for whoever loads it again, wherever that is
     if preset is not None:
         chosen = find_preset(policy_folder(source), preset, str(source))
         check_clash(chosen, setting)
@@ -139,8 +146,14 @@ def load(
         num_inference_steps=setting.num_inference_steps,
         coefficients=family_of(config.network.to_dict()).COEFFICIENTS,
     )
+    last = None
     if setting.warm_start is not None:
-        tail(table, setting.warm_start)  # refuses what does not fit, before weights are packed
+        last = tail(table, setting.warm_start)  # refuses what does not fit, before packing weights
+    own = setting.load_fitted()
+    if own is not None:
+        shape = (config.network.horizon, config.network.action_dim)
+        own.check(_of(source, config, setting, table), shape)
+        table = own.applied(table) if last is None else table
     precision = setting.precision or "float32"
     backend = None if device == "cpu" else device
     model = make_model(config, tensors, pruner, table, backend=backend, precision=precision)
@@ -165,6 +178,7 @@ def load(
         "warm_start": setting.warm_start,
         "lead": setting.lead or 0.0,
         "smoothing": bool(setting.smoothing),
+        "fitted": own,
     }
     if config.vision is None:
         policy = policies.SparsePolicy(model, **parts)
@@ -184,6 +198,35 @@ def load(
 
 
 policies.load = load
+
+
+def _fitted(given: Any) -> Fitted | None:
+    if given is None or isinstance(given, Fitted):
+        return given
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(
+            f"fitted: expected a file of tsad fit, got {type(given).__name__}; give its path"
+        )
+    return Fitted.read(given)
+
+
+def _of(
+    source: str | os.PathLike[str], config: PolicyConfig, setting: Setting, sampler: Sampler
+) -> dict[str, Any]:
+    """What anything fitted must be of, for `Fitted.check`."""
+    return {
+        "model_sha256": weights_sha256(source),
+        "sampler": sampler.name,
+        "num_inference_steps": len(sampler.timesteps),
+        "timestep_spacing": config.scheduler.timestep_spacing,
+        "warm_start": setting.warm_start,
+    }
+
+
+def weights_sha256(source: str | os.PathLike[str]) -> str:
+    """That of the file that the weights are in."""
+    files = files_sha256(source)
+    return files.get(MODEL_FILE) or files["checkpoint"]
 
 
 def _configured(config: PolicyConfig, setting: Setting) -> PolicyConfig:

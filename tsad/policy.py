@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad import _core, planners
+from tsad.attributes import advice
 from tsad.config import block_names, block_types
 from tsad.plan import REUSE_ROLLOUT, SOURCE_NAMES, Plan
 from tsad.planners import Planner
-from tsad.precision import FLOAT32_BOUND, measured_bound
+from tsad.precision import FLOAT32_BOUND, exact_twin, measured_bound
 from tsad.samplers import tail
 
 if TYPE_CHECKING:
     from tsad.config import PolicyConfig
+    from tsad.fitted import Fitted
     from tsad.samplers import Sampler
 
 # What runs: planner, dial, one plan per lane (None: the pruner's), whether the user fixed them, and
@@ -70,6 +70,10 @@ class SparsePolicy(_core.Policy):
     ``tsad.reference.WarmReference`` is the specification; sources: RTI-DP (arXiv 2508.05396) and
     Falcon (2503.00339), here without its candidates.
 
+    What `tsad fit` found (`fitted`) replaces coefficients of the sampler, and afterwards a warm
+    chunk x is x + gain (x - shifted) + shift, normalised, within what the sampler clips to; without
+    a warm start there is only the shift. The next chunk goes on from that.
+
     A lead (`tsad.load`) needs to know ``executed`` as well: a call without ``return_horizon``
     returns each action a, smoothed or not, as a + lead (a - last), where ``last`` is what the
     lane's previous chunk has for its time, moved as above; in an episode's first chunk, a. Where
@@ -93,6 +97,7 @@ class SparsePolicy(_core.Policy):
         "_device",
         "_dial",
         "_error_bound",
+        "_fitted",
         "_fixed",
         "_lead",
         "_loaded",
@@ -118,10 +123,12 @@ class SparsePolicy(_core.Policy):
         warm_start: int | None = None,
         lead: float = 0.0,
         smoothing: bool = False,
+        fitted: Fitted | None = None,
     ) -> None:
         start = None
         if warm_start is not None:
             last = tail(sampler, warm_start)
+            last = last if fitted is None else fitted.applied(last)
             start = (np.ascontiguousarray(last.table, np.float32), *last.mixture(0))
         super().__init__(
             model,
@@ -131,8 +138,9 @@ class SparsePolicy(_core.Policy):
             lead=lead,
             smoothing=smoothing,
             features=config.named_numbers,
+            correction=None if fitted is None else fitted.correction(),
         )
-        self._warm_start = warm_start
+        self._warm_start, self._fitted = warm_start, fitted
         self._lead, self._smoothing = lead, smoothing
         self._config = config
         self._sampler = sampler
@@ -387,6 +395,7 @@ class SparsePolicy(_core.Policy):
             warm_start=other._warm_start,
             lead=other._lead,
             smoothing=other._smoothing,
+            fitted=other._fitted,
         )
 
     def __copy__(self) -> SparsePolicy:
@@ -420,7 +429,7 @@ class SparsePolicy(_core.Policy):
         if hasattr(self, "__dict__") or (known and not inspect.isgetsetdescriptor(kind)):
             super().__setattr__(name, value)
             return
-        raise AttributeError(f"policy.{name}: {_advice(type(self), name, value)}")
+        raise AttributeError(f"policy.{name}: {advice(type(self), name, value, load)}")
 
     @property
     def _source(self) -> str | None:
@@ -468,6 +477,11 @@ class SparsePolicy(_core.Policy):
     def smoothing(self) -> bool:
         """Whether executed actions are weighed with their neighbours."""
         return self._smoothing
+
+    @property
+    def fitted(self) -> Fitted | None:
+        """What `tsad fit` found for this sampler and a plan; None: the sampler as it is."""
+        return self._fitted
 
     @property
     def device(self) -> str:
@@ -530,16 +544,10 @@ class SparsePolicy(_core.Policy):
 
     def _bound(self) -> float | None:
         if self._error_bound is None and self._loaded is not None:
-            source, options = self._loaded
-            scheduler = self.config["scheduler"]
-            sampler = {"sampler": scheduler["type"]}
-            sampler |= {key: scheduler[key] for key in ("num_inference_steps", "timestep_spacing")}
-            machine = {"threads": self.threads, "weights": options["weights"]}
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of the file: they were told
-                    exact = load(source, precision="float32", **sampler, **machine)
-            except (ValueError, OSError):
+            # dense chunks from noise; of a warm start these are not what is fitted
+            fitted = self._fitted if self._warm_start is None else None
+            exact = exact_twin(self, load, fitted)
+            if exact is None:
                 return None
             twin = SparsePolicy(
                 self.model,
@@ -547,6 +555,7 @@ class SparsePolicy(_core.Policy):
                 sampler=self._sampler,
                 threads=self.threads,
                 precision=self._precision,
+                fitted=fitted,
             )
             self._error_bound = measured_bound(twin, exact)
         return self._error_bound
@@ -560,6 +569,7 @@ class SparsePolicy(_core.Policy):
             plan = f"planner {self._planner!r}, sparsity {self._dial:.4g}"
         if self._warm_start is not None:
             plan += f", warm start: the last {self._warm_start} of {self.model.n_steps} steps"
+        plan += ", fitted" if self._fitted is not None else ""
         plan += ", smoothed" if self._smoothing else ""
         plan += f", lead {self._lead:g}" if self._lead else ""
         lanes = f"{self.lanes} lane{'s' if self.lanes > 1 else ''}"
@@ -585,16 +595,3 @@ def _load_again(source: str, options: dict[str, Any], choice: Choice) -> SparseP
     policy: SparsePolicy = load(source, **options)
     policy._adopt(choice)
     return policy
-
-
-def _advice(kind: type, name: str, value: Any) -> str:
-    """What to do instead of setting this attribute."""
-    arguments = inspect.signature(load).parameters
-    if name in arguments:
-        return f"expected as an argument; use tsad.load(..., {name}={value!r:.80})"
-    if hasattr(kind, name):
-        return "expected to be read, not set; what a policy is stays as it was loaded"
-    settable = [key for key in dir(kind) if getattr(getattr(kind, key), "fset", None) is not None]
-    near = difflib.get_close_matches(name, [*settable, *arguments], 1)
-    fix = f"did you mean {near[0]!r}?" if near else "set one of these, or make a subclass"
-    return f"expected one of {', '.join(settable)}, got {name!r}; {fix}"

@@ -6,6 +6,7 @@ ten, with their weights and samplers.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,23 @@ def affordable_chunks(policy: SparsePolicy) -> int:
     """So many dense chunks take seconds of a core: 1 to `MOST_CHUNKS`."""
     macs = float(policy.block_costs.sum()) * policy.model.n_steps
     return int(np.clip(MOST_MACS / macs, 1, MOST_CHUNKS))
+
+
+def exact_twin(policy: SparsePolicy, load: Any, fitted: Any) -> SparsePolicy | None:
+    """The same in float32 as `tsad.load` makes it; None if what it was read from is gone."""
+    assert policy._loaded is not None
+    source, options = policy._loaded
+    scheduler = policy.config["scheduler"]
+    sampler = {"sampler": scheduler["type"], "fitted": fitted}
+    sampler |= {key: scheduler[key] for key in ("num_inference_steps", "timestep_spacing")}
+    machine = {"threads": policy.threads, "weights": options["weights"]}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the file: they were told
+            found: SparsePolicy = load(source, precision="float32", **sampler, **machine)
+    except (ValueError, OSError):
+        return None
+    return found
 
 
 def measured_bound(policy: SparsePolicy, exact: SparsePolicy) -> float:

@@ -28,7 +28,8 @@ Instead of ``planner`` and ``sparsity`` there may be ``plan``, the name of a fil
 ``plan_sha256``, of its bytes. Without any of them it is dense. ``n_action_steps`` is what a chunk
 returns, if not all, and ``warm_start`` how many of the steps a chunk runs that starts from the one
 before it; a plan, or planner and sparsity, are then of these steps. ``lead`` and ``smoothing`` are
-what is made of the actions that are executed. ``measured`` is free: loss and interval, offline
+what is made of the actions that are executed. ``fitted`` is the name of a file of `tsad fit`, with
+``fitted_sha256``, of its bytes. ``measured`` is free: loss and interval, offline
 error, milliseconds, passes, the machine.
 """
 
@@ -62,6 +63,7 @@ from tsad.files import (
     user_folder,
     write_together,
 )
+from tsad.fitted import Fitted
 from tsad.plan import Plan
 from tsad.planners import NAMES as PLANNERS
 from tsad.setting import LOADED, MAX_LEAD, MOVED, Setting
@@ -87,12 +89,14 @@ class Preset(Setting):
     precision: str | None = field(default="float32", kw_only=True)
     plan: Path | None = field(default=None, kw_only=True)
     plan_sha256: str | None = field(default=None, kw_only=True)
+    fitted: Fitted | Path | None = field(default=None, kw_only=True)
+    fitted_sha256: str | None = field(default=None, kw_only=True)
     measured: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The object of ``presets.json``, without what is not set."""
         values = super().to_dict()
-        last = ("plan", "plan_sha256", "measured")
+        last = ("plan", "plan_sha256", "fitted", "fitted_sha256", "measured")
         return {
             "name": self.name,
             "model_sha256": self.model_sha256,
@@ -104,20 +108,29 @@ class Preset(Setting):
         """Its plan; ``CheckpointError`` if the file is missing or not the one it was made with."""
         if self.plan is None:
             return None
+        self._check(self.plan, "plan", self.plan_sha256)
+        return Plan.load(self.plan)
+
+    def load_fitted(self) -> Fitted | None:
+        """What was fitted for it; ``CheckpointError`` as of `load_plan`."""
+        if isinstance(self.fitted, Path):
+            self._check(self.fitted, "fitted", self.fitted_sha256)
+        return super().load_fitted()
+
+    def _check(self, path: Path, kind: str, wanted: str | None) -> None:
+        """CheckpointError unless a file is the one that the preset was made with."""
         try:
-            content = self.plan.read_bytes()
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
             raise CheckpointError(
-                f"{self.plan}: the plan of the preset {self.name!r} can't be read ({error}); copy "
+                f"{path}: the {kind} of the preset {self.name!r} can't be read ({error}); copy "
                 f"it beside {PRESETS_FILE}, or make the preset anew"
             ) from error
-        found = hashlib.sha256(content).hexdigest()
-        if found != self.plan_sha256:
+        if found != wanted:
             raise CheckpointError(
-                f"{self.plan}: expected the plan of the preset {self.name!r}, sha256 "
-                f"{self.plan_sha256}, got {found}; restore the file, or make the preset anew"
+                f"{path}: expected the {kind} of the preset {self.name!r}, sha256 "
+                f"{wanted}, got {found}; restore the file, or make the preset anew"
             )
-        return Plan.load(self.plan)
 
     def words(self) -> str:
         """The setting in one line, e.g. "ddim, 8 steps leading, uniform 75 %, int16"."""
@@ -134,6 +147,8 @@ class Preset(Setting):
             parts.append("dense")
         if self.n_action_steps is not None:
             parts.append(f"{self.n_action_steps} actions of a chunk")
+        if self.fitted is not None:
+            parts.append("fitted")
         if self.smoothing:
             parts.append("smoothed")
         if self.lead:
@@ -215,6 +230,12 @@ def _read(section: Section, folder: Path) -> Preset:
         plan_sha256=text("plan_sha256", "[0-9a-f]{64}", "64 hexadecimal digits")
         if has("plan_sha256")
         else None,
+        fitted=folder / text("fitted", _NAME.pattern, "the name of a file beside this one")
+        if has("fitted")
+        else None,
+        fitted_sha256=text("fitted_sha256", "[0-9a-f]{64}", "64 hexadecimal digits")
+        if has("fitted_sha256")
+        else None,
         measured=section.take("measured", {}),
     )
     section.done()
@@ -224,9 +245,10 @@ def _read(section: Section, folder: Path) -> Preset:
         raise section.error("lead", f"a number from 0 (none) to {MAX_LEAD:g}", preset.lead)
     if preset.plan is not None and (preset.planner is not None or preset.sparsity is not None):
         raise section.error("plan", "no planner or sparsity beside it", preset.plan.name)
-    if (preset.plan is None) != (preset.plan_sha256 is None):
-        got = "one of them"
-        raise section.error("plan", "plan and plan_sha256, or neither", got, "add or remove one")
+    for key in ("plan", "fitted"):
+        if (getattr(preset, key) is None) != (getattr(preset, f"{key}_sha256") is None):
+            expected, fix = f"{key} and {key}_sha256, or neither", "add or remove one"
+            raise section.error(key, expected, "one of them", fix)
     if not isinstance(preset.measured, Mapping):
         raise section.error("measured", "a JSON object", preset.measured)
     return preset
@@ -335,7 +357,8 @@ def save_presets(folder: Path, presets: Iterable[tuple[Preset, Plan | None]]) ->
     """Put presets into a folder, one of `places`, which is made if it is missing.
 
     Others that are there stay, those of equal name are replaced; who else saves some waits. A plan
-    becomes the file ``preset-NAME.npz``; plans are replaced first, so whoever is interrupted leaves
+    becomes the file ``preset-NAME.npz``, what is fitted ``preset-NAME-fitted.json``; these are
+    replaced first, so whoever is interrupted leaves
     presets that are refused, never ones that run another plan.
     """
     make_folder(folder)
@@ -348,13 +371,18 @@ def _save(
 ) -> None:
     files: dict[Path, bytes] = {}
     for preset, plan in presets:
-        values = vars(preset) | {"plan": None, "plan_sha256": None}
+        values = vars(preset) | dict.fromkeys(("plan", "plan_sha256", "fitted", "fitted_sha256"))
+        own: dict[str, tuple[str, bytes]] = {}
         if plan is not None:
-            path, buffer = folder / f"preset-{preset.name}.npz", BytesIO()
+            buffer = BytesIO()
             plan.write(buffer)
-            files[path] = buffer.getvalue()
-            digest = hashlib.sha256(files[path]).hexdigest()
-            values |= {"plan": path, "plan_sha256": digest}
+            own["plan"] = f"preset-{preset.name}.npz", buffer.getvalue()
+        if (fitted := preset.load_fitted()) is not None:
+            own["fitted"] = f"preset-{preset.name}-fitted.json", fitted.to_bytes()
+        for key, (name, content) in own.items():
+            files[folder / name] = content
+            digest = hashlib.sha256(content).hexdigest()
+            values |= {key: folder / name, f"{key}_sha256": digest}
         kept[preset.name] = Preset(**values)
     rows = ",\n".join("    " + format_json(p.to_dict(), "    ") for p in kept.values())
     text = (

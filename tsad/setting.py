@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsad.fitted import Fitted
 from tsad.plan import Plan
 from tsad.planners import from_steps
 
@@ -28,6 +29,7 @@ LOADED = (
     "warm_start",
     "lead",
     "smoothing",
+    "fitted",
 )
 MOVED = ("lead", "smoothing")  # what is made of the actions that are executed
 MAX_LEAD = 10.0  # TSAD_MAX_LEAD in csrc/tsad.h
@@ -40,6 +42,7 @@ class Setting:
     Args:
         sampler, num_inference_steps, timestep_spacing, precision, warm_start: as of `tsad.load`.
         lead, smoothing: as of `tsad.load`.
+        fitted: a `Fitted`, or the path of one, for this sampler and plan.
         n_action_steps: actions executed of a chunk.
         planner, sparsity: as of `SparsePolicy`; sparsity None with the planner "pruner" is its own
             choice.
@@ -55,6 +58,7 @@ class Setting:
     warm_start: int | None = None
     lead: float | None = None
     smoothing: bool | None = None
+    fitted: Fitted | Path | str | None = None
     planner: str | None = None
     sparsity: float | None = None
     plan: Plan | Path | str | None = None
@@ -69,16 +73,17 @@ class Setting:
         return Setting(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is set, for JSON; a plan by the name of its file, and not as an object."""
+        """What is set, for JSON; files by their names, and not as objects."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if isinstance(self.plan, Path):
-            values["plan"] = self.plan.name
+        for name in ("plan", "fitted"):
+            if isinstance(values[name], Path):
+                values[name] = values[name].name
         return {name: value for name, value in values.items() if value is not None}
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `tsad.load` that it is made with."""
         values = {name: getattr(self, name) for name in LOADED}
-        return {**values, "precision": self.precision or "auto"}
+        return {**values, "precision": self.precision or "auto", "fitted": self.load_fitted()}
 
     def load_plan(self, policy: SparsePolicy) -> Plan | None:
         """Its plan for a policy; ``ValueError`` or ``OSError`` if that can't be read."""
@@ -86,10 +91,15 @@ class Setting:
             return self.plan
         return from_steps(policy, str(self.plan)) if is_mask(self.plan) else read_plan(self.plan)
 
+    def load_fitted(self) -> Fitted | None:
+        """What `tsad fit` found for it; ``ValueError`` or ``OSError`` if that can't be read."""
+        given = self.fitted
+        return given if given is None or isinstance(given, Fitted) else Fitted.read(given)
+
     def alone(self, policy: SparsePolicy) -> Setting:
         """The same without any file: with its plan for a policy in it."""
         values = {field.name: getattr(self, field.name) for field in fields(Setting)}
-        return Setting(**{**values, "plan": self.load_plan(policy)})
+        return Setting(**{**values, "plan": self.load_plan(policy), "fitted": self.load_fitted()})
 
     def apply(self, policy: SparsePolicy) -> None:
         """Set the policy's plan, or its planner and dial; the rest it was loaded with.
@@ -100,13 +110,14 @@ class Setting:
         plan = self.load_plan(policy)
         if plan is not None:
             policy.plan = plan
-            return
-        if self.planner is not None:
-            policy.planner = self.planner
-        if self.planner == "pruner" and self.sparsity is None:
-            policy.sparsity = None
         else:
-            policy.sparsity = self.sparsity or 0.0
+            if self.planner is not None:
+                policy.planner = self.planner
+            if self.planner == "pruner" and self.sparsity is None:
+                policy.sparsity = None
+            else:
+                policy.sparsity = self.sparsity or 0.0
+        _check_plan(self.load_fitted(), policy)
 
     def key(self, policy: SparsePolicy) -> dict[str, Any]:
         """All of it that decides an episode's result, as the policy that it is applied to says it.
@@ -128,6 +139,8 @@ class Setting:
         if self.warm_start is not None:
             key["warm_start"] = self.warm_start
         key |= {name: value for name in MOVED if (value := getattr(self, name))}
+        if (fitted := self.load_fitted()) is not None:
+            key["fitted_sha256"] = fitted.sha256
         if self.timestep_spacing is not None:
             key["timestep_spacing"] = self.timestep_spacing
         return key
@@ -163,6 +176,20 @@ def plan_sha256(plan: Plan) -> str:
     if plan.first is not None:
         digest.update(plan.first.sources.tobytes())
     return digest.hexdigest()
+
+
+def steady_sha256(policy: SparsePolicy) -> str | None:
+    """`plan_sha256` of the plan that a policy runs; None if a pruner makes them."""
+    return None if policy._plans is None else plan_sha256(policy._plans[0])
+
+
+def _check_plan(fitted: Fitted | None, policy: SparsePolicy) -> None:
+    """ValueError if what is fitted was fitted through another plan than is set."""
+    if fitted is not None and fitted.plan_sha256 != steady_sha256(policy):
+        raise ValueError(
+            "fitted: was made for another plan than this setting's; give the plan that it was made "
+            "for, or fit this one (tsad fit)"
+        )
 
 
 def planner_name(policy: SparsePolicy) -> str:

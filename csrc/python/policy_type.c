@@ -104,8 +104,34 @@ static int read_warm_start(edge_policy *self, PyObject *object, edge_view *sampl
     return 0;
 }
 
-static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start, float lead,
-                       int smoothing, PyObject *features)
+/* correction: (gain, shift), float32 (T, A) each */
+static int read_correction(edge_policy *self, PyObject *object)
+{
+    int64_t shape[2] = {self->info.horizon, self->info.action_dim};
+    static const char *const names[2] = {"gain", "shift"};
+    PyObject *given[2];
+    edge_view views[2] = {0};
+    if (!PyTuple_Check(object)) {
+        PyErr_SetString(PyExc_TypeError, "correction: expected (gain, shift); use "
+                                         "tsad.load(..., fitted=FILE)");
+        return -1;
+    }
+    int result = PyArg_ParseTuple(object, "OO:correction", &given[0], &given[1]) ? 0 : -1;
+    for (int i = 0; i < 2 && result == 0; i++) {
+        result = edge_borrow(self->state, given[i], names[i], EDGE_FLOAT32, false, &views[i]);
+        result = result < 0 ? -1 : edge_expect_shape(names[i], &views[i], 2, shape);
+    }
+    if (result == 0) {
+        tsad_status status = tsad_policy_set_correction(self->policy, views[0].data, views[1].data);
+        result = status == TSAD_OK ? 0 : (edge_raise(status), -1);
+    }
+    edge_return(&views[0]);
+    edge_return(&views[1]);
+    return result;
+}
+
+static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start,
+                       PyObject *correction, float lead, int smoothing, PyObject *features)
 {
     tsad_model *m = ((edge_model *)model)->model;
     tsad_policy *policy = NULL;
@@ -132,23 +158,28 @@ static int policy_open(edge_policy *self, PyObject *model, PyObject *warm_start,
     self->follows = self->warm_start || lead > 0;
     self->info = tsad_policy_get_info(policy);
     self->all_steps = tsad_model_get_info(m).n_steps;
+    if (correction != Py_None && read_correction(self, correction) < 0) {
+        return -1;
+    }
     return edge_read_features(self, features) < 0 ? -1 : open_streams(self);
 }
 
 static int policy_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "lanes",     "threads",  "warm_start",
-                            "lead",  "smoothing", "features", NULL};
+    static char *names[] = {"model",     "lanes",    "threads",    "warm_start", "lead",
+                            "smoothing", "features", "correction", NULL};
     edge_policy *self = (edge_policy *)object;
     PyObject *model, *lanes = NULL, *threads = NULL, *warm_start = Py_None, *features = Py_None;
+    PyObject *correction = Py_None;
     float lead = 0;
     int smoothing = 0;
     if (self->policy) {
         PyErr_SetString(PyExc_RuntimeError, "policy: already initialised; make another one");
         return -1;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOfpO:Policy", names, &model, &lanes,
-                                     &threads, &warm_start, &lead, &smoothing, &features)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOfpOO:Policy", names, &model, &lanes,
+                                     &threads, &warm_start, &lead, &smoothing, &features,
+                                     &correction)) {
         return -1;
     }
     self->state = edge_state_of_type(Py_TYPE(object));
@@ -165,7 +196,7 @@ static int policy_init(PyObject *object, PyObject *args, PyObject *kwargs)
         (threads && read_size(threads, "threads", &self->n_threads) < 0)) {
         return -1;
     }
-    if (policy_open(self, model, warm_start, lead, smoothing, features) < 0) {
+    if (policy_open(self, model, warm_start, correction, lead, smoothing, features) < 0) {
         policy_close(self);
         return -1;
     }
@@ -353,7 +384,7 @@ static PyMethodDef policy_methods[] = {
 PyDoc_STRVAR(
     policy_doc,
     "Policy(model, *, lanes=1, threads=1, warm_start=None, lead=0.0, smoothing=False,\n"
-    "       features=None)\n--\n\n"
+    "       features=None, correction=None)\n--\n\n"
     "A model with memory for some lanes. Use tsad.load, which makes a SparsePolicy of it.\n\n"
     "policy(obs, *, out=None, noise=None, lanes=None, return_horizon=False, executed=None)\n"
     "-> actions");

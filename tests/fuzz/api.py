@@ -464,7 +464,8 @@ class World:
             lambda: tsad.Plan(junk(rng), first=junk(rng)),
             lambda: tsad.load(lerobot_cases.FOLDER / FOLDERS[0], **{
                 str(rng.choice(["lanes", "threads", "sampler", "num_inference_steps", "precision",
-                                "warm_start", "preset", "lead", "smoothing"])): junk(rng)}),
+                                "warm_start", "preset", "lead", "smoothing", "fitted"]))
+                : junk(rng)}),
         ]  # fmt: skip
         try:
             attempts[rng.integers(len(attempts))]()

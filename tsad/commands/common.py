@@ -132,6 +132,13 @@ def add_lead(parser: Any) -> None:
     )
 
 
+def add_fitted(parser: Any) -> None:
+    """The option of what `tsad fit` found; `load_policy` hands it to `tsad.load`."""
+    parser.add_argument(
+        "--fitted", metavar="FILE", help="what tsad fit found for this sampler and plan"
+    )
+
+
 def timed_on(measured: Mapping[str, Any]) -> str:
     """A preset's time and the processor that it is of, in words; empty without a time."""
     milliseconds, cpu = measured.get("milliseconds"), measured.get("cpu")

@@ -122,6 +122,8 @@ class Errors:
         if unknown(self._windows, policy):
             return dict.fromkeys(("action_rms", *("distance", "spread") * (self._draws > 1)))
         facts |= self._followed(setting)
+        if (fitted := setting.load_fitted()) is not None:
+            facts["fitted_sha256"] = fitted.sha256
         if self._draws > 1:
             facts["reference"] = self._key(self._reference)
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -164,7 +166,7 @@ class Errors:
         """Of the dense float32 policy with the sampler of a setting."""
         key = tuple(self._key(setting))
         if key not in self._dense:
-            policy = self._load(replace(setting, precision="float32"), "--settings")
+            policy = self._load(replace(setting, precision="float32", fitted=None), "--settings")
             policy.sparsity = 0.0
             words = setting.sampler or "own"
             self._dense[key] = self._run(policy, f"{words} {policy.num_inference_steps}, dense")

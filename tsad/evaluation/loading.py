@@ -34,6 +34,7 @@ def setting_of(words: Mapping[str, Any], source: str) -> Setting:
                     "what is computed; leave out one of the two"
                 )
         preset.load_plan()
+        preset.load_fitted()
         scheduler = read_policy(source)[0].scheduler
     # None where it is the policy's own: the same settings then go on with each other's episodes
     own = preset.timestep_spacing == scheduler.timestep_spacing
@@ -57,8 +58,8 @@ def load_policy(
     import tsad
 
     setting = Setting.of(vars(machine)) if setting is None else setting
-    options = {**setting.options(), "device": machine.device, "threads": machine.threads}
     with argument(name):
+        options = {**setting.options(), "device": machine.device, "threads": machine.threads}
         return tsad.load(source, lanes=lanes, **options, **more)
 
 

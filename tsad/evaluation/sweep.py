@@ -46,6 +46,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "lead": (int, float),
     "smoothing": (bool,),
     "disturb": (str,),
+    "fitted": (str,),
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 RANGES: dict[str, Callable[[Any], object]] = {
@@ -175,6 +176,8 @@ class Sweep:
         row = dict(row)
         if "plan" in row and not is_mask(row["plan"]):  # relative to the settings file
             row["plan"] = str(self._folder / row["plan"])
+        if "fitted" in row:
+            row["fitted"] = str(self._folder / row["fitted"])
         return Trial.of({**self._words, **row}, self._experiment.source)
 
     @property

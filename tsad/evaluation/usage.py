@@ -24,6 +24,7 @@ class InterruptedRunError(Exception):
 OPTIONS = {
     "device": "--device",
     "disturb": "--disturb",
+    "fitted": "--fitted",
     "lead": "--lead",
     "n_action_steps": "--n-action-steps",
     "num_inference_steps": "--steps",

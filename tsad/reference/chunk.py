@@ -70,6 +70,16 @@ def denoise(
     return x
 
 
+def corrected(chunk: Array, start: Array | None, gain: Array, shift: Array, clip: float) -> Array:
+    """A chunk (T, action_dim), normalised, with what `tsad fit` found for it.
+
+    ``start`` is what a warm chunk starts from, without noise; None is of no warm start.
+    """
+    move = 0.0 if start is None else gain * (chunk - start)
+    within: Array = np.clip(chunk + move + shift, -clip, clip)
+    return within
+
+
 def _unreadable(step: int, block: int, name: str, kind: str, source: int) -> str:
     reason = {
         REUSE_TYPE: f"reuse_type, but no {kind} block is computed before it",

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from tsad.reference.chunk import Rollout, Sources, denoise
+from tsad.fitted import Fitted
+from tsad.reference.chunk import Rollout, Sources, corrected, denoise
 from tsad.reference.families import family_of
 from tsad.reference.layers import Array, Network
 from tsad.reference.pruner import plan, prune
-from tsad.samplers import make_sampler
+from tsad.samplers import COLUMNS, make_sampler
 
 _MAP = ("shift", "scale", "offset")  # normalised = (raw - shift) * scale + offset
 
@@ -46,6 +47,7 @@ class ReferencePolicy:
         sampler: str | None = None,
         num_inference_steps: int | None = None,
         dtype: DTypeLike = np.float64,
+        fitted: Fitted | None = None,
     ) -> None:
         self.dtype = np.dtype(dtype)
         self.family = family_of(config["network"])
@@ -56,6 +58,9 @@ class ReferencePolicy:
             num_inference_steps=num_inference_steps,
             coefficients=self.family.COEFFICIENTS,
         )
+        self.fitted = fitted
+        if fitted is not None:
+            self.sampler = fitted.applied(self.sampler)
         self.timesteps = self.sampler.timesteps
         self.num_inference_steps = len(self.timesteps)
         self.blocks = self.family.block_names(self.network)
@@ -105,13 +110,15 @@ class ReferencePolicy:
         return_horizon: bool = False,
         *,
         first: NDArray[Any] | Sequence[NDArray[Any]] | None = None,
+        starts: Array | None = None,
     ) -> Array:
         """Actions (L, n_action_steps, action_dim) in raw units, or the whole horizon.
 
         ``obs`` (L, n_obs_steps, obs_dim) raw; ``noise`` (K, L, T, action_dim): ``noise[0]`` is the
         initial sample, ``noise[k]`` what DDPM adds after step k - 1. ``plan_sources``: (K, B) for
         all lanes, or one per lane; None asks the pruner. ``first`` is used instead in a lane's
-        first chunk after a reset; None is dense. ``lanes``: which lanes the L rows are; None is
+        first chunk after a reset; None is dense. ``starts`` (L, T, action_dim), normalised, is what
+        warm chunks start from, for what is fitted. ``lanes``: which lanes the L rows are; None is
         all. Raises ``ValueError`` for wrong shapes and for a plan that reads a value that does not
         exist; then no lane has changed.
         """
@@ -132,7 +139,7 @@ class ReferencePolicy:
                 sources = self._sources("plan_sources", plan_sources, i)
             rollout = dict(self._rollouts[lane])
             x = denoise(self._w, self.network, self.sampler, memory, noise[:, i], sources, rollout)
-            results.append(x)
+            results.append(self._corrected(x, None if starts is None else starts[i]))
             rollouts.append(rollout)
         for lane, rollout in zip(rows, rollouts, strict=True):
             self._rollouts[lane] = rollout
@@ -141,6 +148,14 @@ class ReferencePolicy:
         start = self.network["n_obs_steps"] - 1
         executed = slice(start, start + self.network["n_action_steps"])
         return actions if return_horizon else actions[:, executed]
+
+    def _corrected(self, chunk: Array, start: Array | None) -> Array:
+        """A final sample with what is fitted."""
+        if self.fitted is None:
+            return chunk
+        gain, shift = (np.asarray(x, self.dtype) for x in (self.fitted.gain, self.fitted.shift))
+        clip = float(self.sampler.table[-1, COLUMNS.index("r")])
+        return corrected(chunk, start, gain, shift, clip)
 
     def normalise(self, key: str, raw: ArrayLike) -> Array:
         """``"obs"`` or ``"action"`` in the network's units."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tsad.fitted import Fitted
 from tsad.reference.layers import Array
 from tsad.reference.policy import ReferencePolicy, lane_numbers
 from tsad.samplers import tail
@@ -18,15 +19,20 @@ class WarmReference:
 
     The first chunk after a reset is dense, K steps from noise. The next ones run the last
     ``warm_start`` steps, N, and begin with the previous chunk moved by the actions executed since,
-    its last action repeated, with the noise of that row.
+    its last action repeated, with the noise of that row. ``fitted`` is of these.
     """
 
-    def __init__(self, *args: Any, warm_start: int, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, warm_start: int, fitted: Fitted | None = None, **options: Any
+    ) -> None:
         """As `ReferencePolicy`."""
         self.cold, self.warm = ReferencePolicy(*args, **options), ReferencePolicy(*args, **options)
         self.warm.sampler = tail(self.cold.sampler, warm_start)
         self.warm.timesteps = self.warm.sampler.timesteps
         self.warm.num_inference_steps = warm_start
+        if fitted is not None:
+            self.warm.fitted = fitted
+            self.warm.sampler = fitted.applied(self.warm.sampler)
         self._previous: list[Array | None] = [None] * self.cold.lanes  # (T, action_dim), normalised
 
     def reset(self, lanes: ArrayLike | None = None) -> None:
@@ -66,9 +72,9 @@ class WarmReference:
                 actions = self.cold(own, z, lanes=[lane], return_horizon=True)
             else:
                 moved = np.concatenate([before, np.repeat(before[-1:], executed[i], 0)])
-                z = z[-N:]
-                z[0] = signal * moved[executed[i] :] + level * z[0]
-                actions = self.warm(own, z, sources, [lane], return_horizon=True, first=first)
+                start, z = moved[executed[i] :], z[-N:]
+                z[0] = signal * start + level * z[0]
+                actions = self.warm(own, z, sources, [lane], True, first=first, starts=start[None])
             self._previous[lane] = self.cold.normalise("action", actions[0])
             results.append(actions[0])
         return np.reshape(results, (len(rows), *np.shape(noise)[-2:]))

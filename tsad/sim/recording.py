@@ -221,6 +221,11 @@ def _checked(obs: NDArray[Any], path: Path) -> NDArray[Any]:
     return obs
 
 
+def has_actions(folder: Path, number: int) -> bool:
+    """Whether a finished episode is there, which has what was executed; not of plain arrays."""
+    return episode_path(folder, number).is_file() and (folder / FACTS_FILE).is_file()
+
+
 def read_episode(folder: Path, number: int, name: str) -> NDArray[Any]:
     """One array of a finished episode; ResultsError if there is none."""
     path = episode_path(folder, number)

@@ -1,0 +1,270 @@
+"""`tsad fit`: a setting's sampler, and the bias of its warm start, from recorded observations."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsad.commands.common import (
+    OBSERVATIONS,
+    OBSERVATIONS_HELP,
+    Formatter,
+    InterruptedRunError,
+    UsageError,
+    add_policy_options,
+    add_preset,
+    add_warm_start,
+    argument,
+    configure,
+    load_policy,
+    natural,
+    positive_int,
+    setting_of,
+    sparsity,
+)
+from tsad.commands.plan import policy_facts, recorded
+from tsad.commands.training import BUDGET_OPTIONS, fit, named, number
+from tsad.config import EULER
+from tsad.evaluation.progress import Progress
+from tsad.files import output_folder, write_atomically, write_json
+from tsad.setting import WORDS, Setting, is_mask, steady_sha256
+
+if TYPE_CHECKING:
+    from tsad import SparsePolicy
+    from tsad.sim.recording import Recorded
+    from tsad.training.fit import FitSettings, FitTrainer, Windows
+
+PLAN_FILE, SETTINGS_FILE = "plan.npz", "settings.json"
+MANY = 100
+minutes = BUDGET_OPTIONS[0][1]
+
+DESCRIPTION = f"""\
+Lower what a setting of few steps, a plan or a warm start loses, on recorded observations, without a
+simulator. What is found is a few hundred numbers in DIR/fitted.json, and costs nothing to run.
+
+First the coefficients of the sampler's rows are fitted, and a shift of its result, by gradient
+through the chunk along its plan, so that it ends where --against dense steps of DDIM end from the
+same sample (of a sampler that draws noise: all of its own steps). Then a warm start's bias is taken
+back: for each action of the horizon a gain of its move from the start, and a shift, such that the
+mean over draws is that of whole chunks of many steps for the same observation.
+
+It is no lead: it changes what is predicted, and the next chunk goes on from that. Errors before and
+after are of held-out episodes; what they are worth is a matter of tsad eval: DIR/settings.json has
+the setting as it is and fitted, for --settings. It takes minutes on one core; after Ctrl-C the same
+command goes on.
+
+{OBSERVATIONS}
+
+Where actions are recorded, too, a warm start begins where they led: best record the setting itself,
+with tsad.Recorder, or any with as many actions executed."""
+
+EPILOG = """\
+examples:
+  tsad collect pusht --out recorded --episodes 16 --sampler ddim --steps 16
+  tsad fit pusht --data recorded --sampler dpmsolver++ --steps 8 --plan 10000010 --out fitted
+  tsad fit pusht --data recorded --sampler ddim --steps 16 --spacing trailing --warm-start 8 \\
+      --plan 10000000 --out warm
+  tsad fit pusht --data recorded --preset fast --updates 500 --out fast
+  tsad fit pusht --data recorded --sampler ddim --steps 8 --warm-start 4 --updates 0 --out bias
+  tsad eval pusht --settings warm/settings.json --out played --seeds 200         then see"""
+
+OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("updates", natural, "steps of the gradient; 0: the sampler stays (default: 300)"),
+    ("minutes", minutes, "stop the gradient after so many"),
+    ("chunks", positive_int, "how many of the recorded chunks to fit on (default: 256)"),
+    ("draws", positive_int, "of noise for each, to average (default: 8)"),
+    ("batch", positive_int, "chunks per step (default: 32)"),
+    ("lr", number, "learning rate, relative to the coefficients (default: 1e-2)"),
+    ("val-episodes", natural, "held out: the last ones (default: a fifth)"),
+    ("seed", natural, "of what is random (default: 0)"),
+)
+NAMES = (*(name for name, _, _ in OPTIONS), "terms")
+FREE = ("steps", "minutes")  # may be others when it is gone on with
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "fit",
+        help="lower what a setting loses, from recorded observations",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=Formatter,
+    )
+    parser.add_argument("source", metavar="POLICY", help="bundled name, tsad folder or checkpoint")
+    parser.add_argument("--data", required=True, metavar="DATA", help=OBSERVATIONS_HELP)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--json", action="store_true", help="print a summary as JSON")
+    choice = parser.add_argument_group("the setting (default: dense, as the policy is)")
+    add_preset(choice)
+    choice.add_argument("--plan", metavar="FILE", help="npz, or a step mask such as 10000010")
+    choice.add_argument("--planner", metavar="NAME", help="who decides: uniform")
+    choice.add_argument("--sparsity", type=sparsity, metavar="S", help="share not computed")
+    add_warm_start(choice)
+    add_policy_options(parser)
+    group = parser.add_argument_group("the fit", argument_default=argparse.SUPPRESS)
+    group.add_argument(
+        "--against",
+        type=positive_int,
+        metavar="K",
+        help=f"dense steps of DDIM that are right (default: {MANY}, or all there are)",
+    )
+    group.add_argument(
+        "--terms",
+        metavar="NAME",
+        help="of a warm start's bias: affine, gain or none (default: affine)",
+    )
+    for name, kind, text in OPTIONS:
+        whole = kind in (positive_int, natural)
+        group.add_argument(f"--{name}", type=kind, metavar="N" if whole else "X", help=text)
+    parser.set_defaults(run=run, report_every=25)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from tsad._extras import require
+
+    torch = require("torch", extra="train", purpose="tsad fit")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with argument("--out"):
+        out = output_folder(args.out)
+    settings = _settings(args)
+    setting = replace(setting_of(vars(args), args.source), lead=None, smoothing=None, fitted=None)
+    trainer = _trainer(args, setting, settings, out)
+    _prepare(trainer)
+    if trainer.state_there:
+        trainer.resume()
+    fitted = fit(trainer, args, ["the", "same", "command"])
+    rows = _rows(setting, out, trainer)
+    write_json(out / SETTINGS_FILE, rows)
+    measured = fitted.measured
+    if args.json:
+        print(json.dumps({"out": str(out), **measured}))
+        return 0
+    before, after = measured["mean_rms"]
+    print(f"{out}: error of held-out chunks {before:.4f} before, {after:.4f} after")
+    if "move_before" in measured:
+        print(
+            f"of the move that many steps make on average it makes {measured['move_before']:.3f}, "
+            f"with gain and shift {measured['move_after']:.3f}; their means are apart by "
+            f"{measured['mean_off_before']:.4f} and {measured['mean_off_after']:.4f}"
+        )
+    print(f"play both: tsad eval SIMULATOR --settings {out / SETTINGS_FILE} --out DIR")
+    return 0
+
+
+def _trainer(
+    args: argparse.Namespace, setting: Setting, settings: FitSettings, out: Path
+) -> FitTrainer:
+    from tsad.load import read_policy, weights_sha256
+    from tsad.training.fit import FitTrainer
+
+    policy = load_policy(args.source, args, name="POLICY", lanes=1, setting=setting)
+    configure(policy, setting)
+    many = _many(args, policy)
+    with argument("POLICY"):
+        config, tensors, _ = read_policy(args.source)
+    config = replace(config, network=replace(config.network, n_action_steps=policy.n_action_steps))
+    episodes = recorded(args, policy)
+    asked = settings.val_episodes
+    split = len(episodes) - (len(episodes) // 5 if asked is None else asked)
+    if split < 1:
+        raise UsageError(
+            f"argument --val-episodes: got {asked}, expected 0 to {len(episodes) - 1}: --data has "
+            f"{len(episodes)} episodes, and one is to fit on"
+        )
+    parts = (episodes[:split], settings.chunks), (episodes[split:], max(settings.chunks // 4, 8))
+    windows, held_out = (_windows(args, policy, *part, settings.seed) for part in parts)
+    facts = policy_facts(policy, args.source) | {
+        "model_sha256": weights_sha256(args.source),
+        "timestep_spacing": policy.config["scheduler"]["timestep_spacing"],
+        "warm_start": policy.warm_start,
+        "precision": policy.precision,
+        "plan_sha256": steady_sha256(policy),
+        "against": many.model.n_steps,
+        "data": [episode.name for episode in episodes],
+    }
+    with named(NAMES, "POLICY", steps="--updates", plan="--plan", data="--data"):
+        return FitTrainer(
+            (config, tensors), policy, many, windows, held_out, out, settings, facts=facts
+        )
+
+
+def _settings(args: argparse.Namespace) -> FitSettings:
+    from tsad.training.fit import FitSettings
+
+    keys = {name: name.replace("-", "_") for name in NAMES}
+    found = {key: getattr(args, key) for key in keys.values() if hasattr(args, key)}
+    if "updates" in found:
+        found["steps"] = found.pop("updates")
+    with named(NAMES, "POLICY", steps="--updates"):
+        return FitSettings(**found)
+
+
+def _many(args: argparse.Namespace, policy: SparsePolicy) -> SparsePolicy:
+    """What counts as right."""
+    scheduler = policy.config["scheduler"]
+    kind, asked = scheduler["type"], getattr(args, "against", None)
+    steps = asked or min(MANY, scheduler.get("num_train_timesteps", MANY))
+    if policy.adds_noise or kind == "ddpm":
+        if asked is not None:
+            raise UsageError(
+                "argument --against: ddpm draws noise at every step, so other steps make other "
+                "actions; leave it out, or --sampler ddim"
+            )
+        steps = scheduler["num_inference_steps"]
+    elif kind != EULER:
+        kind = "ddim"
+    setting = Setting(
+        sampler=kind,
+        num_inference_steps=steps,
+        timestep_spacing=None if kind == EULER else scheduler["timestep_spacing"],
+    )
+    return load_policy(args.source, args, name="--against", lanes=8, setting=setting)
+
+
+def _windows(
+    args: argparse.Namespace, policy: SparsePolicy, episodes: list[Recorded], chunks: int, seed: int
+) -> Windows:
+    from tsad.sim import recording
+    from tsad.training.fit import WINDOW
+
+    folder, found = Path(args.data), []
+    for episode, part in recording.pick(episodes, chunks, WINDOW, seed):
+        executed = None
+        if recording.has_actions(folder, episode.number):
+            executed = recording.read_episode(folder, episode.number, "actions")[part]
+            shape = (len(episode.obs[part]), policy.n_action_steps, policy.action_dim)
+            executed = executed if executed.shape == shape else None
+        found.append((episode, part, executed))
+    return found
+
+
+def _prepare(trainer: FitTrainer) -> None:
+    from tsad.training.running import InterruptedTrainingError
+
+    with Progress(trainer.measured_chunks, "many steps", unit="chunks") as progress:
+        try:
+            with named(NAMES, "--out", data="--data"):
+                trainer.check()
+                trainer.prepare(lambda done: progress.update(n=done))
+        except InterruptedTrainingError:
+            raise InterruptedRunError(
+                f"ran {progress.done} of {progress.total} chunks; the same command goes on"
+            ) from None
+
+
+def _rows(setting: Setting, out: Path, trainer: FitTrainer) -> list[dict[str, Any]]:
+    """The setting as it is, and fitted, for --settings."""
+    values = setting.alone(trainer.policy).to_dict()
+    row = {WORDS.get(name, name): value for name, value in values.items()}
+    if setting.plan is not None:
+        row["plan"] = PLAN_FILE
+        write_atomically(out / PLAN_FILE, trainer.policy._plans[0].write)
+        if not isinstance(setting.plan, Path) and is_mask(str(setting.plan)):
+            row["plan"] = str(setting.plan)
+    return [{"name": "plain", **row}, {"name": "fitted", **row, "fitted": "fitted.json"}]
