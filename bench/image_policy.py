@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ from lerobot_policy import ACTION, ENV, STATE, WEIGHTS
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import tsad
 from tsad.arrays import read_any_json
 from tsad.sim.disturbance import Disturbance, Disturbed
 from tsad.sim.pusht import PushTPixels
@@ -69,7 +71,8 @@ class Scenes:
     """Images of the table with block and agent where they may be, and where the corners are."""
 
     def __init__(self, demonstrations: Path) -> None:
-        self.states = read_arrays(demonstrations)["state"].astype(np.float32)
+        arrays = read_arrays(demonstrations)
+        self.states, self.ends = arrays["state"].astype(np.float32), arrays["episode_ends"]
         self._local = lowdim.block_corners()
         self._table = PushTPixels()
         self._table.reset(0)
@@ -306,7 +309,10 @@ def train_encoder(args: argparse.Namespace) -> None:
     def tell(report: Report) -> None:
         print(time.strftime("%H:%M:%S"), report, f"{training.fraction:.1%}", flush=True)
 
-    print(training.fit(report_every=200, save_every=200, keep_every=1000, on_report=tell))
+    try:
+        print(training.fit(report_every=200, save_every=200, keep_every=1000, on_report=tell))
+    except running.InterruptedTrainingError:
+        raise SystemExit(f"stopped and saved at step {training.step}; --resume goes on") from None
 
 
 # ---- the head
@@ -341,24 +347,35 @@ class HeadTraining(lowdim.Training):
                 f"{self.settings['demonstrations']}: has {len(states)} steps, the dataset "
                 f"{len(self.frames[ENV])}; expected what the dataset was made of"
             )
+        if self.settings["episodes"] is not None:  # of which nothing but windows is needed
+            cut = int(self.scenes.ends[self.settings["episodes"] - 1])
+            inside = self.steps[:, -1] < cut
+            self.steps, self.padded, states = self.steps[inside], self.padded[inside], states[:cut]
         if self.settings["encoder"] is None:
             self.frames[ENV] = torch.from_numpy(self.scenes.corners(states))
         else:
             self.frames[ENV] = self._features(states)
 
-    @torch.no_grad()
     def _features(self, states: NDArray[np.float32]) -> Tensor:
-        """(N, 32) of the demonstrations' images, kept beside the encoder."""
-        encoder, mean, std = read_encoder(Path(self.settings["encoder"]))
+        """(N, 32) of the demonstrations' images, as tsad makes them; kept beside the encoder."""
         kept = Path(self.settings["encoder"]) / "features.pt"
-        if kept.exists():
-            return torch.load(kept, weights_only=True)
-        encoder = encoder.to(memory_format=torch.channels_last)
-        found = []
-        for part in np.array_split(states, len(states) // 64):
-            images = np.stack([self.scenes.image(state) for state in part])
-            found.append(encoder(normalised(images, mean, std)))
-        features = torch.cat(found)
+        if kept.exists() and len(features := torch.load(kept, weights_only=True)) == len(states):
+            return features
+        with tempfile.TemporaryDirectory() as folder:
+            for part in whole(self.policy, Path(self.settings["encoder"]), self.dataset.meta.stats):
+                part.save_pretrained(folder)
+            eye = tsad.load(folder, lanes=32, threads=1)
+        assert isinstance(eye, tsad.ImagePolicy)
+        found, size = [], eye.lanes * eye.n_obs_steps
+        for begin in range(0, len(states), size):
+            part = states[begin : begin + size]
+            shape = (eye.lanes, eye.n_obs_steps)
+            padded = part[np.arange(size).clip(max=len(part) - 1)]
+            images = np.stack([self.scenes.image(state) for state in padded])
+            seen = {IMAGE: images.reshape(*shape, *images.shape[1:])}
+            seen[STATE] = np.zeros((*shape, STATE_DIM), np.float32)
+            found.append(eye.encode(seen)[..., -FEATURES:].reshape(size, -1)[: len(part)])
+        features = torch.from_numpy(np.concatenate(found))
         error = features[:, :COORDINATES] - features[:, COORDINATES:]
         error = (error.numpy() - self.scenes.corners(states)) * self.scenes.pixels
         print(f"error on the demonstrations: {np.sqrt(np.square(error).mean()):.2f} px", flush=True)
@@ -437,6 +454,7 @@ def train_head(args: argparse.Namespace) -> None:
         "demonstrations": str(args.demonstrations),
         "encoder": args.encoder and str(args.encoder),
         "corners": args.corners,
+        "episodes": args.episodes,
         "start": args.start and str(args.start),
     }
     if args.start is not None:
@@ -467,6 +485,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     head.add_argument("demonstrations", type=Path, help="what the dataset was made of")
     head.add_argument("--encoder", type=Path, help="folder of the encoder's training")
     head.add_argument("--corners", type=float, help="without an encoder: the noise of true corners")
+    head.add_argument("--episodes", type=int, help="the first so many alone (default: all)")
     head.add_argument("--start", type=Path, help="folder of a policy to begin with")
     head.set_defaults(run=train_head)
     args = parser.parse_args(argv)

@@ -23,6 +23,7 @@ from fakes import FakePolicy, FakeWorld  # noqa: E402
 import tsad  # noqa: E402
 from tsad import sim  # noqa: E402
 from tsad.sim.disturbance import Disturbance, Disturbed  # noqa: E402
+from tsad.sim.pusht import PushTPixels  # noqa: E402
 from tsad.sim.search import Search, Searcher  # noqa: E402
 
 TOP, SIDE = CAMERAS = ["observation.images.top", "observation.images.side"]
@@ -334,6 +335,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("cameras", None)
 
 
+@pytest.mark.slow  # nothing that other tests have not shown a sanitizer
 def test_commands_play_it(capsys: Any, own: None, folder: Path) -> None:
     line = ["--simulator", "cameras:Scene", "--policy", str(folder)]
     rows = [
@@ -389,6 +391,29 @@ def test_what_cannot_be_disturbed(capsys: Any, own: None, more: list[str], messa
 
 
 # ---- Push-T
+
+
+@pytest.mark.slow  # the same code as above
+def test_an_image_policy_plays_pushts_pixels(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gym_pusht")
+    vision.pusht_folder(tmp_path / "policy")
+    rows = [{"name": "a", "sampler": "ddim", "steps": 1}]
+    rows += [rows[0] | {"name": "b", "disturb": "noise=0.5"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = ["--policy", str(tmp_path / "policy"), "--seeds", "2", "--lanes", "2", "--json"]
+    monkeypatch.setattr(PushTPixels, "max_steps", 16)
+    code, out, err = run(
+        capsys, "eval", "pusht_pixels", *words, "--settings", str(tmp_path / "rows.json"),
+        "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["rows"]["b"]["settings"]["disturb"] == "noise=0.5"
+    assert found["rows"]["a"]["settings"]["packages"].keys() >= {"gym-pusht", "opencv-python"}
+    code, _, err = run(capsys, "eval", "pusht_pixels", "--seeds", "1")
+    assert code == 2 and "--policy: expected a policy for the simulator 'pusht_pixels'" in err
 
 
 def test_pixels_are_what_lerobots_policies_see() -> None:

@@ -85,6 +85,41 @@ def lerobot_folder(
     return encoders
 
 
+IMAGE = "observation.image"
+
+
+def pusht_folder(folder: Path) -> None:
+    """A policy for gym-pusht's ``pixels_agent_pos``, whose actions are places on its table."""
+    lerobot_folder(folder, [IMAGE], (96, 96), group=True)
+    data = json.loads((folder / "config.json").read_text())
+    inputs = {IMAGE: data["input_features"][IMAGE], STATE: {"type": "STATE", "shape": [2]}}
+    lerobot.edit_json(folder / "config.json", input_features=inputs)
+    columns = data["diffusion_step_embed_dim"] + data["n_obs_steps"] * (2 + 2 * 4)
+    values = lerobot.tensors(folder)
+    for name, value in values.items():
+        if name.endswith("cond_encoder.1.weight"):
+            values[name] = np.ascontiguousarray(value[:, :columns])
+    lerobot.save(folder, values)
+    for path in folder.glob("policy_*.json"):
+        processor = json.loads(path.read_text())
+        for step in processor["steps"]:
+            features = step["config"].get("features", {})
+            features.pop(ENV, None)
+            if STATE in features:
+                features[STATE]["shape"] = [2]
+        path.write_text(json.dumps(processor))
+    for path in folder.glob("policy_*.safetensors"):
+        kept = lerobot.tensors(folder, path.name)
+        for name in (STATE, "action"):
+            kept |= {
+                f"{name}.min": np.zeros(2, np.float32),
+                f"{name}.max": np.full(2, 512, np.float32),
+            }
+        known = {k: v for k, v in kept.items() if not k.startswith((ENV, f"{STATE}."))}
+        known |= {k: v[:2] for k, v in kept.items() if k.startswith(f"{STATE}.")}
+        lerobot.save(folder, known, path.name)
+
+
 def seen(size: tuple[int, int], settings: dict[str, Any]) -> tuple[int, int]:
     """Height and width of what the ResNet sees, by LeRobot's configuration."""
     resize, crop, ratio = (settings[k] for k in ("resize_shape", "crop_shape", "crop_ratio"))
