@@ -99,7 +99,8 @@ def test_registers_that_are_not_alive_together_share_memory() -> None:
     floats += 4 * max(T * c for c, T in alive)  # sums that are kept
     floats += max(T * (c + 5 * c_in // 2) for _, c_in, c, T in shape.blocks())  # rounded taps
     floats += 2 * sum(c for _, _, c, _ in shape.blocks())  # terms
-    assert two - one < 1.15 * 4 * floats
+    # arrays begin at boundaries, and between those of a sanitizer's build are red zones
+    assert 4 * floats < two - one < 1.3 * 4 * floats
 
 
 @pytest.mark.parametrize("precision", ["int16", "int8"])
