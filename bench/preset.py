@@ -4,8 +4,9 @@
     python bench/preset.py lead/summary.json --settings bench/frontier/lead.json \\
         --row ddim-16-trailing-warm-8-row-0-int16-smooth-lead-0.25 --name one_pass --out presets
 
-`--out` is a folder: ``presets.json`` there gets the preset, others stay; its plan and what is
-fitted lie beside it. What was measured are the row's score and success, its differences to dense
+`--out` is a folder: ``presets.json`` there gets the preset, others stay (for a policy that comes
+along: begin with a copy of its presets, and copy them back); its plan and what is fitted lie beside
+it. What was measured are the row's score and success, its differences to dense
 and to dense with its best lead (which is what a row with a lead is judged by: it is not "lossless"
 by the other), and with ``--times`` the milliseconds of a `tsad bench --settings` or `tsad tune`.
 """
@@ -20,7 +21,7 @@ from typing import Any
 from tsad.evaluation.loading import setting_of
 from tsad.evaluation.sweep import read_settings
 from tsad.load import load, policy_folder
-from tsad.presets import Preset, model_sha256, save_presets
+from tsad.presets import Preset, model_sha256, read_presets, save_presets
 
 
 def measured(summary: dict[str, Any], row: str) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def main() -> None:
     }
     preset = Preset(args.name, model_sha256(folder), **values, measured=facts)
     save_presets(args.out, [(preset, setting.load_plan(policy))])
-    print(f"{args.out}: {args.name}, {preset.words()}")
+    print(f"{args.out}: {args.name}, {read_presets(args.out)[args.name].words()}")
     for key, value in facts.items():
         print(f"  {key}: {value}")
 
