@@ -226,6 +226,30 @@ tsad_status tsad_net_of_family(const tsad_model_spec *spec, tsad_model *m)
                      spec->family);
 }
 
+/* weights that float16 has no number for */
+static tsad_status check_float16(const tsad_model *m)
+{
+    for (int i = 0; i < TSAD_N_PARTS; i++) {
+        for (int n = 0; n < m->nets[i].n_nodes; n++) {
+            for (int j = 0; j < 4; j++) {
+                const tsad_matrix *w = &m->nets[i].nodes[n].m[j];
+                size_t n_out = (size_t)w->n_out,
+                       all = w->data || w->source ? (size_t)w->n_in * n_out : 0;
+                for (size_t k = 0; k < all; k++) {
+                    float v = tsad_matrix_at(w, (int)(k / n_out), (int)(k % n_out));
+                    if (!(fabsf(v) < 65520)) {
+                        return tsad_fail(TSAD_ARGUMENT,
+                                         "precision: expected weights of magnitude up to 65504, as "
+                                         "'float16' has, got %g; use 'bfloat16' or 'float32'",
+                                         (double)v);
+                    }
+                }
+            }
+        }
+    }
+    return TSAD_OK;
+}
+
 static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
 {
     TSAD_TRY(check_spec(spec));
@@ -244,6 +268,9 @@ static tsad_status build(const tsad_model_spec *spec, tsad_model *m)
     TSAD_TRY(check_length(m));
     size_arrays(m);
     TSAD_TRY(tsad_net_closed(m));
+    if (m->precision == TSAD_FLOAT16) {
+        TSAD_TRY(check_float16(m));
+    }
     TSAD_TRY(m->backend->pack(m));
     free_plain(m);
     return TSAD_OK;

@@ -103,8 +103,16 @@ typedef struct tsad_tensor {
 /* How the large matrices are kept and multiplied. Everything else is float32 always.
  * TSAD_INT16: 16-bit weights, one scale a column, times activations rounded to 16 bits, one scale
  * a row; products and sums are exact integers. TSAD_INT8: the same with 8-bit weights where a
- * matrix is large: half as many bytes to read. */
-typedef enum tsad_precision { TSAD_FLOAT32, TSAD_INT16, TSAD_INT8 } tsad_precision;
+ * matrix is large: half as many bytes to read. TSAD_FLOAT16, TSAD_BFLOAT16: weights rounded to
+ * that, products and sums in float32: a GPU's. A CPU rounds them as well and keeps them in float32:
+ * it says what is right. */
+typedef enum tsad_precision {
+    TSAD_FLOAT32,
+    TSAD_INT16,
+    TSAD_INT8,
+    TSAD_FLOAT16,
+    TSAD_BFLOAT16
+} tsad_precision;
 
 #define TSAD_SAMPLER_COLUMNS 8 /* a b r c d f g h: see tsad/samplers.py */
 #define TSAD_SAMPLER_CLIP 2    /* r */

@@ -7,7 +7,9 @@
 
 /* A node's matrices and tables on the device; NULL: it has none. */
 typedef struct tsad_cuda_node {
-    const float *w[4], *bias[4];
+    tsad_precision precision; /* of all w */
+    const void *w[4];
+    const float *bias[4];
     const float *table, *norm;
 } tsad_cuda_node;
 
@@ -16,7 +18,8 @@ typedef struct tsad_cuda_model {
     void *memory;
     const float *time_fold, *time_terms;
     /* of a transformer that prunes; `query` (hidden, blocks) */
-    const float *keys, *keys_bias, *values, *values_bias, *out;
+    const void *keys, *values, *out; /* float32 */
+    const float *keys_bias, *values_bias;
     const float *query, *token, *time_score, *time_value;
     tsad_cuda_node nodes[]; /* of all nets */
 } tsad_cuda_model;
@@ -172,6 +175,7 @@ static inline tsad_product tsad_cuda_product(const tsad_cuda_node *packed, const
                           .taps = 1,
                           .stride = 1,
                           .w = packed->w[i],
+                          .precision = packed->precision,
                           .bias = packed->bias[i],
                           .rows = rows,
                           .n_out = m->n_out,

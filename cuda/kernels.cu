@@ -171,6 +171,27 @@ void launch(tsad_stream *stream, void (*kernel)(Tracks<Arguments>), const Argume
 
 unsigned blocks_of(size_t n, size_t each) { return (unsigned)((n + each - 1) / each); }
 
+/* ---- weights ------------------------------------------------------------------------------- */
+
+struct Float16 {
+    unsigned short bits;
+};
+struct BFloat16 {
+    unsigned short bits;
+};
+
+__device__ float number(float w) { return w; }
+__device__ float number(Float16 w) { return __half2float(__ushort_as_half(w.bits)); }
+__device__ float number(BFloat16 w) { return __uint_as_float((unsigned)w.bits << 16); }
+
+/* of a small matrix */
+__device__ float weight_at(const void *w, tsad_precision precision, size_t i)
+{
+    return precision == TSAD_FLOAT16    ? number(static_cast<const Float16 *>(w)[i])
+           : precision == TSAD_BFLOAT16 ? number(static_cast<const BFloat16 *>(w)[i])
+                                        : static_cast<const float *>(w)[i];
+}
+
 /* ---- matrix product ---------------------------------------------------------------------- */
 
 /* A block makes WARP columns of ROWS rows. Its warps take slices of the inputs, each thread a
@@ -194,6 +215,7 @@ __device__ void fetch_rows(const tsad_product &p, const float *from_x, int row, 
     }
 }
 
+template <typename Weight>
 __global__ void __launch_bounds__(WARP *SLICES)
     product_kernel(const __grid_constant__ Tracks<tsad_product> tracks)
 {
@@ -204,7 +226,8 @@ __global__ void __launch_bounds__(WARP *SLICES)
     TSAD_SHARED(Moments, moments, ROWS);
     int column = (int)(blockIdx.x * WARP + threadIdx.x), row = (int)blockIdx.y * ROWS;
     int slice = (int)threadIdx.y, n_in = p.taps * p.channels;
-    const float *from = p.x + batch * p.x_batch, *w = p.w + batch * p.w_batch;
+    const float *from = p.x + batch * p.x_batch;
+    const Weight *w = static_cast<const Weight *>(p.w) + batch * p.w_batch;
     float sum[ROWS];
     for (int r = slice; p.norm.used && r < ROWS && row + r < p.rows; r += SLICES) {
         Moments m = warp_moments(from + (size_t)(row + r) * (size_t)p.ldx, p.channels, p.norm.eps,
@@ -224,7 +247,7 @@ __global__ void __launch_bounds__(WARP *SLICES)
         __syncthreads();
         int k1 = k0 + (slice + 1) * (CHUNK / SLICES);
         for (int k = k0 + slice * (CHUNK / SLICES); k < k1 && k < n_in && column < p.n_out; k++) {
-            float weight = w[(size_t)k * (size_t)p.n_out + (size_t)column];
+            float weight = number(w[(size_t)k * (size_t)p.n_out + (size_t)column]);
             for (int r = 0; r < ROWS; r++) {
                 sum[r] += x[r][k - k0] * weight;
             }
@@ -487,7 +510,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int o = (int)threadIdx.x / WARP; o < actions; o += THREADS / WARP) {
         float sum = 0;
         for (int i = lane; i < p.channels; i += WARP) {
-            sum += row[i] * p.w[(size_t)i * (size_t)actions + (size_t)o];
+            sum += row[i] * weight_at(p.w, p.w_precision, (size_t)(i * actions + o));
         }
         sum = warp_sum(sum);
         if (lane == 0) {
@@ -502,7 +525,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int j = (int)threadIdx.x; p.v && j < p.n_next; j += THREADS) {
         float v = p.v_bias[j] + (p.table ? p.table[(size_t)(t * p.n_next + j)] : 0);
         for (int o = 0; o < actions; o++) {
-            v += sample[o] * p.v[(size_t)o * (size_t)p.n_next + (size_t)j];
+            v += sample[o] * weight_at(p.v, p.v_precision, (size_t)(o * p.n_next + j));
         }
         p.y[(size_t)t * (size_t)p.ldy + (size_t)j] = v;
     }
@@ -546,7 +569,10 @@ void tsad_launch_product(tsad_stream *stream, tsad_product p)
 {
     dim3 grid(blocks_of((size_t)p.n_out, WARP), blocks_of((size_t)p.rows, ROWS),
               (unsigned)p.batches);
-    launch(stream, product_kernel, p, grid, dim3(WARP, SLICES), 0, "product");
+    void (*kernel)(Tracks<tsad_product>) = product_kernel<float>;
+    kernel = p.precision == TSAD_FLOAT16 ? product_kernel<Float16> : kernel;
+    kernel = p.precision == TSAD_BFLOAT16 ? product_kernel<BFloat16> : kernel;
+    launch(stream, kernel, p, grid, dim3(WARP, SLICES), 0, "product");
 }
 
 void tsad_launch_layernorm(tsad_stream *stream, tsad_layernorm p)

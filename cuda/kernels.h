@@ -1,6 +1,6 @@
 /* kernels.h: what is launched on a device: one structure of arguments and one function a kernel.
- * All pointers are a device's, all numbers float32, rows `ld` floats apart. Only the columns and
- * rows that are named are read or written: what lies between is never initialised.
+ * All pointers are a device's, all numbers but weights float32, rows `ld` floats apart. Only the
+ * columns and rows that are named are read or written: what lies between is never initialised.
  *
  * Tracks, lanes of a call or rows that need nothing of each other, go through the same launches:
  * between tsad_together and tsad_launch_all the i-th launch of each joins the others'.
@@ -51,7 +51,8 @@ typedef struct tsad_product {
     int ldx, tokens, channels;
     int taps, first, stride;
     tsad_normaliser norm;
-    const float *w;     /* (taps * channels, n_out) */
+    const void *w; /* (taps * channels, n_out) in 32 or 16 bits */
+    tsad_precision precision;
     const float *bias;  /* NULL: 0 */
     const float *table; /* (rows, n_out); NULL: 0 */
     int rows, n_out;
@@ -162,9 +163,12 @@ typedef struct tsad_tail {
     int ldx, channels;
     tsad_sum sum; /* n 0: nothing is added */
     tsad_normaliser norm;
-    const float *w, *bias; /* (channels, update.channels) */
-    tsad_update update;    /* its e is not read */
-    const float *v;        /* (update.channels, n_next); NULL: there is no next step */
+    const void *w; /* (channels, update.channels) */
+    tsad_precision w_precision;
+    const float *bias;
+    tsad_update update; /* its e is not read */
+    const void *v;      /* (update.channels, n_next); NULL: there is no next step */
+    tsad_precision v_precision;
     const float *v_bias, *table;
     int n_next;
     float *y;

@@ -338,11 +338,13 @@ void tsad_cuda_tail(const tsad_cuda_context *c, const tsad_node *head, tsad_sum 
                    .sum = sum,
                    .norm = normaliser(c, head),
                    .w = packed->w[0],
+                   .w_precision = packed->precision,
                    .bias = packed->bias[0],
                    .update = update};
     if (next) {
         const tsad_cuda_node *begins = tsad_cuda_node_of(next);
         p.v = begins->w[0];
+        p.v_precision = begins->precision;
         p.v_bias = begins->bias[0];
         p.table = begins->table;
         p.n_next = shape(c, next->out)->channels;

@@ -1,6 +1,7 @@
 /* pack.c: plain matrices to a device's memory, in one allocation and one copy: (inputs, outputs),
  * row after row. The layout runs twice, first to count and then to fill. */
 #include "cuda.h"
+#include "half.h"
 
 #include <string.h>
 
@@ -28,20 +29,59 @@ static void pack_copy(packer *p, const float *source, size_t n, const float **at
     }
 }
 
-/* without the columns that only pad a register's rows */
-static void pack_matrix(packer *p, const tsad_matrix *m, const float **w, const float **bias)
+static bool is_half(tsad_precision precision)
 {
+    return precision == TSAD_FLOAT16 || precision == TSAD_BFLOAT16;
+}
+
+/* The large matrices are those that a CPU keeps in fewer bits, too: csrc/cpu/pack.c. */
+static tsad_precision precision_of(const tsad_model *m, const tsad_net *net, const tsad_node *node)
+{
+    switch (node->kind) {
+    case TSAD_SELF_ATTENTION:
+    case TSAD_FEED_FORWARD:
+    case TSAD_CONV_BRANCH:
+    case TSAD_FILM_BRANCH:
+    case TSAD_CONV_NORM:
+    case TSAD_CONV_TRANSPOSED:
+    case TSAD_FOLD:
+        return m->precision;
+    case TSAD_CONV:
+        return net->wide ? m->precision : TSAD_FLOAT32;
+    default:
+        return TSAD_FLOAT32;
+    }
+}
+
+static void put(float *host, tsad_precision precision, size_t i, float v)
+{
+    if (is_half(precision)) {
+        uint16_t *to = (uint16_t *)(void *)host + i;
+        *to = precision == TSAD_FLOAT16 ? tsad_to_float16(v) : tsad_to_bfloat16(v);
+    } else {
+        host[i] = v;
+    }
+}
+
+/* without the columns that only pad a register's rows */
+static void pack_matrix(packer *p, const tsad_matrix *m, tsad_precision precision, const void **w,
+                        const float **bias)
+{
+    const float *at;
     if (!m->data && !m->source) {
         return;
     }
     int width = m->data ? m->n_in : m->width, channels = m->data ? m->n_in : m->channels;
     int taps = m->n_in / width;
-    float *to = place(p, (size_t)(taps * channels) * (size_t)m->n_out, w);
+    size_t n = (size_t)(taps * channels) * (size_t)m->n_out;
+    float *to = place(p, is_half(precision) ? (n + 1) / 2 : n, &at);
     for (int i = 0; to && i < taps * channels; i++) {
         for (int o = 0; o < m->n_out; o++) {
-            *to++ = tsad_matrix_at(m, i / channels * width + i % channels, o);
+            put(to, precision, (size_t)i * (size_t)m->n_out + (size_t)o,
+                tsad_matrix_at(m, i / channels * width + i % channels, o));
         }
     }
+    *w = at;
     to = place(p, (size_t)m->n_out, bias);
     for (int o = 0; to && o < m->n_out; o++) {
         to[o] = tsad_matrix_bias(m, o);
@@ -74,9 +114,9 @@ static void pack_pruner(packer *p, const tsad_model *m, tsad_cuda_model *to)
     size_t n = (size_t)from->hidden, B = (size_t)from->n_blocks, H = (size_t)from->n_heads;
     size_t K = (size_t)m->n_steps;
     const float *unused = NULL;
-    pack_matrix(p, &from->keys, &to->keys, &to->keys_bias);
-    pack_matrix(p, &from->values, &to->values, &to->values_bias);
-    pack_matrix(p, &from->out, &to->out, &unused);
+    pack_matrix(p, &from->keys, TSAD_FLOAT32, &to->keys, &to->keys_bias);
+    pack_matrix(p, &from->values, TSAD_FLOAT32, &to->values, &to->values_bias);
+    pack_matrix(p, &from->out, TSAD_FLOAT32, &to->out, &unused);
     float *query = place(p, n * B, &to->query);
     for (size_t i = 0; query && i < n * B; i++) {
         query[i] = from->query[i % B * n + i / B];
@@ -95,8 +135,9 @@ static void layout(packer *p, tsad_model *m, tsad_cuda_model *to)
         for (int n = 0; n < net->n_nodes; n++, node++) {
             tsad_node *from = &net->nodes[n];
             from->packed = node;
+            node->precision = precision_of(m, net, from);
             for (int j = 0; j < 4; j++) {
-                pack_matrix(p, &from->m[j], &node->w[j], &node->bias[j]);
+                pack_matrix(p, &from->m[j], node->precision, &node->w[j], &node->bias[j]);
             }
             pack_copy(p, from->table, table_floats(m, net, from), &node->table);
             size_t channels = (size_t)net->registers[from->out].channels;
@@ -128,9 +169,9 @@ static tsad_status upload(void *to, const void *from, size_t bytes)
 static tsad_status check(const tsad_model *m)
 {
     int most = 0;
-    if (m->precision != TSAD_FLOAT32) {
-        return tsad_fail(TSAD_ARGUMENT, "precision: expected 'float32' on device 'cuda', got "
-                                        "16 or 8 bits; leave the argument out");
+    if (m->precision != TSAD_FLOAT32 && !is_half(m->precision)) {
+        return tsad_fail(TSAD_ARGUMENT, "precision: expected 'float32', 'float16' or 'bfloat16' on "
+                                        "device 'cuda', got a CPU's integers; choose one of these");
     }
     int heads[] = {m->fold.n_heads, m->pruner.n_heads};
     for (int i = 0; i < 2; i++) {

@@ -4,8 +4,9 @@
 
 /* y (rows, n_out) of each head = its part of x (rows, heads * dh) times its rows of w (heads * dh,
  * n_out); y's heads are y_head floats apart, y's columns `step` */
-static tsad_product by_heads(const float *x, int ldx, int rows, int heads, int dh, const float *w,
-                             int n_out, float *y, size_t ldy, size_t y_head, int step)
+static tsad_product by_heads(const float *x, int ldx, int rows, int heads, int dh, const void *w,
+                             tsad_precision precision, int n_out, float *y, size_t ldy,
+                             size_t y_head, int step)
 {
     return (tsad_product){.x = x,
                           .ldx = ldx,
@@ -14,6 +15,7 @@ static tsad_product by_heads(const float *x, int ldx, int rows, int heads, int d
                           .taps = 1,
                           .stride = 1,
                           .w = w,
+                          .precision = precision,
                           .rows = rows,
                           .n_out = n_out,
                           .step = step,
@@ -38,12 +40,13 @@ void tsad_cuda_fold(const tsad_cuda_context *c, const tsad_node *node)
     tsad_launch_product(stream, tsad_cuda_product(packed, &node->m[0], 0,
                                                   tsad_cuda_memory(c, tokens), tsad_pad(d), tokens,
                                                   d, (tsad_delivery){.y = kv, .ld = 2 * d}));
-    tsad_launch_product(stream, by_heads(kv, 2 * d, tokens, heads, dh, packed->w[1], d, out,
-                                         fold->floats, (size_t)d, 1));
-    tsad_launch_product(stream, by_heads(kv + d, 2 * d, tokens, heads, dh, packed->w[2], d,
-                                         out + fold->value, fold->floats, (size_t)d, 1));
-    tsad_launch_product(stream, by_heads(kv, 2 * d, tokens, heads, dh, packed->table, 1,
-                                         out + fold->shift, fold->floats, 1, 1));
+    tsad_launch_product(stream, by_heads(kv, 2 * d, tokens, heads, dh, packed->w[1],
+                                         packed->precision, d, out, fold->floats, (size_t)d, 1));
+    tsad_launch_product(stream,
+                        by_heads(kv + d, 2 * d, tokens, heads, dh, packed->w[2], packed->precision,
+                                 d, out + fold->value, fold->floats, (size_t)d, 1));
+    tsad_launch_product(stream, by_heads(kv, 2 * d, tokens, heads, dh, packed->table, TSAD_FLOAT32,
+                                         1, out + fold->shift, fold->floats, 1, 1));
 }
 
 /* memory -> scores of the block tokens and values of the heads */
@@ -66,10 +69,10 @@ static void keys(const tsad_cuda_context *c)
     tsad_launch_product(c->e->stream, tsad_cuda_product(&packed, &p->values, 1, tokens, ld, S, d,
                                                         (tsad_delivery){.y = value, .ld = n}));
     size_t scores = (size_t)B * (size_t)heads, values = (size_t)heads * (size_t)n;
-    tsad_launch_product(c->e->stream, by_heads(key, n, S, heads, dh, cuda->query, B,
+    tsad_launch_product(c->e->stream, by_heads(key, n, S, heads, dh, cuda->query, TSAD_FLOAT32, B,
                                                c->lane->array[TSAD_ARRAY_PRUNE_SCORE] + at * scores,
                                                scores, 1, heads));
-    tsad_launch_product(c->e->stream, by_heads(value, n, S, heads, dh, cuda->out, n,
+    tsad_launch_product(c->e->stream, by_heads(value, n, S, heads, dh, cuda->out, TSAD_FLOAT32, n,
                                                c->lane->array[TSAD_ARRAY_PRUNE_VALUE] + at * values,
                                                values, (size_t)n, 1));
 }

@@ -1,6 +1,7 @@
 /* shared.cuh: names of a block's shared memory, under nvcc and in the stand-in alike. */
 #pragma once
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #ifndef TSAD_EMULATE

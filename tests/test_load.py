@@ -145,7 +145,7 @@ def test_threads_default_to_what_helps(tmp_path: Path, monkeypatch: pytest.Monke
         (
             {"precision": "bfloat16"},
             ValueError,
-            "precision: .*'auto', 'float32', 'int16', 'int8', got 'bfloat16'",
+            "precision: .*'auto', 'float32', 'int16', 'int8' on device 'cpu', got 'bfloat16'",
         ),
         ({"sampler": "euler"}, ValueError, "sampler: .*ddpm.*ddim.*got 'euler'"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps: .*1 to 100"),

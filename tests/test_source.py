@@ -59,7 +59,7 @@ MAY_INCLUDE = {
     "net": ANYBODY | {"model.h", "vision.h", "plan/plan_core.h"},
     "plan": ANYBODY | {"model.h", "net/net.h"},
     "stage": ANYBODY | {"policy.h", "plan/plan_core.h"},
-    "cpu": ANYBODY | {"activate.h", "backend.h", "clock.h", "vision.h"},
+    "cpu": ANYBODY | {"activate.h", "backend.h", "clock.h", "half.h", "vision.h"},
     "python": {"tsad.h"},
     "": {"net/net.h", "plan/program.h", "plan/plan_core.h", "stage/stage.h"},
 }

@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from tsad import _core
     from tsad.convert import Converted
 
-PRECISIONS = ("auto", "float32", "int16", "int8")
+PRECISIONS = {
+    "cpu": ("auto", "float32", "int16", "int8"),
+    "cuda": ("auto", "float32", "float16", "bfloat16"),
+}
 MAX_THREADS = 64  # the team's size in csrc/cpu/team.c
 THREADS_PER_LANE = 4  # a lane is shared by at most so many: TSAD_PARTS in csrc/cpu/worker.h
 
@@ -84,7 +87,9 @@ def load(
     is float32; ``"int16"`` keeps the large matrices in 16 bits and rounds the activations
     that meet them: faster, and ``stats["error_bound"]`` says what it costs; ``"int8"`` keeps the
     weights of large matrices in 8 bits: half the bytes again, for networks larger than the caches,
-    and a loss that you should measure on your policy. ``threads`` defaults to
+    and a loss that you should measure on your policy. These are a CPU's; on a GPU ``"float16"`` and
+    ``"bfloat16"`` keep the weights of the large matrices in 16 bits, and all else, activations and
+    sums included, in float32. ``threads`` defaults to
     the CPUs that this process may use, at most four per lane. ``sampler`` (``"ddpm"``,
     ``"ddim"``, ``"dpmsolver++"``), ``num_inference_steps`` and ``timestep_spacing`` (``"leading"``,
     ``"trailing"``, ``"linspace"``) override the checkpoint's.
@@ -117,10 +122,10 @@ def load(
     lanes = _integer("lanes", lanes, 1, 2**20)
     threads = default_threads(threads, lanes)
     device = check_device(device)
-    if precision not in PRECISIONS:
+    if precision not in PRECISIONS[device]:
         raise ValueError(
-            f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}; "
-            f"choose one of these ({scope('precisions')})"
+            f"precision: expected one of {', '.join(map(repr, PRECISIONS[device]))} on device "
+            f"{device!r}, got {precision!r}; choose one of these ({scope('precisions')})"
         )
     config, tensors, pruner = read_policy(source, weights)
     setting = Setting(
@@ -137,7 +142,7 @@ def load(
     if preset is not None:
         chosen = find_preset(policy_folder(source), preset, str(source))
         check_clash(chosen, setting)
-        # 16 and 8 bits are a CPU's; what they round is not lost
+        # its integers are a CPU's; what they round is not lost
         setting = replace(chosen, precision="float32") if device == "cuda" else chosen
     config = _configured(config, setting)
     table = make_sampler(
@@ -263,7 +268,8 @@ def make_model(
 
     ``backend`` pins the instruction set, one of ``_core.backends()``, or is ``"cuda"``; ``None`` is
     the best one of the CPU.
-    ``precision``: ``"float32"``, ``"int16"`` or ``"int8"``.
+    ``precision``: ``"float32"``, ``"int16"``, ``"int8"``, or a GPU's ``"float16"`` or
+    ``"bfloat16"``: a CPU rounds the same weights and keeps them in float32, to say what is right.
     """
     from tsad import _core
 

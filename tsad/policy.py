@@ -506,8 +506,8 @@ class SparsePolicy(_core.Policy):
         ``cell_sparsity``: means. ``cells``: cells by source. ``forced``: cells computed because
         nothing was there to reuse. ``max_age``: oldest rollout reused, in chunks. ``bytes``: memory
         of this policy; ``weight_bytes``: of the model it shares. ``precision`` and ``error_bound``:
-        how far a dense chunk's normalised actions may be from float64's, same noise. Of int16 and
-        int8 that is measured on this policy when `stats` is first read, which takes as long as
+        how far a dense chunk's normalised actions may be from float64's, same noise. Of 16 and 8
+        bits that is measured on this policy when `stats` is first read, which takes as long as
         some dozens of its chunks (`tsad.precision`); None if `tsad.load` did not make it, or its
         files are gone. What a plan loses is not in it. ``lanes``: the first six for each lane.
         """

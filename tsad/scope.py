@@ -28,7 +28,9 @@ SCOPE = {
         "Runge-Kutta steps, v-prediction, other schedulers",
     ),
     "precisions": Row(
-        "float32, int16, int8 (large matrices in 16 bits, their weights in 8)", "float16, bfloat16"
+        "float32, on a CPU int16 and int8 (large matrices in 16 bits, their weights in 8), on CUDA "
+        "float16 and bfloat16 (of weights)",
+        "float16 and bfloat16 on a CPU, or of activations",
     ),
     "devices": Row(
         "CPU: AVX-512, AVX2, NEON or plain C",

@@ -1,6 +1,7 @@
 /* pack.c: plain matrices to panels in execution order, in one allocation. The layout runs twice,
  * like every arena: first to count, then to place and fill. */
 #include "cpu.h"
+#include "../half.h"
 
 #include <math.h>
 #include <string.h>
@@ -30,7 +31,7 @@ static int source_column(const tsad_matrix *m, slice s, int o)
 static void take_column(const packer *p, const tsad_matrix *m, slice s, int o)
 {
     for (int i = s.r0; i < s.r1; i++) {
-        p->column[i - s.r0] = tsad_matrix_at(m, i, o);
+        p->column[i - s.r0] = tsad_through_half(tsad_matrix_at(m, i, o), s.precision);
     }
 }
 
@@ -88,11 +89,12 @@ static void pack_rounded(const packer *p, const tsad_matrix *m, slice s, float *
 static void pack(const packer *p, const tsad_matrix *m, slice s, tsad_packed *out)
 {
     int n_in = s.r1 - s.r0, width = s.c1 - s.c0, n_out = width * s.groups;
-    bool thin = n_out <= TSAD_THIN && s.precision == TSAD_FLOAT32;
+    bool integers = s.precision == TSAD_INT16 || s.precision == TSAD_INT8;
+    bool thin = n_out <= TSAD_THIN && !integers;
     int panel = thin ? 1 : p->panel, rows = thin ? tsad_pad(n_in) : n_in;
     int padded = (n_out + panel - 1) / panel * panel;
     float *bias = TSAD_CARVE(p->arena, float, padded);
-    if (s.precision != TSAD_FLOAT32) {
+    if (integers) {
         pack_rounded(p, m, s, bias, out);
         return;
     }

@@ -130,13 +130,16 @@ static int read_precision(PyObject *kw, tsad_model_spec *spec)
         edge_take_string(kw, "precision", "float32", &precision) < 0) {
         return -1;
     }
-    static const char *const precisions[] = {"float32", "int16", "int8"}; /* tsad_precision */
-    int which = 0;
-    while (which < 3 && strcmp(precision, precisions[which]) != 0) {
+    static const char *const precisions[] = {/* tsad_precision */
+                                             "float32", "int16", "int8", "float16", "bfloat16"};
+    int which = 0, n = (int)(sizeof precisions / sizeof precisions[0]);
+    while (which < n && strcmp(precision, precisions[which]) != 0) {
         which++;
     }
-    if (which == 3) {
-        PyErr_Format(PyExc_ValueError, "precision: expected 'float32', 'int16' or 'int8', got '%s'",
+    if (which == n) {
+        PyErr_Format(PyExc_ValueError,
+                     "precision: expected 'float32', 'int16', 'int8', 'float16' or 'bfloat16', "
+                     "got '%s'",
                      precision);
         return -1;
     }

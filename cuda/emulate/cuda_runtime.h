@@ -15,6 +15,7 @@
 
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 
 #include <functional>
 
@@ -111,6 +112,13 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 #define TSAD_DYNAMIC(name) float *name = emulate::dynamic()
 
 void __syncthreads();
+
+static inline float __uint_as_float(unsigned bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
 
 static inline float __shfl_xor_sync(unsigned, float value, int lanes)
 {

@@ -42,7 +42,10 @@ def cases() -> Iterator[Case]:
         yield Case(f"preset {name}", partial(tsad.load, "pusht", device="cuda", preset=name))
     for sparsity in (0.8, 0.9, 0.95):
         yield Case(f"{sparsity:.0%} sparse", partial(_pusht, sparsity))
-    yield Case("UNet, DDPM-100", partial(random_policy, LARGE_UNET, "cuda", steps=100))
+    yield Case("dense, float16", partial(_pusht, precision="float16"))
+    unet = partial(random_policy, LARGE_UNET, "cuda", steps=100)
+    yield Case("UNet, DDPM-100", unet)
+    yield Case("UNet, float16", partial(unet, precision="float16"))
 
 
 def run(case: Case, *, gpu: str, emulated: bool) -> dict[str, Any]:

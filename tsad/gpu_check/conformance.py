@@ -132,8 +132,9 @@ def random_policy(
     steps: int = 4,
     lanes: int = 1,
     pruner: dict[str, Any] | None = None,
+    precision: str = "float32",
 ) -> tsad.SparsePolicy:
-    """A policy of random weights, the same on every device."""
+    """A policy of random weights, the same on every device, rounded alike."""
     config = config_of(network, steps, pruner)
     shapes = None if pruner is None else pruner_shapes(pruner, network)
     table = make_sampler(config.scheduler.to_dict())
@@ -143,8 +144,11 @@ def random_policy(
         None if shapes is None else random_tensors(shapes, 2),
         table,
         backend=None if device == "cpu" else device,
+        precision=precision,
     )
-    return tsad.SparsePolicy(model, config=config, sampler=table, lanes=lanes, device=device)
+    return tsad.SparsePolicy(
+        model, config=config, sampler=table, lanes=lanes, device=device, precision=precision
+    )
 
 
 def random_pair(network: dict[str, Any], **options: Any) -> Pair:
@@ -205,9 +209,11 @@ def set_plans(pair: Pair, plans: list[tsad.Plan]) -> None:
         policy.plan = plans
 
 
-def plans_differ(network: dict[str, Any], plans: int, lanes: int = 3, seed: int = 0) -> float:
+def plans_differ(
+    network: dict[str, Any], plans: int, lanes: int = 3, seed: int = 0, **options: Any
+) -> float:
     """Random plans of several lanes, over three rollouts each."""
-    pair, worst = random_pair(network, lanes=lanes), 0.0
+    pair, worst = random_pair(network, lanes=lanes, **options), 0.0
     for i in range(plans):
         set_plans(pair, random_plans(pair.cpu, seed + i))
         worst = max(worst, difference(pair, 3, seed + i))
@@ -312,6 +318,10 @@ def checks() -> Iterator[Check]:
     for name, network in small.items():
         yield Check(f"{name}, the network alone", partial(alone_differs, network), FEW_STEPS)
         yield Check(f"{name}, random plans", partial(plans_differ, network, 2), FEW_STEPS)
+    for precision in ("float16", "bfloat16"):
+        for name in ("transformer", "unet"):
+            rounds = partial(plans_differ, small[name], 1, 1, precision=precision)
+            yield Check(f"{name}, {precision}", rounds, FEW_STEPS)
     yield Check("lanes, some of them", partial(subsets_differ, TRANSFORMER), FEW_STEPS)
     for kind, pruner in (("transformer", PRUNER), ("mlp", {"type": "mlp", "hidden_dim": 19})):
         yield Check(f"pruner {kind}, scores", partial(scores_differ, pruner), FEW_STEPS)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from tsad import Plan, SparsePolicy
 from tsad.device import Counts
 from tsad.plan import COMPUTE, SKIP
@@ -64,7 +66,7 @@ class Work(NamedTuple):
 
 
 def work_of(policy: SparsePolicy, plan: Plan) -> Work:
-    """What a chunk along a plan reads: float32 weights per computed cell, slots per reused one.
+    """What a chunk along a plan reads: weights per computed cell, float32 slots per reused one.
 
     A multiply-accumulate of a cell is one of its weights at one of the tokens, so a cell's weights
     are its cost by the horizon: a little more than they are, as attention has none, and less than
@@ -75,9 +77,12 @@ def work_of(policy: SparsePolicy, plan: Plan) -> Work:
     reused = ~computed & (plan.sources != SKIP)
     network = policy.config["network"]
     width = network.get("n_emb") or network.get("hidden_dim") or max(network.get("down_dims", [0]))
-    weights = 4 * float(computed.astype(float).sum(0) @ costs)
+    half = policy.precision in ("float16", "bfloat16")
+    # folded cross-attention has no weights but what an encoder makes of the observation
+    sizes = np.array([2 if half and t != "cross_attn" else 4 for t in policy.block_types])
+    weights = float(computed.astype(float).sum(0) @ (sizes * costs))
     slots = 4.0 * policy.horizon * width * float(reused.sum())
-    return Work(int(4 * costs.sum()), int(weights + slots))
+    return Work(int((sizes * costs).sum()), int(weights + slots))
 
 
 def find_gpu(name: str) -> Gpu | None:
