@@ -18,9 +18,7 @@ encoder has to end in LeRobot's Linear and ReLU. So each corner's coordinate v, 
 to 1, is two features, max(v, 0) and max(-v, 0): nothing is cut, and as the UNet's conditioning
 begins with Mish, the weights of a policy that sees the corners themselves (`--start`) all but fit.
 
-The head, that UNet, is then trained further on the features of the demonstrations' images;
-``--corners 0.02`` instead does so on the true corners, -1 to 1, with normal noise, before there is
-an encoder.
+The head, that UNet, is then trained further on the features of the demonstrations' images.
 """
 
 from __future__ import annotations
@@ -318,11 +316,6 @@ def train_encoder(args: argparse.Namespace) -> None:
 # ---- the head
 
 
-def halves(corners: Tensor) -> Tensor:
-    """Features (..., 32) of normalised corners (..., 16)."""
-    return torch.cat([corners.relu(), (-corners).relu()], -1)
-
-
 class HeadTraining(lowdim.Training):
     """`lerobot_policy`'s training, with an encoder's features in place of the corners."""
 
@@ -351,10 +344,7 @@ class HeadTraining(lowdim.Training):
             cut = int(self.scenes.ends[self.settings["episodes"] - 1])
             inside = self.steps[:, -1] < cut
             self.steps, self.padded, states = self.steps[inside], self.padded[inside], states[:cut]
-        if self.settings["encoder"] is None:
-            self.frames[ENV] = torch.from_numpy(self.scenes.corners(states))
-        else:
-            self.frames[ENV] = self._features(states)
+        self.frames[ENV] = self._features(states)
 
     def _features(self, states: NDArray[np.float32]) -> Tensor:
         """(N, 32) of the demonstrations' images, as tsad makes them; kept beside the encoder."""
@@ -382,17 +372,8 @@ class HeadTraining(lowdim.Training):
         torch.save(features, kept)
         return features
 
-    def batch(self) -> dict[str, Tensor]:
-        batch = super().batch()
-        if self.settings["encoder"] is None:
-            noise = self.settings["corners"] * torch.randn_like(batch[ENV])
-            batch[ENV] = halves(batch[ENV] + noise)
-        return batch
-
     def parts(self) -> Sequence[Any]:
         """The policy with its encoder, and the processors."""
-        if self.settings["encoder"] is None:
-            return super().parts()
         return whole(self.ema, Path(self.settings["encoder"]), self.dataset.meta.stats)
 
 
@@ -448,12 +429,9 @@ def whole(head: Any, folder: Path, stats: dict[str, Any]) -> Sequence[Any]:
 
 def train_head(args: argparse.Namespace) -> None:
     """Start or resume the head's training."""
-    if (args.encoder is None) == (args.corners is None) and not args.resume:
-        raise SystemExit("expected --encoder, or --corners, one of the two")
     more: dict[str, Any] = {
         "demonstrations": str(args.demonstrations),
-        "encoder": args.encoder and str(args.encoder),
-        "corners": args.corners,
+        "encoder": str(args.encoder),
         "episodes": args.episodes,
         "start": args.start and str(args.start),
     }
@@ -483,8 +461,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     head = commands.add_parser("head", help="an encoder and a LeRobotDataset to a policy")
     lowdim.add_training(head)
     head.add_argument("demonstrations", type=Path, help="what the dataset was made of")
-    head.add_argument("--encoder", type=Path, help="folder of the encoder's training")
-    head.add_argument("--corners", type=float, help="without an encoder: the noise of true corners")
+    head.add_argument("--encoder", type=Path, required=True, help="folder of its training")
     head.add_argument("--episodes", type=int, help="the first so many alone (default: all)")
     head.add_argument("--start", type=Path, help="folder of a policy to begin with")
     head.set_defaults(run=train_head)
