@@ -19,6 +19,7 @@ from tsad import cli
 from tsad.checkpoint import write_folder
 from tsad.commands.parser import Parser
 from tsad.fitted import Fitted, coefficients_of, rows_of
+from tsad.guard import Bound
 from tsad.load import read_policy, weights_sha256
 from tsad.samplers import make_sampler
 from tsad.setting import steady_sha256
@@ -29,8 +30,8 @@ FEW = "--sampler ddim --steps 4 --threads 1"
 USES = {
     "demo": ["--policy POLICY --out OUT --seeds 1"],
     "eval": [
-        f"pusht --seeds 1 --policy POLICY --plan PLAN --baseline RESULTS --fitted FITTED --out OUT"
-        f" {FEW}",
+        "pusht --seeds 1 --policy POLICY --plan PLAN --baseline RESULTS --fitted FITTED"
+        f" --guard GUARD --out OUT {FEW}",
         "pusht --policy POLICY --seeds 2 --settings SETTINGS --observations RECORDED --out OUT",
     ],
     "collect": [f"pusht --policy POLICY --episodes 1 --out OUT {FEW}"],
@@ -139,6 +140,8 @@ def material(tmp_path_factory: Any) -> dict[str, str]:
         shift=rows_of(np.zeros(shape)),
     )
     (folder / "fitted").write_bytes(fitted.to_bytes())
+    bound = Bound(np.zeros((45, 40)), np.eye(40), np.array(1.0))
+    (folder / "guard").write_bytes(bound.to_bytes())
     (folder / "mask").write_text("1010")
     episode = asdict(Episode(100_000, 0.5, False, 8, 1, 1.0, 1.0))
     results = {"format": "tsad-eval", "format_version": 1, "settings": {}, "episodes": [episode]}
@@ -148,7 +151,7 @@ def material(tmp_path_factory: Any) -> dict[str, str]:
     state, action = (rng.uniform(0, 500, (200, n)).astype(np.float32) for n in (5, 2))
     np.savez(folder / "data.npz", state=state, action=action, episode_ends=ends)
     (folder / "keypoints").write_text('{"local_keypoints_block_frame_px": [[0, 0]]}')
-    names = ("MASK", "RESULTS", "SETTINGS", "FITTED")
+    names = ("MASK", "RESULTS", "SETTINGS", "FITTED", "GUARD")
     files |= {name: str(folder / name.lower()) for name in names}
     files |= {"PLAN": str(folder / "plan.npz"), "DATA": str(folder / "data.npz")}
     return files | {"POLICY": "pusht", "KEYPOINTS": str(folder / "keypoints")}

@@ -13,6 +13,7 @@ from tsad import _program  # noqa: F401  # isort: skip  # before anything that t
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tsad.guard import Guard
     from tsad.recorder import Recorder
 
 try:
@@ -35,6 +36,7 @@ __all__ = [
     "REUSE_STEP",
     "REUSE_TYPE",
     "SKIP",
+    "Guard",
     "ImagePolicy",
     "Plan",
     "Recorder",
@@ -52,6 +54,10 @@ def __getattr__(name: str) -> Any:
         from tsad.recorder import Recorder
 
         return Recorder
+    if name == "Guard":
+        from tsad.guard import Guard
+
+        return Guard
     if name in ("convert", "sim"):
         from importlib import import_module
 

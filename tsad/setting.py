@@ -10,9 +10,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tsad.fitted import Fitted
+from tsad.guard import Bound, Guard
 from tsad.plan import Plan
 from tsad.planners import from_steps
 
@@ -44,6 +45,7 @@ class Setting:
         lead, smoothing: as of `tsad.load`.
         fitted: a `Fitted`, or the path of one, for this sampler and plan.
         n_action_steps: actions executed of a chunk.
+        guard: a `tsad.guard.Bound`, or the path of one, past which the policy starts anew.
         planner, sparsity: as of `SparsePolicy`; sparsity None with the planner "pruner" is its own
             choice.
         plan: what is computed, instead of these two: a `Plan`, the path of one, or a step mask such
@@ -59,6 +61,7 @@ class Setting:
     lead: float | None = None
     smoothing: bool | None = None
     fitted: Fitted | Path | str | None = None
+    guard: Bound | Path | str | None = None
     planner: str | None = None
     sparsity: float | None = None
     plan: Plan | Path | str | None = None
@@ -75,7 +78,7 @@ class Setting:
     def to_dict(self) -> dict[str, Any]:
         """What is set, for JSON; files by their names, and not as objects."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("plan", "fitted"):
+        for name in ("plan", "fitted", "guard"):
             if isinstance(values[name], Path):
                 values[name] = values[name].name
         return {name: value for name, value in values.items() if value is not None}
@@ -96,10 +99,22 @@ class Setting:
         given = self.fitted
         return given if given is None or isinstance(given, Fitted) else Fitted.read(given)
 
+    def load_guard(self) -> Bound | None:
+        """Its bound; ``ValueError`` or ``OSError`` if that can't be read."""
+        given = self.guard
+        return given if given is None or isinstance(given, Bound) else Bound.read(given)
+
+    def guarded(self, policy: SparsePolicy) -> SparsePolicy:
+        """The policy, in a `Guard` where the setting has one."""
+        bound = self.load_guard()
+        # a Guard has all that a policy has
+        return policy if bound is None else cast("SparsePolicy", Guard(policy, bound))
+
     def alone(self, policy: SparsePolicy) -> Setting:
         """The same without any file: with its plan for a policy in it."""
         values = {field.name: getattr(self, field.name) for field in fields(Setting)}
-        return Setting(**{**values, "plan": self.load_plan(policy), "fitted": self.load_fitted()})
+        own = {"plan": self.load_plan(policy), "fitted": self.load_fitted()}
+        return Setting(**{**values, **own, "guard": self.load_guard()})
 
     def apply(self, policy: SparsePolicy) -> None:
         """Set the policy's plan, or its planner and dial; the rest it was loaded with.
@@ -141,6 +156,8 @@ class Setting:
         key |= {name: value for name in MOVED if (value := getattr(self, name))}
         if (fitted := self.load_fitted()) is not None:
             key["fitted_sha256"] = fitted.sha256
+        if (guard := self.load_guard()) is not None:
+            key["guard_sha256"] = guard.sha256
         if self.timestep_spacing is not None:
             key["timestep_spacing"] = self.timestep_spacing
         return key

@@ -138,6 +138,11 @@ def add_fitted(parser: Any) -> None:
     parser.add_argument(
         "--fitted", metavar="FILE", help="what tsad fit found for this sampler and plan"
     )
+    parser.add_argument(
+        "--guard",
+        metavar="FILE",
+        help="start anew, densely, where an observation is not to be expected: tsad fit --guard",
+    )
 
 
 def timed_on(measured: Mapping[str, Any]) -> str:

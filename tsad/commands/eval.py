@@ -63,11 +63,11 @@ With --out every finished episode is on disk at once, and --resume goes on after
 
 --settings FILE plays many settings over the same seeds: a JSON list of objects with a "name" and
 any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision", "n_action_steps",
-"noise", "preset", "realtime", "latency", "warm_start", "lead", "smoothing", "fitted", "disturb".
-Then --out is a folder with a file per setting; the same command goes on with what is missing. The
-first is the baseline of all; the intervals hold for all rows together. Rows that are the first but
-for a lead and smoothing are dense with a lead: the best of them is a second baseline, which rows
-with a lead are to be judged by, as a lead helps whatever is executed.
+"noise", "preset", "realtime", "latency", "warm_start", "lead", "smoothing", "fitted", "guard",
+"disturb". Then --out is a folder with a file per setting; the same command goes on with what is
+missing. The first is the baseline of all; the intervals hold for all rows together. Rows that are
+the first but for a lead and smoothing are dense with a lead: the best of them is a second baseline,
+which rows with a lead are to be judged by, as a lead helps whatever is executed.
 
 {OBSERVATIONS}
 
@@ -243,6 +243,14 @@ def _beside(run: Mapping[str, Any]) -> str:
     return f" ({'; '.join(notes)})" if notes else ""
 
 
+def _guarded(summary: Mapping[str, Any]) -> list[str]:
+    """What a guard did, in a line or none."""
+    if "guarded" not in summary:
+        return []
+    share = summary["guarded"] / summary["chunks"]
+    return [f"guard    {summary['guarded']} chunks started anew, {share:.1%}"]
+
+
 def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
     summary, settings, run_ = document["summary"], document["settings"], document["run"]
     score, success, times = summary["score"], summary["success"], summary["chunk_ms"]
@@ -258,6 +266,7 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
         f"{summary['chunks']} chunks{_beside(run_)}",
         *realtime.report(settings),
         *([f"seen     with {settings['disturb']}"] if "disturb" in settings else []),
+        *_guarded(summary),
     ]
     if "paired" in document:
         paired = document["paired"]

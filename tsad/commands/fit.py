@@ -22,6 +22,7 @@ from tsad.commands.common import (
     load_policy,
     natural,
     positive_int,
+    real,
     setting_of,
     sparsity,
 )
@@ -29,7 +30,8 @@ from tsad.commands.plan import policy_facts, recorded
 from tsad.commands.training import BUDGET_OPTIONS, fit, named, number
 from tsad.config import EULER
 from tsad.evaluation.progress import Progress
-from tsad.files import output_folder, write_atomically, write_json
+from tsad.files import make_folder, output_folder, write_atomically, write_json
+from tsad.guard import QUANTILE
 from tsad.setting import WORDS, Setting, is_mask, steady_sha256
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from tsad.sim.recording import Recorded
     from tsad.training.fit import FitSettings, FitTrainer, Windows
 
-PLAN_FILE, SETTINGS_FILE = "plan.npz", "settings.json"
+PLAN_FILE, SETTINGS_FILE, GUARD_FILE = "plan.npz", "settings.json", "guard.npz"
 MANY = 100
 minutes = BUDGET_OPTIONS[0][1]
 
@@ -59,7 +61,10 @@ command goes on.
 {OBSERVATIONS}
 
 Where actions are recorded, too, a warm start begins where they led: best record the setting itself,
-with tsad.Recorder, or any with as many actions executed."""
+with tsad.Recorder, or any with as many actions executed.
+
+--guard makes a bound instead, for tsad.Guard and tsad eval --guard: how far an observation may be
+from what the one before and the actions in between lead to expect."""
 
 EPILOG = """\
 examples:
@@ -69,6 +74,7 @@ examples:
       --plan 10000000 --out warm
   tsad fit pusht --data recorded --preset fast --updates 500 --out fast
   tsad fit pusht --data recorded --sampler ddim --steps 8 --warm-start 4 --updates 0 --out bias
+  tsad fit pusht --data recorded --out guard --guard
   tsad eval pusht --settings warm/settings.json --out played --seeds 200         then see"""
 
 OPTIONS: tuple[tuple[str, Any, str], ...] = (
@@ -120,6 +126,20 @@ def add_parser(subparsers: Any) -> None:
     for name, kind, text in OPTIONS:
         whole = kind in (positive_int, natural)
         group.add_argument(f"--{name}", type=kind, metavar="N" if whole else "X", help=text)
+    guard = parser.add_argument_group("instead: a guard, see tsad.Guard")
+    guard.add_argument(
+        "--guard",
+        dest="only_guard",
+        action="store_true",
+        help="only make DIR/guard.npz: what an observation may be, after the one before",
+    )
+    guard.add_argument(
+        "--quantile",
+        type=real(lambda share: 0 < share < 1, "a number between 0 and 1, e.g. 0.99"),
+        default=QUANTILE,
+        metavar="Q",
+        help=f"of recorded chunks that are let pass (default: {QUANTILE})",
+    )
     parser.set_defaults(run=run, report_every=25)
 
 
@@ -127,11 +147,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from tsad._extras import require
 
+    with argument("--out"):
+        out = output_folder(args.out)
+    if args.only_guard:
+        return _guard(args, out)
     torch = require("torch", extra="train", purpose="tsad fit")
     if args.threads:
         torch.set_num_threads(args.threads)
-    with argument("--out"):
-        out = output_folder(args.out)
     settings = _settings(args)
     setting = replace(setting_of(vars(args), args.source), lead=None, smoothing=None, fitted=None)
     trainer = _trainer(args, setting, settings, out)
@@ -194,6 +216,32 @@ def _trainer(
         )
 
 
+def _guard(args: argparse.Namespace, out: Path) -> int:
+    """Write the bound of what observations may be."""
+    from tsad.guard import measure
+
+    policy = load_policy(args.source, args, name="POLICY", lanes=1)
+    rows = []
+    for episode in recorded(args, policy):
+        ((_, _, executed),) = _windows(args, policy, [episode], 1, 0, whole=True)
+        rows.append((episode.obs, executed))
+    facts = {"files_sha256": policy_facts(policy, args.source)["files_sha256"]}
+    with named(("quantile",), "--data", data="--data"):
+        bound = measure(policy, rows, quantile=args.quantile, metadata=facts)
+    make_folder(out)
+    write_atomically(out / GUARD_FILE, bound.to_bytes())
+    found = {**bound.metadata, "bound": float(bound.bound), "out": str(out / GUARD_FILE)}
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    known = "" if found["knows_actions"] else "; what was executed is not known of them"
+    print(
+        f"{out / GUARD_FILE}: of {found['pairs']} pairs of successive chunks, {args.quantile:.4g} "
+        f"lie below {found['bound']:.3g}{known}"
+    )
+    return 0
+
+
 def _settings(args: argparse.Namespace) -> FitSettings:
     from tsad.training.fit import FitSettings
 
@@ -228,13 +276,20 @@ def _many(args: argparse.Namespace, policy: SparsePolicy) -> SparsePolicy:
 
 
 def _windows(
-    args: argparse.Namespace, policy: SparsePolicy, episodes: list[Recorded], chunks: int, seed: int
+    args: argparse.Namespace,
+    policy: SparsePolicy,
+    episodes: list[Recorded],
+    chunks: int,
+    seed: int,
+    *,
+    whole: bool = False,
 ) -> Windows:
     from tsad.sim import recording
     from tsad.training.fit import WINDOW
 
     folder, found = Path(args.data), []
-    for episode, part in recording.pick(episodes, chunks, WINDOW, seed):
+    length = max(len(episode.obs) for episode in episodes) if whole else WINDOW
+    for episode, part in recording.pick(episodes, chunks, length, seed):
         executed = None
         if recording.has_actions(folder, episode.number):
             executed = recording.read_episode(folder, episode.number, "actions")[part]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,8 @@ class Trial:
             experiment.source, experiment, name=name, lanes=lanes, setting=self.setting
         )
         configure(policy, self.setting)
-        return policy
+        with argument("--guard"):
+            return self.setting.guarded(policy)
 
 
 def check_policy(
@@ -254,7 +255,7 @@ def _document(
         # Every time that somebody was told: test seeds are to be looked at once.
         "looks": [*journal.looks, look],
         "summary": {"first_seed": seeds[0], "last_seed": seeds[-1], **results.summarise(asked)},
-        "episodes": [asdict(journal.episodes[seed]) for seed in sorted(journal.episodes)],
+        "episodes": [results.fields_of(e) for _, e in sorted(journal.episodes.items())],
     }
 
 

@@ -47,6 +47,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "smoothing": (bool,),
     "disturb": (str,),
     "fitted": (str,),
+    "guard": (str,),
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 RANGES: dict[str, Callable[[Any], object]] = {
@@ -176,8 +177,8 @@ class Sweep:
         row = dict(row)
         if "plan" in row and not is_mask(row["plan"]):  # relative to the settings file
             row["plan"] = str(self._folder / row["plan"])
-        if "fitted" in row:
-            row["fitted"] = str(self._folder / row["fitted"])
+        for name in row.keys() & {"fitted", "guard"}:
+            row[name] = str(self._folder / row[name])
         return Trial.of({**self._words, **row}, self._experiment.source)
 
     @property

@@ -25,6 +25,7 @@ OPTIONS = {
     "device": "--device",
     "disturb": "--disturb",
     "fitted": "--fitted",
+    "guard": "--guard",
     "lead": "--lead",
     "n_action_steps": "--n-action-steps",
     "num_inference_steps": "--steps",

@@ -62,6 +62,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
     success = np.array([float(episode.success) for episode in episodes])
     chunks = np.array([episode.chunks for episode in episodes])
     means = np.array([episode.chunk_ms_mean for episode in episodes])
+    guarded = [episode.guarded for episode in episodes if episode.guarded is not None]
     return {
         "episodes": len(episodes),
         "score": {
@@ -80,6 +81,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
             "mean": float((means * chunks).sum() / chunks.sum()),
             "max": max(episode.chunk_ms_max for episode in episodes),
         },
+        **({"guarded": sum(guarded)} if guarded else {}),
     }
 
 
@@ -156,7 +158,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "chunks": (int,),
     "chunk_ms_mean": _REAL,
     "chunk_ms_max": _REAL,
+    "guarded": (int,),
 }
+
+
+def fields_of(episode: Episode) -> dict[str, Any]:
+    """As it is kept; what nobody counted is left out."""
+    return {name: value for name, value in asdict(episode).items() if value is not None}
 
 
 def _episode(fields: Any, where: str) -> Episode:
@@ -166,6 +174,8 @@ def _episode(fields: Any, where: str) -> Episode:
         raise ResultsError(f"{where}: not an episode ({error})") from error
     for name, kinds in _KINDS.items():
         value = getattr(episode, name)
+        if name == "guarded" and value is None:
+            continue
         if type(value) not in kinds or (isinstance(value, int) and abs(value) >= 2**63):
             raise ResultsError(f"{where}: not an episode (its {name})")
     return episode
@@ -291,7 +301,7 @@ class Journal:
                 if not overwrite:
                     raise
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": self.settings}
-        rows = [header, *(asdict(episode) for episode in self.episodes.values())]
+        rows = [header, *(fields_of(episode) for episode in self.episodes.values())]
         partial = partial_path(out)
         write_atomically(partial, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file, self._began = open(str(partial), "ab"), bool(self.episodes)
@@ -317,7 +327,7 @@ class Journal:
         self._began = True
         if self._file is not None:
             with named(self._file.name):
-                self._file.write(json.dumps(asdict(episode)).encode() + b"\n")
+                self._file.write(json.dumps(fields_of(episode)).encode() + b"\n")
                 self._file.flush()
                 os.fsync(self._file.fileno())
         self.episodes[episode.seed] = episode  # last: Ctrl-C in between claims nothing

@@ -49,7 +49,10 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Episode:
-    """The result of one seed. Times are wall milliseconds per chunk, the lanes' share of a call."""
+    """The result of one seed. Times are wall milliseconds per chunk, the lanes' share of a call.
+
+    `guarded`: chunks before which a `tsad.Guard` let it start anew; None without one.
+    """
 
     seed: int
     score: float
@@ -58,6 +61,7 @@ class Episode:
     chunks: int
     chunk_ms_mean: float
     chunk_ms_max: float
+    guarded: int | None = None
 
 
 class Chunk(NamedTuple):
@@ -101,6 +105,7 @@ class _Lane:
         self.seed, self.score, self.success, self.steps, self.asked = seed, 0.0, False, 0, 0
         self.chunk_ms: list[float] = []
         self.disturbed = None if self.disturb is None else Disturbed(self.disturb, seed)
+        self.guarded: int | None = None
         # Before the start nothing was seen: the first observation stands in, as in training.
         first = self.see(first_observation(self.environment, seed))
         self.window = (first,) * self.n_obs_steps
@@ -129,7 +134,14 @@ class _Lane:
     def episode(self) -> Episode:
         mean, largest = float(np.mean(self.chunk_ms)), max(self.chunk_ms)
         return Episode(
-            self.seed, self.score, self.success, self.steps, len(self.chunk_ms), mean, largest
+            self.seed,
+            self.score,
+            self.success,
+            self.steps,
+            len(self.chunk_ms),
+            mean,
+            largest,
+            self.guarded,
         )
 
 
@@ -298,10 +310,13 @@ def rollouts(
             raise RuntimeError(f"the policy's actions are not finite in the episodes {seeds_now}")
         if on_chunk is not None:
             on_chunk(Chunk(seeds_now, obs, actions.copy(), milliseconds))
+        alarms = getattr(policy, "alarms", None)  # of a tsad.Guard
         still: list[int] = []
         for row, index in enumerate(running):
             lane = lanes[index]
             lane.chunk_ms.append(milliseconds / len(running))
+            if alarms is not None:
+                lane.guarded = (lane.guarded or 0) + alarms[row]
             if not lane.act(actions[row], on_step):
                 still.append(index)
                 continue
