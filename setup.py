@@ -5,7 +5,9 @@ Switches (environment variables, "1" is on):
                  LD_PRELOAD="$(gcc -print-file-name=libasan.so)" with ASAN_OPTIONS=detect_leaks=0
   TSAD_DEBUG     no optimisation, assertions, debug information
   TSAD_WERROR    warnings are errors
-  TSAD_CUDA      the CUDA backend's library as well: needs nvcc (cuda/build.py)
+  TSAD_CUDA      the CUDA backend's library as well: needs nvcc (cuda/build.py). Not by itself
+                 where nvcc is found: six architectures take it half a minute of processor time,
+                 in every build, for a backend that has not run on a GPU yet
 """
 
 import os

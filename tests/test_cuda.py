@@ -140,9 +140,10 @@ def test_random_plans_equal_the_cpu(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["transformer", "unet", "dit"])
-def test_many_random_plans_equal_the_cpu(family: str) -> None:
-    check_plans(family, rounds=60)
+@pytest.mark.parametrize(("family", "rounds"), [("transformer", 60), ("unet", 20), ("dit", 60)])
+def test_many_random_plans_equal_the_cpu(family: str, rounds: int) -> None:
+    """Three plans a round; a UNet's take three times as long in emulation."""
+    check_plans(family, rounds=rounds)
 
 
 def check_pruner(name: str, pruner: str) -> None:
@@ -177,8 +178,9 @@ def check_changes() -> None:
             for lane, plan in enumerate(plans):
                 if plan is not None:  # the others go on, also where slots have moved
                     policy._set_plan(lane, plan, dense)
-        for seed, lanes in enumerate((None, None, [2], [0, 2], [1], None)):
-            if seed == 5 and turn < 2:  # in mid-episode
+        for seed, lanes in enumerate((None, None, [2], [0, 2], [1], None, None)):
+            # in mid-episode, where the chunk before has left a graph of these lanes
+            if seed == 6 and turn < 2:
                 for policy in policies:
                     policy._set_plan(0, (steps, still)[turn], dense)
             rows = 3 if lanes is None else len(lanes)
