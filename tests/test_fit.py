@@ -262,11 +262,11 @@ def test_a_fit_lowers_what_a_plan_loses(capsys: Any, tmp_path: Path, data: str) 
     pytest.importorskip("torch", reason="pip install 'tsad-policy[test]'")
     folder, out = save_policy(tmp_path / "p"), tmp_path / "out"
     words = ["fit", folder, "--data", data, "--out", str(out), *FEW, "--plan", "1010"]
-    code, text, err = run(capsys, *words, "--updates", "60")
+    code, text, err = run(capsys, *words, "--updates", "20")
     assert code == 0, err
     found = json.loads(text)
     before, after = found["mean_rms"]
-    assert after < 0.8 * before
+    assert after < 0.9 * before
     rows = json.loads((out / "settings.json").read_text())
     options = {"sampler": "ddim", "num_inference_steps": 4, "timestep_spacing": "trailing"}
     many = tsad.load(folder, **{**options, "num_inference_steps": 12})
