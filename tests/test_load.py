@@ -38,7 +38,7 @@ def actions(policy: Any, seed: int = 0) -> np.ndarray:
 
 
 def test_bundled() -> None:
-    assert bundled() == ["pusht", "pusht_corners"]
+    assert bundled() == ["pusht", "pusht_corners", "pusht_pixels"]
     policy = tsad.load("pusht", num_inference_steps=4, sampler="ddim", lanes=2)
     assert (policy.horizon, policy.n_obs_steps, policy.n_action_steps) == (10, 2, 8)
     assert (policy.obs_dim, policy.action_dim, len(policy.blocks)) == (20, 2, 24)
