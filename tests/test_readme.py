@@ -319,6 +319,40 @@ def test_images_beside_their_peers() -> None:
     said("README.md", r"a 96 x 96 image (\S+) ms \((\S+), (\S+)\)\.", *medians)
 
 
+def test_whole_chunks_of_lerobots_networks() -> None:
+    page = read("lerobot.md")
+    settings = json.loads((ROOT / "bench" / "frontier" / "large_unet.json").read_text())
+    document = results(page, "large")
+    found = rows(page, "chunk of (512, 1024, 2048)")
+    for row, result, setting in zip(found, document["results"], settings, strict=True):
+        assert result["name"] == setting["name"]
+        assert f"num_inference_steps={setting['steps']}" in row[0] or "the same" in row[0]
+        calls = result["call_ms"]
+        facts = (result["passes"], calls["p50"], calls["p90"], result["chunks_per_second"])
+        for written, value in zip(row[1:], facts, strict=True):
+            same(written, value)
+    (case,) = results(page, "dit")["cases"]
+    names = ("tsad float32", "eager", "compile", "onnxruntime", "openvino", "tsad int16")
+    medians = [case["contenders"][name]["ms"]["median"] for name in names]
+    said(
+        "lerobot.md",
+        r"takes\s+(\S+) ms a pass in a chunk of ten, in PyTorch (\S+), compiled (\S+), "
+        r"in ONNX Runtime (\S+) and in OpenVINO (\S+); in 16 bits (\S+)",
+        *medians,
+    )
+    said("lerobot.md", r"own size \((\d+) million parameters, horizon", case["parameters"] / 1e6)
+    pixels = {r["name"]: r for r in results(page, "pixels")["results"]}
+    few, warm = (pixels[name] for name in ("ddim-10", "ddim-8-int8-warm-4"))
+    times = [r["call_ms"][q] for r in (few, warm) for q in ("p50", "p90", "p99")]
+    said(
+        "lerobot.md",
+        r"takes (\S+) ms with ten steps of DDIM\s+\(p90 (\S+), p99 (\S+)\) and (\S+) ms with four "
+        r"steps from the chunk before in 8 bits \((\S+), (\S+)\), (\S+) of them",
+        *times,
+        warm["stages_ms"]["vision"]["p50"],
+    )
+
+
 def test_the_policy_of_lerobot_that_comes_along() -> None:
     document = results(read("lerobot.md"), "corners-500")
     settings = json.loads((ROOT / "bench" / "frontier" / "pusht_corners.json").read_text())
