@@ -363,13 +363,19 @@ def test_the_policy_of_lerobot_that_comes_along() -> None:
     assert [setting["name"] for setting in settings] == list(document["rows"])
     for row, setting in zip(found, settings, strict=True):
         name = setting["name"]
-        assert int(row[1]) == setting.get("warm_start", setting.get("steps", 100))
+        same(row[1], document["rows"][name]["passes"])
         for written, key in zip(row[2:4], ("score", "success"), strict=True):
             same(written, document["rows"][name][key]["mean"])
         if name in compared:
             mean, (low, high) = (compared[name][k] for k in ("mean_difference", "simultaneous"))
             for written, value in zip(numbers(row[4]), (-mean, -high, -low), strict=True):
                 same(written, value)
+    presets = json.loads((ROOT / "tsad/assets/pusht_corners/presets.json").read_text())["presets"]
+    for preset in presets:
+        (row,) = (row for row in found if f'preset="{preset["name"]}"' in row[0])
+        same(row[2], preset["measured"]["score"]["mean"])
+    fast, lossless = (preset["measured"]["milliseconds"] for preset in presets)
+    said("lerobot.md", r"as trained, (\S+) with `lossless` and (\S+) with `fast`", lossless, fast)
     lerobots = results(read("lerobot.md"), "lerobot-eval")
     played, turns = lerobots["overall"], lerobots["in_turns"]["eval_s"]
     means = [sum(turns[mode]) / len(turns[mode]) for mode in ("exact", "off")]
