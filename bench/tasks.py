@@ -79,8 +79,8 @@ def engine(task: Task, precision: str = "float32") -> tsad.SparsePolicy:
 
 
 def precisions() -> list[str]:
-    """Those that this tsad knows; "auto" is one of them by another name."""
-    return [name for name in PRECISIONS if name != "auto"]
+    """Those that this tsad knows on a CPU; "auto" is one of them by another name."""
+    return [name for name in PRECISIONS["cpu"] if name != "auto"]
 
 
 def normalise(actions: np.ndarray, task: Task) -> np.ndarray:

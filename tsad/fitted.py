@@ -135,8 +135,8 @@ class Fitted:
         for name, value in wanted.items():
             if getattr(self, name) != value:
                 fix = "load the policy that way, or fit this one anew (tsad fit)"
-                what = f"was made for {name} {getattr(self, name)!r}, and this policy's is"
-                raise ValueError(f"fitted: {what} {value!r}; {fix}")
+                wanted_one = f"expected what was made for {name} {value!r}, as this policy's is"
+                raise ValueError(f"fitted: {wanted_one}, got {getattr(self, name)!r}; {fix}")
         if np.shape(self.gain) != shape:
             raise ValueError(
                 f"fitted: expected gain and shift of shape {shape}, as this policy's actions have, "
