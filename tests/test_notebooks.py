@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tsad.load import bundled
-
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 if not FOLDER.is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
@@ -20,14 +18,8 @@ pytest.importorskip("gym_pusht")
 
 @pytest.mark.slow  # a process of its own: nothing to see for a sanitizer
 @pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("*.ipynb")))
-def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "IMAGE_POLICY" in (FOLDER / name).read_text() and "pusht_pixels" not in bundled():
-        pytest.importorskip("torch")
-        from vision_cases import pusht_folder
-
-        pusht_folder(tmp_path / "policy")
-        monkeypatch.setenv("IMAGE_POLICY", str(tmp_path / "policy"))
-        monkeypatch.setenv("SEEDS", "1")
+def test_a_notebook_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEEDS", "1")
     notebook = nbformat.read(FOLDER / name, as_version=4)
     nbclient.NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": FOLDER}}

@@ -22,7 +22,6 @@ from fakes import FakePolicy, FakeWorld  # noqa: E402
 
 import tsad  # noqa: E402
 from tsad import sim  # noqa: E402
-from tsad.load import bundled  # noqa: E402
 from tsad.sim.disturbance import Disturbance, Disturbed  # noqa: E402
 from tsad.sim.pusht import PushTPixels  # noqa: E402
 from tsad.sim.search import Search, Searcher  # noqa: E402
@@ -413,9 +412,6 @@ def test_an_image_policy_plays_pushts_pixels(
     found = json.loads(out)
     assert found["rows"]["b"]["settings"]["disturb"] == "noise=0.5"
     assert found["rows"]["a"]["settings"]["packages"].keys() >= {"gym-pusht", "opencv-python"}
-    if "pusht_pixels" not in bundled():
-        code, _, err = run(capsys, "eval", "pusht_pixels", "--seeds", "1")
-        assert code == 2 and "--policy: expected a policy for the simulator 'pusht_pixels'" in err
 
 
 def test_pixels_are_what_lerobots_policies_see() -> None:
