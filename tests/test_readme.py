@@ -353,6 +353,29 @@ def test_whole_chunks_of_lerobots_networks() -> None:
     )
 
 
+def test_the_policy_that_sees() -> None:
+    page, card = read("images.md"), (ROOT / "tsad/assets/pusht_pixels/README.md").read_text()
+    document = results(page, "pixels-200")
+    found = rows(page, "`pusht_pixels`, 200 episodes")
+    assert rows(card, "`pusht_pixels`, 200 episodes") == found
+    for row, result in zip(found, document["rows"].values(), strict=True):
+        facts = (result["passes"], result["score"]["mean"], result["success"]["mean"])
+        for written, value in zip(row[1:], facts, strict=True):
+            same(written, value)
+    (warm,) = document["compared"]["rows"].values()
+    low, high = warm["simultaneous"]
+    said(
+        "images.md",
+        r"difference is (\S+) \((\S+) to (\S+)\)\.",
+        warm["mean_difference"],
+        low,
+        high,
+    )
+    dense = results(page, "ddpm100-100")["rows"]["ddpm-100"]
+    means = (dense["score"]["mean"], dense["success"]["mean"])
+    said("images.md", r"these seeds alone: (\S+), success (\S+), where", *means)
+
+
 def test_the_policy_of_lerobot_that_comes_along() -> None:
     document = results(read("lerobot.md"), "corners-500")
     settings = json.loads((ROOT / "bench" / "frontier" / "pusht_corners.json").read_text())
