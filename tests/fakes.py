@@ -60,6 +60,9 @@ class FakeWorld:
 
     def reset(self, seed: int) -> Any:
         self.position = np.random.default_rng(seed).normal(size=3)
+        return self.seen()
+
+    def seen(self) -> Any:
         return self.position.astype(np.float32)
 
     def step(self, action: Any) -> Step:
@@ -68,7 +71,7 @@ class FakeWorld:
         # Any number in [0, 1), and another one wherever a bit of the past differs.
         score = float(np.abs(self.position).sum() * 1e3 % 1)
         success = score > 0.93
-        return Step(self.position.astype(np.float32), score, success, success)
+        return Step(self.seen(), score, success, success)
 
     def rest_action(self) -> Any:
         return self.position[:2]
@@ -78,6 +81,20 @@ class FakeWorld:
 
     def close(self) -> None:
         pass
+
+
+class CopyableWorld(FakeWorld):
+    """A fake world that can be copied."""
+
+    def state(self) -> Any:
+        return self.position.astype(np.float32)
+
+    def snapshot(self) -> Any:
+        return (self.position.copy(),)
+
+    def restore(self, snapshot: Any) -> Any:
+        (self.position,) = snapshot
+        return self.seen()
 
 
 class Table(FakeWorld):

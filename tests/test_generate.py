@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import FakePolicy, FakeWorld
+from fakes import CopyableWorld, FakePolicy
 
 import tsad
 from tsad import sim
@@ -25,22 +25,8 @@ SEARCH = Search(particles=4, start=0.3, interval=1, chunks=3, winners=2)
 SEEDS = range(20, 40)
 
 
-class Copyable(FakeWorld):
-    """A fake world that can be copied, and succeeds less easily."""
-
-    def state(self) -> Any:
-        return self.position.astype(np.float32)
-
-    def snapshot(self) -> Any:
-        return (self.position.copy(),)
-
-    def restore(self, snapshot: Any) -> Any:
-        (self.position,) = snapshot
-        return self.state()
-
-
 def searcher(search: Search = SEARCH, policy: Any = None) -> Searcher:
-    worlds = [Copyable() for _ in range(search.particles)]
+    worlds = [CopyableWorld() for _ in range(search.particles)]
     return Searcher(policy or FakePolicy(search.particles), worlds, search)
 
 
@@ -62,7 +48,7 @@ def test_a_demonstration_replays_to_success() -> None:
     # The case needs seeds of which several particles win, and lineages that split at a selection.
     assert len(found) > len({d.seed for d in found}) > 5
     for demonstration in found:
-        world = Copyable()
+        world = CopyableWorld()
         world.reset(demonstration.seed)
         steps = []
         for state, action in zip(demonstration.states, demonstration.actions, strict=True):
@@ -91,7 +77,7 @@ def test_selection_keeps_the_better_half() -> None:
             if len(particles) == 4:
                 kept[-1][1].extend(sorted(p.score for p in particles))
 
-    worlds = [Copyable() for _ in range(4)]
+    worlds = [CopyableWorld() for _ in range(4)]
     watched = Watched(FakePolicy(4), worlds, Search(4, 0.3, 1, 3, None, 4))
     for seed in SEEDS:
         kept.clear()
@@ -101,7 +87,7 @@ def test_selection_keeps_the_better_half() -> None:
 
 
 def test_search_gives_up_and_winners_are_bounded() -> None:
-    class Hopeless(Copyable):
+    class Hopeless(CopyableWorld):
         def step(self, action: Any) -> sim.Step:
             return super().step(action)._replace(score=0.5, success=False, done=False)
 
@@ -204,7 +190,7 @@ def call(*words: str) -> int:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sim, "make", lambda name: Copyable())
+    monkeypatch.setattr(sim, "make", lambda name: CopyableWorld())
     scheduler = {"type": "ddim", "num_inference_steps": 4}
     monkeypatch.setattr(FakePolicy, "config", {"scheduler": scheduler}, raising=False)
     for name, value in (("num_inference_steps", 4), ("precision", "float32")):

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 import vision_cases as vision  # noqa: E402
 from command_line import run  # noqa: E402
-from fakes import FakePolicy, FakeWorld  # noqa: E402
+from fakes import CopyableWorld, FakePolicy, FakeWorld  # noqa: E402
 
 import tsad  # noqa: E402
 from tsad import sim  # noqa: E402
@@ -32,8 +32,8 @@ SHORT = ["--sampler", "ddim", "--steps", "2"]
 DISTURBANCES = ["brightness=0.5", "noise=0.1", "occlusion=0.5", "brightness=1,noise=0.2"]
 
 
-class Scene(FakeWorld):
-    """`FakeWorld` with two cameras, one of them in floats, and a number that no policy sees."""
+class Scene(CopyableWorld):
+    """A fake world with two cameras, one of them in floats, and a number that no policy sees."""
 
     name = "scene"
     obs_shapes = {
@@ -41,13 +41,6 @@ class Scene(FakeWorld):
     }  # fmt: skip
     obs_dim = None
     drawn: Any = None
-
-    def reset(self, seed: int) -> Any:
-        super().reset(seed)
-        return self.seen()
-
-    def step(self, action: Any) -> Any:
-        return super().step(action)._replace(obs=self.seen())
 
     def seen(self) -> Any:
         if self.drawn is None:
@@ -65,16 +58,6 @@ class Scene(FakeWorld):
             vision.ENV: numbers,
             "joint": [7],
         }
-
-    def state(self) -> Any:
-        return self.position.astype(np.float32)
-
-    def snapshot(self) -> Any:
-        return (self.position.copy(),)
-
-    def restore(self, snapshot: Any) -> Any:
-        (self.position,) = snapshot
-        return self.seen()
 
 
 class Seer(FakePolicy):

@@ -302,9 +302,8 @@ tsad_status tsad_cpu_pack(tsad_model *m)
 
 void tsad_cpu_unpack(tsad_model *m) { tsad_arena_free(&m->packed); }
 
-/* an upper bound of what one node needs: its inputs normalised or gathered, its middle results,
- * the parts of its sum, and the stretch that delivery keeps for itself */
-/* floats of one lane that a node needs for a time */
+/* floats of one lane that a node needs for a time, at most: its inputs normalised or gathered, its
+ * middle results, the parts of its sum */
 static size_t node_scratch(const tsad_model *m, const tsad_net *net, const tsad_node *node)
 {
     const tsad_register *in = &net->registers[node->in], *out = &net->registers[node->out];

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from tsad.sim.results import differences
 from tsad.training.running import (
     STATE_FILE,
     InterruptedTrainingError,
+    SavedSettings,
     Training,
     budget_checks,
     caught_signals,
@@ -58,7 +59,7 @@ Windows = Sequence[tuple[Recorded, slice, Floats | None]]  # and the actions exe
 
 
 @dataclass(frozen=True)
-class FitSettings:
+class FitSettings(SavedSettings):
     """What is fitted and how. ``steps`` are of the gradient; 0: the sampler stays as it is."""
 
     terms: str = "affine"  # of a warm start's bias
@@ -83,11 +84,6 @@ class FitSettings:
             "draws": (self.draws >= 2, "at least 2"),
         }
         check_settings(self, checks)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FitSettings:
-        """The settings that ``asdict`` gave."""
-        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 
 @dataclass

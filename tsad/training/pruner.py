@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ from tsad.training.pruner_net import (
 from tsad.training.running import (
     STATE_FILE,
     InterruptedTrainingError,
+    SavedSettings,
     Training,
     budget_checks,
     caught_signals,
@@ -83,7 +84,7 @@ Windows = Sequence[tuple[Recorded, slice]]
 
 
 @dataclass(frozen=True)
-class PrunerSettings:
+class PrunerSettings(SavedSettings):
     """What is trained and how. ``minutes`` or ``steps`` ends the fit; of both, the first."""
 
     method: str = METHODS[0]
@@ -115,11 +116,6 @@ class PrunerSettings:
             "projections": (self.projections >= 1, "at least 1"),
         }
         check_settings(self, checks)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PrunerSettings:
-        """The settings that ``asdict`` gave."""
-        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 
 @dataclass

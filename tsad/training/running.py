@@ -12,15 +12,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from tsad.files import Lock, make_folder, write_atomically
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STATE_FILE = "training.pt"
 STATE_VERSION = 1
@@ -61,6 +64,16 @@ def budget_checks(settings: Any) -> dict[str, tuple[bool, str]]:
         "minutes": (settings.minutes is None or settings.minutes > 0, "above 0"),
         "steps": (settings.steps is None or settings.steps >= 1, "at least 1"),
     }
+
+
+class SavedSettings:
+    """Settings, a dataclass, that a saved state has as ``asdict`` gave them."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The settings; what another version knew is left out."""
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in data.items() if name in known})
 
 
 def check_settings(settings: Any, checks: Mapping[str, tuple[bool, str]]) -> None:

@@ -1,0 +1,165 @@
+"""The figures of LeRobot's policies, in README.md and docs/, are the committed ones."""
+
+from __future__ import annotations
+
+import json
+
+from pages import ROOT, numbers, read, results, rows, said, same
+
+
+def test_lerobots_unet_beside_its_peers() -> None:
+    document = results(read("lerobot.md"), "unet")
+    cases = document["cases"]
+    found = rows(read("lerobot.md"), "ms for one forward pass")
+    names = ["eager", "compile", "onnxruntime", "openvino"]
+    names += ["tsad float32", "tsad int16", "tsad int8"]
+    assert list(cases[0]["contenders"]) == names and len(found) == len(names) + 1
+    for name, row in zip(names, found, strict=False):
+        for written, case in zip(row[1:], cases, strict=True):
+            same(written, case["contenders"][name]["ms"]["median"])
+    for written, case in zip(found[-1][1:], cases, strict=True):
+        same(written, case["contenders"]["eager"]["floor_ms"])
+
+    def away(ending: str) -> float:
+        """The largest error of those contenders, in shares of the largest output."""
+        return max(
+            one["error"] / (case["largest_output"] if ending != "32" else 1)
+            for case in cases
+            for name, one in case["contenders"].items()
+            if name.endswith(ending) or (ending == "32" and "tsad" not in name)
+        )
+
+    said(
+        "lerobot.md",
+        r"within (\S+) of float64; 16 bits are away by up to (\S+) % .* 8 bits by (\S+) %",
+        away("32"),
+        100 * away("int16"),
+        100 * away("int8"),
+    )
+    said("lerobot.md", r"\((\d+) million parameters\)", cases[0]["parameters"] / 1e6)
+    medians = [cases[0]["contenders"][name]["ms"]["median"] for name in ("tsad float32", *names)]
+    said(
+        "README.md",
+        r"takes (\S+) ms \(PyTorch (\d+), ONNX Runtime (\S+)\), a",
+        medians[0],
+        medians[1],
+        medians[3],
+    )
+
+
+def test_images_beside_their_peers() -> None:
+    cases = results(read("lerobot.md"), "vision")["cases"]
+    found = rows(read("lerobot.md"), "ms for the images of one moment")
+    assert len(found) == len(cases[0]["contenders"]) + 1
+    for name, row in zip(cases[0]["contenders"], found, strict=False):
+        for written, case in zip(row[1:], cases, strict=True):
+            same(written, case["contenders"][name]["ms"]["median"])
+    for written, case in zip(found[-1][1:], cases, strict=True):
+        same(written, case["floor"]["ms"])
+    ours = [case["contenders"]["tsad float32"] for case in cases]
+    for case, own in zip(cases, ours, strict=True):  # fastest in every column
+        assert own["ms"]["median"] == min(c["ms"]["median"] for c in case["contenders"].values())
+    worst = max(one["error"] for case in cases for one in case["contenders"].values())
+    said("lerobot.md", r"Every contender is within (\S+) of float64\. The last row", worst)
+    shares = [100 * own["of_floor"] for own in ours]
+    said("lerobot.md", r"reaches (\d+) to (\d+) % of that", min(shares), max(shares))
+    sizes = [
+        [c["bytes"][what] / 1e6 for c in (cases[0], cases[-1])] for what in ("weights", "rest")
+    ]
+    said(
+        "lerobot.md", r"keeps (\d+) to (\d+) MB of weights, and (\d+) to (\d+) MB", *sum(sizes, [])
+    )
+    one = next(case for case in cases if case["size"] == [96, 96] and case["images"] == 1)
+    medians = [
+        one["contenders"][n]["ms"]["median"] for n in ("tsad float32", "eager", "onnxruntime")
+    ]
+    said("README.md", r"a 96 x 96 image (\S+) ms \((\S+), (\S+)\)\.", *medians)
+
+
+def test_whole_chunks_of_lerobots_networks() -> None:
+    page = read("lerobot.md")
+    settings = json.loads((ROOT / "bench" / "frontier" / "few_passes.json").read_text())
+    document = results(page, "large")
+    found = rows(page, "chunk of (512, 1024, 2048)")
+    for row, result, setting in zip(found, document["results"], settings, strict=True):
+        assert result["name"] == setting["name"]
+        assert f"num_inference_steps={setting['steps']}" in row[0] or "the same" in row[0]
+        calls = result["call_ms"]
+        facts = (result["passes"], calls["p50"], calls["p90"], result["chunks_per_second"])
+        for written, value in zip(row[1:], facts, strict=True):
+            same(written, value)
+    (case,) = results(page, "dit")["cases"]
+    names = ("tsad float32", "eager", "compile", "onnxruntime", "openvino", "tsad int16")
+    medians = [case["contenders"][name]["ms"]["median"] for name in names]
+    said(
+        "lerobot.md",
+        r"takes\s+(\S+) ms a pass in a chunk of ten, in PyTorch (\S+), compiled (\S+), "
+        r"in ONNX Runtime (\S+) and in OpenVINO (\S+); in 16 bits (\S+)",
+        *medians,
+    )
+    said("lerobot.md", r"own size \((\d+) million parameters, horizon", case["parameters"] / 1e6)
+    pixels = {r["name"]: r for r in results(page, "pixels")["results"]}
+    few, warm = (pixels[name] for name in ("ddim-10", "ddim-8-int8-warm-4"))
+    times = [r["call_ms"][q] for r in (few, warm) for q in ("p50", "p90", "p99")]
+    said(
+        "lerobot.md",
+        r"takes (\S+) ms with ten steps of DDIM\s+\(p90 (\S+), p99 (\S+)\) and (\S+) ms with four "
+        r"steps from the chunk before in 8 bits \((\S+), (\S+)\), (\S+) of them",
+        *times,
+        warm["stages_ms"]["vision"]["p50"],
+    )
+
+
+def test_the_policy_that_sees() -> None:
+    page, card = read("images.md"), (ROOT / "tsad/assets/pusht_pixels/README.md").read_text()
+    document = results(page, "pixels-200")
+    found = rows(page, "`pusht_pixels`, 200 episodes")
+    assert rows(card, "`pusht_pixels`, 200 episodes") == found
+    for row, result in zip(found, document["rows"].values(), strict=True):
+        facts = (result["passes"], result["score"]["mean"], result["success"]["mean"])
+        for written, value in zip(row[1:], facts, strict=True):
+            same(written, value)
+    (warm,) = document["compared"]["rows"].values()
+    low, high = warm["simultaneous"]
+    said(
+        "images.md",
+        r"difference is (\S+) \((\S+) to (\S+)\)\.",
+        warm["mean_difference"],
+        low,
+        high,
+    )
+    dense = results(page, "ddpm100-100")["rows"]["ddpm-100"]
+    means = (dense["score"]["mean"], dense["success"]["mean"])
+    said("images.md", r"these seeds alone: (\S+), success (\S+), where", *means)
+
+
+def test_the_policy_of_lerobot_that_comes_along() -> None:
+    document = results(read("lerobot.md"), "corners-500")
+    settings = json.loads((ROOT / "bench" / "frontier" / "pusht_corners.json").read_text())
+    compared = document["compared"]["rows"]
+    found = rows(read("lerobot.md"), "`pusht_corners`, 500 episodes")
+    card = (ROOT / "tsad" / "assets" / "pusht_corners" / "README.md").read_text()
+    assert rows(card, "`pusht_corners`, 500 episodes") == found
+    assert [setting["name"] for setting in settings] == list(document["rows"])
+    for row, setting in zip(found, settings, strict=True):
+        name = setting["name"]
+        same(row[1], document["rows"][name]["passes"])
+        for written, key in zip(row[2:4], ("score", "success"), strict=True):
+            same(written, document["rows"][name][key]["mean"])
+        if name in compared:
+            mean, (low, high) = (compared[name][k] for k in ("mean_difference", "simultaneous"))
+            for written, value in zip(numbers(row[4]), (-mean, -high, -low), strict=True):
+                same(written, value)
+    presets = json.loads((ROOT / "tsad/assets/pusht_corners/presets.json").read_text())["presets"]
+    for preset in presets:
+        (row,) = (row for row in found if f'preset="{preset["name"]}"' in row[0])
+        same(row[2], preset["measured"]["score"]["mean"])
+    fast, lossless = (preset["measured"]["milliseconds"] for preset in presets)
+    said("lerobot.md", r"as trained, (\S+) with `lossless` and (\S+) with `fast`", lossless, fast)
+    lerobots = results(read("lerobot.md"), "lerobot-eval")
+    played, turns = lerobots["overall"], lerobots["in_turns"]["eval_s"]
+    means = [sum(turns[mode]) / len(turns[mode]) for mode in ("exact", "off")]
+    said("lerobot.md", r"take it (\S+) s of\s+evaluation.* and (\S+) s without", *means)
+    assert played["n_episodes"] == 50
+    wanted = (played["avg_max_reward"], played["pc_success"])
+    said("lerobot.md", r"had a score of (\S+) and (\S+) % success", *wanted)
