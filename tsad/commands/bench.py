@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
             with argument("--planner"):
                 policy.planner = args.planner
         clocks = _clocks(policy, args)
-    obs = observations(policy, -(-args.chunks // ROUNDS))
+    obs = observations(policy, max(2, -(-args.chunks // ROUNDS)))
     period = 0.0 if args.paced is None else 1 / args.paced
     with Progress(ROUNDS * len(clocks), "bench", unit="rounds") as progress:
         for _ in range(ROUNDS):

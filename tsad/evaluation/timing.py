@@ -72,8 +72,8 @@ class Clock:
         policy = self._load()
         policy.reset(seed=0)  # a plan that reads rollouts can't be set on another plan's
         self._setup(policy)
-        self.first.append(milliseconds(policy, obs[0]))
-        milliseconds(policy, obs[0])
+        self.first.append(milliseconds(policy, obs[-1]))  # images of obs[0] would be known then
+        milliseconds(policy, obs[-1])
         begin = len(self.wall)
         tick = time.perf_counter() + period
         for row in obs:
