@@ -9,6 +9,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -242,11 +243,12 @@ def test_every_reader_names_the_broken_file(tmp_path: Path) -> None:
     episode = archive(tmp_path / "episode-00000.npz", {"obs.npy": BROKEN_ARRAYS["signs"]})
     deep = tmp_path / "deep.json"
     deep.write_text("[" * 100_000)
+    policy = SimpleNamespace(num_inference_steps=4, blocks=["a"])
     resume = functools.partial(Record, settings={"first_seed": 0}, resume=True)
     readers: dict[Path, Any] = {
         path: (Plan.load, Effects.load, load_demonstrations, resume),
         episode: (lambda p: recording.read_collection(p.parent),),
-        deep: (read_results, functools.partial(import_plan, None)),
+        deep: (read_results, functools.partial(import_plan, policy)),
     }
     for file, functions in readers.items():
         for function in functions:

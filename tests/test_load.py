@@ -159,7 +159,7 @@ def test_arguments_are_refused_by_name(options: dict, error: type, says: str) ->
 
 
 def test_unknown_sources(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'pusht'.*tsad folder.*ckpt.*got 'puhst'"):
+    with pytest.raises(ValueError, match="'pusht'.*LeRobot folder.*ckpt.*got 'puhst'"):
         tsad.load("puhst")
     for path in ("nowhere/at/all", "latest.ckpt", tmp_path / "x"):
         with pytest.raises(FileNotFoundError, match="source: "):

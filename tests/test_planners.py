@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -42,7 +43,9 @@ def test_uniform_rows_are_evenly_spaced(steps: int) -> None:
         # it runs right after a reset, too
         assert (plan.first or planners.dense(policy)) == Plan(plan.sources)
     for n in (0, steps + 1, 2.0, True, None):
-        with pytest.raises(ValueError, match=f"n: expected an integer from 1 to {steps}"):
+        with pytest.raises(
+            (ValueError, TypeError), match=f"n: expected an integer from 1 to {steps}"
+        ):
             planners.uniform(policy, n)  # type: ignore[arg-type]
 
 
@@ -334,3 +337,86 @@ def test_public_names() -> None:
         assert getattr(tsad, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = tsad.nothing
+
+
+# ---- what is no policy, number or path
+
+
+OF_POLICY = {  # the arguments after the policy
+    "dense": (),
+    "uniform": (1,),
+    "uniform_sparse": (0.5,),
+    "random": (0.5, 0),
+    "c3ache": (0, 0),
+    "delta_dit": (0, 1, 1),
+    "deepcache": (1,),
+    "deepcache_sparse": (0.5,),
+    "teacache": (np.zeros(8), 0.1),
+    "fbcache": (np.zeros((8, 8)), 0.1),
+    "l2c": (np.zeros((4, 24)),),
+    "from_pairs": ([],),
+    "from_steps": ("1",),
+    "import_plan": ("plan.npz",),
+}
+
+
+def test_every_planner_names_what_is_no_policy() -> None:
+    taking = {
+        name
+        for name in planners.__all__
+        if "policy" in getattr(inspect.unwrap(getattr(planners, name)), "__annotations__", {})
+    }
+    assert taking == set(OF_POLICY)
+    for name, arguments in OF_POLICY.items():
+        for wrong in ("pusht", None):
+            with pytest.raises(TypeError, match=r"^policy: expected one of tsad\.load, got "):
+                getattr(planners, name)(wrong, *arguments)
+
+
+WRONG: list[tuple[str, str, tuple[Any, ...]]] = [
+    ("n", "uniform", (2.5,)),
+    ("n", "uniform", (True,)),
+    ("sparsity", "uniform_sparse", (None,)),
+    ("sparsity", "random", ("0.5", 0)),
+    ("seed", "random", (0.5, None)),
+    ("start", "c3ache", (None, 1)),
+    ("end", "c3ache", (0, 1.5)),
+    ("boundary", "delta_dit", ("1", 1, 1)),
+    ("n_layers", "delta_dit", (0, None, 1)),
+    ("interval", "delta_dit", (0, 1, None)),
+    ("threshold", "teacache", (np.zeros(4), None)),
+    ("threshold", "fbcache", (np.zeros((4, 4)), "much")),
+    ("pairs", "from_pairs", (None,)),
+    ("mask", "from_steps", (3,)),
+    ("path", "import_plan", (3,)),
+]
+
+
+@pytest.mark.parametrize(("argument", "name", "arguments"), WRONG)
+def test_a_planner_names_the_argument(argument: str, name: str, arguments: tuple[Any, ...]) -> None:
+    policy = make_policy(steps=4)
+    with pytest.raises(TypeError, match=rf"^{argument}: expected .*, got "):
+        getattr(planners, name)(policy, *arguments)
+
+
+def test_a_number_is_no_path() -> None:  # open(1) is the standard output
+    policy = make_policy(steps=4)
+    plan = planners.dense(policy)
+    for wrong in (1, None, []):
+        for what in (Plan.load, planners.from_file, planners.Effects.load, plan.save):
+            with pytest.raises(TypeError, match="^path: expected a path, as str or Path, got "):
+                what(wrong)  # type: ignore[operator]
+
+
+def test_turns_name_the_argument() -> None:
+    policy = make_policy(steps=4)
+    plan = planners.dense(policy)
+    for wrong, name in [(("pusht", plan, plan), "policy"), ((policy, "plan", plan), "plan"),
+                        ((policy, plan, None), "other")]:  # fmt: skip
+        with pytest.raises(TypeError, match=f"^{name}: expected .*, got "):
+            planners.Turns(*wrong, every=2)  # type: ignore[arg-type]
+    for wrong_number in (True, 2.5, "2"):
+        with pytest.raises(TypeError, match="^every: expected an integer from 1, got "):
+            planners.Turns(policy, plan, plan, every=wrong_number)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="^share: expected a number, got "):
+        planners.Turns(policy, plan, plan, share="half")  # type: ignore[arg-type]

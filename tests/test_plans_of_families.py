@@ -123,9 +123,9 @@ def test_deepcache_by_hand() -> None:
         np.testing.assert_array_equal(plan.sources, wanted)
         np.testing.assert_array_equal((plan.first or plan).sources, wanted)
     for words, message in (
-        ({"interval": 0}, "interval: expected 1 or more"),
-        ({"interval": 2, "levels": 3}, "levels: expected 1 to 2"),
-        ({"interval": 2, "levels": 0}, "levels: expected 1 to 2"),
+        ({"interval": 0}, "interval: expected an integer from 1"),
+        ({"interval": 2, "levels": 3}, "levels: expected an integer from 1 to 2"),
+        ({"interval": 2, "levels": 0}, "levels: expected an integer from 1 to 2"),
     ):
         with pytest.raises(ValueError, match=message):
             planners.deepcache(policy, **words)

@@ -100,7 +100,7 @@ def test_what_is_refused() -> None:
         ({"every": 1.5}, "every: expected an integer from 1, got 1.5"),
         ({"share": -0.1}, "share: expected a number from 0 to 1"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             Turns(policy, plan, plan, **rule)  # type: ignore[arg-type]
     sources = plan.sources.copy()
     sources[3] = REUSE_ROLLOUT

@@ -20,6 +20,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.files import path_text
+
 _MOST_INFLATED = 1 << 30
 _MAGIC = b"\x93NUMPY"
 
@@ -28,7 +30,7 @@ def read_npz(
     path: str | os.PathLike[str], names: Collection[str] | None = None
 ) -> dict[str, NDArray[Any]]:
     """The arrays of an npz file by name; those that are not among ``names`` are empty."""
-    with open(path, "rb") as file, _faults():
+    with open(path_text(path), "rb") as file, _faults():
         size = os.fstat(file.fileno()).st_size
         if not zipfile.is_zipfile(file):
             raise ValueError("it is not an npz file")
@@ -49,7 +51,7 @@ def read_npz(
 
 def read_npy(path: str | os.PathLike[str]) -> NDArray[Any]:
     """The array of an npy file."""
-    with open(path, "rb") as file, _faults():
+    with open(path_text(path), "rb") as file, _faults():
         _check(file, os.fstat(file.fileno()).st_size)
         file.seek(0)
         array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)

@@ -32,13 +32,20 @@ _MOST_LINKS = 40
 _BUNDLED = Path(__file__).resolve().parent / "assets"
 
 
+def path_text(value: object, name: str = "path") -> str:
+    """The text of a path; TypeError naming the argument. A number would be a file descriptor."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}: expected a path, as str or Path, got {value!r}")
+    return os.fsdecode(value)
+
+
 def output_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """The file to write for ``path``, links followed, after checking that it can be written.
 
     Changes nothing. Refuses a file that is there (``FileExistsError``, without ``overwrite``), a
     folder that is missing or none, what is not a file, a name too long, no permission.
     """
-    text = os.fspath(path)
+    text = path_text(path)
     target = _target(text, overwrite)
     with named(text), _beside(target):
         return target
@@ -49,7 +56,7 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
 
     It is not made: `make_folder` does that.
     """
-    text = os.fspath(path)
+    text = path_text(path)
     if not text:
         raise FileNotFoundError("got '', expected the name of a folder")
     with named(text):
@@ -86,7 +93,7 @@ def write_atomically(
     ``content`` is bytes, or a function that writes them to a binary stream. What `output_file`
     refuses is refused; without ``overwrite``, so is a file that appears in the meantime.
     """
-    text = os.fspath(path)
+    text = path_text(path)
     target = _target(text, overwrite)
     with named(text), _beside(target, content) as temporary:
         if overwrite:

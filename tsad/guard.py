@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from tsad import _core, planners
 from tsad.arrays import parse_header, read_npz
+from tsad.files import path_text
 from tsad.image_policy import ImagePolicy
 from tsad.policy import SparsePolicy
 
@@ -80,7 +81,7 @@ class Bound:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Bound:
         """A file; ``ValueError`` names it and what is wrong, ``OSError`` if it is none."""
-        if not Path(path).is_file():
+        if not Path(path_text(path)).is_file():
             raise FileNotFoundError(
                 f"got {os.fspath(path)!r}, which is not a file; expected one of tsad fit --guard"
             )
@@ -198,6 +199,10 @@ class Guard:
     def __init__(self, policy: SparsePolicy, bound: Bound | str | os.PathLike[str]) -> None:
         if isinstance(policy, ImagePolicy):
             raise ValueError("policy: expected one that sees numbers, got one that sees images")
+        if not isinstance(policy, SparsePolicy):
+            raise TypeError(f"policy: expected one of tsad.load, got {type(policy).__name__}")
+        if not isinstance(bound, Bound):
+            path_text(bound, "bound")
         try:
             own = bound if isinstance(bound, Bound) else Bound.read(bound)
         except (ValueError, OSError) as error:

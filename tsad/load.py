@@ -390,8 +390,8 @@ def read_policy(
         fix = f"did you mean {near[0]!r}?" if near else "check the path; nothing is downloaded"
         error = ValueError if path.name == str(source) and not path.suffix else FileNotFoundError
         raise error(
-            f"source: expected the name of a bundled policy ({names}), a tsad folder or a "
-            f"Diffusion Policy .ckpt file, got {str(source)!r}, where nothing is; {fix}"
+            f"source: expected the name of a bundled policy ({names}), a tsad or LeRobot "
+            f"folder, or a Diffusion Policy .ckpt, got {str(source)!r}, where nothing is; {fix}"
         )
     if path.suffix in (".safetensors", ".json"):
         raise ValueError(

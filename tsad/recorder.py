@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tsad import _core
 from tsad.busy import one_caller
-from tsad.files import Lock
+from tsad.files import Lock, path_text
 from tsad.load import files_sha256
 from tsad.policy import SparsePolicy
 from tsad.sim import recording
@@ -77,6 +77,7 @@ class Recorder:
                 f"policy: expected one of tsad.load, got {type(policy).__name__}{made}; save the "
                 "observations of others as arrays: np.savez(file, obs=..., episode_ends=...)"
             )
+        path_text(folder, "folder")
         path = Path(folder)
         recording.open_collection(path, {"by": "Recorder", "files_sha256": files_sha256(source)})
         held = lock(path / recording.FACTS_FILE)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import wraps
+from numbers import Integral
+from typing import Any, Concatenate, ParamSpec, Protocol, SupportsFloat, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,48 @@ class PolicyFacts(Protocol):
     def block_types(self) -> list[str]: ...
     @property
     def block_costs(self) -> NDArray[np.int64]: ...
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def of_policy(
+    make: Callable[Concatenate[PolicyFacts, P], R],
+) -> Callable[Concatenate[PolicyFacts, P], R]:
+    """What makes plans, which refuses what is no policy: TypeError."""
+
+    @wraps(make)
+    def checked(policy: PolicyFacts, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not hasattr(policy, "num_inference_steps") or not hasattr(policy, "blocks"):
+            raise TypeError(
+                f"policy: expected one of tsad.load, got {type(policy).__name__}; "
+                f"e.g. tsad.planners.{make.__name__}(tsad.load(...), ...)"
+            )
+        return make(policy, *args, **kwargs)
+
+    return checked
+
+
+def number(name: str, value: Any, what: str) -> float:
+    """An argument that is a number; TypeError or ValueError naming it."""
+    if not isinstance(value, SupportsFloat):
+        raise TypeError(f"{name}: expected a number, got {value!r}; {what}")
+    found = float(value)
+    if np.isnan(found):
+        raise ValueError(f"{name}: expected a number, got nan; {what}")
+    return found
+
+
+def integer(name: str, value: Any, low: int, high: int | None, what: str) -> int:
+    """An argument that counts something; TypeError or ValueError naming it."""
+    limits = f"from {low}" + ("" if high is None else f" to {high}")
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer {limits}, got {value!r}; {what}")
+    found = int(value)
+    if found < low or (high is not None and found > high):
+        raise ValueError(f"{name}: expected an integer {limits}, got {found}; {what}")
+    return found
 
 
 class Planner(Protocol):
@@ -54,8 +98,13 @@ def full(policy: PolicyFacts, fill: int) -> Sources:
 
 
 def check_sparsity(policy: PolicyFacts, sparsity: float) -> None:
-    """ValueError for what no plan reaches that computes step 0."""
+    """ValueError for what no plan reaches that computes step 0, TypeError for no number."""
     most = 1 - 1 / policy.num_inference_steps
+    if not isinstance(sparsity, SupportsFloat):
+        raise TypeError(
+            f"sparsity: expected a number from 0 to {most:.6g}, got {sparsity!r}; "
+            "0 is dense, 0.9 leaves out 90 % of the cost"
+        )
     if not 0 <= sparsity <= most:
         raise ValueError(
             f"sparsity: expected 0 to {most:.6g} (step 0 is computed), got {sparsity}; ask for "

@@ -21,13 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsad.arrays import read_npy
+from tsad.files import path_text
 from tsad.plan import REUSE_ROLLOUT, Plan
-from tsad.planners.base import PolicyFacts, make_plan, own_values
+from tsad.planners.base import PolicyFacts, make_plan, of_policy, own_values
 
 _EVO_KEYS = ("selected_block_timestep_pairs", "optimal_ij_pairs", "pairs")
 _EVO_LAST = 99  # the step that EVO's executor refreshes, besides 0, whatever the sampler
 
 
+@of_policy
 def import_plan(
     policy: PolicyFacts, path: str | os.PathLike[str], *, opcodes: bool | None = None
 ) -> Plan:
@@ -37,7 +39,7 @@ def import_plan(
     a mask, where not 0 computes; None: a mask if it holds 0 and 1 alone and its first step is 1,
     sources otherwise. Raises ``ValueError`` naming the file and what is wrong with it.
     """
-    path = Path(path)
+    path = Path(path_text(path))
     where = os.fspath(path)
     if path.suffix == ".npz":
         return Plan.load(path)
@@ -64,6 +66,7 @@ def _evo_pairs(content: Any) -> Any:
     return content
 
 
+@of_policy
 def from_pairs(policy: PolicyFacts, pairs: Iterable[Any]) -> Plan:
     """EVO's [block, step] pairs as its own executor runs them.
 
@@ -72,6 +75,8 @@ def from_pairs(policy: PolicyFacts, pairs: Iterable[Any]) -> Plan:
     """
     K, B = policy.num_inference_steps, len(policy.blocks)
     computed = np.zeros((K, B), bool)
+    if not isinstance(pairs, Iterable):
+        raise TypeError(f"pairs: expected a list of [block, step], got {pairs!r}")
     for pair in pairs:
         block, step = (int(number) for number in pair)
         if not (0 <= block < B and 0 <= step < K):
@@ -86,11 +91,14 @@ def from_pairs(policy: PolicyFacts, pairs: Iterable[Any]) -> Plan:
     return own_values(policy, computed, planner="evo")
 
 
+@of_policy
 def from_steps(policy: PolicyFacts, mask: str | Iterable[int]) -> Plan:
     """A step mask, "1110100..." or a list of 0 and 1: all of a step is computed, or nothing.
 
     ValueError if it has not one digit per step, or does not compute the first.
     """
+    if not isinstance(mask, Iterable):
+        raise TypeError(f"mask: expected a text or list of 0 and 1, one per step, got {mask!r}")
     text = re.sub(r"[\s,\[\]]", "", mask) if isinstance(mask, str) else "".join(map(str, mask))
     steps = policy.num_inference_steps
     if len(text) != steps or set(text) - {"0", "1"}:

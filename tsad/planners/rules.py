@@ -14,12 +14,23 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tsad.plan import COMPUTE, REUSE_ROLLOUT, Plan
-from tsad.planners.base import PolicyFacts, check_sparsity, full, layers, make_plan, own_values
+from tsad.planners.base import (
+    PolicyFacts,
+    check_sparsity,
+    full,
+    integer,
+    layers,
+    make_plan,
+    number,
+    of_policy,
+    own_values,
+)
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
+@of_policy
 def c3ache(policy: PolicyFacts, start: int, end: int) -> Plan:
     """Steps start to end, both included, reuse the chunk before; the other steps are computed.
 
@@ -28,7 +39,9 @@ def c3ache(policy: PolicyFacts, start: int, end: int) -> Plan:
     old as the episode.
     """
     steps = policy.num_inference_steps
-    if not 0 <= start <= end < steps:
+    for name, step in (("start", start), ("end", end)):
+        integer(name, step, 0, steps - 1, "both are steps that reuse")
+    if start > end:
         raise ValueError(
             f"start, end: expected 0 <= start <= end < {steps} (num_inference_steps), got {start} "
             f"and {end}; both are steps that reuse"
@@ -38,6 +51,7 @@ def c3ache(policy: PolicyFacts, start: int, end: int) -> Plan:
     return make_plan(policy, sources, None, planner="c3ache", start=start, end=end)
 
 
+@of_policy
 def delta_dit(policy: PolicyFacts, boundary: int, n_layers: int, interval: int) -> Plan:
     """Every ``interval``-th step computed; between, the last layers rest, later the first ones.
 
@@ -47,12 +61,9 @@ def delta_dit(policy: PolicyFacts, boundary: int, n_layers: int, interval: int) 
     """
     layer = layers(policy)
     steps, count = policy.num_inference_steps, int(layer.max()) + 1
-    if not 1 <= n_layers <= count:
-        raise ValueError(f"n_layers: expected 1 to {count} layers, got {n_layers}")
-    if not 0 <= boundary <= steps:
-        raise ValueError(f"boundary: expected 0 to {steps}, a step, got {boundary}")
-    if interval < 1:
-        raise ValueError(f"interval: expected 1 or more, got {interval}; 1 is dense")
+    integer("n_layers", n_layers, 1, count, "of the policy's layers")
+    integer("boundary", boundary, 0, steps, "a step")
+    integer("interval", interval, 1, None, "1 is dense")
     computed = np.ones((steps, len(layer)), bool)
     for k in range(steps):
         if k % interval:
@@ -67,6 +78,7 @@ def delta_dit(policy: PolicyFacts, boundary: int, n_layers: int, interval: int) 
     )
 
 
+@of_policy
 def deepcache(policy: PolicyFacts, interval: int, levels: int = 1) -> Plan:
     """Every ``interval``-th step computed; between, the outer ``levels`` of a UNet alone.
 
@@ -83,16 +95,15 @@ def deepcache(policy: PolicyFacts, interval: int, levels: int = 1) -> Plan:
             f"{policy.blocks[0]}; use delta_dit"
         )
     most = (last - 1) // 2  # as many up as down, but for the innermost, and the middle
-    if not 1 <= levels <= most:
-        raise ValueError(f"levels: expected 1 to {most}, which leaves some deeper, got {levels}")
-    if interval < 1:
-        raise ValueError(f"interval: expected 1 or more, got {interval}; 1 is dense")
+    integer("levels", levels, 1, most, "which leaves some deeper")
+    integer("interval", interval, 1, None, "1 is dense")
     computed = np.zeros((steps, len(layer)), bool)
     computed[::interval] = True
     computed[:, (layer < levels) | (layer > last - levels)] = True
     return own_values(policy, computed, planner="deepcache", interval=interval, levels=levels)
 
 
+@of_policy
 def deepcache_sparse(policy: PolicyFacts, sparsity: float) -> Plan:
     """`deepcache` at the dial: of one outer level, the shortest interval that is sparse enough."""
     check_sparsity(policy, sparsity)
@@ -148,6 +159,7 @@ def teacache_rows(distances: ArrayLike, threshold: float) -> Mask:
     d = np.asarray(distances, np.float64)
     if d.ndim != 1 or not len(d) or not np.isfinite(d[1:]).all():
         raise ValueError(f"distances: expected K finite numbers, got {d.shape}; one per step")
+    threshold = number("threshold", threshold, "what distances may add up to")
     rows, total = np.zeros(len(d), bool), 0.0
     for k in range(len(d)):
         total += float(d[k]) if k else 0.0
@@ -170,6 +182,7 @@ def _per_chunk(
     return plan(d) if d.ndim == axes else [plan(chunk) for chunk in d]
 
 
+@of_policy
 def teacache(policy: PolicyFacts, distances: ArrayLike, threshold: float) -> Plan | list[Plan]:
     """`teacache_rows` as a plan; from ``distances`` (lanes, K), one plan per lane.
 
@@ -198,6 +211,7 @@ def fbcache_rows(distances: ArrayLike, threshold: float) -> Mask:
     d = np.asarray(distances, np.float64)
     if d.ndim != 2 or d.shape[0] != d.shape[1]:
         raise ValueError(f"distances: expected shape (K, K), got {d.shape}; use relative_l1")
+    threshold = number("threshold", threshold, "the distance from which a step is computed")
     rows, last = np.zeros(len(d), bool), 0
     for k in range(len(d)):
         if k == 0 or d[last, k] >= threshold:
@@ -205,6 +219,7 @@ def fbcache_rows(distances: ArrayLike, threshold: float) -> Mask:
     return rows
 
 
+@of_policy
 def fbcache(policy: PolicyFacts, distances: ArrayLike, threshold: float) -> Plan | list[Plan]:
     """`fbcache_rows` as a plan: the first layer always, the others in those steps.
 

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tsad.plan import Plan
-from tsad.planners.base import PolicyFacts, budget, check_sparsity, own_values
+from tsad.planners.base import PolicyFacts, budget, check_sparsity, of_policy, own_values
 
 
+@of_policy
 def l2c(
     policy: PolicyFacts, logits: ArrayLike, threshold: float = 0.1, *, interval: int = 2
 ) -> Plan:

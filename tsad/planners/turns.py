@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tsad.plan import REUSE_ROLLOUT, Plan
+from tsad.planners.base import integer, number
 
 _STREAM = 18  # beside a lane's noise, which is drawn from the same seed
 
@@ -44,13 +45,23 @@ class Turns:
         every: int | None = None,
         share: float | None = None,
     ) -> None:
+        if not hasattr(policy, "_bind_one"):
+            raise TypeError(f"policy: expected one of tsad.load, got {type(policy).__name__}")
+        for name, one in (("plan", plan), ("other", other)):
+            if not isinstance(one, Plan):
+                raise TypeError(
+                    f"{name}: expected a tsad.Plan, got {type(one).__name__}; "
+                    "e.g. tsad.planners.uniform(policy, 8)"
+                )
         if (every is None) == (share is None):
             got = "neither" if every is None else "both"
             raise ValueError(f"every, share: expected one of them, got {got}; e.g. every=3")
-        if every is not None and (not isinstance(every, int) or every < 1):
-            raise ValueError(f"every: expected an integer from 1, got {every!r}; e.g. every=3")
-        if share is not None and not 0 <= share <= 1:
-            raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
+        if every is not None:
+            every = integer("every", every, 1, None, "e.g. every=3")
+        if share is not None:
+            share = number("share", share, "of the chunks, from 0 to 1")
+            if not 0 <= share <= 1:
+                raise ValueError(f"share: expected a number from 0 to 1, got {share}")
         self.policy, self.every, self.share = policy, every, share
         for name, one in (("plan", plan), ("other", other)):
             if (one.sources == REUSE_ROLLOUT).any():
