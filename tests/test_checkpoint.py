@@ -408,10 +408,16 @@ def test_the_asset_is_what_its_card_says() -> None:
     config, tensors, pruner = read_folder(ASSET)
     content = (ASSET / "model.safetensors").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    assert pruner is None
-    assert config.provenance["sha256"] == {"model.safetensors": digest}
+    own = (ASSET / "pruner.safetensors").read_bytes()
+    of_pruner = hashlib.sha256(own).hexdigest()
+    assert config.provenance["sha256"] == {
+        "model.safetensors": digest,
+        "pruner.safetensors": of_pruner,
+    }
+    assert pruner is not None and config.pruner is not None and not config.pruner.default
     card = (ASSET / "README.md").read_text()
-    assert f"`{digest}`" in card
+    assert f"`{digest}`" in card and f"`{of_pruner}`" in card
+    assert len(own) < 1e6
     assert f"{sum(value.size for value in tensors.values()):,} numbers" in card
     assert len(content) < 20e6
     assert content == safetensors_bytes(tensors, "float16")  # float16 on disk, and our own format

@@ -120,7 +120,6 @@ def test_a_policy_without_presets_shows_the_dial(capsys: Any, tmp_path: Path) ->
         (["--sampler", "ddim", "--steps", "1"], ["--steps", "1 step", "2 or more"]),
         (["--sampler", "ddim", "--steps", "4", "--sparsity", "0.9"], ["--sparsity", "0.75"]),
         (["--planner", "best"], ["--planner", "'best'"]),
-        (["--planner", "pruner"], ["--planner", "pruner"]),
         (["--out", "{file}"], ["--out", "folder"]),
     ],
 )

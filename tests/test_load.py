@@ -66,6 +66,20 @@ def test_a_folder_with_a_pruner_plans_with_it(tmp_path: Path) -> None:
     assert tsad.load(a_folder(tmp_path / "without")).planner == "uniform"
 
 
+def test_the_bundled_pruner_works_when_it_is_chosen() -> None:
+    policy = tsad.load("pusht")
+    assert policy.planner == "uniform"
+    policy.planner = "pruner"
+    obs = np.full((policy.n_obs_steps, policy.obs_dim), 256, np.float32)
+    policy.reset(seed=0)
+    policy(obs)  # the first chunk of a pruner is dense
+    for dial in (None, 0.95, 0.9):
+        policy.sparsity = dial
+        policy(obs)
+        low, high = (0.8, 0.99) if dial is None else (dial, dial + 0.005)
+        assert low <= policy.plan.sparsity <= high
+
+
 def test_a_pruner_that_is_not_the_default_waits_to_be_chosen(tmp_path: Path) -> None:
     """Then the dial is that of a policy without any, to the bit, at any dial."""
     folder, without = a_folder(tmp_path / "with", pruner=True), a_folder(tmp_path / "without")
