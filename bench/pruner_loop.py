@@ -1,20 +1,29 @@
 """Does a pruner that looks at the observation do better in closed loop? Paired seeds.
 
-    python bench/pruner_loop.py levels recorded --first-seed 23000 --seeds 300 --out loop.json \\
-        --plan bench/frontier/plans/ddpm-100-search-95.npz
+    tsad collect pusht --out recorded --first-seed 7012 --episodes 12 --sampler ddim --steps 16
+    python bench/pruner_loop.py recorded --first-seed 22000 --seeds 500 --out loop.json \\
+        --level ddpm-100-search-95.npz ddpm-100-search-97.npz ddpm-100-search-93.npz
 
-Arms, each with a sparse first chunk: ``static`` the plan given; ``mean`` the mean scores at
-the cost that it was trained for; ``own`` the pruner's choice, chunk by chunk; ``another's`` what it
-would have chosen in a recorded episode of another seed, chunk by chunk; ``levels`` a cost drawn
-from those of its choices in the recorded episodes, spent along the mean scores. With ``--mix``
-two more, which see nothing: the two plans given take turns (`tsad.planners.Turns`), ``every`` and
-``random``, at the same average cost. FILE is written after every seed; the same command goes on.
+Each level is a static plan and two others, a sparser and a denser one; every row costs on average
+what that plan costs, its first chunk is as sparse as the others:
+
+    static      the plan
+    mean        the pruner's order of cells, by its mean scores: nothing is looked at
+    pruner      its choice for each chunk: what leads by more than a price
+    another's   what it would have chosen in an episode of the recording, chunk by chunk
+    levels      costs of its choices in the recording, in random order, spent along the mean order
+    random      the two other plans take turns at random (`tsad.planners.Turns`)
+
+The price and the mean are those of the recorded chunks, episodes that the pruner was trained on
+left out. Differences are the pruner's to each row, the intervals of a level hold together. FILE is
+written after every seed; the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,112 +39,128 @@ from tsad.arrays import read_any_json  # noqa: E402
 from tsad.commands.common import table  # noqa: E402
 from tsad.files import write_json  # noqa: E402
 from tsad.planners import Turns  # noqa: E402
+from tsad.setting import plan_sha256  # noqa: E402
 from tsad.sim.observations import read_observations  # noqa: E402
-from tsad.statistics import mean_interval  # noqa: E402
+from tsad.sim.results import compare_all  # noqa: E402
+from tsad.statistics import proportion_interval  # noqa: E402
 
-ARMS = ("static", "mean", "own", "another's", "levels")
+OWN = "pruner"
 
 
 class Arm:
-    """A policy of one lane whose plan is chosen before each chunk."""
+    """A policy of one lane whose plan is chosen before each chunk, by ``choose(arm, obs)``."""
 
     lanes = 1
 
-    def __init__(self, policy: Any, rule: str, plan: Plan, recorded: list[Any]) -> None:
-        self.policy, self.rule, self.plan = policy, rule, plan
-        self.costs = np.asarray(policy.block_costs, np.float64)
-        self.choices = recorded  # of scores (C, K, B, 4), an episode each
-        for name in ("n_obs_steps", "n_action_steps", "obs_dim", "action_dim"):
-            setattr(self, name, getattr(policy, name))
-        self.mean: Any = None
-        self.seed = self.chunk = 0
-        self.spent: list[float] = []
+    def __init__(self, policy: Any, choose: Callable[[Arm, Any], Plan] | None) -> None:
+        self.policy, self.choose = policy, choose
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
 
     def start(self, seed: int, lane: int) -> None:
         """An episode begins."""
         self.seed, self.chunk, self.spent = seed, 0, []
         self.random = np.random.default_rng([seed, 18])
 
-    def reset(self, lanes: Any, seed: Any) -> None:
-        """As of a policy."""
-        self.policy.reset(seed=list(seed))
-
-    def choose(self, obs: Any) -> Plan:
-        """The plan of the next chunk."""
-        if self.rule in ("static", "mean"):
-            return self.plan
-        if self.rule == "own":
-            scores = self.policy._pruner_scores(obs)
-            return planned(self.policy, scores, keys_of(scores) >= 0)
-        if self.rule == "another's":
-            other = self.choices[self.seed % len(self.choices)]
-            scores = other[min(self.chunk, len(other) - 1)]
-            return planned(self.policy, scores, keys_of(scores) >= 0)
-        other = self.choices[self.random.integers(len(self.choices))]
-        drawn = keys_of(other[self.random.integers(len(other))]) >= 0
-        level = float((drawn * self.costs).sum())
-        return planned(self.policy, self.mean, cut(keys_of(self.mean), self.costs, level))
-
     def __call__(self, obs: Any, *, lanes: Any) -> Any:
-        if not isinstance(self.policy, Turns):
-            self.policy.plan = self.choose(obs[0])
-        actions = self.policy(obs)
+        if self.choose is not None:
+            self.policy.plan = self.choose(self, obs[0])
+        actions = self.policy(obs, lanes=lanes)
         self.spent.append(self.policy.plan.cost)
         self.chunk += 1
         return actions
 
 
-def arms_of(args: argparse.Namespace) -> dict[str, Arm]:
-    """Every arm, of one policy."""
-    policy = tsad.load(args.policy, threads=1, precision="float32")
-    training = policy.config["provenance"]["pruner"]
-    held_out = set(training["of"]["held_out"])
-    _, episodes = read_observations(args.data, policy)
-    scores = [
-        np.stack([policy._pruner_scores(obs) for obs in episode.obs])
-        for episode in episodes
-        if episode.name in held_out
-    ]
-    mean = np.concatenate(scores).mean(0)
+def level_of(policy: Any, recorded: list[Any], plans: list[Plan]) -> tuple[float, dict[str, Arm]]:
+    """The price and the rows of a level; ``recorded`` scores (C, K, B, 4), an episode each."""
+    static, sparse, dense = plans
+    every = np.concatenate(recorded)
+    keys, mean = keys_of(every), every.mean(0)
     costs = np.asarray(policy.block_costs, np.float64)
-    budget = (1 - training["training"]["sparsity"]) * costs.sum() * policy.num_inference_steps
-    static = planned(policy, mean, cut(keys_of(mean), costs, budget))
-    plans = {rule: static for rule in ARMS} | {"static": Plan.load(args.plan)}
-    arms = {rule: Arm(policy, rule, plans[rule], scores) for rule in ARMS}
-    for arm in arms.values():
-        arm.mean = mean
-    if args.mix:
-        cheap, dear = (Plan.load(path) for path in args.mix)
-        share = (budget / (costs.sum() * policy.num_inference_steps) - cheap.cost) / (
-            dear.cost - cheap.cost
-        )
-        rules: dict[str, Any] = {"every": {"every": round(1 / share)}, "random": {"share": share}}
-        for rule, options in rules.items():
-            arms[rule] = Arm(Turns(policy, cheap, dear, **options), rule, cheap, scores)
-    return arms
+    whole = float(costs.sum()) * policy.num_inference_steps
+    price = float(keys[cut(keys, costs, len(keys) * static.cost * whole)].min())
+    fixed = planned(policy, mean, cut(keys_of(mean), costs, static.cost * whole))
+
+    def own(scores: Any) -> Plan:
+        return planned(policy, scores, keys_of(scores) >= price)
+
+    def another(arm: Arm, obs: Any) -> Plan:
+        scores = recorded[arm.seed % len(recorded)]
+        return own(scores[arm.chunk % len(scores)])
+
+    def level(arm: Arm, obs: Any) -> Plan:
+        cost = own(every[arm.random.integers(len(every))]).cost
+        return planned(policy, mean, cut(keys_of(mean), costs, cost * whole))
+
+    share = (static.cost - sparse.cost) / (dense.cost - sparse.cost)
+    return price, {
+        "static": Arm(policy, lambda arm, obs: static),
+        "mean": Arm(policy, lambda arm, obs: fixed),
+        OWN: Arm(policy, lambda arm, obs: own(policy._pruner_scores(obs))),
+        "another's": Arm(policy, another),
+        "levels": Arm(policy, level),
+        "random": Arm(Turns(policy, sparse, dense, share=share), None),
+    }
 
 
-def summary(episodes: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The table of all seeds that every arm has."""
-    done = sorted(set.intersection(*(set(found) for found in episodes.values())), key=int)
-    lines = [["rule", "episodes", "left out", "score", "success", "score - static", "95 %"]]
-    static = np.array([episodes["static"][seed]["score"] for seed in done])
-    for rule, found in episodes.items():
+def play(arm: Arm, environment: Any, seed: int) -> dict[str, Any]:
+    """An episode; costs as fractions of a dense chunk, the mean over its chunks and the largest."""
+    (episode,) = sim.rollouts(arm, [environment], [seed], on_start=arm.start)
+    return {
+        "score": episode.score,
+        "success": episode.success,
+        "chunks": episode.chunks,
+        "cost": float(np.mean(arm.spent)),
+        "most": float(np.max(arm.spent)),
+    }
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of a level, over the seeds that all its rows have."""
+    done = sorted(set.intersection(*(set(found) for found in rows.values())), key=int)
+    n = len(done)
+    episodes = {
+        name: [
+            sim.Episode(int(seed), found[seed]["score"], found[seed]["success"], 0, 0, 0, 0)
+            for seed in done
+        ]
+        for name, found in rows.items()
+    }
+    compared = compare_all(episodes, OWN)["rows"] if n > 1 else {}
+    answer: dict[str, Any] = {}
+    for name, found in rows.items():
         some = [found[seed] for seed in done]
-        score = np.array([one["score"] for one in some])
-        interval = mean_interval(score - static)
-        within = f"{interval[0]:+.3f} to {interval[1]:+.3f}" if interval else ""
-        lines.append(
-            [
-                rule,
-                str(len(done)),
-                f"{1 - np.mean([one['cost'] for one in some]):.2%}",
-                f"{score.mean():.3f}",
-                f"{np.mean([one['success'] for one in some]):.3f}",
-                f"{(score - static).mean():+.3f}",
-                within,
-            ]
-        )
+        successes = sum(one["success"] for one in some)
+        answer[name] = {
+            "episodes": n,
+            "cost": sum(one["cost"] * one["chunks"] for one in some)
+            / sum(one["chunks"] for one in some),
+            "most": max(one["most"] for one in some),
+            "score": float(np.mean([one["score"] for one in some])),
+            "success": successes / n,
+            "success_interval95": proportion_interval(successes, n),
+        }
+        if name in compared:
+            of, within = compared[name], compared[name]["simultaneous"]
+            answer[name] |= {
+                "pruner_less_this": -of["mean_difference"],
+                "standard_error": of["standard_error"],
+                "simultaneous": None if within is None else [-within[1], -within[0]],
+            }
+    return answer
+
+
+def lines_of(found: dict[str, Any]) -> list[list[str]]:
+    """The table for people."""
+    lines = [["rule", "episodes", "cost", "most", "score", "success", "pruner - this", "95 %"]]
+    for name, row in found.items():
+        numbers = [f"{row['cost']:.2%}", f"{row['most']:.2%}", f"{row['score']:.3f}"]
+        difference, within = row.get("pruner_less_this"), row.get("simultaneous")
+        said = "" if difference is None else f"{difference:+.3f}"
+        between = "" if within is None else f"{within[0]:+.3f} to {within[1]:+.3f}"
+        success = f"{row['success']:.3f}"
+        lines.append([name, str(row["episodes"]), *numbers, success, said, between])
     return lines
 
 
@@ -144,37 +169,55 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("policy", help="folder of tsad train-pruner")
-    parser.add_argument("data", help="what it was trained on: the episodes held out are the others")
-    parser.add_argument("--plan", required=True, metavar="FILE", help="the static plan")
-    parser.add_argument("--mix", nargs=2, metavar="FILE", help="a sparser plan and a denser one")
-    parser.add_argument("--seeds", type=int, default=200, metavar="N")
-    parser.add_argument("--first-seed", type=int, default=23000, metavar="S")
+    parser.add_argument("data", help="recorded episodes")
+    parser.add_argument("--policy", default="pusht", help="one that has a pruner (default: pusht)")
+    parser.add_argument(
+        "--level", nargs=3, action="append", required=True, metavar=("PLAN", "SPARSER", "DENSER")
+    )
+    parser.add_argument("--seeds", type=int, default=500, metavar="N")
+    parser.add_argument("--first-seed", type=int, required=True, metavar="S")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(argv)
-    arms = arms_of(args)
-    facts = {"policy": args.policy, "plan": Path(args.plan).name, "first_seed": args.first_seed}
-    document = {"facts": facts, "episodes": {rule: {} for rule in arms}}
+    policy = tsad.load(args.policy, threads=1, precision="float32")
+    provenance = policy.config["provenance"]
+    trained = provenance["pruner"]["of"]["seeds"]
+    _, found = read_observations(args.data, policy)
+    episodes = [episode for episode in found if episode.name not in trained]
+    scores = [np.stack([policy._pruner_scores(obs) for obs in one.obs]) for one in episodes]
+    facts: dict[str, Any] = {
+        "policy": args.policy,
+        "sha256": provenance["sha256"],
+        "recorded": [one.name for one in episodes],
+        "first_seed": args.first_seed,
+        "levels": {},
+    }
+    levels = {}
+    for paths in args.level:
+        plans = [Plan.load(path) for path in paths]
+        name = f"{plans[0].sparsity:.0%}"
+        price, levels[name] = level_of(policy, scores, plans)
+        names = {Path(path).name: plan_sha256(one) for path, one in zip(paths, plans, strict=True)}
+        facts["levels"][name] = {"plans": names, "price": price}
+    document = {
+        "facts": facts,
+        "episodes": {level: {name: {} for name in rows} for level, rows in levels.items()},
+    }
     if args.out.exists():
         document = read_any_json(args.out)
         if document["facts"] != facts:
             parser.error(f"argument --out: {args.out} is of {document['facts']}, not of {facts}")
     environment = sim.make("pusht")
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for rule, arm in arms.items():
-            kept = document["episodes"][rule]
-            if str(seed) in kept:
-                continue
-            (episode,) = sim.rollouts(arm, [environment], [seed], on_start=arm.start)
-            kept[str(seed)] = {
-                "score": episode.score,
-                "success": episode.success,
-                "chunks": episode.chunks,
-                "cost": float(np.mean(arm.spent)),
-                "most": float(np.max(arm.spent)),
-            }
+        for level, rows in levels.items():
+            for name, arm in rows.items():
+                kept = document["episodes"][level][name]
+                if str(seed) not in kept:
+                    kept[str(seed)] = play(arm, environment, seed)
         write_json(args.out, document)
-    print(table(summary(document["episodes"])))
+    document["summary"] = {level: summary(rows) for level, rows in document["episodes"].items()}
+    write_json(args.out, document)
+    for level, rows in document["summary"].items():
+        print(f"{level} left out\n{table(lines_of(rows))}\n")
     return 0
 
 
