@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -67,17 +68,43 @@ def test_a_folder_with_a_pruner_plans_with_it(tmp_path: Path) -> None:
 
 
 def test_the_bundled_pruner_works_when_it_is_chosen() -> None:
-    policy = tsad.load("pusht")
-    assert policy.planner == "uniform"
-    policy.planner = "pruner"
+    assert tsad.load("pusht", sparsity=0.95).planner == "uniform"
+    policy = tsad.load("pusht", planner="pruner")
     obs = np.full((policy.n_obs_steps, policy.obs_dim), 256, np.float32)
     policy.reset(seed=0)
     policy(obs)  # the first chunk of a pruner is dense
     for dial in (None, 0.95, 0.9):
-        policy.sparsity = dial
+        if dial is not None:
+            policy.sparsity = dial
+        assert policy.sparsity == dial
         policy(obs)
         low, high = (0.8, 0.99) if dial is None else (dial, dial + 0.005)
         assert low <= policy.plan.sparsity <= high
+
+
+def test_planner_and_dial_can_be_given(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "with", pruner=True)
+    for given, planner, sparsity in (
+        ({}, "pruner", 0.0),
+        ({"sparsity": 0.5}, "pruner", 0.5),
+        ({"planner": "pruner"}, "pruner", None),
+        ({"planner": "uniform", "sparsity": 0.5}, "uniform", 0.5),
+        ({"planner": "dense"}, "dense", 0.0),
+    ):
+        policy = tsad.load(folder, **given)
+        assert (policy.planner, policy.sparsity) == (planner, sparsity)
+        policy.planner = "uniform"
+        policy.sparsity = 0.25
+        again = pickle.loads(pickle.dumps(policy))
+        assert (again.planner, again.sparsity) == ("uniform", 0.25)
+    for wrong, error in (
+        ({"planner": "best"}, "planner: .* got 'best'"),
+        ({"sparsity": 2}, "sparsity: .* got 2"),
+        ({"sparsity": ""}, "sparsity: .* got ''"),
+        ({"planner": "pruner", "warm_start": 2}, "planner: got 'pruner'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=error):
+            tsad.load(folder, **wrong)
 
 
 def test_a_pruner_that_is_not_the_default_waits_to_be_chosen(tmp_path: Path) -> None:

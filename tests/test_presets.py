@@ -114,9 +114,11 @@ def test_an_argument_that_says_otherwise_is_refused(folder: Path) -> None:
         {"num_inference_steps": 4},
         {"timestep_spacing": "leading"},
         {"precision": "int16"},
+        {"planner": "uniform"},
+        {"sparsity": 0.5},
     ):
         ((name, value),) = wrong.items()
-        with pytest.raises(ValueError, match=f"{name}: got {value!r}, but the preset 'fast' has"):
+        with pytest.raises(ValueError, match=f"^{name}: got {value!r}, but the preset 'fast' "):
             tsad.load(folder, preset="fast", **wrong)
     same = tsad.load(folder, preset="fast", threads=1, precision="float32", **DDIM)
     assert same.num_inference_steps == 5  # saying the same is no clash
@@ -277,7 +279,7 @@ def test_eval_plays_a_preset(bundled: str, tmp_path: Path, capsys: Any, monkeypa
     for extra, message in (
         (["--sampler", "ddpm"], "argument --sampler: got 'ddpm', but the preset 'fast' has 'ddim'"),
         (["--steps", "5"], "argument --steps: got 5"),
-        (["--sparsity", "0.5"], "--sparsity: got 0.5, but the preset 'fast' decides"),
+        (["--sparsity", "0.5"], "argument --sparsity: got 0.5, but the preset 'fast' decides"),
         (["--n-action-steps", "2"], "argument --n-action-steps: got 2"),
         (["--preset", "slow"], "argument --preset: got 'slow', but"),
     ):

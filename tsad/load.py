@@ -66,6 +66,8 @@ def load(
     num_inference_steps: int | None = None,
     timestep_spacing: str | None = None,
     preset: str | None = None,
+    planner: str | None = None,
+    sparsity: float | None = None,
     warm_start: int | None = None,
     lead: float | None = None,
     smoothing: bool | None = None,
@@ -100,6 +102,9 @@ def load(
     actions a chunk returns. An argument that says otherwise is refused, as nobody measured the
     mixture; afterwards the policy's plan and dial are yours.
 
+    ``planner`` and ``sparsity`` set the attributes of that name: who turns the dial, and how far.
+    The planner "pruner" without a number decides by its own scores.
+
     ``warm_start=N`` denoises a chunk from the one before it, in the last N steps alone; the first
     one after a reset runs all. Tell the policy how many actions you execute (`SparsePolicy`).
 
@@ -119,6 +124,7 @@ def load(
     does not compute what the CPU does, which is asked once for a model (`tsad.trust`).
     """
     options = {name: value for name, value in locals().items() if name != "source"}
+    options |= {"planner": None, "sparsity": None}  # a policy that is loaded again has its own
     lanes = _integer("lanes", lanes, 1, 2**20)
     threads = default_threads(threads, lanes)
     device = check_device(device)
@@ -133,6 +139,8 @@ def load(
         num_inference_steps=num_inference_steps,
         timestep_spacing=timestep_spacing,
         precision=None if precision == "auto" else precision,
+        planner=planner,
+        sparsity=sparsity,
         warm_start=warm_start,
         lead=_lead(lead),
         smoothing=_flag("smoothing", smoothing),
@@ -197,6 +205,8 @@ def load(
             raise
         except ValueError as error:
             raise ValueError(f"preset: {preset!r} does not fit this policy: {error}") from error
+    elif planner is not None or sparsity is not None:
+        replace(setting, fitted=None).apply(policy)  # whose plan is to be set afterwards
     place = str(source) if source in bundled() else os.path.abspath(source)
     policy._loaded = place, {**options, "device": device}
     return policy

@@ -131,7 +131,7 @@ class Setting:
             if self.planner == "pruner" and self.sparsity is None:
                 policy.sparsity = None
             else:
-                policy.sparsity = self.sparsity or 0.0
+                policy.sparsity = 0.0 if self.sparsity is None else self.sparsity
         _check_plan(self.load_fitted(), policy)
 
     def key(self, policy: SparsePolicy) -> dict[str, Any]:

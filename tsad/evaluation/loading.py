@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tsad.evaluation.usage import DIAL, argument
+from tsad.evaluation.usage import DIAL, OPTIONS, argument
 from tsad.load import policy_folder, read_policy
 from tsad.presets import check_clash, find_preset
 from tsad.setting import Setting
@@ -23,16 +23,10 @@ def setting_of(words: Mapping[str, Any], source: str) -> Setting:
     asked, name = Setting.of(words), words.get("preset")
     if name is None:
         return asked
-    with argument("--preset"):
+    with argument("--preset", OPTIONS | DIAL):
         folder = policy_folder(source)
         preset = find_preset(folder, name, source)
         check_clash(preset, asked)
-        for option in ("plan", "planner", "sparsity"):
-            if getattr(asked, option) is not None:
-                raise ValueError(
-                    f"--{option}: got {getattr(asked, option)!r}, but the preset {name!r} decides "
-                    "what is computed; leave out one of the two"
-                )
         preset.load_plan()
         preset.load_fitted()
         scheduler = read_policy(source)[0].scheduler
