@@ -278,24 +278,29 @@ def test_a_sweep_shows_each_loss_against_dense_and_dense_with_a_lead(
     code, text, err = run(capsys, *words)
     assert code == 0, err
     summary = json.loads((out / "summary.json").read_text())
-    scores = {
-        row["name"]: np.array(
-            [e["score"] for e in json.loads((out / f"{row['name']}.json").read_text())["episodes"]]
-        )
+    played = {
+        row["name"]: json.loads((out / f"{row['name']}.json").read_text())["episodes"]
         for row in rows
     }
+    scores = {name: np.array([e["score"] for e in own]) for name, own in played.items()}
+    won = {name: np.array([float(e["success"]) for e in own]) for name, own in played.items()}
     led = max(("led", "smooth"), key=lambda name: scores[name].mean())
     assert (
         summary["compared_with_lead"]["baseline"] == led
         and summary["compared"]["baseline"] == "dense"
     )
-    for key, base in (("compared", "dense"), ("compared_with_lead", led)):
+    for key, base, values in (
+        ("compared", "dense", scores),
+        ("compared_with_lead", led, scores),
+        ("compared_success", "dense", won),
+    ):
         found = summary[key]["rows"]
         assert found.keys() == scores.keys() - {base}
         for name, facts in found.items():
-            wanted = (scores[name] - scores[base]).mean()
+            wanted = (values[name] - values[base]).mean()
             assert facts["mean_difference"] == pytest.approx(wanted)
     assert "to dense with lead" in text and f"dense with lead: {led}," in text
+    assert "success, difference" in text
     # no dense row with a lead: nothing is claimed against one
     file.write_text(json.dumps(rows[:3]))
     code, text, err = run(capsys, *words)

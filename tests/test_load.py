@@ -217,6 +217,12 @@ def test_unknown_sources(tmp_path: Path) -> None:
         tsad.load(tmp_path / "x.ckpt")
 
 
+def test_the_folder_of_a_training_under_way(tmp_path: Path) -> None:
+    (tmp_path / "training.pt.lock").touch()  # from the first step on; the state comes later
+    with pytest.raises(ValueError, match="has no config.json; a training in it has not ended: wa"):
+        tsad.load(tmp_path)
+
+
 def test_lerobot_folders_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"type": "diffusion", "horizon": 16}')
     with pytest.raises(ValueError, match="config.json: input_features: expected an object"):

@@ -229,6 +229,10 @@ BROKEN: list[tuple[str, str, str]] = [
         "gives a make without name, obs_meaning, obs_dim, action_dim, max_steps, expected all that "
         "tsad.sim.Environment says; wrap the gymnasium environment",
     ),
+    ("to/robot.py:make", "", "or installed; expected MODULE:FACTORY; a module, not a path: "
+     r"robot:make, called in to\n"),
+    ("broken:make", "import tsad\ndef make(): raise tsad.sim.SimulatorError('no X: pip install x')",
+     r"no X: pip install x\n"),
 ]  # fmt: skip
 
 

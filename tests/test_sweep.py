@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ def test_joint_intervals() -> None:
     few = compare_all({name: rows[name][:19] for name in ("base", "row0")}, "base")["rows"]["row0"]
     assert few["simultaneous"] is None and few["standard_error"] > 0
     assert compare(rows["row0"][:19], rows["base"])["score"]["interval95"] is None
+    won = {name: [replace(e, success=e.score > 0.5) for e in own] for name, own in rows.items()}
+    as_scores = {name: episodes([e.success for e in own]) for name, own in won.items()}
+    assert compare_all(won, "base", of="success") == compare_all(as_scores, "base")
+    assert compare_all(won, "base") == found
     with pytest.raises(ResultsError, match="fewer than two seeds in common"):
         compare_all({"a": rows["base"][:3], "b": rows["base"][2:]}, "a")
 

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 from demonstrations import TINY, standing_demonstrations  # noqa: E402
 
 from tsad._extras import MissingExtraError  # noqa: E402
-from tsad.checkpoint import read_folder  # noqa: E402
+from tsad.checkpoint import STATE_FILE, read_folder  # noqa: E402
 from tsad.commands import train_policy  # noqa: E402
 from tsad.commands.common import InterruptedRunError, UsageError  # noqa: E402
 from tsad.config import network_shapes  # noqa: E402
@@ -345,7 +345,7 @@ def test_actions_past_the_end_do_not_count_unless_asked(demos, tmp_path):
 
 
 def test_broken_write_leaves_the_old_state(tmp_path, monkeypatch):
-    save_state(tmp_path / running.STATE_FILE, {"version": 1, "step": 5})
+    save_state(tmp_path / STATE_FILE, {"version": 1, "step": 5})
 
     def half(state, stream):
         stream.write(b"PK half of it")
@@ -353,14 +353,14 @@ def test_broken_write_leaves_the_old_state(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
-        save_state(tmp_path / running.STATE_FILE, {"version": 1, "step": 6})
+        save_state(tmp_path / STATE_FILE, {"version": 1, "step": 6})
     monkeypatch.undo()
     assert load_state(tmp_path)["step"] == 5
-    assert os.listdir(tmp_path) == [running.STATE_FILE]
+    assert os.listdir(tmp_path) == [STATE_FILE]
 
 
 def test_damaged_state_is_refused(tmp_path):
-    (tmp_path / running.STATE_FILE).write_bytes(b"PK half of it")
+    (tmp_path / STATE_FILE).write_bytes(b"PK half of it")
     with pytest.raises(ValueError, match="expected a training state"):
         load_state(tmp_path)
     with pytest.raises(FileNotFoundError, match="start one first"):

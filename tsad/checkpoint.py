@@ -32,6 +32,7 @@ Tensors = dict[str, NDArray[np.float32]]
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 PRUNER_FILE = "pruner.safetensors"
+STATE_FILE = "training.pt"  # of a training, in the folder of its result
 
 # bytes per number of the types that can be read; all end up as float32
 _ITEM_SIZE = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
@@ -48,6 +49,12 @@ _METADATA = "__metadata__"
 
 class CheckpointError(ValueError):
     """A file that is truncated, foreign, corrupt, or does not fit its configuration."""
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a training of tsad's began in this folder, which has no policy yet."""
+    begun = any((folder / name).exists() for name in (STATE_FILE, STATE_FILE + ".lock"))
+    return begun and not (folder / CONFIG_FILE).exists()
 
 
 def of_training(folder: Path) -> Path:

@@ -25,6 +25,7 @@ from tsad.checkpoint import (
     network_tensors,
     of_training,
     read_folder,
+    unfinished,
 )
 from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
 from tsad.device import check_device
@@ -390,9 +391,14 @@ def read_policy(
             from tsad.convert import read_lerobot_folder  # a third of the time of import tsad
 
             return _with_notes(path, read_lerobot_folder(path))
+        fix = "make one with: tsad convert CHECKPOINT FOLDER"
+        if unfinished(path):
+            fix = (
+                "a training in it has not ended: wait, or go on with it by --resume; with "
+                "--keep-every N, tsad train-policy keeps policies on the way"
+            )
         raise ValueError(
-            f"source: expected a tsad folder, got {str(path)!r}, which has no {CONFIG_FILE}; make "
-            "one with: tsad convert CHECKPOINT FOLDER"
+            f"source: expected a tsad folder, got {str(path)!r}, which has no {CONFIG_FILE}; {fix}"
         )
     if not path.exists():
         names = ", ".join(map(repr, bundled()))

@@ -41,7 +41,7 @@ from tsad.commands.common import (
 from tsad.evaluation.errors import SINGLE
 from tsad.evaluation.play import Trial, evaluate, percent, seeds_of
 from tsad.evaluation.realtime import check as check_realtime
-from tsad.evaluation.sweep import Sweep, compare_rows, read_settings
+from tsad.evaluation.sweep import Sweep, compare_rows, compare_success, read_settings
 from tsad.evaluation.usage import disturbance
 from tsad.files import output_folder, write_json
 from tsad.presets import Preset
@@ -285,12 +285,16 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
 
 
 def _table(
-    rows: Mapping[str, Any], compared: Mapping[str, Any], to_lead: Mapping[str, Any] | None
+    rows: Mapping[str, Any],
+    compared: Mapping[str, Any] | None,
+    to_lead: Mapping[str, Any] | None,
+    success: Mapping[str, Any] | None,
 ) -> str:
     distance = any("distance" in row for row in rows.values())
     head = ["setting", "passes", "score", "success", "action rms"]
     lines = [[*head, *["distance", "spread"] * distance, "difference", "95 % together"]]
     lines[0] += ["to dense with lead", "95 % together"] * (to_lead is not None)
+    lines[0] += ["success, difference", "95 % together"]
     for name, row in rows.items():
         line = [
             name,
@@ -301,8 +305,9 @@ def _table(
         ]
         if distance:
             line += [number(row["distance"], 3), number(row["spread"], 2)]
-        for found in [compared] if to_lead is None else [compared, to_lead]:
-            other = found["rows"].get(name)
+        beside = [] if to_lead is None else [to_lead]
+        for found in [compared, *beside, success]:
+            other = None if found is None else found["rows"].get(name)
             line += ["", ""] if other is None else difference(other)
         lines.append(line)
     return table(lines)
@@ -335,7 +340,9 @@ def _run_sweep(args: argparse.Namespace) -> int:
     sweep.measure(args.observations, args.draws)
     sweep.play()
     rows = sweep.rows
-    compared, to_lead = compare_rows(sweep) if len(settings) > 1 else (None, None)
+    several = len(settings) > 1
+    compared, to_lead = compare_rows(sweep) if several else (None, None)
+    success = compare_success(sweep) if several else None
     summary = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -343,13 +350,14 @@ def _run_sweep(args: argparse.Namespace) -> int:
         "rows": rows,
         "compared": compared,
         "compared_with_lead": to_lead,
+        "compared_success": success,
     }
     write_json(out / SUMMARY, summary)
     if args.json:
         print(json.dumps(summary, indent=1))
     else:
         print(f"{args.simulator}, {seed_range(sweep.seeds)}, policy {policy_source(args)}")
-        print(_table(rows, compared or {"rows": {}}, to_lead))
+        print(_table(rows, compared, to_lead, success))
         if to_lead is not None:
             print(f"dense with lead: {to_lead['baseline']}, which rows with a lead are judged by")
         for name in sweep.unmeasured():

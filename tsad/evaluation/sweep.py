@@ -290,10 +290,17 @@ class Sweep:
             self.episodes[name] = [e for e in read_results(path)[1] if e.seed in wanted]
 
 
+def compare_success(sweep: Sweep) -> dict[str, Any]:
+    """The played rows against the first by success, as of `tsad.sim.results.compare_all`."""
+    from tsad.sim.results import compare_all
+
+    return compare_all(sweep.episodes, sweep.first, of="success")
+
+
 def compare_rows(sweep: Sweep) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The played rows against the first, and against that with its best lead, if there is one.
 
-    Both as of `tsad.sim.results.compare_all`.
+    Both by score, as of `tsad.sim.results.compare_all`.
     """
     from tsad.sim.results import compare_all
 

@@ -103,9 +103,15 @@ def compare(episodes: Sequence[Episode], baseline: Sequence[Episode]) -> dict[st
 
 
 def compare_all(
-    rows: Mapping[str, Sequence[Episode]], baseline: str, *, level: float = 0.95
+    rows: Mapping[str, Sequence[Episode]],
+    baseline: str,
+    *,
+    of: str = "score",
+    level: float = 0.95,
 ) -> dict[str, Any]:
     """Differences of every row's score to the baseline's, with intervals that hold together.
+
+    ``of``: "score", or "success".
 
     Seeds are paired and resampled together for all rows; the intervals are d +- q s, s a row's
     standard error, q the quantile of the largest |d* - d| / s over the rows (a studentised maximum,
@@ -113,7 +119,9 @@ def compare_all(
     ends of each row are among what is resampled, and of too few seeds the intervals are None. Only
     seeds that all rows have count.
     """
-    by_seed = {name: {e.seed: e.score for e in episodes} for name, episodes in rows.items()}
+    by_seed = {
+        name: {e.seed: float(getattr(e, of)) for e in episodes} for name, episodes in rows.items()
+    }
     seeds = sorted(set.intersection(*(set(scores) for scores in by_seed.values())))
     if len(seeds) < 2:
         raise ResultsError("the rows have fewer than two seeds in common; play the same seeds")

@@ -179,7 +179,7 @@ def make(name: str) -> Environment:
     factory = _factory(found)
     try:
         environment: Environment = factory()
-    except MissingExtraError:
+    except (MissingExtraError, SimulatorError):  # in its own words
         raise
     except Exception as error:
         raise SimulatorError(
@@ -219,6 +219,9 @@ def _factory(found: Facts) -> Any:
             said = f"the module {name!r} can't be imported: {describe(error)}"
             raise SimulatorError(said) from error
         hint = "; without .py" if name.endswith(".py") else ""
+        folder, _, last = name.removesuffix(".py").rpartition("/")
+        if folder:
+            hint = f"; a module, not a path: {last}:{attribute}, called in {folder}"
         raise SimulatorError(
             f"got {found.location!r}, but no module {absent!r} is in {found.folder or 'sys.path'} "
             f"or installed; expected MODULE:FACTORY{hint}"

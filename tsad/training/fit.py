@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tsad.arrays import read_npz
-from tsad.checkpoint import Tensors
+from tsad.checkpoint import STATE_FILE, Tensors
 from tsad.config import PolicyConfig
 from tsad.files import Lock, make_folder, write_atomically
 from tsad.fitted import Fitted, coefficients_of, rows_of
@@ -35,7 +35,6 @@ from tsad.setting import steady_sha256
 from tsad.sim.recording import Recorded
 from tsad.sim.results import differences
 from tsad.training.running import (
-    STATE_FILE,
     InterruptedTrainingError,
     SavedSettings,
     Training,

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tsad.arrays import read_npz
-from tsad.checkpoint import Tensors, write_folder
+from tsad.checkpoint import STATE_FILE, Tensors, write_folder
 from tsad.config import PolicyConfig, PrunerConfig
 from tsad.families import as_transformer
 from tsad.files import Lock, make_folder, write_atomically
@@ -60,7 +60,6 @@ from tsad.training.pruner_net import (
     set_table,
 )
 from tsad.training.running import (
-    STATE_FILE,
     InterruptedTrainingError,
     SavedSettings,
     Training,

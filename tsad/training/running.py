@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from tsad.checkpoint import STATE_FILE
 from tsad.files import Lock, make_folder, write_atomically
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-STATE_FILE = "training.pt"
 STATE_VERSION = 1
 CURVE_FILE = "curve.jsonl"
 
