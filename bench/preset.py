@@ -1,6 +1,6 @@
 """A preset of a row that was played, from the report of a sweep (`tsad eval --settings`).
 
-    tsad eval pusht --settings bench/frontier/lead.json --out lead --seeds 500 --first-seed 21000
+    tsad eval pusht --settings bench/frontier/lead.json --out lead --seeds 500 --first-seed 21060
     python bench/preset.py lead/summary.json --settings bench/frontier/lead.json \\
         --row ddim-16-trailing-warm-8-row-0-int16-smooth-lead-0.25 --name one_pass --out presets
 

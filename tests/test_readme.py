@@ -392,7 +392,10 @@ def test_sentences_about_the_frontier() -> None:
     said("results.md", r"two passes keep (\S+) of it", played[fast]["spread"])
 
 
-@pytest.mark.parametrize(("section", "kind"), [("More seeds", "headline"), ("Fewer", "actions")])
+SWEEPS = [("More seeds", "headline"), ("Fewer", "actions"), ("One and two passes", "lead")]
+
+
+@pytest.mark.parametrize(("section", "kind"), SWEEPS)
 def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
     text = read("results.md").partition(f"## {section}")[2].partition("\n## ")[0]
     document = results(text, kind)
@@ -402,7 +405,32 @@ def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
     assert [row["name"] for row in settings] == list(document["rows"])
 
 
-@pytest.mark.parametrize("name", ["settings", "choose", "headline", "actions"])
+def test_what_a_lead_keeps() -> None:
+    document = json.loads((RESULTS / "2026-11-29-pusht-lead.json").read_text())
+    led = document["compared_with_lead"]["rows"]
+    warm = "ddim-16-trailing-warm-8-row"
+    rows = "dpm-8-rows-0-6-int16-smooth-lead-0.1", f"{warm}s-0-4-int16-smooth-lead-0.2"
+    one = f"{warm}-0-int16-smooth-lead-0.25"
+    cold, two, one_pass = (led[name] for name in (*rows, one))
+    success = document["compared_success"]["rows"][one]
+    span = r"\((\S+) to (\S+?)[,)]"
+    for pattern, found, sign in (
+        (r"scores (\S+) more than dense with its own lead ", cold, 1),
+        (r"`warm-8-rows-0-4` (\S+) less ", two, -1),
+        (r"success is not\*\*: (\S+) ", one_pass, 1),
+        (r"success falls by (\S+) ", success, -1),
+    ):
+        mean = sign * found["mean_difference"]
+        said("results.md", pattern + span, mean, *found["simultaneous"])
+    alone = document["compared"]["rows"]
+    said(
+        "results.md",
+        r"Without a lead one pass loses (\S+) and two warm passes (\S+)\. ",
+        *(-alone[f"{name}-int16"]["mean_difference"] for name in (f"{warm}-0", f"{warm}s-0-4")),
+    )
+
+
+@pytest.mark.parametrize("name", ["settings", "choose", "headline", "actions", "lead", "fitted"])
 def test_the_settings_of_the_frontier_can_be_played(name: str) -> None:
     from tsad.evaluation.sweep import read_settings
 
