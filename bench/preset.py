@@ -29,7 +29,7 @@ def measured(summary: dict[str, Any], row: str) -> dict[str, Any]:
     played = summary["rows"][row]
     found = {"setting": row, "seeds": summary["seeds"]}
     found |= {name: played[name] for name in ("passes", "score", "success")}
-    found |= summary["compared"]["rows"].get(row, {})
+    found |= {"dense": summary["compared"]["baseline"]} | summary["compared"]["rows"].get(row, {})
     beside = summary.get("compared_with_lead")
     if beside is not None:
         found["dense_with_lead"] = beside["baseline"]

@@ -159,7 +159,9 @@ def _preset_lines(presets: list[dict[str, Any]]) -> list[str]:
         else:
             time, other = timed_on(measured), measured.get("mean_difference")
             text += f"; {time}" if time else ""
-            text += f"; score {other:+.3f} to dense" if isinstance(other, int | float) else ""
+            if isinstance(other, int | float):
+                of = f" {measured['dense']}" if isinstance(measured.get("dense"), str) else ""
+                text += f"; score {other:+.3f} to dense{of}"
             led = measured.get("to_dense_with_lead")  # of a preset with a lead
             beside = led.get("mean_difference") if isinstance(led, dict) else None
             known = preset.get("lead") and isinstance(beside, int | float)
