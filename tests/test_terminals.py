@@ -64,6 +64,15 @@ def test_chunks_count_as_parts_of_the_longest_episode(capsys: Any, monkeypatch: 
     assert shares(capsys.readouterr().err) == [(0, 12), (0, 38), (1, 42), (2, 50)]
 
 
+def test_without_a_unit_a_share_is_shown(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Progress, "LOG_SECONDS", 0.0)
+    with Progress(1000, "train", unit="") as progress:
+        progress.update("step 7", 70)
+        progress.update("step 99", 930)
+    said = capsys.readouterr().err
+    assert said == "train: 7%, 0 s, step 7\ntrain: 100%, 0 s, step 99\n"
+
+
 # ---- where it goes
 
 

@@ -133,17 +133,17 @@ def fit(trainer: Any, args: argparse.Namespace, command: Sequence[str], **option
     from tsad.training.running import InterruptedTrainingError
 
     done = round(1000 * trainer.fraction)
-    with Progress(1000, "train", unit="parts", done=done) as progress:
-        note = ""
+    with Progress(1000, "train", unit="", done=done) as progress:
+        last = ""
 
         def on_step(trainer: Any) -> None:
             parts = min(1000, round(1000 * trainer.fraction)) - progress.done
             if parts > 0:
-                progress.update(note, parts)
+                progress.update(f"step {trainer.step}{last}", parts)
 
         def on_report(report: Any) -> None:
-            nonlocal note
-            note = f"step {report.step}, {report.text()}"
+            nonlocal last
+            last = f", at {report.step}: {report.text()}"
 
         try:
             return trainer.fit(

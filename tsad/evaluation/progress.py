@@ -11,7 +11,10 @@ from typing import Any
 
 
 class Progress:
-    """A progress bar on standard error; in a log file, a line now and then."""
+    """A progress bar on standard error; in a log file, a line now and then.
+
+    Without a ``unit`` the share of ``total`` is shown, and no count.
+    """
 
     LOG_SECONDS, BAR_SECONDS = 15.0, 0.1
 
@@ -31,10 +34,12 @@ class Progress:
         def text(form: str) -> progress.TextColumn:
             return progress.TextColumn(form, markup=False)
 
+        count = " {task.fields[done]}/{task.total} {task.fields[unit]}"
+
         bar = progress.Progress(
             text("{task.description}"),
             progress.BarColumn(),
-            text("{task.percentage:.0f}% {task.fields[done]}/{task.total} {task.fields[unit]}"),
+            text("{task.percentage:.0f}%" + count * bool(self.unit)),
             progress.TimeRemainingColumn(elapsed_when_finished=True),
             text("{task.fields[note]}"),
             console=console.Console(file=sys.stderr),
@@ -74,9 +79,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update(0, completed=position, done=self.done, note=self._note, refresh=True)
             return
-        share = "" if ready else f" ({position / self.total:.0%})"
-        note = f", {self._note}" if self._note else ""
-        text = f"{self.label}: {self.done} of {self.total} {self.unit}{share}"
+        share, note = f"{position / self.total:.0%}", f", {self._note}" if self._note else ""
+        count = f"{self.done} of {self.total} {self.unit}" + ("" if ready else f" ({share})")
+        text = f"{self.label}: {count if self.unit else share}"
         print(f"{text}, {now - self._begin:.0f} s{note}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
