@@ -64,6 +64,13 @@ def page(document: dict[str, Any], only: list[str] | None = None) -> str:
     return "\n".join(["| " + " | ".join(head) + " |", rule, *(line(document, n) for n in names)])
 
 
+COMPARED = {
+    "compared": "difference",
+    "compared_with_lead": "to dense with lead",
+    "compared_success": "difference of success",
+}
+
+
 def differences(found: dict[str, Any] | None) -> list[str]:
     """Cells of a row's difference to another, its interval alone (normal) and of all together."""
     if found is None:
@@ -74,15 +81,18 @@ def differences(found: dict[str, Any] | None) -> list[str]:
 
 
 def sweep(document: dict[str, Any]) -> str:
-    """The table of a sweep: differences to its first row, and to that with a lead."""
-    head = ["setting", "passes", "score", "success", "difference", "95 %", "95 %, all together"]
-    beside = document.get("compared_with_lead")
-    head += ["to dense with lead", "95 %", "95 %, all together"] * (beside is not None)
+    """The table of a sweep: differences to its first row, to that with a lead, of success."""
+    head = ["setting", "passes", "score", "success"]
+    compared = []
+    for key, what in COMPARED.items():
+        if document.get(key) is not None:
+            compared.append(document[key])
+            head += [what, "95 %", "95 %, all together"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name, row in document["rows"].items():
         cells = [name, f"{row['passes']:.0f}", f"{row['score']['mean']:.3f}"]
         cells += [f"{row['success']['mean']:.3f}"]
-        for found in [document["compared"]] + [beside] * (beside is not None):
+        for found in compared:
             cells += differences(found["rows"].get(name))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
