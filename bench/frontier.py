@@ -80,12 +80,12 @@ def differences(found: dict[str, Any] | None) -> list[str]:
     return [f"{mean:+.3f}", span(alone), span(found["simultaneous"])]
 
 
-def sweep(document: dict[str, Any]) -> str:
-    """The table of a sweep: differences to its first row, to that with a lead, of success."""
+def sweep(document: dict[str, Any], *, success: bool = False) -> str:
+    """The table of a sweep: differences to its first row, and to that with a lead; of success."""
     head = ["setting", "passes", "score", "success"]
     compared = []
     for key, what in COMPARED.items():
-        if document.get(key) is not None:
+        if document.get(key) is not None and (success or key != "compared_success"):
             compared.append(document[key])
             head += [what, "95 %", "95 %, all together"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
@@ -112,13 +112,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("file", type=Path, help="tune.json or summary.json")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
+    parser.add_argument("--success", action="store_true", help="of a sweep: compare it as well")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture instead")
     args = parser.parse_args(argv)
     document = json.loads(args.file.read_text())
     if document["format"] == "tsad-sweep":
         if args.only:
             parser.error("--only: of a tune.json alone; a sweep's table is short")
-        print(sweep(document))
+        print(sweep(document, success=args.success))
         return 0
     if args.plot is not None:
         save_frontier(with_presets(document), args.plot)

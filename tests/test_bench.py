@@ -18,6 +18,7 @@ sys.path.append(str(BENCH))
 
 import instructions  # noqa: E402
 import measure  # noqa: E402
+import metaworld_task  # noqa: E402
 import parity  # noqa: E402
 import plans  # noqa: E402
 import report  # noqa: E402
@@ -442,3 +443,23 @@ def test_arguments_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert quick.cases == list(bench.QUICK_CASES) and quick.peers == list(bench.QUICK_PEERS)
     paced = bench.wanted_cases(bench.parse(["--cases", "ddpm100", "--paced", "10", "50"]))
     assert [case.pace_hz for case in paced.values()] == [None, 10, 50]
+
+
+# ---- another task
+
+
+def test_without_metaworld_its_task_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    with pytest.raises(tsad.sim.SimulatorError, match="metaworld is not .*pip install metaworld=="):
+        metaworld_task.PushWall()
+
+
+def test_its_expert_goes_either_way_and_the_mean_of_both_into_the_wall() -> None:
+    hand, puck, goal = (0.0, 0.6, 0.045), (0.005, 0.6, 0.015), (0.03, 0.87)
+    held = np.array([*hand, 0.5, *puck, *goal])
+    left, right = (metaworld_task.expert(held, side) for side in (-1, 1))
+    assert left[0] == -1 and right[0] == 1
+    np.testing.assert_allclose((left + right) / 2, [0, 0.5, 0, 0.6], atol=1e-12)
+    beyond = np.array([*hand, 0.5, *puck, *goal])
+    beyond[[1, 5]] = 0.83  # past the wall nobody asks for the side
+    np.testing.assert_array_equal(*(metaworld_task.expert(beyond, side) for side in (-1, 1)))
