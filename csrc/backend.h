@@ -25,6 +25,9 @@ typedef struct tsad_eye tsad_eye; /* an image encoder's memory and threads: visi
 
 typedef enum tsad_sums_use { TSAD_NO_SUMS, TSAD_MAKE_SUMS, TSAD_HAVE_SUMS } tsad_sums_use;
 
+/* A caller's argument that may be on the device. */
+typedef enum tsad_given { TSAD_GIVEN_OBS, TSAD_GIVEN_NOISE, TSAD_N_GIVEN } tsad_given;
+
 /* One lane's program on a queue; the i-th run of a call uses the queue's i-th set of registers. */
 typedef struct tsad_run {
     int lane; /* whose slots and arrays */
@@ -38,14 +41,20 @@ typedef struct tsad_run {
     const float *sampler; /* on the host: (rows, 8); NULL: the network alone */
     const float *noise;   /* on the host: z of row k at noise + k * noise_step; NULL: none */
     size_t noise_step;
+    bool noise_there;   /* not on the host: on the device, */
+    size_t noise_index; /* of the caller's numbers this one */
 } tsad_run;
 
 /* Rows of floats in a caller's memory. */
 typedef struct tsad_rows {
-    float *data;                       /* on the host */
+    float *data;                       /* on the host, or `there` */
     int first, rows, channels, stride; /* first: of the register's rows */
     /* (channels) put: (x - shift) * scale + offset, get: (x - offset) / scale + shift */
     const float *scale, *offset, *shift;
+    /* On the device, where a number whose result is beyond TSAD_MAX_MAGNITUDE becomes NaN: */
+    bool there;
+    tsad_given given; /* of this argument, */
+    size_t index;     /* of its numbers `data` is this one */
 } tsad_rows;
 
 typedef tsad_status (*tsad_each_fn)(void *context, tsad_queue *queue, int rank, int first, int n);
@@ -85,6 +94,18 @@ typedef struct tsad_backend {
     tsad_status (*fetch)(void *host, const void *device, size_t bytes, uintptr_t stream);
     tsad_status (*store)(void *device, const void *host, size_t bytes, uintptr_t stream,
                          bool waits);
+    /* Why a caller's stream can't be worked with now; NULL: it can. What is asked of the engine
+     * next comes after what the stream holds; what the stream gets next comes after what the engine
+     * was asked for. */
+    const char *(*unfit)(uintptr_t stream);
+    tsad_status (*follow)(tsad_engine *engine, uintptr_t stream);
+    tsad_status (*precede)(tsad_engine *engine, uintptr_t stream);
+    /* Within fn: as `get` of these rows of all of the register's, to memory of the device, and not
+     * waited for. They are NaN if any of the register's is not finite. */
+    tsad_status (*hand_over)(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to);
+    /* The first number of an argument that became NaN when it was put, since this was asked last;
+     * after a wait. */
+    bool (*fault)(tsad_engine *engine, tsad_given given, size_t *index, float *raw);
 
     /* Image encoders; NULL: this backend has none. Opening packs the weights of the nodes, which
      * are borrowed until then. */

@@ -39,7 +39,8 @@ static tsad_status encode(const tsad_gang *g)
         lanes[i] = tsad_gang_index(g, i);
         obs[i] = g->call->obs + (size_t)g->rows[i] * per_obs;
     }
-    return tsad_encode(g->policy, g->queue, g->steps, g->n, lanes, obs);
+    return tsad_encode(g->policy, g->queue, g->steps, g->n, lanes, obs,
+                       g->call->obs_there ? g->call->obs : NULL);
 }
 
 static tsad_status run_stages(const tsad_gang *g)
@@ -78,47 +79,65 @@ static tsad_status run_gang(void *context, tsad_queue *queue, int rank, int firs
         while (at + g.n < first + n && tsad_lane_steps(p, tsad_gang_lane(&g, g.n)) == g.steps) {
             g.n++;
         }
+        g.deferred = j->call->deferred && at + g.n == j->call->n_lanes;
         TSAD_TRY(run_stages(&g));
+        if (g.deferred) {
+            p->n_deferred = g.n;
+        }
     }
     return TSAD_OK;
 }
 
 /* ---- what is refused ------------------------------------------------------------------------- */
 
-/* n rows of observations, as the network sees them */
+/* number i of observations as the network sees it */
+static float normalised(const tsad_model *m, float raw, size_t i)
+{
+    size_t j = i % (size_t)m->obs_dim;
+    float x = m->obs_shift ? raw - m->obs_shift[j] : raw;
+    return x * m->obs_scale[j] + m->obs_offset[j];
+}
+
+static tsad_status refuse_obs(const tsad_model *m, float raw, size_t i)
+{
+    size_t O = (size_t)m->obs_dim, step = i / O;
+    return tsad_fail(TSAD_ARGUMENT,
+                     "obs: expected magnitudes up to %g after normalising, got %g (raw %g) "
+                     "at row %zu, observation step %zu, element %zu; the network can't "
+                     "represent that, check where it is from",
+                     (double)TSAD_MAX_MAGNITUDE, (double)normalised(m, raw, i), (double)raw,
+                     step / (size_t)m->n_obs_steps, step % (size_t)m->n_obs_steps, i % O);
+}
+
+/* n rows of observations */
 static tsad_status check_obs(const tsad_model *m, const float *obs, int n)
 {
-    int O = m->obs_dim;
-    size_t numbers = (size_t)n * (size_t)m->n_obs_steps * (size_t)O;
+    size_t numbers = (size_t)n * (size_t)m->n_obs_steps * (size_t)m->obs_dim;
     for (size_t i = 0; i < numbers; i++) {
-        size_t j = i % (size_t)O, step = i / (size_t)O;
-        float raw = m->obs_shift ? obs[i] - m->obs_shift[j] : obs[i];
-        float x = raw * m->obs_scale[j] + m->obs_offset[j];
-        if (!(fabsf(x) <= TSAD_MAX_MAGNITUDE)) {
-            return tsad_fail(TSAD_ARGUMENT,
-                             "obs: expected magnitudes up to %g after normalising, got %g (raw %g) "
-                             "at row %zu, observation step %zu, element %zu; the network can't "
-                             "represent that, check where it is from",
-                             (double)TSAD_MAX_MAGNITUDE, (double)x, (double)obs[i],
-                             step / (size_t)m->n_obs_steps, step % (size_t)m->n_obs_steps, j);
+        if (!(fabsf(normalised(m, obs[i], i)) <= TSAD_MAX_MAGNITUDE)) {
+            return refuse_obs(m, obs[i], i);
         }
     }
     return TSAD_OK;
 }
 
-/* a sample (T, A) of denoising step k and row i */
-static tsad_status check_sample(const tsad_model *m, const char *name, const float *x, int k, int i)
+/* number `at` of a sample (T, A) of denoising step k and row i */
+static tsad_status refuse_sample(const tsad_model *m, const char *name, float x, int k, int i,
+                                 size_t at)
 {
-    size_t A = (size_t)m->action_dim, n = (size_t)m->horizon * A;
-    size_t at = tsad_first_beyond(x, n, TSAD_MAX_MAGNITUDE);
-    if (at == n) {
-        return TSAD_OK;
-    }
+    size_t A = (size_t)m->action_dim;
     return tsad_fail(TSAD_ARGUMENT,
                      "%s: expected magnitudes up to %g, got %g at denoising step %d, row %d, "
                      "action %zu, element %zu; the network can't represent that, check where it "
                      "is from",
-                     name, (double)TSAD_MAX_MAGNITUDE, (double)x[at], k, i, at / A, at % A);
+                     name, (double)TSAD_MAX_MAGNITUDE, (double)x, k, i, at / A, at % A);
+}
+
+static tsad_status check_sample(const tsad_model *m, const char *name, const float *x, int k, int i)
+{
+    size_t n = (size_t)m->horizon * (size_t)m->action_dim;
+    size_t at = tsad_first_beyond(x, n, TSAD_MAX_MAGNITUDE);
+    return at == n ? TSAD_OK : refuse_sample(m, name, x[at], k, i, at);
 }
 
 /* what row i of a call reads of its noise */
@@ -131,10 +150,11 @@ static tsad_status check_noise(const tsad_policy *p, const tsad_call *call, int 
     const float *initial = call->initial ? call->initial + (size_t)i * row
                            : noise       ? noise + (size_t)first * call->noise_step
                                          : NULL;
-    if (initial) {
+    if (initial && !call->noise_there) {
         TSAD_TRY(check_sample(m, "noise", initial, first, i));
     }
-    for (int k = first + 1; noise && k < first + n; k++) {
+    bool here = noise && (call->initial || !call->noise_there);
+    for (int k = first + 1; here && k < first + n; k++) {
         TSAD_TRY(check_sample(m, "noise", noise + (size_t)k * call->noise_step, k, i));
     }
     return TSAD_OK;
@@ -153,7 +173,17 @@ tsad_status tsad_policy_check(const tsad_policy *p, const tsad_call *call)
                              p->n_lanes - 1, call->lanes[i]);
         }
     }
-    TSAD_TRY(check_obs(m, call->obs, call->n_lanes));
+    for (int i = 0; i < call->n_streams; i++) {
+        const char *unfit = m->backend->unfit(call->streams[i]);
+        if (unfit) {
+            return tsad_fail(TSAD_BACKEND,
+                             "the caller's stream: expected one that takes work now, "
+                             "got one that does not: %s; call the policy outside of "
+                             "the capture",
+                             unfit);
+        }
+    }
+    TSAD_TRY(call->obs_there ? TSAD_OK : check_obs(m, call->obs, call->n_lanes));
     for (int i = 0; i < call->n_lanes; i++) {
         if (call->executed && (call->executed[i] < 0 || call->executed[i] > m->horizon)) {
             return tsad_fail(TSAD_ARGUMENT, "executed[%d]: expected 0 to %d (horizon), got %d", i,
@@ -200,7 +230,7 @@ static void deliver(const tsad_policy *p, const tsad_call *call)
     int rows = call->whole_horizon ? m->horizon : m->n_action_steps;
     bool moved = !call->whole_horizon && (p->smoothing || p->lead != 0);
     size_t all = (size_t)m->horizon * (size_t)A, n = (size_t)rows * (size_t)A;
-    for (int i = 0; i < call->n_lanes; i++) {
+    for (int i = 0; i < call->n_lanes && !call->actions_there; i++) {
         float *actions = call->actions + (size_t)i * n;
         memcpy(actions, p->actions + (size_t)i * all + first * A, sizeof(float) * n);
         for (int j = 0; moved && j < rows * A; j++) {
@@ -251,9 +281,58 @@ static void order_rows(tsad_policy *p, const tsad_call *call)
     }
 }
 
+/* Which of a call's numbers the device has refused, in the words of those on the host. */
+static tsad_status refuse_given(const tsad_policy *p, const tsad_call *call, tsad_given given,
+                                size_t index, float raw)
+{
+    const tsad_model *m = p->model;
+    size_t L = (size_t)call->n_lanes, T = (size_t)m->horizon, A = (size_t)m->action_dim;
+    size_t To = (size_t)m->n_obs_steps, O = (size_t)m->obs_dim, k = index / (L * T * A);
+    const char *got = isnan(raw) ? "nan" : raw < 0 ? "-inf" : "inf";
+    char at[96];
+    int row = (int)(index / (T * A) % L);
+    if (isfinite(raw)) {
+        return given == TSAD_GIVEN_OBS
+                   ? refuse_obs(m, raw, index)
+                   : refuse_sample(m, "noise", raw, (int)k, row, index % (T * A));
+    }
+    if (given == TSAD_GIVEN_OBS) {
+        int n = call->bare ? 0 : snprintf(at, sizeof at, "obs[%zu, ", index / (To * O));
+        n = call->bare ? snprintf(at, sizeof at, "obs[") : n;
+        snprintf(at + n, sizeof at - (size_t)n, "%zu, %zu]", index / O % To, index % O);
+    } else {
+        int n = call->initial ? snprintf(at, sizeof at, "noise[")
+                              : snprintf(at, sizeof at, "noise[%zu, ", k);
+        snprintf(at + n, sizeof at - (size_t)n, "%d, %zu, %zu]", row, index / A % T, index % A);
+    }
+    return tsad_fail(TSAD_ARGUMENT,
+                     "%s: expected finite numbers, got %s at %s; check where it "
+                     "comes from",
+                     given == TSAD_GIVEN_OBS ? "obs" : "noise", got, at);
+}
+
+static tsad_status check_there(const tsad_policy *p, const tsad_call *call)
+{
+    const bool there[TSAD_N_GIVEN] = {call->obs_there, call->noise_there};
+    tsad_status status = TSAD_OK;
+    for (int i = 0; i < TSAD_N_GIVEN; i++) {
+        size_t index;
+        float raw;
+        if (there[i] && p->model->backend->fault(p->engine, i, &index, &raw) && status == TSAD_OK) {
+            status = refuse_given(p, call, i, index, raw);
+        }
+    }
+    return status;
+}
+
 /* Nobody has seen the actions that any of its lanes would go on from, so all of them are reset. */
 static tsad_status abandon(tsad_policy *p, const tsad_call *call, tsad_status status)
 {
+    const char *then = call == &p->deferred
+                           ? "this is of the call before, whose `out` is not to be used "
+                             "and whose lanes start anew, as after reset()"
+                           : "nothing is returned, and the lanes of this call start "
+                             "anew, as after reset()";
     int failed = -1;
     for (int i = 0; i < call->n_lanes; i++) {
         int lane = call->lanes[i];
@@ -264,21 +343,69 @@ static tsad_status abandon(tsad_policy *p, const tsad_call *call, tsad_status st
         return tsad_fail(status, "the call was interrupted: nothing is returned, and its lanes "
                                  "start anew, as after reset()");
     }
-    if (status == TSAD_BACKEND) {
-        char why[256];
+    if (status == TSAD_BACKEND || status == TSAD_ARGUMENT) {
+        char why[384];
         snprintf(why, sizeof why, "%s", tsad_error_detail());
-        return tsad_fail(status,
-                         "%s; nothing is returned, and the lanes of this call start anew, "
-                         "as after reset()",
-                         why);
+        return tsad_fail(status, "%s; %s", why, then);
     }
     return status != TSAD_NOT_FINITE
                ? status
                : tsad_fail(status,
                            "lane %d: the %s are not finite: the network overflowed on this "
-                           "observation and noise, check them and the weights; nothing is "
-                           "returned, and the lanes of this call start anew, as after reset()",
-                           failed, p->lanes[failed].overflow);
+                           "observation and noise, check them and the weights; %s",
+                           failed, p->lanes[failed].overflow, then);
+}
+
+/* What is left to do when all of a call's lanes are done. */
+static tsad_status end(tsad_policy *p, const tsad_call *call, tsad_status status)
+{
+    tsad_status given = check_there(p, call);
+    if (status == TSAD_OK || status == TSAD_NOT_FINITE) { /* of numbers that were refused */
+        status = given != TSAD_OK ? given : status;
+    }
+    if (status != TSAD_OK) {
+        return abandon(p, call, status);
+    }
+    correct_chunks(p, call);
+    deliver(p, call);
+    keep_chunks(p, call);
+    return TSAD_OK;
+}
+
+static tsad_status emit_deferred(void *context, tsad_queue *queue, int rank, int first, int n)
+{
+    tsad_policy *p = context;
+    tsad_gang g = {.policy = p, .call = &p->deferred, .queue = queue, .desk = &p->desks[rank]};
+    g.rows = p->rows + p->deferred.n_lanes - n;
+    g.n = n;
+    (void)first;
+    return tsad_emit(&g);
+}
+
+tsad_status tsad_policy_settle(tsad_policy *p)
+{
+    int queues, n = p->n_deferred;
+    if (n == 0) {
+        return TSAD_OK;
+    }
+    p->n_deferred = 0;
+    return end(p, &p->deferred,
+               p->model->backend->each(p->engine, n, true, emit_deferred, p, NULL, &queues));
+}
+
+/* The call's memory is the caller's: what ends it has its own. Where a stream can't be told to come
+ * after the chunk, the host waits for it. */
+static tsad_status defer(tsad_policy *p, const tsad_call *call)
+{
+    memcpy(p->deferred_lanes, call->lanes, sizeof(int) * (size_t)call->n_lanes);
+    p->deferred = *call;
+    p->deferred.lanes = p->deferred_lanes;
+    for (int i = 0; i < call->n_streams; i++) {
+        if (p->model->backend->precede(p->engine, call->streams[i]) != TSAD_OK) {
+            return tsad_policy_settle(p);
+        }
+    }
+    return TSAD_OK;
 }
 
 tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
@@ -298,16 +425,15 @@ tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
     for (int i = 0; i < call->n_lanes; i++) {
         p->lanes[call->lanes[i]].overflow = NULL;
     }
+    for (int i = 0; i < call->n_streams; i++) {
+        TSAD_TRY(p->model->backend->follow(p->engine, call->streams[i]));
+    }
     order_rows(p, call);
     int queues = 1, came = 0;
     tsad_status status = p->model->backend->each(p->engine, call->n_lanes, false, run_gang, &j,
                                                  call->interrupt, &queues);
-    if (status != TSAD_OK) {
-        return abandon(p, call, status);
-    }
-    correct_chunks(p, call);
-    deliver(p, call);
-    keep_chunks(p, call);
+    status = call->deferred && status == TSAD_OK ? defer(p, call) : end(p, call, status);
+    TSAD_TRY(status);
     for (int i = 0; i < queues; i++) {
         came += p->desks[i].ns[TSAD_DENOISE] > 0;
     }
@@ -349,7 +475,7 @@ static tsad_status predict_one(void *context, tsad_queue *queue, int rank, int f
                           .channels = m->action_dim,
                           .stride = m->action_dim};
         const float *obs = a->obs + (size_t)i * per_obs;
-        TSAD_TRY(tsad_encode(p, queue, &p->all, 1, &lane, &obs));
+        TSAD_TRY(tsad_encode(p, queue, &p->all, 1, &lane, &obs, NULL));
         TSAD_TRY(m->backend->put(queue, 0, TSAD_DENOISER, net->input, rows));
         TSAD_TRY(m->backend->run(queue, &run, 1, a->step, a->step + 1));
         rows.data = a->out + (size_t)i * floats;
@@ -394,7 +520,7 @@ static tsad_status score_one(void *context, tsad_queue *queue, int rank, int fir
     const tsad_policy *p = a->policy;
     int lane = p->n_lanes;
     (void)first, (void)n;
-    TSAD_TRY(tsad_encode(p, queue, &p->all, 1, &lane, &a->obs));
+    TSAD_TRY(tsad_encode(p, queue, &p->all, 1, &lane, &a->obs, NULL));
     tsad_status status = prune(p, queue, lane, p->desks[rank].scores);
     return status != TSAD_NOT_FINITE
                ? status

@@ -71,6 +71,7 @@ static void layout(tsad_policy *p, tsad_arena *arena)
     p->actions =
         TSAD_CARVE(arena, float, (size_t)p->n_lanes *(size_t)m->horizon *(size_t)m->action_dim);
     p->rows = TSAD_CARVE(arena, int, p->n_lanes);
+    p->deferred_lanes = TSAD_CARVE(arena, int, p->n_lanes);
     p->gain = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
     p->shift = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
     if (p->warm_start) {
@@ -212,6 +213,7 @@ void tsad_policy_destroy(tsad_policy *p)
     if (!p) {
         return;
     }
+    tsad_policy_settle(p); /* which nobody hears of */
     p->model->backend->close(p->engine);
     tsad_arena_free(&p->arena);
     tsad_model_destroy(p->model);
@@ -250,6 +252,13 @@ tsad_status tsad_policy_store(const tsad_policy *p, void *device, const void *ho
                               uintptr_t stream, int waits)
 {
     return p->model->backend->store(device, host, bytes, stream, waits != 0);
+}
+
+int tsad_policy_reads_noise(const tsad_policy *p) { return !p->warm_start; }
+
+int tsad_policy_writes_actions(const tsad_policy *p)
+{
+    return p->lead == 0 && !p->smoothing && !p->corrected;
 }
 
 /* ---- plans ------------------------------------------------------------------------------- */

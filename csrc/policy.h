@@ -61,8 +61,12 @@ struct tsad_policy {
     tsad_lane *lanes; /* n_lanes */
     tsad_desk *desks; /* n_threads */
     tsad_program dense, encode, prune;
-    float *noise;           /* (L, K, T, A), K of the model */
-    float *actions;         /* (L, T, A) of the running call, until all its lanes are done */
+    float *noise;   /* (L, K, T, A), K of the model */
+    float *actions; /* (L, T, A) of the running call, until all its lanes are done */
+    /* a call that was deferred, with lanes of its own, and how many rows of it are not read yet */
+    tsad_call deferred;
+    int *deferred_lanes;    /* (L) */
+    int n_deferred;         /* 0: there is none */
     int *rows;              /* (L) of the running call: those of cold lanes first */
     int32_t *last_of_block; /* (B) scratch of the planner outside chunks */
     uint8_t *dense_plan;    /* (K, B) zeros, K of the model */

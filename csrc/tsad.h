@@ -264,6 +264,15 @@ typedef struct tsad_call {
     float *actions; /* (n_lanes, n_action_steps, A) or (n_lanes, T, A), raw units */
     int whole_horizon;
     const tsad_interrupt *interrupt; /* NULL: nobody is asked */
+    /* Which of obs, noise (initial alone, where that is given) and actions are memory of the
+     * policy's device, where it reads and writes them itself (tsad_policy_owns, _reads_noise,
+     * _writes_actions). What the chunk reads of them is checked there, so it is refused when the
+     * chunk is waited for: the lanes are reset then, and actions are NaN. */
+    int obs_there, noise_there, actions_there;
+    const uintptr_t *streams; /* (n_streams) of the caller: the chunk comes after what they hold */
+    int n_streams;            /* now, and what they get later comes after the chunk */
+    int deferred;             /* of actions there: nobody waits for them; tsad_policy_settle does */
+    int bare;                 /* obs came without the axis of lanes: for words */
 } tsad_call;
 
 /* warm NULL: every chunk starts from noise */
@@ -326,10 +335,17 @@ tsad_status tsad_policy_fetch(const tsad_policy *policy, void *host, const void 
                               size_t bytes, uintptr_t stream);
 tsad_status tsad_policy_store(const tsad_policy *policy, void *device, const void *host,
                               size_t bytes, uintptr_t stream, int waits);
-/* Run one chunk. Everything that can be refused is refused before any state changes. Where a chunk
- * fails (TSAD_NOT_FINITE) or the call is told to stop (TSAD_INTERRUPTED), no actions are written
- * and all lanes of the call are reset. */
+/* Does it read noise of the device there, and write actions there? What starts from the chunk
+ * before, or is made of actions afterwards, is the host's. */
+int tsad_policy_reads_noise(const tsad_policy *policy);
+int tsad_policy_writes_actions(const tsad_policy *policy);
+/* Run one chunk. Everything that can be refused is refused before any state changes, but numbers
+ * that are on the device. Where a chunk fails (TSAD_NOT_FINITE) or the call is told to stop
+ * (TSAD_INTERRUPTED), no actions are written on the host and all lanes of the call are reset. */
 tsad_status tsad_policy_step(tsad_policy *policy, const tsad_call *call);
+/* Waits for a deferred call and ends it, before anything else is asked of the policy; its failure
+ * is returned now, once. Nothing to do where there is none. */
+tsad_status tsad_policy_settle(tsad_policy *policy);
 
 /* The network alone, dense, no state touched: sample (n, T, A) normalised, obs raw; out (n, T, A).
  */

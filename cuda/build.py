@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("kernels.cu", "device.cu")
-HOST = ("engine.c", "graph.c", "node.c", "pack.c", "plugin.c", "prune.c", "run.c")
+HOST = ("caller.c", "engine.c", "graph.c", "node.c", "pack.c", "plugin.c", "prune.c", "run.c")
 CORE = ("arena.c",)  # of csrc/: what the files here call and the core does not lend
 ARCHITECTURES = (80, 86, 87, 89, 90, 100)  # and PTX of the newest, for those to come
 
@@ -47,6 +47,7 @@ def _nvcc_command(compiler: str) -> list[str]:
 
 def _flags(emulate: bool, sanitize: bool) -> list[str]:
     flags = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", "-D_GNU_SOURCE"]
+    flags += ["-ffp-contract=off"]  # what the host rounds is rounded alike in a kernel
     if sanitize:
         flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         return [*flags, "-fno-omit-frame-pointer"]

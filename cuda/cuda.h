@@ -21,7 +21,8 @@ typedef struct tsad_cuda_model {
     const void *keys, *values, *out; /* float32 */
     const float *keys_bias, *values_bias;
     const float *query, *token, *time_score, *time_value;
-    tsad_cuda_node nodes[]; /* of all nets */
+    const float *obs[3], *action[3]; /* scale, offset, shift */
+    tsad_cuda_node nodes[];          /* of all nets */
 } tsad_cuda_model;
 
 tsad_status tsad_cuda_pack(tsad_model *model);
@@ -66,6 +67,7 @@ typedef struct tsad_graph_key {
         uint64_t serial;
         bool rollout;
     } run[TSAD_GANG];
+    size_t in_from, in_to; /* what it copies in */
 } tsad_graph_key;
 
 enum { TSAD_GRAPHS = 16, TSAD_DEFERRED = 2 };
@@ -86,10 +88,11 @@ struct tsad_engine {
     size_t in_bytes, in_from, in_to; /* what of it is not yet copied */
     tsad_reused *staged_sources;     /* (n_gang, cells) */
     char *staged_out;
-    bool waits;         /* the stream was not waited for since something was asked of it */
-    tsad_part out_part; /* where what is in staged_out is from: */
-    int out_reg;        /* this register of all places, -1: nothing is */
-    bool graphs_used;   /* TSAD_CUDA_GRAPHS=0 */
+    unsigned long long *fault; /* (TSAD_N_GIVEN) see tsad_taking; all ones: none */
+    bool waits;                /* the stream was not waited for since something was asked of it */
+    tsad_part out_part;        /* where what is in staged_out is from: */
+    int out_reg;               /* this register of all places, -1: nothing is */
+    bool graphs_used;          /* TSAD_CUDA_GRAPHS=0 */
     tsad_deferred deferred[TSAD_DEFERRED];
     int n_deferred;
     tsad_graph *graph[TSAD_GRAPHS];
@@ -124,6 +127,14 @@ void *tsad_cuda_stage(tsad_engine *e, const void *device, size_t bytes);
 void tsad_cuda_upload(tsad_engine *e);
 void tsad_cuda_ask_for(tsad_engine *e, tsad_part part, int reg, int places);
 bool tsad_cuda_stops(tsad_engine *e);
+/* caller.c: rows that are on the device, to there; the backend's functions for callers' arrays */
+void tsad_cuda_take(tsad_engine *e, float *to, int ld, const tsad_rows *from);
+const char *tsad_cuda_unfit(uintptr_t stream);
+tsad_status tsad_cuda_follow(tsad_engine *e, uintptr_t stream);
+tsad_status tsad_cuda_precede(tsad_engine *e, uintptr_t stream);
+tsad_status tsad_cuda_hand_over(tsad_queue *queue, int place, tsad_part part, int reg,
+                                tsad_rows to);
+bool tsad_cuda_fault(tsad_engine *e, tsad_given given, size_t *index, float *raw);
 /* run.c: sources and noise of runs; then their rows, op by op */
 void tsad_cuda_bring(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end);
 tsad_status tsad_cuda_run_rows(tsad_engine *e, const tsad_run *runs, int n, int row_begin,

@@ -90,6 +90,8 @@ tsad_status tsad_stream_make(tsad_stream **out)
     cudaError_t error = cudaStreamCreateWithFlags(&(*out)->cuda, cudaStreamNonBlocking);
     error = error == cudaSuccess ? cudaEventCreate(&(*out)->begun) : error;
     error = error == cudaSuccess ? cudaEventCreate(&(*out)->ended) : error;
+    error = error == cudaSuccess ? cudaEventCreateWithFlags(&(*out)->order, cudaEventDisableTiming)
+                                 : error;
     return error == cudaSuccess ? TSAD_OK : fail(error, "a stream");
 }
 
@@ -98,7 +100,7 @@ void tsad_stream_free(tsad_stream *stream)
     if (!stream) {
         return;
     }
-    for (cudaEvent_t event : {stream->begun, stream->ended}) {
+    for (cudaEvent_t event : {stream->begun, stream->ended, stream->order}) {
         if (event) {
             cudaEventDestroy(event);
         }
@@ -137,6 +139,35 @@ void tsad_download(tsad_stream *stream, void *to, const void *from, size_t bytes
 void tsad_zero(tsad_stream *stream, void *at, size_t bytes)
 {
     tsad_stream_note(stream, cudaMemsetAsync(at, 0, bytes, stream->cuda), "memset");
+}
+
+const char *tsad_stream_unfit(uintptr_t other)
+{
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaError_t error = cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(other), &status);
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        return cudaGetErrorString(error);
+    }
+    return status == cudaStreamCaptureStatusNone ? NULL : "it is being captured as a graph";
+}
+
+/* what `after` gets next comes after what `before` holds */
+static tsad_status order(cudaEvent_t event, cudaStream_t before, cudaStream_t after)
+{
+    cudaError_t error = cudaEventRecord(event, before);
+    error = error == cudaSuccess ? cudaStreamWaitEvent(after, event, 0) : error;
+    return error == cudaSuccess ? TSAD_OK : fail(error, "the order of the caller's stream");
+}
+
+tsad_status tsad_stream_follow(tsad_stream *stream, uintptr_t other)
+{
+    return order(stream->order, reinterpret_cast<cudaStream_t>(other), stream->cuda);
+}
+
+tsad_status tsad_stream_precede(tsad_stream *stream, uintptr_t other)
+{
+    return order(stream->order, stream->cuda, reinterpret_cast<cudaStream_t>(other));
 }
 
 tsad_status tsad_stream_wait(tsad_stream *stream)

@@ -42,6 +42,12 @@ void tsad_stream_free(tsad_stream *stream);
 void tsad_upload(tsad_stream *stream, void *to, const void *from, size_t bytes);
 void tsad_download(tsad_stream *stream, void *to, const void *from, size_t bytes);
 void tsad_zero(tsad_stream *stream, void *at, size_t bytes);
+/* Why another library's stream takes no work of ours now; NULL: it does. What is asked of `stream`
+ * next comes after what the other holds; what the other gets next comes after what `stream` holds.
+ */
+const char *tsad_stream_unfit(uintptr_t other);
+tsad_status tsad_stream_follow(tsad_stream *stream, uintptr_t other);
+tsad_status tsad_stream_precede(tsad_stream *stream, uintptr_t other);
 /* Waits for all that was asked for, and says what of it failed. */
 tsad_status tsad_stream_wait(tsad_stream *stream);
 

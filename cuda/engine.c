@@ -183,13 +183,16 @@ static tsad_status open_staging(tsad_engine *e)
     size_t input = place_bytes(&net->registers[net->input]) * (size_t)e->n_gang;
     size_t output = place_bytes(&net->registers[net->output]) * (size_t)e->n_gang;
     size_t scores = sizeof(float) * e->model->array_floats[TSAD_ARRAY_SCORES];
-    void *in, *sources, *out;
+    void *in, *sources, *out, *fault;
     TSAD_TRY(tsad_pinned_allocate(e->in_bytes, &in));
     e->staged_in = in;
     TSAD_TRY(tsad_pinned_allocate(sizeof(tsad_reused) * cells * (size_t)e->n_gang, &sources));
     e->staged_sources = sources;
     TSAD_TRY(tsad_pinned_allocate(most(most(input, output), scores), &out));
     e->staged_out = out;
+    TSAD_TRY(tsad_pinned_allocate(sizeof *e->fault * TSAD_N_GIVEN, &fault));
+    e->fault = fault;
+    memset(fault, 0xff, sizeof *e->fault * TSAD_N_GIVEN);
     return TSAD_OK;
 }
 
@@ -236,6 +239,7 @@ static void cuda_close(tsad_engine *e)
     tsad_pinned_free(e->staged_in);
     tsad_pinned_free(e->staged_sources);
     tsad_pinned_free(e->staged_out);
+    tsad_pinned_free(e->fault);
     tsad_device_free(e->slot_memory);
     tsad_device_free(e->memory);
     tsad_arena_free(&e->host);
@@ -330,9 +334,9 @@ static tsad_status cuda_each(tsad_engine *e, int count, bool alone, tsad_each_fn
             e->lanes[i].program = NULL;
         }
         e->in_from = e->in_to = 0;
+        e->out_reg = -1; /* otherwise it may still be asked for */
     }
     e->n_deferred = 0;
-    e->out_reg = -1;
     return status;
 }
 
@@ -343,6 +347,10 @@ static tsad_status cuda_put(tsad_queue *queue, int place, tsad_part part, int re
     tsad_engine *e = queue->engine;
     int ld = tsad_pad(e->model->nets[part].registers[reg].channels);
     float *device = e->place[place].registers[part][reg] + (size_t)from.first * (size_t)ld;
+    if (from.there) {
+        tsad_cuda_take(e, device, ld, &from);
+        return TSAD_OK;
+    }
     float *staged = tsad_cuda_stage(e, device, sizeof(float) * (size_t)from.rows * (size_t)ld);
     for (int t = 0; t < from.rows; t++) {
         const float *row = from.data + (size_t)t * (size_t)from.stride;
@@ -410,4 +418,9 @@ const tsad_backend tsad_cuda_backend = {.name = "cuda",
                                         .get_array = cuda_get_array,
                                         .owns = tsad_device_owns,
                                         .fetch = tsad_device_fetch,
-                                        .store = tsad_device_store};
+                                        .store = tsad_device_store,
+                                        .unfit = tsad_cuda_unfit,
+                                        .follow = tsad_cuda_follow,
+                                        .precede = tsad_cuda_precede,
+                                        .hand_over = tsad_cuda_hand_over,
+                                        .fault = tsad_cuda_fault};

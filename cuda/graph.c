@@ -1,6 +1,7 @@
 /* graph.c: a chunk of a fixed plan as one graph: captured when it runs first, launched again as
  * long as the same lanes run the same programs. What a chunk puts in and takes out is in memory of
- * the host that stays where it is, so nothing of a graph ever changes. */
+ * the host that stays where it is, so nothing of a graph ever changes; what is in memory of the
+ * caller is copied before it and after it. */
 #include "cuda.h"
 
 #include <string.h>
@@ -23,10 +24,12 @@ static bool is_fixed(const tsad_engine *e, const tsad_run *runs, int n)
 }
 
 /* bytes that mean nothing are 0, so that keys can be compared as bytes */
-static void make_key(tsad_graph_key *key, const tsad_run *runs, int n)
+static void make_key(tsad_graph_key *key, const tsad_engine *e, const tsad_run *runs, int n)
 {
     memset(key, 0, sizeof *key);
     key->n = n;
+    key->in_from = e->in_from;
+    key->in_to = e->in_to;
     for (int i = 0; i < n; i++) {
         key->run[i].program = runs[i].program;
         key->run[i].serial = runs[i].program->serial;
@@ -81,7 +84,7 @@ static tsad_status run_chunk(tsad_engine *e, const tsad_run *runs, int n, int ro
                              int row_end)
 {
     tsad_graph_key key;
-    make_key(&key, runs, n);
+    make_key(&key, e, runs, n);
     tsad_graph *graph = find(e, &key);
     if (!graph) {
         size_t from = e->in_from, to = e->in_to;

@@ -7,6 +7,7 @@
 #include "shared.cuh"
 #include "stream.cuh"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -531,6 +532,50 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
+/* ---- callers' arrays --------------------------------------------------------------------- */
+
+__global__ void __launch_bounds__(THREADS)
+    take_kernel(const __grid_constant__ Tracks<tsad_taking> tracks)
+{
+    const tsad_taking &p = tracks.track[blockIdx.z];
+    int i = (int)(blockIdx.x * THREADS + threadIdx.x), t = i / p.channels, c = i % p.channels;
+    if (t >= p.rows) {
+        return;
+    }
+    size_t at = (size_t)t * p.ldx + (size_t)c;
+    float raw = p.x[at], x = p.shift ? raw - p.shift[c] : raw;
+    x = p.scale ? __fadd_rn(__fmul_rn(x, p.scale[c]), p.offset[c]) : x;
+    if (!(fabsf(x) <= p.limit)) {
+        atomicMin(p.fault, (unsigned long long)(p.index + at) << 32 | __float_as_uint(raw));
+        x = NAN;
+    }
+    p.y[(size_t)t * (size_t)p.ldy + (size_t)c] = x;
+}
+
+__device__ float handed_over(const tsad_hand_over &p, int i)
+{
+    int t = i / p.channels, c = i % p.channels;
+    float x = p.x[(size_t)t * (size_t)p.ldx + (size_t)c];
+    x = p.scale ? (x - p.offset[c]) / p.scale[c] : x;
+    return p.shift ? x + p.shift[c] : x;
+}
+
+/* one block */
+__global__ void __launch_bounds__(THREADS)
+    hand_over_kernel(const __grid_constant__ Tracks<tsad_hand_over> tracks)
+{
+    const tsad_hand_over &p = tracks.track[blockIdx.z];
+    TSAD_SHARED(float, room, THREADS / WARP);
+    float wrong = 0;
+    for (int i = (int)threadIdx.x; i < p.rows * p.channels; i += THREADS) {
+        wrong += fabsf(handed_over(p, i)) <= FLT_MAX ? 0 : 1;
+    }
+    wrong = block_sum(wrong, room);
+    for (int i = (int)threadIdx.x; i < p.n * p.channels; i += THREADS) {
+        p.y[i] = wrong > 0 ? NAN : handed_over(p, p.first * p.channels + i);
+    }
+}
+
 /* ---- the pruner -------------------------------------------------------------------------- */
 
 /* a block a row of y; shared: a weight a head and token */
@@ -608,6 +653,17 @@ void tsad_launch_copy(tsad_stream *stream, tsad_copy p)
 {
     size_t n = (size_t)p.rows * (size_t)p.channels;
     launch(stream, copy_kernel, p, blocks_of(n, THREADS), THREADS, 0, "copy");
+}
+
+void tsad_launch_take(tsad_stream *stream, tsad_taking p)
+{
+    size_t n = (size_t)p.rows * (size_t)p.channels;
+    launch(stream, take_kernel, p, blocks_of(n, THREADS), THREADS, 0, "take");
+}
+
+void tsad_launch_hand_over(tsad_stream *stream, tsad_hand_over p)
+{
+    launch(stream, hand_over_kernel, p, 1, THREADS, 0, "hand over");
 }
 
 void tsad_launch_update(tsad_stream *stream, tsad_update p)

@@ -116,6 +116,33 @@ typedef struct tsad_reused {
     int32_t gate;   /* where its gate is among the terms; -1: it has none */
 } tsad_reused;
 
+/* Rows of a caller's array, normalised: y = (x - shift) * scale + offset, rounded as the host
+ * rounds. Beyond `limit` it is NaN, and *fault, memory of the host, becomes the least of itself and
+ * (which of the caller's numbers this is) << 32 | the bits of x. */
+typedef struct tsad_taking {
+    const float *x;
+    size_t ldx;
+    int rows, channels;
+    const float *scale, *offset, *shift; /* (channels); NULL: none */
+    float limit;
+    float *y;
+    int ldy;
+    size_t index; /* of the first */
+    unsigned long long *fault;
+} tsad_taking;
+void tsad_launch_take(tsad_stream *stream, tsad_taking p);
+
+/* Rows first .. first + n of all of a register's, (x - offset) / scale + shift, to a caller's array
+ * side by side; NaN if any of all rows' is not finite. */
+typedef struct tsad_hand_over {
+    const float *x;
+    int ldx, rows, channels;
+    const float *scale, *offset, *shift; /* (channels); NULL: none */
+    int first, n;
+    float *y;
+} tsad_hand_over;
+void tsad_launch_hand_over(tsad_stream *stream, tsad_hand_over p);
+
 /* The sum of n sources in order, each times its count and gate, (rows, channels). */
 typedef struct tsad_sum {
     const float *base;

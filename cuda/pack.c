@@ -145,6 +145,12 @@ static void layout(packer *p, tsad_model *m, tsad_cuda_model *to)
             pack_copy(p, from->norm, norms * channels, &node->norm);
         }
     }
+    const float *obs[] = {m->obs_scale, m->obs_offset, m->obs_shift};
+    const float *action[] = {m->action_scale, m->action_offset, m->action_shift};
+    for (int i = 0; i < 3; i++) {
+        pack_copy(p, obs[i], (size_t)m->obs_dim, &to->obs[i]);
+        pack_copy(p, action[i], (size_t)m->action_dim, &to->action[i]);
+    }
     size_t tokens = (size_t)m->n_layers * m->fold.floats;
     pack_copy(p, m->time_fold, (size_t)m->n_steps * tokens, &to->time_fold);
     pack_copy(p, m->time_terms, (size_t)m->n_steps * (size_t)m->n_terms, &to->time_terms);

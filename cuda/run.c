@@ -324,7 +324,18 @@ static void stage_noise(tsad_engine *e, const tsad_run *run, int place, int row_
     if (rows == 0) {
         return;
     }
-    const float *device = e->place[place].noise + floats * (size_t)(row_begin + 1);
+    float *device = e->place[place].noise + floats * (size_t)(row_begin + 1);
+    if (run->noise_there) {
+        size_t from = (size_t)(row_begin + 1) * run->noise_step;
+        tsad_rows z = {.data = (float *)run->noise + from,
+                       .rows = rows - row_begin - 1,
+                       .channels = (int)floats,
+                       .stride = (int)run->noise_step,
+                       .given = TSAD_GIVEN_NOISE,
+                       .index = run->noise_index + from};
+        tsad_cuda_take(e, device, (int)floats, &z);
+        return;
+    }
     float *staged =
         tsad_cuda_stage(e, device, sizeof(float) * floats * (size_t)(rows - row_begin - 1));
     for (int k = row_begin + 1; k < rows; k++, staged += floats) {

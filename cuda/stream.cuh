@@ -43,6 +43,7 @@ struct tsad_stream {
     int next, n_held;
     tsad_held held[8];
     cudaEvent_t begun, ended; /* where device time is measured */
+    cudaEvent_t order;        /* of this stream and a caller's */
     bool busy;                /* begun was recorded */
 };
 

@@ -48,6 +48,7 @@ def barriers() -> list[Mutant]:
 
 
 K, R, N, E, G = "kernels.cu", "run.c", "node.c", "engine.c", "graph.c"
+C, D = "caller.c", "device.cu"
 MUTANTS = [
     Mutant("product: a token too many", K, "token < p.tokens", "token <= p.tokens"),
     Mutant("product: a token too few", K, "token >= 0 &&", "token > 0 &&"),
@@ -162,6 +163,48 @@ MUTANTS = [
     ),
     Mutant("engine: the lane before's actions", E, "e->staged_out + at", "e->staged_out + 0 * at"),
     Mutant("engine: slots one row too few", E, "i < e->n_lanes ? rows : 1", "1"),
+    Mutant("take: a row too few", K, "t >= p.rows", "t >= p.rows - 1", 1),
+    Mutant("take: not normalised", K, "p.scale ? __fadd_rn(", "false ? __fadd_rn("),
+    Mutant("take: not shifted", K, "p.shift ? raw - p.shift[c] : raw", "raw"),
+    Mutant(
+        "take: multiplied and added in one",
+        K,
+        "__fadd_rn(__fmul_rn(x, p.scale[c]), p.offset[c])",
+        "fmaf(x, p.scale[c], p.offset[c])",
+    ),
+    Mutant("take: what is wrong stays", K, "x = NAN;", ""),
+    Mutant("take: what is wrong is not said", K, "atomicMin(p.fault,", "(void)(p.fault,"),
+    Mutant("take: counted from the row", K, "(p.index + at)", "(at)"),
+    Mutant("take: the last that is wrong", K, "atomicMin(p.fault,", "*p.fault = ("),
+    Mutant("hand over: the first actions", K, "p.first * p.channels + i", "i"),
+    Mutant("hand over: what is wrong is written", K, "wrong > 0 ? NAN : ", ""),
+    Mutant("hand over: each thread for itself", K, "wrong = block_sum(wrong, room)", "(void)room"),
+    Mutant("hand over: not shifted", K, "p.shift ? x + p.shift[c] : x", "x"),
+    Mutant("caller: what was staged comes later", C, "tsad_cuda_upload(e);", ""),
+    Mutant(
+        "caller: all lanes' actions are the first's", C, ".x = e->place[place]", ".x = e->place[0]"
+    ),
+    Mutant("caller: a fault is found twice", C, "e->fault[given] = ~0ull;", ""),
+    Mutant("caller: of another argument", C, "&e->fault[from->given]", "&e->fault[0]"),
+    Mutant(
+        "stream: the caller's is not followed",
+        D,
+        "return order(stream->order, reinterpret_cast<cudaStream_t>(other), stream->cuda);",
+        "return (void)stream, (void)other, TSAD_OK;",
+    ),
+    Mutant(
+        "stream: the caller's does not wait",
+        D,
+        "return order(stream->order, stream->cuda, reinterpret_cast<cudaStream_t>(other));",
+        "return (void)stream, (void)other, TSAD_OK;",
+    ),
+    Mutant(
+        "stream: the event of the time before", D, "cudaEventRecord(event, before)", "cudaSuccess"
+    ),
+    Mutant("graph: with another call's copies", G, "key->in_from = e->in_from;", ""),
+    Mutant(
+        "run: noise there is the first row's", R, "(size_t)(row_begin + 1) * run->noise_step", "0"
+    ),
 ]
 
 
@@ -208,6 +251,7 @@ class Workshop:
 def survives(library: Path, check: Callable[[], None] | None = None) -> bool:
     """Whether the checks, or this one, pass with this library; asked of a child: it may crash."""
     import test_cuda
+    import test_device_arrays
 
     from tsad import _core
 
@@ -219,7 +263,11 @@ def survives(library: Path, check: Callable[[], None] | None = None) -> bool:
             os.close(2)
             faulthandler.disable()  # a planted fault may crash
             _core._load_backend(str(library))
-            (check or test_cuda.check_all)()
+            if check:
+                check()
+            else:
+                test_cuda.check_all()
+                test_device_arrays.check_there(str(library))
             status = 0
         except BaseException:  # caught: that is what it was planted for
             pass

@@ -193,6 +193,14 @@ def test_changes_equal_the_cpu() -> None:
     check_changes()
 
 
+def check_rows() -> None:
+    """More tokens than a block has warps."""
+    gpu, cpu = (make("tiny_long", backend=backend, steps=2) for backend in ("cuda", None))
+    obs, noise = random_inputs(config("tiny_long"), 3, lanes=1, steps=1)
+    got, expected = (policy.predict_noise(noise[0], 1, obs) for policy in (gpu, cpu))
+    assert relative_error(got, expected) < NETWORK_TOLERANCE
+
+
 def check_all() -> None:
     """A little of everything: what a planted fault must not pass (cuda_mutants.py)."""
     check_changes()
@@ -200,6 +208,7 @@ def check_all() -> None:
         check_plans(family, rounds=1)
     check_pruner("tiny", "transformer")
     check_dense(3)  # without rollout memory
+    check_rows()
 
 
 def test_load_runs_on_the_device(

@@ -6,12 +6,15 @@ reads too early reads nothing that was written.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import test_unet1d as unet
 from dlpack_maker import CUDA, Producer
 from policies import make_policy, noises, observations, state
 
@@ -30,7 +33,7 @@ class Library:
             ("memory", pointer, [size]), ("free", ctypes.c_int, [pointer]), ("stream", pointer, []),
             ("write", None, [pointer, pointer, pointer, size]),
             ("read", ctypes.c_int, [pointer, pointer, pointer, size]),
-            ("waiting", size, [pointer]),
+            ("waiting", size, [pointer]), ("capture", None, [pointer, ctypes.c_int]),
         ):  # fmt: skip
             function = getattr(lib, f"tsad_emulate_{name}")
             function.restype, function.argtypes = result, arguments
@@ -110,25 +113,161 @@ def test_arrays_on_the_device_are_read_and_written(
     assert np.array_equal(alone, policy.predict_noise(noise[0], 1, obs))
 
 
-def test_work_goes_on_the_callers_stream(
-    policy: Any, library: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch's current one: what it holds is read, and the call returns before `out` is written."""
+@contextlib.contextmanager
+def current_stream(library: Library) -> Iterator[Any]:
+    """torch's, `.cuda_stream`: one of its own, or 0, its word for the default one."""
     torch = pytest.importorskip("torch")
     stream = SimpleNamespace(cuda_stream=library.own)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_stream", lambda index: stream)
+        yield stream
+
+
+@pytest.fixture
+def torch_stream(library: Any) -> Iterator[Any]:
+    with current_stream(library) as stream:
+        yield stream
+
+
+def test_work_goes_on_the_callers_stream(policy: Any, library: Any, torch_stream: Any) -> None:
+    """torch's current one: what it holds is read, and the call returns before that is there."""
     obs, noise = observations(policy, 0), noises(policy, 1)
     expected = policy(obs, noise=noise)
     given = TorchArray(library, obs, library.own)  # on that stream, and not yet there
     out = TorchArray(library, np.zeros_like(expected), library.own)
     assert library.waiting(library.own) == 2
-    policy(given, noise=noise, out=out)
+    before = device.counts()
+    assert policy(given, noise=noise, out=out) is out
+    asked = device.counts().since(before)
+    assert (asked.waits, asked.graphs, asked.uploads, asked.downloads) == (0, 1, 1, 1)
     assert given.asked_stream == out.asked_stream == library.own
-    assert library.waiting(library.own) == 1  # what writes it
+    assert library.waiting(library.own) == 3  # and that what comes next waits for the chunk
     assert np.array_equal(out.read(library.own), expected)
-    stream.cuda_stream = 0  # torch's word for the default one
+    torch_stream.cuda_stream = 0
     policy(TorchArray(library, obs, DEFAULT), noise=noise, out=out)
     assert out.asked_stream == DEFAULT and np.array_equal(out.read(), expected)
+
+
+def made(library: Any, family: str, **options: Any) -> Any:
+    """A policy of two lanes whose numbers are normalised in every way."""
+    if family == "unet":
+        shape, rng = unet.SHAPES["bias_only"], np.random.default_rng(0)
+        affine = {
+            f"{name}_{part}": rng.uniform(0.5, 2, size).astype(np.float32)
+            for name, size in (("obs", shape.obs_dim), ("action", shape.action_dim))
+            for part in ("scale", "offset", "shift")
+        }
+        return unet.make(shape, shape.weights(1), K=2, lanes=2, backend="cuda", **affine)
+    return make_policy(lanes=2, steps=2, backend="cuda", **options)
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transformer": ("transformer", {}),
+    "unet": ("unet", {}),
+    "warm start": ("transformer", {"sampler": "ddim", "warm_start": 1}),
+    "pruner": ("transformer", {"pruner": True}),
+    "lead": ("transformer", {"lead": 0.2, "smoothing": True}),
+}
+
+
+def given_noise(policy: Any, kind: str, seed: int) -> Any:
+    noise = {} if kind == "drawn" else {"noise": noises(policy, seed)}
+    return {"noise": noise["noise"][0]} if kind == "initial" else noise
+
+
+def check_places(library: Library, kind: str) -> None:
+    """Bit for bit, over an episode: each argument here or there, calls that nobody waits for."""
+    here, there = (made(library, KINDS[kind][0], **KINDS[kind][1]) for _ in range(2))
+    if kind == "pruner":
+        for policy in (here, there):
+            policy.planner = "pruner"
+    for policy in (here, there):
+        policy.reset(seed=3)
+    written, expected = [], []
+    for turn in range(8):  # obs, noise and out here or there, in every combination
+        whole = turn % 2 == 1
+        noise = given_noise(here, ("drawn", "initial", "whole")[turn % 3], 10 + turn)
+        obs = observations(here, turn)
+        expected.append(here(obs, **noise, return_horizon=whole))
+        there_obs = TorchArray(library, obs, library.own) if turn & 1 else obs
+        if turn & 2:
+            noise = {key: TorchArray(library, z, library.own) for key, z in noise.items()}
+        if turn & 4:
+            out = TorchArray(library, np.zeros_like(expected[-1]), library.own)
+            written.append(there(there_obs, **noise, out=out, return_horizon=whole))
+        else:
+            written.append(there(there_obs, **noise, return_horizon=whole))
+    for got, right in zip(written, expected, strict=True):
+        there_too = isinstance(got, DeviceArray)
+        np.testing.assert_array_equal(got.read(library.own) if there_too else got, right)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_arrays_are_makes_no_difference(library: Any, torch_stream: Any, kind: str) -> None:
+    check_places(library, kind)
+
+
+def test_gangs_of_lanes_are_written_each(library: Any, torch_stream: Any) -> None:
+    """Four go together; what the last ones make is not waited for."""
+    policy = make_policy(lanes=6, steps=2, backend="cuda")
+    obs, noise = observations(policy, 0), noises(policy, 1)
+    expected = policy(obs, noise=noise)
+    out = TorchArray(library, np.zeros_like(expected), library.own)
+    before = device.counts()
+    policy(TorchArray(library, obs, library.own), noise=noise, out=out)
+    assert device.counts().since(before).waits == 1
+    del policy  # nobody asks it again
+    assert np.array_equal(out.read(library.own), expected)
+
+
+def test_a_fixed_plan_stays_one_graph(policy: Any, library: Any, torch_stream: Any) -> None:
+    """Wherever the arrays are, and whichever they are; four small kernels beside it."""
+    obs, noise = observations(policy, 0), noises(policy, 1)
+    expected = policy(obs, noise=noise)
+    for turn in range(3):
+        arrays = [TorchArray(library, x, library.own) for x in (obs, noise, expected * 0)]
+        before = device.counts()
+        policy(arrays[0], noise=arrays[1], out=arrays[2])
+        asked = device.counts().since(before)
+        lanes, takes, writes = 2, 3, 1  # obs, what the chunk begins with, what the sampler adds
+        assert (asked.launches, asked.graphs) == (lanes * (takes + writes), 1), turn
+        # the call before is ended: that is the wait
+        assert (asked.uploads, asked.downloads, asked.waits) == (0, 1, int(turn > 0))
+        assert np.array_equal(arrays[2].read(library.own), expected)
+
+
+def test_arrays_are_kept_as_long_as_they_may_be_read(
+    policy: Any, library: Any, torch_stream: Any
+) -> None:
+    def call() -> list[Any]:
+        shape = (2, policy.n_action_steps, policy.action_dim)
+        values = observations(policy, 0), noises(policy, 1), np.zeros(shape, np.float32)
+        arrays = [TorchArray(library, x, library.own) for x in values]
+        policy(arrays[0], noise=arrays[1], out=arrays[2])
+        return arrays
+
+    first, second = call(), call()
+    assert [x.deleted for x in (*first, *second)] == [1, 1, 1, 0, 0, 0]
+    policy.timings  # noqa: B018  whatever is asked
+    assert [x.deleted for x in second] == [1, 1, 1]
+    other, last = make_policy(lanes=2, steps=2, backend="cuda"), call()
+    other(last[0], out=last[2])
+    assert [x.deleted for x in last] == [0, 0, 0]
+    del other
+    assert [x.deleted for x in last] == [1, 0, 1]
+
+
+def test_a_stream_that_captures_is_refused(policy: Any, library: Any, torch_stream: Any) -> None:
+    obs, noise, out = (TorchArray(library, x, library.own) for x in fresh(policy))
+    policy(fresh(policy)[0])
+    before = repr(state(policy))
+    library.capture(library.own, 1)
+    try:
+        with pytest.raises(RuntimeError, match="stream: expected one that takes work.*captured"):
+            policy(obs, noise=noise, out=out)
+    finally:
+        library.capture(library.own, 0)
+    assert repr(state(policy)) == before
 
 
 def test_an_unknown_stream_is_waited_for(policy: Any, library: Any) -> None:
@@ -169,16 +308,88 @@ def test_what_is_wrong_is_refused_and_changes_nothing(
     assert repr(state(policy)) == before and wrong.exports == wrong.deleted
 
 
-def test_numbers_are_checked_there_too(policy: Any, library: Any) -> None:
+WRONG_NUMBERS: dict[str, tuple[str, Any, float, str]] = {
+    "obs": ("obs", (0, 1, 2), np.nan, r"obs: expected finite numbers, got nan at obs\[0, 1, 2\]"),
+    "obs, infinite": ("obs", (1, 0, 3), -np.inf, r"got -inf at obs\[1, 0, 3\]; check where"),
+    "obs, large": ("obs", (1, 2, 0), 3e30, "obs: expected magnitudes up to 1e.12 after.*row 1, obs"
+                   "ervation step 2, element 0"),
+    "noise": ("noise", (0, 1, 2, 1), np.inf, r"noise: .* finite .* inf at noise\[0, 1, 2, 1\]"),
+    "noise, added": ("noise", (1, 0, 4, 1), np.nan, r"got nan at noise\[1, 0, 4, 1\]"),
+    "noise, large": ("noise", (1, 1, 0, 0), -2e12, "noise: expected magnitudes up to 1e.12, got -2e"
+                     r".12 at denoising step 1, row 1, action 0, element 0"),
+    "initial": ("initial", (1, 3, 0), np.nan, r"got nan at noise\[1, 3, 0\]"),
+}  # fmt: skip
+
+
+def check_numbers(policy: Any, library: Library, what: str) -> None:
+    """In the words of arrays on the host. A call that waits raises it; after one that does not,
+    `out` is NaN, and the next one raises it. The lanes start anew."""
+    name, at, value, message = WRONG_NUMBERS[what]
     obs, noise, out = fresh(policy)
-    obs[0, 1, 2] = np.nan
-    with pytest.raises(
-        ValueError, match=r"obs: expected finite numbers, got nan at obs\[0, 1, 2\]"
-    ):
-        policy(library.array(obs), noise=noise)
-    noise[0, 0, 0, 0] = np.inf
-    with pytest.raises(ValueError, match="noise: expected finite numbers, got inf"):
-        policy(fresh(policy)[0], noise=library.array(noise))
+    noise = noise[0] if name == "initial" else noise
+    (obs if name == "obs" else noise)[at] = value
+    with pytest.raises(ValueError, match=message):
+        policy(obs, noise=noise)
+    good = fresh(policy)
+    policy(good[0], noise=good[1])
+    arrays = [TorchArray(library, x, library.own) for x in (obs, noise, out)]
+    with pytest.raises(ValueError, match=f"{message}.*; nothing is returned.*start anew"):
+        policy(arrays[0], noise=arrays[1])
+    assert [policy._stats(lane)["chunks"] for lane in (0, 1)] == [0, 0]
+    assert policy(arrays[0], noise=arrays[1], out=arrays[2]) is arrays[2]
+    bad = np.isnan(arrays[2].read(library.own)).all(axis=(1, 2))
+    assert bad.tolist() == [at[name == "noise"] == lane for lane in (0, 1)]
+    with pytest.raises(ValueError, match=f"{message}.*; this is of the call before"):
+        policy.reset()
+    assert [policy._stats(lane)["chunks"] for lane in (0, 1)] == [0, 0]
+    right = policy(good[0], noise=good[1])
+    there = policy(library.array(good[0]), noise=library.array(good[1]))
+    np.testing.assert_array_equal(there, right)
+
+
+@pytest.mark.parametrize("what", WRONG_NUMBERS)
+def test_numbers_are_checked_there_too(
+    policy: Any, library: Any, torch_stream: Any, what: str
+) -> None:
+    check_numbers(policy, library, what)
+
+
+def check_there(path: str) -> None:
+    """A little of everything: what a planted fault must not pass (cuda_mutants.py)."""
+    library = Library(path)
+    with current_stream(library):
+        for kind in ("unet", "warm start", "pruner"):
+            check_places(library, kind)
+        policy = make_policy(lanes=2, steps=2, backend="cuda")
+        for what in ("obs", "obs, large", "noise, added", "noise, large"):
+            check_numbers(policy, library, what)
+
+
+def test_one_lane_without_its_axis(library: Any, torch_stream: Any) -> None:
+    policy = make_policy(steps=2, backend="cuda")
+    obs = observations(policy, 0)[0]
+    policy.reset(seed=0)
+    expected = policy(obs)
+    policy.reset(seed=0)
+    out = TorchArray(library, np.zeros_like(expected), library.own)
+    policy(TorchArray(library, obs, library.own), out=out)
+    assert np.array_equal(out.read(library.own), expected)
+    obs[2, 1] = np.nan
+    with pytest.raises(ValueError, match=r"got nan at obs\[2, 1\]; check"):
+        policy(library.array(obs))
+
+
+def test_what_is_not_read_is_not_looked_at(library: Any) -> None:
+    """On the host all numbers of a noise must be finite; there, those that the sampler adds."""
+    policy = make_policy(steps=3, backend="cuda", sampler="ddim")
+    obs, noise = observations(policy, 0), noises(policy, 1)
+    expected = policy(obs, noise=noise)
+    noise[1:] = np.nan
+    np.testing.assert_array_equal(policy(obs, noise=library.array(noise)), expected)
+
+
+def test_memory_is_not_shared(policy: Any, library: Any) -> None:
+    out = fresh(policy)[2]
     read_only = library.array(out, versioned=True, read_only=True)
     with pytest.raises(ValueError, match="out: expected a writable array"):
         policy(fresh(policy)[0], out=read_only)

@@ -41,10 +41,13 @@ class SparsePolicy(_core.Policy):
     or marked by a mask of one bool per lane; ``return_horizon`` returns all actions, as
     predicted. Arrays are borrowed, not copied (those of a dict are): NumPy, or anything with
     DLPack (torch, JAX ...) in host memory; the result is of the library of ``obs``, of a dict's
-    first feature. A policy on a GPU takes arrays in that GPU's memory, too, which it copies: it
-    reads them after what torch's current stream holds (or the default stream, of other libraries),
-    writes ``out`` as the last of that stream, of torch's without waiting for it, and without
-    ``out`` returns a NumPy array. A refused call changes nothing. Observations whose normalised
+    first feature. A policy on a GPU takes arrays in that GPU's memory, too: it reads them after
+    what torch's current stream holds (or the default stream, of other libraries), and what that
+    stream gets next comes after ``out`` is written. Torch's ``out`` is not waited for: the call
+    returns at once, and whatever is asked of the policy next waits and says what failed; ``out``
+    is NaN then, and the lanes start anew. Without ``out`` the result is a NumPy array. A refused
+    call changes nothing, but for numbers on the GPU (NaN, too large), which are found while the
+    chunk runs: its lanes start anew. Observations whose normalised
     magnitude passes 1e12 are refused: the network can't represent them. If it overflows all the
     same, the call raises ``RuntimeError`` and returns nothing, and its lanes start anew, as after
     `reset`; only their streams of noise have gone on.

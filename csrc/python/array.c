@@ -106,7 +106,7 @@ int edge_expect_finite(const char *name, const edge_view *view)
 {
     const uint32_t exponent = 0x7f800000u;
     const uint32_t *bits = view->data;
-    size_t n = view->bytes / sizeof(float);
+    size_t n = edge_is_there(view) ? 0 : view->bytes / sizeof(float); /* there it looks itself */
     uint32_t bad = 0;
     for (size_t i = 0; i < n; i++) { /* no branch: the compiler vectorises it */
         bad |= (uint32_t)((bits[i] & exponent) == exponent);

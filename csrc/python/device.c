@@ -1,6 +1,6 @@
-/* device.c: arrays in the memory of the device that a policy runs on. They are borrowed like others
- * and pass through the host, where they are checked: read after what the caller's stream holds,
- * written as the last of it.
+/* device.c: arrays in the memory of the device that a policy runs on. They are borrowed like
+ * others, and the device reads and writes them itself. What it can't pass through the host: read
+ * after what the caller's stream holds, written as the last of it.
  */
 #include "array.h"
 

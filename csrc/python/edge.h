@@ -70,6 +70,9 @@ typedef struct edge_view {
     PyObject *host; /* strong: what `data` is of then */
 } edge_view;
 
+/* Is `data` memory of a device? */
+static inline bool edge_is_there(const edge_view *view) { return view->on_device && !view->there; }
+
 /* Borrow `object` or raise an exception that calls it `name`. */
 int edge_borrow(edge_state *state, PyObject *object, const char *name, edge_dtype dtype,
                 bool writable, edge_view *view);
@@ -174,9 +177,12 @@ struct edge_policy {
     int *lanes;      /* (n_lanes) scratch of the call: the lanes listed */
     int *executed;   /* (n_lanes) scratch of the call */
     uint8_t *listed; /* (n_lanes) scratch of edge_parse_lanes, zero between calls */
+    bool deferred;   /* a call was not waited for: the device may still read and write these */
+    edge_view kept[3];
 };
 
-/* RuntimeError if the policy is not initialised or busy; else it is ours until edge_leave. */
+/* RuntimeError if the policy is not initialised or busy; else it is ours until edge_leave. A call
+ * that was not waited for is ended first; what it failed of is raised here. */
 int edge_enter(edge_policy *self);
 void edge_leave(edge_policy *self);
 

@@ -7,6 +7,8 @@
  */
 #include "edge.h"
 
+#include <string.h>
+
 typedef struct chunk {
     edge_view obs, out, noise;
     PyObject *like; /* the array whose library the result is of; new reference */
@@ -15,6 +17,7 @@ typedef struct chunk {
     bool noise_given; /* all of it */
     bool initial_given;
     bool executed_given;
+    bool deferred; /* the device may still read and write the arrays */
     int whole_horizon;
     PyObject *actions; /* new reference */
     PyObject *library; /* that `actions` is handed over to, or NULL */
@@ -26,6 +29,17 @@ static void chunk_close(chunk *c)
     edge_return(&c->obs);
     edge_return(&c->out);
     edge_return(&c->noise);
+}
+
+/* Until the policy is entered again: see edge_enter. */
+static void keep(edge_policy *self, chunk *c)
+{
+    edge_view *views[] = {&c->obs, &c->noise, &c->out};
+    for (int i = 0; i < 3; i++) {
+        self->kept[i] = *views[i];
+        memset(views[i], 0, sizeof *views[i]);
+    }
+    self->deferred = true;
 }
 
 /* Give everything back; the result, an array of the library that obs came from. Here the policy is
@@ -74,7 +88,7 @@ static int borrow_obs(edge_policy *self, chunk *c, PyObject *obs)
                                : "these are (lanes, n_obs_steps, obs_dim); pass lanes=[...] to "
                                  "run a subset");
     }
-    return edge_bring(self, &c->obs, true);
+    return 0;
 }
 
 static int place_actions(edge_policy *self, chunk *c, PyObject *out)
@@ -97,7 +111,7 @@ static int place_actions(edge_policy *self, chunk *c, PyObject *out)
         return edge_raise_shape("out", &c->out, 3 - skip, shape + skip,
                                 "allocate it with np.empty(shape, np.float32)");
     }
-    if (edge_bring(self, &c->out, false) < 0) {
+    if (!tsad_policy_writes_actions(self->policy) && edge_bring(self, &c->out, false) < 0) {
         return -1;
     }
     c->actions = Py_NewRef(out);
@@ -130,7 +144,10 @@ static int borrow_noise(edge_policy *self, chunk *c, PyObject *noise)
     if (c->out.kind && edge_expect_apart("out", &c->out, "noise", &c->noise) < 0) {
         return -1;
     }
-    return edge_bring(self, &c->noise, true) < 0 ? -1 : edge_expect_finite("noise", &c->noise);
+    if (!tsad_policy_reads_noise(self->policy) && edge_bring(self, &c->noise, true) < 0) {
+        return -1;
+    }
+    return edge_expect_finite("noise", &c->noise);
 }
 
 /* None, an int for all rows, or one per row. */
@@ -257,11 +274,29 @@ int edge_raise_or_explain(tsad_status status)
 
 /* ---- chunks -------------------------------------------------------------------------------- */
 
-static int run(edge_policy *self, const chunk *c)
+/* The streams of arrays that the device reads and writes, each once. */
+static int find_streams(const chunk *c, uintptr_t *streams)
+{
+    const edge_view *views[] = {&c->obs, &c->noise, &c->out};
+    int n = 0;
+    for (int i = 0; i < 3; i++) {
+        bool found = !edge_is_there(views[i]) || !views[i]->bytes;
+        for (int j = 0; j < n; j++) {
+            found |= streams[j] == views[i]->stream;
+        }
+        if (!found) {
+            streams[n++] = views[i]->stream;
+        }
+    }
+    return n;
+}
+
+static int run(edge_policy *self, chunk *c)
 {
     if (!c->n_lanes) {
         return 0;
     }
+    uintptr_t streams[3];
     size_t row = (size_t)self->info.horizon * (size_t)self->info.action_dim;
     edge_listener l = {0};
     tsad_interrupt interrupt = {edge_hear, &l};
@@ -277,7 +312,16 @@ static int run(edge_policy *self, const chunk *c)
         .actions = c->data,
         .whole_horizon = c->whole_horizon,
         .interrupt = &interrupt,
+        .obs_there = edge_is_there(&c->obs),
+        .noise_there = edge_is_there(&c->noise),
+        .actions_there = edge_is_there(&c->out),
+        .streams = streams,
+        .n_streams = find_streams(c, streams),
+        .bare = c->drop_axis,
     };
+    /* what the caller does next with `out` is on a stream that is known to come after it */
+    call.deferred = call.actions_there && c->out.stream_is_known;
+    c->deferred = call.deferred;
     l.thread = PyEval_SaveThread(); /* leaves the GIL */
     EDGE_MARK(begin);
     tsad_status status = tsad_policy_check(self->policy, &call);
@@ -306,6 +350,8 @@ PyObject *edge_policy_call(PyObject *object, PyObject *args, PyObject *kwargs)
         borrow_noise(self, &c, noise) < 0 || read_executed(self, &c, executed) < 0 ||
         edge_expect_finite("obs", &c.obs) < 0 || run(self, &c) < 0 || edge_send(self, &c.out) < 0) {
         Py_CLEAR(c.actions);
+    } else if (c.deferred) {
+        keep(self, &c);
     }
     edge_leave(self);
     return chunk_end(&c);

@@ -5,6 +5,34 @@
 
 #include <string.h>
 
+static int raise_unless_ok(tsad_status status)
+{
+    if (status != TSAD_OK) {
+        edge_raise(status);
+    }
+    return status == TSAD_OK ? 0 : -1;
+}
+
+/* End the call that was not waited for and give its arrays back, which may run anything: the policy
+ * is free then. */
+static int settle(edge_policy *self)
+{
+    edge_view kept[3];
+    tsad_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = tsad_policy_settle(self->policy);
+    Py_END_ALLOW_THREADS;
+    memcpy(kept, self->kept, sizeof kept);
+    memset(self->kept, 0, sizeof self->kept);
+    self->deferred = false;
+    tsad_policy_release(self->policy);
+    int result = raise_unless_ok(status);
+    for (int i = 0; i < 3; i++) {
+        edge_return(&kept[i]);
+    }
+    return result;
+}
+
 int edge_enter(edge_policy *self)
 {
     if (!self->policy) {
@@ -12,12 +40,10 @@ int edge_enter(edge_policy *self)
                                             "super().__init__(model, lanes=..., threads=...)");
         return -1;
     }
-    tsad_status status = tsad_policy_acquire(self->policy);
-    if (status != TSAD_OK) {
-        edge_raise(status);
+    if (raise_unless_ok(tsad_policy_acquire(self->policy)) < 0) {
         return -1;
     }
-    return 0;
+    return self->deferred ? (settle(self) < 0 ? -1 : edge_enter(self)) : 0;
 }
 
 void edge_leave(edge_policy *self) { tsad_policy_release(self->policy); }
@@ -80,6 +106,9 @@ static void policy_close(edge_policy *self)
     edge_free_features(self);
     tsad_policy_destroy(self->policy);
     self->policy = NULL;
+    for (int i = 0; i < 3; i++) { /* of a call that was not waited for: it is done now */
+        edge_return(&self->kept[i]);
+    }
     Py_CLEAR(self->model);
 }
 
@@ -315,7 +344,8 @@ PyDoc_STRVAR(
     "obs: float32 (lanes, n_obs_steps, obs_dim), raw units, the newest last; with one lane\n"
     "also (n_obs_steps, obs_dim), and the result lacks the first axis. NumPy, torch, JAX, or\n"
     "anything with __dlpack__ in host memory; the result is of the library of obs. On a GPU these\n"
-    "arrays may be there too: the result is NumPy's then, unless there is out. Where the\n"
+    "arrays may be there too: the result is NumPy's then, unless there is out. An out of torch's\n"
+    "there is not waited for: it comes next on torch's current stream. Where the\n"
     "features of an observation have names: a dict of such arrays by name, (lanes, n_obs_steps,\n"
     "numbers of the feature) each, and the result is of the library of the first feature's.\n"
     "out: where to write the actions; it is returned.\n"
@@ -329,8 +359,10 @@ PyDoc_STRVAR(
     "its\n"
     "previous chunk, 0 to horizon: an int for all, or one per row; None: all that a chunk\n"
     "returns.\n\n"
-    "ValueError, TypeError: an argument does not fit; nothing has changed. RuntimeError:\n"
-    "another thread is using the policy.");
+    "ValueError, TypeError: an argument does not fit; nothing has changed, unless it is a number\n"
+    "on the GPU: it is found while the chunk runs, so that the lanes start anew, out there is\n"
+    "NaN, and where that was not waited for the next use raises it. RuntimeError: another\n"
+    "thread is using the policy.");
 PyDoc_STRVAR(predict_noise_doc,
              "predict_noise($self, /, sample, step, obs)\n--\n\n"
              "The network alone, dense, no state touched.\n\n"

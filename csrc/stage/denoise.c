@@ -50,11 +50,37 @@ static tsad_status begin(const tsad_gang *g, int i)
     if (g->policy->warm_start && !tsad_gang_lane(g, i)->cold) {
         start = warm_sample(g, i, start);
     }
+    const float *all = call->initial ? call->initial : call->noise;
     tsad_rows rows = {.data = (float *)start,
                       .rows = m->horizon,
                       .channels = m->action_dim,
-                      .stride = m->action_dim};
+                      .stride = m->action_dim,
+                      .there = call->noise_there,
+                      .given = TSAD_GIVEN_NOISE,
+                      .index = call->noise_there ? (size_t)(start - all) : 0};
     return m->backend->put(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows);
+}
+
+/* how actions are made of a sample: rows to be completed */
+static tsad_rows raw_actions(const tsad_model *m)
+{
+    return (tsad_rows){.channels = m->action_dim,
+                       .stride = m->action_dim,
+                       .scale = m->action_scale,
+                       .offset = m->action_offset,
+                       .shift = m->action_shift};
+}
+
+/* the i-th lane's actions into the caller's memory of the device */
+static tsad_status hand_over(const tsad_gang *g, int i)
+{
+    const tsad_model *m = g->policy->model;
+    bool whole = g->call->whole_horizon;
+    tsad_rows rows = raw_actions(m);
+    rows.first = whole ? 0 : m->n_obs_steps - 1;
+    rows.rows = whole ? m->horizon : m->n_action_steps;
+    rows.data = g->call->actions + (size_t)(g->rows[i] * rows.rows) * (size_t)m->action_dim;
+    return m->backend->hand_over(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows);
 }
 
 /* The i-th lane's normalised sample -> all actions in raw units. A slot that is not finite has made
@@ -63,17 +89,22 @@ static tsad_status emit_actions(const tsad_gang *g, int i)
 {
     const tsad_model *m = g->policy->model;
     size_t floats = (size_t)m->horizon * (size_t)m->action_dim;
-    tsad_rows rows = {.data = g->policy->actions + (size_t)g->rows[i] * floats,
-                      .rows = m->horizon,
-                      .channels = m->action_dim,
-                      .stride = m->action_dim,
-                      .scale = m->action_scale,
-                      .offset = m->action_offset,
-                      .shift = m->action_shift};
+    tsad_rows rows = raw_actions(m);
+    rows.data = g->policy->actions + (size_t)g->rows[i] * floats;
+    rows.rows = m->horizon;
     TSAD_TRY(m->backend->get(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows));
     if (tsad_first_beyond(rows.data, floats, FLT_MAX) < floats) {
         tsad_gang_lane(g, i)->overflow = "actions";
         return TSAD_NOT_FINITE;
+    }
+    return TSAD_OK;
+}
+
+tsad_status tsad_emit(const tsad_gang *g)
+{
+    for (int i = 0; i < g->n; i++) {
+        TSAD_TRY(emit_actions(g, i));
+        note_writes(g->policy, tsad_gang_lane(g, i));
     }
     return TSAD_OK;
 }
@@ -97,13 +128,14 @@ tsad_status tsad_denoise(const tsad_gang *g)
                              .sums = lane->sums_use,
                              .sampler = g->steps->sampler,
                              .noise = noise,
-                             .noise_step = call->noise_step};
+                             .noise_step = call->noise_step,
+                             .noise_there = noise && call->noise_there && !call->initial,
+                             .noise_index = noise ? (size_t)(noise - call->noise) : 0};
         TSAD_TRY(begin(g, i));
     }
     TSAD_TRY(m->backend->run(g->queue, runs, g->n, 0, g->steps->n));
-    for (int i = 0; i < g->n; i++) {
-        TSAD_TRY(emit_actions(g, i));
-        note_writes(g->policy, tsad_gang_lane(g, i));
+    for (int i = 0; i < g->n && call->actions_there; i++) {
+        TSAD_TRY(hand_over(g, i));
     }
-    return TSAD_OK;
+    return g->deferred ? TSAD_OK : tsad_emit(g);
 }

@@ -5,7 +5,7 @@
 #include "stage.h"
 
 tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, const tsad_steps *steps, int n,
-                        const int *lanes, const float *const *obs)
+                        const int *lanes, const float *const *obs, const float *there)
 {
     const tsad_model *m = p->model;
     const tsad_net *net = &m->nets[TSAD_ENCODER];
@@ -20,7 +20,10 @@ tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, const tsad_step
                           .stride = m->obs_dim,
                           .scale = m->obs_scale,
                           .offset = m->obs_offset,
-                          .shift = m->obs_shift};
+                          .shift = m->obs_shift,
+                          .there = there != NULL,
+                          .given = TSAD_GIVEN_OBS,
+                          .index = there ? (size_t)(obs[i] - there) : 0};
         TSAD_TRY(m->backend->put(queue, i, TSAD_ENCODER, net->input, rows));
         runs[i] = (tsad_run){.lane = lanes[i],
                              .part = TSAD_ENCODER,

@@ -13,6 +13,7 @@ typedef struct tsad_gang {
     const tsad_steps *steps;
     const int *rows; /* (n) of the call */
     int n;
+    bool deferred; /* nobody waits for what it makes */
 } tsad_gang;
 
 static inline int tsad_gang_index(const tsad_gang *g, int i) { return g->call->lanes[g->rows[i]]; }
@@ -28,9 +29,10 @@ static inline bool tsad_is_fixed(const tsad_policy *p, int lane)
     return lane < p->n_lanes && p->lanes[lane].planner == TSAD_FIXED_PLAN;
 }
 
-/* obs, n of (n_obs_steps, O), raw -> memory of the lanes (n), by the network of this name */
+/* obs, n of (n_obs_steps, O), raw -> memory of the lanes (n), by the network of this name.
+ * there: on the device, where the caller's array begins; NULL: on the host */
 tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, const tsad_steps *steps, int n,
-                        const int *lanes, const float *const *obs);
+                        const int *lanes, const float *const *obs, const float *there);
 /* memory of a lane -> scores (K, B, 4) */
 tsad_status tsad_prune(const tsad_policy *p, tsad_queue *queue, int lane, float *scores);
 /* Chooses the lane's program for this chunk and records the plan. */
@@ -39,5 +41,7 @@ void tsad_plan(const tsad_policy *p, tsad_desk *desk, tsad_lane *lane);
 void tsad_sums_begin(tsad_lane *lane, bool room);
 /* After tsad_plan: whether this chunk makes them, has them, or goes without. */
 void tsad_sums_choose(tsad_lane *lane);
-/* Runs the lanes' programs from noise to actions, which wait in the policy's memory. */
+/* Runs the lanes' programs from noise to actions, which wait in the policy's memory; of a gang that
+ * is deferred they are on the device until tsad_emit. */
 tsad_status tsad_denoise(const tsad_gang *g);
+tsad_status tsad_emit(const tsad_gang *g);

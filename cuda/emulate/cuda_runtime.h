@@ -4,10 +4,11 @@
  * A kernel's blocks run one after the other in random order, each thread of a block as a fiber: up
  * to a barrier or a shuffle in random order again. A stream's copies and launches wait until
  * somebody waits for the stream, and between two waits nobody can touch the device's memory.
- * Memory that nobody wrote is full of NaN, so is a block's shared memory, and the bytes after an
- * array are looked at after every launch. A graph is the list of what was asked for while it was
- * captured; memory of the host is full of NaN at first, too. TSAD_EMULATE_SEED (0) chooses the
- * order; with TSAD_EMULATE_COUNT launches are counted alone, and all results are 0.
+ * What a stream waits for of another one is done then, and not before. Memory that nobody wrote is
+ * full of NaN, so is a block's shared memory, and the bytes after an array are looked at after
+ * every launch. A graph is the list of what was asked for while it was captured; memory of the host
+ * is full of NaN at first, too. TSAD_EMULATE_SEED (0) chooses the order; with TSAD_EMULATE_COUNT
+ * launches are counted alone, and all results are 0.
  *
  * Not shown: the hardware's memory model, bank conflicts, alignment, speed.
  */
@@ -42,7 +43,7 @@ enum cudaError_t {
     cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
-enum { cudaStreamNonBlocking = 1 };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 struct cudaDeviceProp {
     char name[256];
     struct {
@@ -50,6 +51,7 @@ struct cudaDeviceProp {
     } uuid;
     int major, minor;
 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 typedef struct emulated_stream *cudaStream_t;
 typedef struct emulated_graph *cudaGraph_t;
@@ -72,7 +74,10 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *status);
 cudaError_t cudaEventCreate(cudaEvent_t *out);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to);
@@ -119,6 +124,24 @@ static inline float __uint_as_float(unsigned bits)
     memcpy(&x, &bits, sizeof x);
     return x;
 }
+
+static inline unsigned __float_as_uint(float x)
+{
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* threads are fibers of one: nothing comes between */
+static inline unsigned long long atomicMin(unsigned long long *at, unsigned long long value)
+{
+    unsigned long long before = *at;
+    *at = value < before ? value : before;
+    return before;
+}
+
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 
 static inline float __shfl_xor_sync(unsigned, float value, int lanes)
 {

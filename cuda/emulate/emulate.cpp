@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -380,12 +381,16 @@ const char *check_guards()
 
 /* ---- streams ------------------------------------------------------------------------------ */
 
-typedef std::vector<std::function<const char *()>> Work;
+typedef std::deque<std::function<const char *()>> Work;
 
 struct emulated_stream {
+    uint64_t number; /* no other stream ever has it */
     Work queue;
+    size_t done = 0; /* how much of all that was asked for */
     bool captures = false;
     Work captured;
+    emulated_stream();
+    ~emulated_stream();
 };
 
 struct emulated_graph {
@@ -397,8 +402,28 @@ struct emulated_exec {
 };
 
 struct emulated_event {
-    char unused;
+    uint64_t stream = 0;
+    size_t asked = 0; /* of that stream, when it was recorded */
 };
+
+static std::map<uint64_t, emulated_stream *> &live_streams()
+{
+    static std::map<uint64_t, emulated_stream *> live;
+    return live;
+}
+
+emulated_stream::emulated_stream()
+{
+    static uint64_t made;
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    live_streams()[number = ++made] = this;
+}
+
+emulated_stream::~emulated_stream()
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    live_streams().erase(number);
+}
 
 namespace
 {
@@ -416,28 +441,39 @@ void ask(cudaStream_t handle, std::function<const char *()> what)
     (stream->captures ? stream->captured : stream->queue).push_back(std::move(what));
 }
 
+/* until so much of it is done; the first fault */
+const char *run_work(emulated_stream *stream, size_t asked)
+{
+    while (stream->done < asked && !stream->queue.empty()) {
+        auto what = std::move(stream->queue.front());
+        stream->queue.pop_front();
+        stream->done++;
+        const char *fault = what();
+        fault = fault ? fault : check_guards();
+        if (fault) {
+            stream->done += stream->queue.size();
+            stream->queue.clear();
+            return fault;
+        }
+    }
+    return nullptr;
+}
+
 cudaError_t drain(cudaStream_t stream)
 {
     std::lock_guard<std::recursive_mutex> lock(everything);
-    const char *fault = nullptr;
     if (stream->captures) {
         snprintf(message, sizeof message, "emulated GPU: a wait within a capture");
         return cudaErrorStreamCaptureUnsupported;
     }
     if (only_counts()) {
+        stream->done += stream->queue.size();
         stream->queue.clear();
         return cudaSuccess;
     }
     protect(PROT_READ | PROT_WRITE);
-    for (const auto &what : stream->queue) {
-        fault = what();
-        fault = fault ? fault : check_guards();
-        if (fault) {
-            break;
-        }
-    }
+    const char *fault = run_work(stream, stream->done + stream->queue.size());
     protect(PROT_NONE);
-    stream->queue.clear();
     if (fault) {
         snprintf(message, sizeof message, "emulated GPU: %s", fault);
         return cudaErrorLaunchFailure;
@@ -605,6 +641,7 @@ EXPORTED void *tsad_emulate_stream();
 EXPORTED void tsad_emulate_write(void *stream, void *device, const void *host, size_t bytes);
 EXPORTED int tsad_emulate_read(void *stream, void *host, const void *device, size_t bytes);
 EXPORTED size_t tsad_emulate_waiting(void *stream);
+EXPORTED void tsad_emulate_capture(void *stream, int captures);
 
 void *tsad_emulate_memory(size_t bytes)
 {
@@ -630,6 +667,11 @@ int tsad_emulate_read(void *stream, void *host, const void *device, size_t bytes
 
 size_t tsad_emulate_waiting(void *stream) { return stream_of((cudaStream_t)stream)->queue.size(); }
 
+void tsad_emulate_capture(void *stream, int captures)
+{
+    stream_of((cudaStream_t)stream)->captures = captures != 0;
+}
+
 /* time does not pass */
 cudaError_t cudaEventCreate(cudaEvent_t *out)
 {
@@ -643,7 +685,32 @@ cudaError_t cudaEventDestroy(cudaEvent_t event)
     return cudaSuccess;
 }
 
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) { return cudaEventCreate(out); }
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle)
+{
+    const emulated_stream *stream = stream_of(handle);
+    event->stream = stream->number;
+    event->asked = stream->done + stream->queue.size();
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
+{
+    emulated_event recorded = *event;
+    ask(stream, [recorded]() -> const char * {
+        auto found = live_streams().find(recorded.stream);
+        return found == live_streams().end() ? nullptr : run_work(found->second, recorded.asked);
+    });
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *status)
+{
+    *status =
+        stream_of(stream)->captures ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
 
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t, cudaEvent_t)
 {
