@@ -125,7 +125,7 @@ def test_what_it_gains_and_loses() -> None:
     presets = tsad.presets.read_presets(ROOT / "tsad" / "assets" / "pusht")
     names = ["ddim-8", "ddpm-100-search-95"]
     names += [presets[name].measured["setting"] for name in ("fast", "lossless")]
-    assert [f'`preset="{name}"`' for name in presets] == [row[1] for row in found[4:]]
+    assert ['`preset="fast"`', '`preset="lossless"`'] == [row[1] for row in found[4:]]
     (path,) = RESULTS.glob("*-headline.json")
     compared = json.loads(path.read_text())["compared"]["rows"]
     assert len(found) == 6
