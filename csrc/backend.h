@@ -41,8 +41,11 @@ typedef struct tsad_run {
     const float *sampler; /* on the host: (rows, 8); NULL: the network alone */
     const float *noise;   /* on the host: z of row k at noise + k * noise_step; NULL: none */
     size_t noise_step;
-    bool noise_there;   /* not on the host: on the device, */
-    size_t noise_index; /* of the caller's numbers this one */
+    bool noise_there;         /* not on the host: on the device, */
+    size_t noise_index;       /* of the caller's numbers this one */
+    const tsad_rule *rule;    /* NULL: none. Where a row looks, what is left of it may be */
+    const tsad_program *rest; /* this program's */
+    uint8_t *looked;          /* (rows) which of them were computed whole */
 } tsad_run;
 
 /* Rows of floats in a caller's memory. */
@@ -63,6 +66,7 @@ typedef struct tsad_backend {
     const char *name;
     bool (*usable)(void);                   /* on this machine */
     bool for_tests;                         /* nobody is offered it */
+    bool rules;                             /* knows rules of rows, in nets that are not wide */
     tsad_status (*pack)(tsad_model *model); /* plain matrices -> packed; plain ones are freed */
     void (*unpack)(tsad_model *model);      /* frees what pack made; accepts half-packed models */
 

@@ -25,6 +25,7 @@ static void layout_lane(const tsad_policy *p, tsad_lane *lane, tsad_arena *arena
     lane->plan = TSAD_CARVE(arena, uint8_t, cells);
     lane->plan_first = TSAD_CARVE(arena, uint8_t, cells);
     lane->plan_steady = TSAD_CARVE(arena, uint8_t, cells);
+    lane->looked = TSAD_CARVE(arena, uint8_t, K);
     lane->computed_at = TSAD_CARVE(arena, uint32_t, cells);
     layout_program(m, &lane->first, K, arena);
     layout_program(m, &lane->steady, K, arena);
@@ -280,8 +281,11 @@ void tsad_policy_reset(tsad_policy *p, int index)
     forget_rollouts(p, lane);
     /* An episode remembers what its own plans ask for: a plan set in the middle of an earlier one
      * makes no difference. */
-    lane->rollout_memory = lane->planner != TSAD_FIXED_PLAN || reads_rollouts(p, lane->plan_steady);
+    lane->rollout_memory =
+        lane->planner == TSAD_PRUNER_PLAN ||
+        (lane->planner == TSAD_FIXED_PLAN && reads_rollouts(p, lane->plan_steady));
     lane->chunk = lane->stats.chunks = 0;
+    lane->stats.spent = 0;
     lane->sums_ready = false;
     lane->cold = p->warm_start;
     lane->has_previous = false;
@@ -421,6 +425,43 @@ tsad_status tsad_policy_set_pruner(tsad_policy *p, double sparsity)
         p->lanes[i].planner = TSAD_PRUNER_PLAN;
     }
     p->sparsity = sparsity;
+    return TSAD_OK;
+}
+
+tsad_status tsad_policy_set_rule(tsad_policy *p, const tsad_rule *rule)
+{
+    const tsad_model *m = p->model;
+    const tsad_net *net = tsad_denoiser(m);
+    int K = p->own.n, B = m->n_blocks;
+    bool gated = false;
+    for (int i = 0; i < net->n_nodes; i++) {
+        gated |= net->nodes[i].cache_point == TSAD_BEFORE_GATE;
+    }
+    if (!m->backend->rules || net->wide || gated || p->warm_start) {
+        return tsad_fail(TSAD_ARGUMENT, "planner: expected a CPU, the transformer of Diffusion "
+                                        "Policy and no warm start, for a rule that decides within "
+                                        "a chunk; choose another planner");
+    }
+    if (rule->blocks < 0 || rule->blocks >= B || !(rule->threshold >= 0) || rule->most < 1) {
+        return tsad_fail(TSAD_ARGUMENT,
+                         "planner: expected 0 to %d blocks, a threshold and a bound "
+                         "from 0 and 1, got %d, %g and %d",
+                         B - 1, rule->blocks, rule->threshold, rule->most);
+    }
+    p->rule = *rule;
+    for (int i = 0; i < p->n_lanes; i++) {
+        tsad_lane *lane = &p->lanes[i];
+        lane->planner = TSAD_ROW_RULE;
+        lane->rollout_memory = false;
+        forget_rollouts(p, lane);
+        for (int cell = 0; cell < K * B; cell++) {
+            lane->plan_steady[cell] =
+                cell < B || cell % B < rule->blocks ? TSAD_COMPUTE : TSAD_REUSE_STEP;
+        }
+        tsad_program_compile(&lane->steady, m, lane->plan_steady, false, p->last_of_block);
+        tsad_program_part_rows(&lane->steady);
+        tsad_sums_begin(lane, false);
+    }
     return TSAD_OK;
 }
 

@@ -3,7 +3,11 @@
 
 #include "backend.h"
 
-typedef enum tsad_planner_kind { TSAD_FIXED_PLAN, TSAD_PRUNER_PLAN } tsad_planner_kind;
+typedef enum tsad_planner_kind {
+    TSAD_FIXED_PLAN,
+    TSAD_PRUNER_PLAN,
+    TSAD_ROW_RULE
+} tsad_planner_kind;
 
 /* The steps that a chunk runs: all of the model's, or its last ones. */
 typedef struct tsad_steps {
@@ -16,7 +20,8 @@ typedef struct tsad_steps {
 typedef struct tsad_lane {
     uint32_t *computed_at;             /* (K, B) rollout memory only: chunk number, 0: empty */
     uint8_t *plan;                     /* (K, B) last executed */
-    uint8_t *plan_first, *plan_steady; /* (K, B) what a fixed plan runs */
+    uint8_t *plan_first, *plan_steady; /* (K, B) what a fixed plan runs; of a rule: its rest */
+    uint8_t *looked;                   /* (K) rows that a rule had computed whole */
     tsad_program first, steady, dynamic;
     const tsad_program *program; /* of the running chunk */
     uint64_t chunk;              /* since the reset; 0: the next one is the first */
@@ -57,6 +62,7 @@ struct tsad_policy {
     bool corrected;
     bool rollout_memory; /* the engine's slots hold K rows */
     double sparsity;     /* of the pruner's budget; < 0: argmax */
+    tsad_rule rule;      /* of lanes that have one */
     tsad_arena arena;
     tsad_lane *lanes; /* n_lanes */
     tsad_desk *desks; /* n_threads */

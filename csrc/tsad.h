@@ -228,8 +228,23 @@ typedef struct tsad_lane_stats {
     int32_t cells[TSAD_N_SOURCES]; /* cells by source */
     int32_t forced;                /* cells computed because the slot to reuse was empty */
     uint32_t max_age;              /* oldest rollout slot read, in chunks; 0 if none */
-    uint64_t chunks;               /* chunks since the last reset */
+    uint64_t chunks;               /* chunks since the last reset, */
+    int64_t spent;                 /* and what they cost together */
 } tsad_lane_stats;
+
+/* Decides row by row, within a chunk, whether the rest of a row is computed or repeats what each
+ * block was when it was last computed. With `blocks` above 0, by the first-block cache: every row
+ * computes so many of its blocks, and the rest if what these add differs from that of the last row
+ * computed whole, relative, by at least the threshold. With 0 by TeaCache: before a row the changes
+ * of its input from row to row, through a polynomial, are added up, and at the threshold it is
+ * computed and they begin anew; so is the last row. The first row is always computed. */
+#define TSAD_RULE_TERMS 5
+typedef struct tsad_rule {
+    int blocks;
+    double threshold;
+    int most; /* rows that are computed whole, of a chunk; with TeaCache the last is one of them */
+    double polynomial[TSAD_RULE_TERMS]; /* from the constant on */
+} tsad_rule;
 
 /* Chunks that start from the one before. After a reset a lane's first chunk is cold: all K steps,
  * from noise. Later ones are warm: the last N steps, from
@@ -324,6 +339,8 @@ tsad_status tsad_policy_set_plan(tsad_policy *policy, int lane, const uint8_t *s
 /* Let the pruner plan every chunk of every lane. sparsity < 0: its own argmax; otherwise the
  * cells with the highest compute score that fit the budget. */
 tsad_status tsad_policy_set_pruner(tsad_policy *policy, double sparsity);
+/* Let a rule decide in every chunk of every lane, each by itself; rollouts are forgotten. */
+tsad_status tsad_policy_set_rule(tsad_policy *policy, const tsad_rule *rule);
 
 /* Would this call be refused? Of its noise what is there already; for callers who draw the rest. */
 tsad_status tsad_policy_check(const tsad_policy *policy, const tsad_call *call);

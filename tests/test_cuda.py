@@ -47,6 +47,8 @@ def cuda(emulated_cuda: str) -> str:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_transformer_equals_the_reference(name: str) -> None:
     reference, engine = make_reference(name, steps=3), make(name, backend="cuda", steps=3)
+    with pytest.raises(ValueError, match="planner: expected a CPU"):
+        engine._set_rule(3, 0.1, 3, (0.0, 1.0, 0.0, 0.0, 0.0))
     obs, noise = random_inputs(config(name), 1, lanes=2, steps=1)
     for step in (0, 2):
         got = engine.predict_noise(noise[0], step, obs)

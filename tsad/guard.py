@@ -267,6 +267,11 @@ class Guard:
     ) -> Any:
         """As the policy's."""
         policy = self.policy
+        if policy._plans is None and policy.planner != "pruner":
+            raise ValueError(
+                f"planner: expected plans or the pruner under a guard, which lets lanes begin "
+                f"densely, got {policy.planner!r}; set policy.planner = 'uniform' or a plan"
+            )
         rows = policy._lanes(lanes)
         given = policy._side_by_side(obs, len(rows)) if isinstance(obs, dict) else obs
         raw = _core._copy(given, "obs").reshape(len(rows), -1)

@@ -209,12 +209,11 @@ class SparsePolicy(_core.Policy):
                 f"got {planner!r}; choose one of these"
             )
         if planner == "pruner" and not self.has_pruner:
-            raise ValueError(
-                "planner: got 'pruner', but this policy has none; choose 'uniform', or load a "
-                "folder with pruner.safetensors, and no warm_start"
-            )
+            fix = "choose 'uniform', or load a folder with pruner.safetensors, and no warm_start"
+            raise ValueError(f"planner: got 'pruner', but this policy has none; {fix}")
         dial = 0.0 if planner == "dense" or self._dial is None else self._dial
-        self._follow(planner, self._check_dial(planner, dial))
+        rule = isinstance(planner, planners.RowRule)
+        self._follow(planner, self._check_dial(planner, None if rule else dial))
 
     @property
     def plan(self) -> Plan | list[Plan]:
@@ -262,6 +261,8 @@ class SparsePolicy(_core.Policy):
         return 0.0 if planner == "dense" else 1 - 1 / self.num_inference_steps
 
     def _check_dial(self, planner: str | Planner, value: float | None) -> float | None:
+        if isinstance(planner, planners.RowRule):
+            return planner.check_dial(value)
         if value is None:
             if planner == "pruner":
                 return None
@@ -296,14 +297,16 @@ class SparsePolicy(_core.Policy):
             plans = self._bind(planners.dense(self))
         elif planner == "uniform" and dial is not None:
             plans = self._bind(planners.uniform_sparse(self, dial))
-        elif not isinstance(planner, str):
+        elif not isinstance(planner, str | planners.RowRule):
             plans = self._bind(planner(self, 0.0 if dial is None else dial))
         self._adopt((planner, dial, plans, False, self._cold))
 
     def _adopt(self, choice: Choice) -> None:
         """Run along these plans, or the pruner's; if the policy is busy, nothing has changed."""
         planner, dial, plans, fixed, cold = choice
-        if plans is None:
+        if isinstance(planner, planners.RowRule) and plans is None:
+            planner.set(self)
+        elif plans is None:
             self._set_pruner(-1.0 if dial is None else dial)
         else:
             plans = self._bind(plans)
@@ -505,14 +508,13 @@ class SparsePolicy(_core.Policy):
     def stats(self) -> dict[str, Any]:
         """What the last chunk did, over all lanes.
 
-        ``chunks``: chunks since each lane's reset, summed. ``sparsity`` (of the cost) and
-        ``cell_sparsity``: means. ``cells``: cells by source. ``forced``: cells computed because
-        nothing was there to reuse. ``max_age``: oldest rollout reused, in chunks. ``bytes``: memory
-        of this policy; ``weight_bytes``: of the model it shares. ``precision`` and ``error_bound``:
-        how far a dense chunk's normalised actions may be from float64's, same noise. Of 16 and 8
-        bits that is measured on this policy when `stats` is first read, which takes as long as
-        some dozens of its chunks (`tsad.precision`); None if `tsad.load` did not make it, or its
-        files are gone. What a plan loses is not in it. ``lanes``: the first six for each lane.
+        ``chunks``: since each lane's reset, summed. ``sparsity`` (of the cost), ``cell_sparsity``:
+        means; ``mean_sparsity``: of all these chunks. ``cells``: by source. ``forced``: computed
+        because nothing was there to reuse. ``max_age``: oldest rollout reused, in chunks.
+        ``bytes``, ``weight_bytes``: memory of this policy, and of the model it shares.
+        ``precision`` and ``error_bound``: how far a dense chunk's normalised actions may be from
+        float64's, same noise; of fewer bits measured when first read, some dozens of chunks; None
+        if `tsad.load` did not make it, or its files are gone. ``lanes``: the first seven for each.
         """
         dense = int(self.block_costs.sum()) * self.num_inference_steps
         lanes = []
@@ -520,11 +522,12 @@ class SparsePolicy(_core.Policy):
             raw = self._stats(lane)
             cells = dict(zip(SOURCE_NAMES, raw["cells"], strict=True))
             total = sum(raw["cells"])
-            ran = total > 0  # ever
+            ran, n = total > 0, raw["chunks"]  # ever, since the reset
             lanes.append(
                 {
-                    "chunks": raw["chunks"],
+                    "chunks": n,
                     "sparsity": 1 - raw["cost"] / dense if ran else 0.0,
+                    "mean_sparsity": 1 - raw["spent"] / dense / n if n else 0.0,
                     "cell_sparsity": 1 - cells["compute"] / total if ran else 0.0,
                     "cells": cells,
                     "forced": raw["forced"],
@@ -535,6 +538,7 @@ class SparsePolicy(_core.Policy):
             "chunks": sum(s["chunks"] for s in lanes),
             "sparsity": float(np.mean([s["sparsity"] for s in lanes])),
             "cell_sparsity": float(np.mean([s["cell_sparsity"] for s in lanes])),
+            "mean_sparsity": float(np.mean([s["mean_sparsity"] for s in lanes])),
             "cells": {name: sum(s["cells"][name] for s in lanes) for name in SOURCE_NAMES},
             "forced": sum(s["forced"] for s in lanes),
             "max_age": max(s["max_age"] for s in lanes),
@@ -552,14 +556,9 @@ class SparsePolicy(_core.Policy):
             exact = exact_twin(self, load, fitted)
             if exact is None:
                 return None
-            twin = SparsePolicy(
-                self.model,
-                config=self._config,
-                sampler=self._sampler,
-                threads=self.threads,
-                precision=self._precision,
-                fitted=fitted,
-            )
+            own: dict[str, Any] = {name: getattr(self, name) for name in ("threads", "precision")}
+            own |= {"config": self._config, "sampler": self._sampler, "fitted": fitted}
+            twin = SparsePolicy(self.model, **own)
             self._error_bound = measured_bound(twin, exact)
         return self._error_bound
 

@@ -185,8 +185,10 @@ typedef struct context {
     const tsad_member *member;
     const tsad_cpu_lane *lane;
     float **registers;
-    int row;  /* of the program */
-    int step; /* of the tables over steps */
+    int row;              /* of the program */
+    int step;             /* of the tables over steps */
+    const tsad_run *rest; /* with a rule: what it may go on with; NULL: there is none */
+    int looks;            /* of this row: before its first block, and where the rule decides */
 } context;
 
 /* What a row is multiplied by before rounding, from its squared length. A row of zeros has scale
@@ -255,6 +257,11 @@ const float *tsad_cpu_gate(const context *c, const tsad_node *node);
  * its program keeps (to be met after) */
 void tsad_cpu_add(const context *c, const tsad_op *op);
 void tsad_cpu_add_gated(const context *c, const tsad_op *op);
+
+/* ---- rule.c ------------------------------------------------------------------------------- */
+
+/* The op at `at`, where the rule may look: then at and end may be another program's. */
+const tsad_op *tsad_cpu_look(context *c, int32_t *at, int32_t *end);
 void tsad_cpu_keep_sums(const context *c);
 
 /* wide.c: a node of a wide net for n lanes, shared by the threads; slots: where a branch is kept,
@@ -294,6 +301,7 @@ tsad_status tsad_cpu_see(tsad_eye *eye, const tsad_images *images, float *featur
 #define TSAD_CPU_BACKEND(symbol, label, usable_function, kernel_table)                             \
     const tsad_cpu_backend symbol = {.base = {.name = label,                                       \
                                               .usable = usable_function,                           \
+                                              .rules = true,                                       \
                                               .pack = tsad_cpu_pack,                               \
                                               .unpack = tsad_cpu_unpack,                           \
                                               .open = tsad_cpu_open,                               \

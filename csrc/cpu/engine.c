@@ -37,6 +37,12 @@ static void layout_member(const tsad_engine *e, tsad_member *member, tsad_arena 
         member->tables[i] = TSAD_CARVE(arena, float, m->horizon * (1 + 2 * m->action_dim));
     }
     member->table_ready = TSAD_CARVE(arena, bool, TSAD_REMEMBERED);
+    member->rule = TSAD_CARVE(arena, tsad_rule_state, 1);
+    float *now = TSAD_CARVE(arena, float, e->branch_floats);
+    float *then = TSAD_CARVE(arena, float, e->branch_floats);
+    if (member->rule) {
+        *member->rule = (tsad_rule_state){.now = now, .then = then};
+    }
 }
 
 static void layout_worker(tsad_engine *e, tsad_worker *w, tsad_arena *arena)

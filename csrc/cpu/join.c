@@ -135,6 +135,11 @@ static void copy_member(tsad_worker *w)
            sizeof(float) * tsad_register_floats(&net->registers[x]));
     memcpy(to->previous_x0, from->previous_x0,
            sizeof(float) * (size_t)e->model->horizon * (size_t)tsad_pad(e->model->action_dim));
+    if (w->run.rule) {
+        memcpy(to->rule->then, from->rule->then, sizeof(float) * e->branch_floats);
+        to->rule->total = from->rule->total;
+        to->rule->computed = from->rule->computed;
+    }
     for (int i = 0; i < TSAD_REMEMBERED; i++) {
         memcpy(to->sums[i], from->sums[i], sizeof(float) * e->branch_floats);
         to->table_ready[i] = false; /* made again when needed */

@@ -139,9 +139,18 @@ static bool run_closed(const context *c)
     return true;
 }
 
+/* NULL: the row is done */
+static const tsad_op *op_at(context *c, int32_t *at, int32_t *end)
+{
+    if (*at >= *end) {
+        return NULL;
+    }
+    return c->rest ? tsad_cpu_look(c, at, end) : &c->run->program->ops[*at];
+}
+
 /* One row of n lanes with programs of their own: always the earliest node that any of them has
  * next, and where several compute it, all of them at once. */
-static void run_row_of_gang(const context *members, int n)
+static void run_row_of_gang(context *members, int n)
 {
     int32_t at[TSAD_GANG], end[TSAD_GANG];
     for (int i = 0; i < n; i++) {
@@ -156,7 +165,7 @@ static void run_row_of_gang(const context *members, int n)
         int node = INT_MAX; /* of the sampler's row, which comes last */
         bool any = false;
         for (int i = 0; i < n; i++) {
-            const tsad_op *op = at[i] < end[i] ? &members[i].run->program->ops[at[i]] : NULL;
+            const tsad_op *op = op_at(&members[i], &at[i], &end[i]);
             any |= op != NULL;
             node = op && op->node >= 0 && op->node < node ? op->node : node;
         }
@@ -167,7 +176,7 @@ static void run_row_of_gang(const context *members, int n)
         const tsad_op *ops[TSAD_GANG];
         int m = 0;
         for (int i = 0; i < n; i++) {
-            const tsad_op *op = at[i] < end[i] ? &members[i].run->program->ops[at[i]] : NULL;
+            const tsad_op *op = op_at(&members[i], &at[i], &end[i]);
             if (!op || (op->node >= 0 ? op->node : INT_MAX) != node) {
                 continue;
             }
@@ -214,9 +223,15 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
 {
     const tsad_program *program = runs[0].program;
     context members[TSAD_GANG];
+    tsad_run rests[TSAD_GANG];
     bool stays = true;
     for (int i = 0; i < n; i++) {
         members[i] = context_of(w, &runs[i], i);
+        if (runs[i].rule) {
+            rests[i] = runs[i];
+            rests[i].program = runs[i].rest;
+            members[i].rest = &rests[i];
+        }
     }
     unsigned mode = tsad_flush_denormals();
     if (row == TSAD_BEFORE_ROWS) {
@@ -232,6 +247,8 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
         for (int i = 0; i < n; i++) {
             members[i].row = row;
             members[i].step = row + runs[i].first_step;
+            members[i].run = &runs[i];
+            members[i].looks = 0;
         }
         if (n == 1 && w->shares && runs->sampler && shares_work(members->net, program, row) &&
             !tsad_turn(w, row)) {
@@ -248,8 +265,9 @@ bool tsad_cpu_rows(tsad_worker *w, const tsad_run *runs, int n, int row, int row
         if (run_closed(members)) {
             continue;
         }
-        for (int i = program->row_start[row]; i < program->row_start[row + 1]; i++) {
-            run_op(members, &program->ops[i]);
+        int32_t at = program->row_start[row], end = program->row_start[row + 1];
+        for (const tsad_op *op; (op = op_at(members, &at, &end)); at++) {
+            run_op(members, op);
         }
     }
     tsad_restore_denormals(mode);

@@ -16,6 +16,14 @@ typedef struct tsad_cpu_lane {
     float *sums;       /* of rollout slots, that the lane's program keeps; NULL: none */
 } tsad_cpu_lane;
 
+/* What a rule of rows remembers of a chunk: branch_floats each. */
+typedef struct tsad_rule_state {
+    float *now;  /* of this row: the input, or what the first blocks added to it */
+    float *then; /* the input of the row before, or that of the last row computed */
+    double total;
+    int computed; /* rows */
+} tsad_rule_state;
+
 /* One lane of a gang: a queue's private memory for its chunk. */
 typedef struct tsad_member {
     float **registers[TSAD_N_PARTS];
@@ -23,6 +31,7 @@ typedef struct tsad_member {
     float *sums[TSAD_REMEMBERED];   /* branch_floats each */
     float *tables[TSAD_REMEMBERED]; /* of the closed form, made when first needed */
     bool *table_ready;              /* (TSAD_REMEMBERED) */
+    tsad_rule_state *rule;
 } tsad_member;
 
 /* A queue is a thread, alone or as rank 0 of the team that shares its lane; the others' ranks are

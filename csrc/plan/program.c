@@ -194,6 +194,14 @@ void tsad_program_compile(tsad_program *program, const tsad_model *model, const 
     program->row_start[program->n_rows] = program->n_ops;
 }
 
+void tsad_program_part_rows(tsad_program *program)
+{
+    for (int i = 0; i < program->n_ops; i++) {
+        program->ops[i].remember = program->ops[i].repeat = 0;
+    }
+    memset(program->closed, 0, (size_t)program->n_rows);
+}
+
 void tsad_program_straight(tsad_program *program, const tsad_net *net, int n_rows)
 {
     program->n_ops = program->n_sources = 0;

@@ -46,6 +46,8 @@ void tsad_program_carve(tsad_program *program, tsad_arena *arena, int n_rows, in
  * rollout slots are worth keeping. */
 void tsad_program_compile(tsad_program *program, const tsad_model *model, const uint8_t *sources,
                           bool keep, int32_t *last_of_block);
+/* Its rows may be run after rows of another program: no sum is that of a row before. */
+void tsad_program_part_rows(tsad_program *program);
 /* A program that runs every node of a net once per row. */
 void tsad_program_straight(tsad_program *program, const tsad_net *net, int n_rows);
 /* The encoder's, where it runs once: its first row makes the memory, each other folds a layer. */

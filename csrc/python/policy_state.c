@@ -218,6 +218,21 @@ PyObject *edge_policy_set_pruner(PyObject *object, PyObject *sparsity)
     return status == TSAD_OK ? Py_NewRef(Py_None) : edge_raise(status);
 }
 
+PyObject *edge_policy_set_rule(PyObject *object, PyObject *args)
+{
+    edge_policy *self = (edge_policy *)object;
+    tsad_rule rule;
+    double *p = rule.polynomial;
+    if (!PyArg_ParseTuple(args, "idi(ddddd)", &rule.blocks, &rule.threshold, &rule.most, &p[0],
+                          &p[1], &p[2], &p[3], &p[4]) ||
+        edge_enter(self) < 0) {
+        return NULL;
+    }
+    tsad_status status = tsad_policy_set_rule(self->policy, &rule);
+    edge_leave(self);
+    return status == TSAD_OK ? Py_NewRef(Py_None) : edge_raise(status);
+}
+
 /* ---- what the last chunk did ---------------------------------------------------------------- */
 
 /* (K, B) of a lane: its plan as uint8, or the ages of its rollout slots as uint32 */
@@ -268,9 +283,10 @@ PyObject *edge_policy_stats(PyObject *object, PyObject *lane)
         return NULL;
     }
     const int32_t *cells = stats.cells;
-    return Py_BuildValue("{s:K,s:L,s:(iiiii),s:i,s:I}", "chunks", (unsigned long long)stats.chunks,
-                         "cost", (long long)stats.cost, "cells", cells[0], cells[1], cells[2],
-                         cells[3], cells[4], "forced", stats.forced, "max_age", stats.max_age);
+    return Py_BuildValue("{s:K,s:L,s:L,s:(iiiii),s:i,s:I}", "chunks",
+                         (unsigned long long)stats.chunks, "cost", (long long)stats.cost, "spent",
+                         (long long)stats.spent, "cells", cells[0], cells[1], cells[2], cells[3],
+                         cells[4], "forced", stats.forced, "max_age", stats.max_age);
 }
 
 PyObject *edge_policy_timings(PyObject *object, PyObject *unused)

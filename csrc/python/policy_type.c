@@ -399,6 +399,8 @@ static PyMethodDef policy_methods[] = {
      "first) per lane."},
     {"_set_pruner", edge_policy_set_pruner, METH_O,
      "_set_pruner($self, sparsity, /)\n--\n\nLet the pruner plan; sparsity -1: its own argmax."},
+    {"_set_rule", edge_policy_set_rule, METH_VARARGS,
+     "_set_rule($self, blocks, threshold, most, polynomial, /)\n--\n\nLet a rule of rows decide."},
     {"_get_plan", edge_policy_get_plan, METH_O,
      "_get_plan($self, lane, /)\n--\n\nThe last executed plan of a lane, uint8 (K, B)."},
     {"_ages", edge_policy_ages, METH_O,

@@ -17,8 +17,12 @@ static void note_writes(const tsad_policy *p, tsad_lane *lane)
             }
         }
     }
+    if (lane->planner == TSAD_ROW_RULE) {
+        tsad_plan_by_rule(p, lane);
+    }
     lane->chunk++;
     lane->stats.chunks = lane->chunk;
+    lane->stats.spent += lane->stats.cost;
 }
 
 /* the previous chunk as it looks after the actions executed since, with noise: (T, A) */
@@ -131,6 +135,11 @@ tsad_status tsad_denoise(const tsad_gang *g)
                              .noise_step = call->noise_step,
                              .noise_there = noise && call->noise_there && !call->initial,
                              .noise_index = noise ? (size_t)(noise - call->noise) : 0};
+        if (lane->planner == TSAD_ROW_RULE) {
+            runs[i].rule = &g->policy->rule;
+            runs[i].rest = &lane->steady;
+            runs[i].looked = lane->looked;
+        }
         TSAD_TRY(begin(g, i));
     }
     TSAD_TRY(m->backend->run(g->queue, runs, g->n, 0, g->steps->n));

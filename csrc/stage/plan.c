@@ -91,6 +91,9 @@ void tsad_plan(const tsad_policy *p, tsad_desk *desk, tsad_lane *lane)
     if (lane->planner == TSAD_FIXED_PLAN) {
         lane->program = first ? &lane->first : &lane->steady;
         memcpy(lane->plan, first ? lane->plan_first : lane->plan_steady, cells);
+    } else if (lane->planner == TSAD_ROW_RULE) { /* at most */
+        lane->program = &p->dense;
+        return;
     } else if (first) {
         lane->program = &p->dense;
         memset(lane->plan, TSAD_COMPUTE, cells);
@@ -100,4 +103,20 @@ void tsad_plan(const tsad_policy *p, tsad_desk *desk, tsad_lane *lane)
         lane->program = &lane->dynamic;
     }
     note_statistics(p, lane);
+}
+
+void tsad_plan_by_rule(const tsad_policy *p, tsad_lane *lane)
+{
+    const tsad_model *m = p->model;
+    int B = m->n_blocks;
+    tsad_lane_stats *stats = &lane->stats;
+    stats->cost = 0;
+    memset(stats->cells, 0, sizeof stats->cells);
+    stats->max_age = 0;
+    for (int cell = 0; cell < p->own.n * B; cell++) {
+        uint8_t source = lane->looked[cell / B] ? TSAD_COMPUTE : lane->plan_steady[cell];
+        lane->plan[cell] = source;
+        stats->cells[source]++;
+        stats->cost += source == TSAD_COMPUTE ? m->block_cost[cell % B] : 0;
+    }
 }

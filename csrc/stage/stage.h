@@ -37,6 +37,8 @@ tsad_status tsad_encode(const tsad_policy *p, tsad_queue *queue, const tsad_step
 tsad_status tsad_prune(const tsad_policy *p, tsad_queue *queue, int lane, float *scores);
 /* Chooses the lane's program for this chunk and records the plan. */
 void tsad_plan(const tsad_policy *p, tsad_desk *desk, tsad_lane *lane);
+/* After a chunk: the plan that the lane's rule has come to. */
+void tsad_plan_by_rule(const tsad_policy *p, tsad_lane *lane);
 /* After a lane's fixed plan was compiled; `room`: the engine can keep its sums. */
 void tsad_sums_begin(tsad_lane *lane, bool room);
 /* After tsad_plan: whether this chunk makes them, has them, or goes without. */

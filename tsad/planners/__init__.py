@@ -22,6 +22,8 @@ and these are planners, for the dial: ``policy.planner = tsad.planners.Bac(alike
 * ``EffectPlanner``: the least effect on the executed actions, as `tsad.training.sensitivity`
   measured it
 
+`RowRule` decides within a chunk, at run time: the first-block cache, or TeaCache.
+
 `Turns` is a policy around a policy: two plans take turns, every so many-th chunk or at random.
 
 A policy's planner can be one of the names in ``NAMES``, too: "dense", "uniform" (`uniform_sparse`),
@@ -45,6 +47,7 @@ from tsad.planners.rules import (
     teacache,
     teacache_rows,
 )
+from tsad.planners.runtime import RowRule
 from tsad.planners.scores import Scores, l2c
 from tsad.planners.static import dense, from_file, random, uniform, uniform_sparse
 from tsad.planners.turns import Turns
@@ -58,6 +61,7 @@ __all__ = [
     "Effects",
     "Planner",
     "PolicyFacts",
+    "RowRule",
     "Scores",
     "Threshold",
     "Turns",

@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.reference.dpt import embed
 from tsad.reference.families import family_of
 from tsad.reference.layers import Array, Compute, Network, Tensors
+from tsad.reference.rule import Rule
 from tsad.samplers import Sampler
 
 COMPUTE, REUSE_TYPE, REUSE_STEP, REUSE_ROLLOUT, SKIP = range(5)
@@ -27,20 +29,32 @@ def denoise(
     noise: Array,
     sources: Sources,
     rollout: Rollout,
+    rule: Rule | None = None,
 ) -> Array:
     """One chunk: the final sample (T, action_dim), normalised.
 
     ``memory`` (K, ...) is what the family's ``encode`` gives for each step, ``noise`` (K, T,
     action_dim), ``sources`` (K, B). ``rollout[k, b]`` holds the value that cell had when it was
     last computed in this episode; it is read and written here. Only computing writes, and it
-    writes all three caches.
+    writes all three caches. A ``rule`` decides instead of the plan, all `COMPUTE`, into which what
+    it came to is written.
     """
     family = family_of(network)
     types = family.block_types(network)
     last_of_type: dict[str, Array] = {}
     last_of_block: dict[int, Array] = {}
+    seen: Array = np.zeros(())  # what the rule looks at in this row
 
     def value(b: int, compute: Compute) -> Array | float:
+        nonlocal seen
+        if rule is not None and b == rule.blocks:
+            sources[k, b:] = COMPUTE if rule.computes(k, seen) else REUSE_STEP
+        found = _value(b, compute)
+        if rule is not None and b < rule.blocks:
+            seen = seen + found
+        return found
+
+    def _value(b: int, compute: Compute) -> Array | float:
         source = sources[k, b]
         if source == COMPUTE:
             computed = compute()
@@ -60,6 +74,7 @@ def denoise(
     x: Array = noise[0]
     x0_previous = np.zeros_like(x)
     for k in range(len(sources)):
+        seen = np.zeros(()) if rule is None or rule.blocks else embed(w, x)
         e = family.predict(w, network, x, memory[k], value)
         a, b_, r, c, d, f, g, s = sampler.table[k].tolist()
         x0 = np.clip(a * x + b_ * e, -r, r)

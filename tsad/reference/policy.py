@@ -13,6 +13,7 @@ from tsad.reference.chunk import Rollout, Sources, corrected, denoise
 from tsad.reference.families import family_of
 from tsad.reference.layers import Array, Network
 from tsad.reference.pruner import plan, prune
+from tsad.reference.rule import Rule
 from tsad.samplers import COLUMNS, make_sampler
 
 _MAP = ("shift", "scale", "offset")  # normalised = (raw - shift) * scale + offset
@@ -74,6 +75,7 @@ class ReferencePolicy:
         }
         self._rollouts: list[Rollout] = [{} for _ in range(lanes)]
         self._first = [True] * lanes
+        self.ruled: list[Sources] = []
 
     def reset(self, lanes: ArrayLike | None = None) -> None:
         """Start of an episode for all lanes or the listed ones: earlier rollouts are forgotten."""
@@ -111,6 +113,7 @@ class ReferencePolicy:
         *,
         first: NDArray[Any] | Sequence[NDArray[Any]] | None = None,
         starts: Array | None = None,
+        rules: Sequence[Rule] | None = None,
     ) -> Array:
         """Actions (L, n_action_steps, action_dim) in raw units, or the whole horizon.
 
@@ -118,32 +121,39 @@ class ReferencePolicy:
         initial sample, ``noise[k]`` what DDPM adds after step k - 1. ``plan_sources``: (K, B) for
         all lanes, or one per lane; None asks the pruner. ``first`` is used instead in a lane's
         first chunk after a reset; None is dense. ``starts`` (L, T, action_dim), normalised, is what
-        warm chunks start from, for what is fitted. ``lanes``: which lanes the L rows are; None is
-        all. Raises ``ValueError`` for wrong shapes and for a plan that reads a value that does not
-        exist; then no lane has changed.
+        warm chunks start from, for what is fitted. ``rules``, new ones, one per row, decide instead
+        of plans, in first chunks, too; what they come to is in ``ruled``, (K, B) each. ``lanes``:
+        which lanes the L rows are; None is all. Raises ``ValueError`` for wrong shapes and for a
+        plan that reads a value that does not exist; then no lane has changed.
         """
         rows = lane_numbers(lanes, self.lanes)
         obs, noise = np.asarray(obs), np.asarray(noise, self.dtype)
         self._check("obs", obs, (len(rows), self.network["n_obs_steps"], self.network["obs_dim"]))
         sample_shape = (self.network["horizon"], self.network["action_dim"])
         self._check("noise", noise, (self.num_inference_steps, len(rows), *sample_shape))
-        results, rollouts = [], []
+        results, rollouts, ruled = [], [], []
         for i, lane in enumerate(rows):
             memory = self.encode(obs[i])
-            if self._first[lane]:
-                dense = np.zeros((self.num_inference_steps, len(self.blocks)), np.uint8)
+            dense = np.zeros((self.num_inference_steps, len(self.blocks)), np.uint8)
+            rule = None if rules is None else rules[i]
+            if rule is not None:
+                sources = dense
+                ruled.append(sources)
+            elif self._first[lane]:
                 sources = dense if first is None else self._sources("first", first, i)
             elif plan_sources is None:
                 sources = plan(self.prune(obs[i]))
             else:
                 sources = self._sources("plan_sources", plan_sources, i)
             rollout = dict(self._rollouts[lane])
-            x = denoise(self._w, self.network, self.sampler, memory, noise[:, i], sources, rollout)
+            about = self._w, self.network, self.sampler, memory, noise[:, i]
+            x = denoise(*about, sources, rollout, rule)
             results.append(self._corrected(x, None if starts is None else starts[i]))
-            rollouts.append(rollout)
+            rollouts.append(rollout if rule is None else {})
         for lane, rollout in zip(rows, rollouts, strict=True):
             self._rollouts[lane] = rollout
             self._first[lane] = False
+        self.ruled = ruled
         actions = self.raw_actions(np.reshape(results, (len(rows), *sample_shape)))
         start = self.network["n_obs_steps"] - 1
         executed = slice(start, start + self.network["n_action_steps"])
