@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from tsad.commands.common import difference, span
+from tsad.files import write_json
 from tsad.load import policy_folder
 from tsad.plot.frontier import FAMILIES, family, save_frontier
 from tsad.presets import read_presets
 from tsad.sim.frontier import busy
+from tsad.sim.results import compare, read_results
 
 
 def line(document: dict[str, Any], name: str) -> str:
@@ -98,6 +100,18 @@ def sweep(document: dict[str, Any], *, success: bool = False) -> str:
     return "\n".join(lines)
 
 
+def add_pairs(document: dict[str, Any], file: Path, pairs: list[list[str]]) -> None:
+    """Two rows of a sweep compared, from the files of their episodes, which lie beside it."""
+    for one, other in pairs:
+        episodes, baseline = (read_results(file.with_name(f"{x}.json"))[1] for x in (one, other))
+        found = compare(episodes, baseline)
+        document.setdefault("pairs", {})[f"{one} to {other}"] = found
+        for what in ("score", "success"):
+            mean, (low, high) = found[what]["mean_difference"], found[what]["interval95"]
+            print(f"{what} of {one} to {other}: {mean:+.3f} ({low:+.3f} to {high:+.3f})")
+    write_json(file, document)
+
+
 def with_presets(document: dict[str, Any]) -> dict[str, Any]:
     """The document with the presets in the policy's folder, by the settings they were made of."""
     folder = policy_folder(document["policy"])
@@ -113,12 +127,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="tune.json or summary.json")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
     parser.add_argument("--success", action="store_true", help="of a sweep: compare it as well")
+    parser.add_argument(
+        "--pair",
+        nargs=2,
+        action="append",
+        metavar="ROW",
+        help="of a sweep: compare the first row with the second, too, and write it into the file",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture instead")
     args = parser.parse_args(argv)
     document = json.loads(args.file.read_text())
     if document["format"] == "tsad-sweep":
         if args.only:
             parser.error("--only: of a tune.json alone; a sweep's table is short")
+        if args.pair:
+            add_pairs(document, args.file, args.pair)
         print(sweep(document, success=args.success))
         return 0
     if args.plot is not None:
