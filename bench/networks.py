@@ -96,7 +96,7 @@ def ours(shape: Shape | DitShape, weights: Any, codes: np.ndarray, obs: np.ndarr
          threads: int) -> tuple[Forward, Callable[[np.ndarray, int], np.ndarray]]:  # fmt: skip
     """A chunk of the core, and its network alone for the comparison."""
     O, A = shape.obs_dim, shape.action_dim  # noqa: E741
-    table = np.tile(np.array([1, 0, 1, 0.5, 0.5, 0.1, 0, 0], np.float32), (len(codes), 1))
+    table = np.tile(np.array([1, 0, 1, 0.5, 0.5, 0.1, 0, 0, 0], np.float32), (len(codes), 1))
     model = _core.Model(
         horizon=shape.horizon, n_obs_steps=shape.n_obs_steps, n_action_steps=1,
         obs_dim=O, action_dim=A, n_emb=shape.n_emb, sampler=table, time_emb=codes,

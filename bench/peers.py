@@ -118,7 +118,7 @@ class Loop:
 
     def _denoise(self, noise: np.ndarray) -> np.ndarray:
         x, x0_before = noise[0], None
-        for k, (a, b, r, c, d, f, g, h) in enumerate(self._rows):
+        for k, (a, b, r, c, d, f, g, h, _) in enumerate(self._rows):
             e = self.network.step(k, x)
             x0 = a * x + b * e
             np.clip(x0, -r, r, out=x0)

@@ -38,7 +38,7 @@ typedef struct tsad_run {
     bool rollout;       /* slots hold all rows, not one */
     bool fixed;         /* the chunk's programs are not made for it: they are likely to run again */
     tsad_sums_use sums; /* of rollout slots: leave, make before the first row, or use */
-    const float *sampler; /* on the host: (rows, 8); NULL: the network alone */
+    const float *sampler; /* on the host: (rows, 9); NULL: the network alone */
     const float *noise;   /* on the host: z of row k at noise + k * noise_step; NULL: none */
     size_t noise_step;
     bool noise_there;         /* not on the host: on the device, */

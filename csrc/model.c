@@ -118,9 +118,9 @@ tsad_status tsad_sampler_check(const float *sampler, int n_steps, bool *adds_noi
     }
     *adds_noise = false;
     for (int k = 1; k <= n_steps; k++) {
-        *adds_noise |= sampler[k * TSAD_SAMPLER_COLUMNS - 1] != 0;
+        *adds_noise |= sampler[(k - 1) * TSAD_SAMPLER_COLUMNS + TSAD_SAMPLER_NOISE] != 0;
     }
-    if (sampler[n_steps * TSAD_SAMPLER_COLUMNS - 1] != 0) {
+    if (sampler[(n_steps - 1) * TSAD_SAMPLER_COLUMNS + TSAD_SAMPLER_NOISE] != 0) {
         return tsad_fail(TSAD_ARGUMENT, "sampler: its last row adds noise, expected none (0): "
                                         "there is no step after it");
     }

@@ -65,7 +65,7 @@ struct tsad_model {
     bool adds_noise;
     tsad_precision precision;
     bool encode_rows; /* the memory depends on step and observation: the encoder runs per step */
-    float *sampler;   /* (K, 8) */
+    float *sampler;   /* (K, 9) */
     float *obs_scale, *obs_offset, *action_scale, *action_offset;
     float *obs_shift, *action_shift; /* NULL: none */
     int64_t *block_cost;

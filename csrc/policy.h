@@ -12,7 +12,7 @@ typedef enum tsad_planner_kind {
 /* The steps that a chunk runs: all of the model's, or its last ones. */
 typedef struct tsad_steps {
     int n, first;   /* first: of the model's */
-    float *sampler; /* (n, 8) */
+    float *sampler; /* (n, 9) */
     bool adds_noise;
 } tsad_steps;
 

@@ -114,8 +114,9 @@ typedef enum tsad_precision {
     TSAD_BFLOAT16
 } tsad_precision;
 
-#define TSAD_SAMPLER_COLUMNS 8 /* a b r c d f g h: see tsad/samplers.py */
+#define TSAD_SAMPLER_COLUMNS 9 /* a b r c d f g h q: see tsad/samplers.py */
 #define TSAD_SAMPLER_CLIP 2    /* r */
+#define TSAD_SAMPLER_NOISE 7   /* h */
 
 /* Everything a model is made of; borrowed for the call. */
 typedef struct tsad_model_spec {
@@ -131,7 +132,7 @@ typedef struct tsad_model_spec {
     const float *rotation; /* use_rope: (horizon, hidden_dim / n_heads): cosines, then sines */
 
     int n_steps;
-    const float *sampler;  /* (K, 8) */
+    const float *sampler;  /* (K, 9) */
     const float *time_emb; /* (K, D), the sinusoidal code of each step's timestep */
 
     /* normalised = (raw - shift) * scale + offset; a shift of NULL is none */
@@ -254,7 +255,7 @@ typedef struct tsad_rule {
  * pruner: it plans all steps. */
 typedef struct tsad_warm_start {
     int n_steps;          /* N, of the model's K */
-    const float *sampler; /* (N, 8), borrowed for the call */
+    const float *sampler; /* (N, 9), borrowed for the call */
     float signal, noise;
 } tsad_warm_start;
 

@@ -49,7 +49,7 @@ typedef struct tsad_cuda_place {
     float *scratch[3]; /* each for the widest rows of any node */
     /* of a denoiser's */
     float *noise;                 /* (K, T, A) of the running program */
-    float *previous_x0;           /* (T, A padded) */
+    float *x0;                    /* (2, T, A padded): of the last two rows, by their parity */
     float *sums[TSAD_REMEMBERED]; /* shaped as the widest branch */
 } tsad_cuda_place;
 

@@ -119,7 +119,7 @@ static void layout(tsad_engine *e, space *s)
         }
         if (denoises) {
             size_t floats = (size_t)m->horizon * (size_t)tsad_pad(m->action_dim);
-            e->place[i].previous_x0 = place_floats(s, floats);
+            e->place[i].x0 = place_floats(s, 2 * floats);
         }
     }
 }

@@ -470,10 +470,11 @@ __device__ float updated(const tsad_update &p, int t, int c, float e)
     x0 = x0 > k[2] ? k[2] : x0 < -k[2] ? -k[2] : x0;
     /* the range hides nothing: where e is infinite f e is NaN, also if f is 0 */
     float next = k[3] * x0 + k[4] * p.x[at] + k[5] * e;
-    next = p.first ? next : next + k[6] * p.previous[at];
+    next = p.last ? next + k[6] * p.last[at] : next;
+    next = k[8] != 0 ? next + k[8] * p.older[at] : next;
     next = p.z ? next + k[7] * p.z[(size_t)(t * p.channels + c)] : next;
     p.x[at] = next;
-    p.previous[at] = x0;
+    p.older[at] = x0;
     return next;
 }
 

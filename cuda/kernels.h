@@ -171,14 +171,14 @@ typedef struct tsad_copy {
 } tsad_copy;
 void tsad_launch_copy(tsad_stream *stream, tsad_copy p);
 
-/* the sampler's row: x0 = clip(a x + b e), x = c x0 + d x + f e + g x0_previous + h z */
+/* the sampler's row: x0 = clip(a x + b e), x = c x0 + d x + f e + g x0' + h z + q x0'' */
 typedef struct tsad_update {
     float coefficient[TSAD_SAMPLER_COLUMNS];
     float *x;
     const float *e;
-    float *previous;
-    bool first;     /* there is no previous x0 */
-    const float *z; /* (rows, channels); NULL: none */
+    const float *last; /* x0'; NULL: none, in the first row */
+    float *older;      /* x0'', which is read where q is not 0, and this row's x0 afterwards */
+    const float *z;    /* (rows, channels); NULL: none */
     int ld, rows, channels;
 } tsad_update;
 void tsad_launch_update(tsad_stream *stream, tsad_update p);

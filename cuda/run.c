@@ -104,20 +104,24 @@ static tsad_update update_of(const tsad_cuda_context *c, bool first)
 {
     const tsad_run *run = c->run;
     size_t floats = (size_t)c->m->horizon * (size_t)c->m->action_dim;
+    size_t padded = (size_t)c->m->horizon * (size_t)tsad_pad(c->m->action_dim);
+    bool odd = c->row % 2;
     tsad_update p = {
         .x = reg(c, c->net->input),
         .e = reg(c, c->net->output),
-        .previous = c->place->previous_x0,
-        .first = first,
+        .last = first ? NULL : c->place->x0 + (odd ? 0 : padded),
+        .older = c->place->x0 + (odd ? padded : 0),
         .ld = tsad_pad(c->m->action_dim),
         .rows = c->m->horizon,
         .channels = c->m->action_dim,
     };
     memcpy(p.coefficient, run->sampler + (size_t)c->row * TSAD_SAMPLER_COLUMNS,
            sizeof p.coefficient);
-    p.z = p.coefficient[TSAD_SAMPLER_COLUMNS - 1] != 0
-              ? c->place->noise + (size_t)(c->row + 1) * floats
-              : NULL;
+    if (c->row < 2) { /* there is no older x0 yet */
+        p.coefficient[8] = 0;
+    }
+    p.z = p.coefficient[TSAD_SAMPLER_NOISE] != 0 ? c->place->noise + (size_t)(c->row + 1) * floats
+                                                 : NULL;
     return p;
 }
 
@@ -318,7 +322,7 @@ static void stage_noise(tsad_engine *e, const tsad_run *run, int place, int row_
     size_t floats = (size_t)e->model->horizon * (size_t)e->model->action_dim;
     int rows = 0; /* the last one that any of them reads, and one */
     for (int k = row_begin; k < row_end && run->sampler; k++) {
-        bool adds = run->sampler[(size_t)(k + 1) * TSAD_SAMPLER_COLUMNS - 1] != 0;
+        bool adds = run->sampler[(size_t)k * TSAD_SAMPLER_COLUMNS + TSAD_SAMPLER_NOISE] != 0;
         rows = adds ? k + 2 : rows;
     }
     if (rows == 0) {

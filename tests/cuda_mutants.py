@@ -117,7 +117,13 @@ MUTANTS = [
     Mutant("addition: the sum is not kept", K, "p.kept[at] = sum", "(void)p.kept[at]"),
     Mutant("delivery: the slot is not written", K, "to.slot[at] = v;", ""),
     Mutant("delivery: no gate", K, "v * term(to.gate, o) : v", "v : v"),
-    Mutant("update: x0 of the step before", K, "p.previous[at] = x0", "(void)x0"),
+    Mutant(
+        "update: x0 of two steps before",
+        R,
+        ".older = c->place->x0 + (odd ? padded : 0)",
+        ".older = c->place->x0 + padded",
+    ),
+    Mutant("update: x0 of the step before", K, "p.older[at] = x0", "(void)x0"),
     Mutant("copy: a row too few", K, "t >= p.rows", "t >= p.rows - 1"),
     Mutant("prune query: the first score for all", K, "score[b * p.heads + h]", "score[h]"),
     Mutant("run: nothing is uploaded of the sources", R, "bring_sources(e, &runs[i], i);", ""),
@@ -132,7 +138,7 @@ MUTANTS = [
     Mutant(
         "run: another step's noise", R, "(size_t)(c->row + 1) * floats", "(size_t)c->row * floats"
     ),
-    Mutant("run: the first row reads x0 before", R, ".first = first", ".first = false"),
+    Mutant("run: the first row reads x0 before", R, ".last = first ? NULL : ", ".last = "),
     Mutant("run: one row for all rollouts", "cuda.h", "c->run->rollout ? slot / B : 0", "0"),
     Mutant("run: the next row's slots", "cuda.h", "c->run->rollout ? slot / B : 0", "slot / B"),
     Mutant("node: the gate of another block", N, "node->term + 2 * channels", "node->term"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -137,9 +137,20 @@ class FlowMatchingObjective(nn.Module):
         x = torch.randn((batch_size, self.config.horizon, *self.config.action_feature.shape))
         grid = torch.linspace(0, 1, self.config.num_integration_steps + 1)
         for i in range(len(grid) - 1):
-            times = torch.full((len(x),), grid[i].item())
-            velocity = model(x, times, conditioning_vec=conditioning_vec)
-            x = x + (grid[i + 1] - grid[i]).item() * velocity
+            t, dt = grid[i].item(), (grid[i + 1] - grid[i]).item()
+
+            def velocity(x: Tensor, time: float) -> Tensor:
+                times = torch.full((len(x),), time)
+                return cast(Tensor, model(x, times, conditioning_vec=conditioning_vec))
+
+            k1 = velocity(x, t)
+            if self.config.integration_method == "euler":
+                x = x + dt * k1
+                continue
+            k2 = velocity(x + dt * k1 / 2, t + dt / 2)
+            k3 = velocity(x + dt * k2 / 2, t + dt / 2)
+            k4 = velocity(x + dt * k3, t + dt)
+            x = x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         return x
 
 

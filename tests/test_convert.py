@@ -153,7 +153,7 @@ DELETE = object()
         ("policy.noise_scheduler.thresholding", True, "noise_scheduler.thresholding"),
         ("policy.noise_scheduler.trained_betas", [0.1], "noise_scheduler.trained_betas"),
         ("policy.noise_scheduler.mystery", 1, "noise_scheduler.mystery: expected no such"),
-        ("policy.noise_scheduler.prediction_type", "v_prediction", "scheduler.prediction_type"),
+        ("policy.noise_scheduler.prediction_type", "score", "scheduler.prediction_type"),
         ("policy.noise_scheduler.variance_type", "learned", "scheduler.variance_type"),
         ("policy.pred_action_steps_only", True, "pred_action_steps_only"),
         ("policy.eta", 0.5, "policy.eta"),

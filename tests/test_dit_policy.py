@@ -18,9 +18,14 @@ from tsad.convert.lerobot import read_lerobot
 from tsad.reference import ReferencePolicy, WarmReference
 
 CASES = lerobot.DIT_CASES
-DDPM, FLOW, DDIM = (
+DDPM, FLOW, DDIM, RK4 = (
     f"../lerobot_dit/{name}"
-    for name in ("ddpm_rope", "flow_euler_mha_positions", "ddim_sample_both_positions")
+    for name in (
+        "ddpm_rope",
+        "flow_euler_mha_positions",
+        "ddim_sample_both_positions",
+        "flow_rk4",
+    )
 )
 NETWORK = "noise_predictor."
 
@@ -106,7 +111,7 @@ def test_every_tensor_of_the_network_is_needed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (FLOW, {"integration_method": "rk4"}, 'integration_method: expected "euler", got .rk4.'),
+        (FLOW, {"integration_method": "heun"}, 'expected one of "euler", "rk4", got .heun.'),
         (FLOW, {"objective": "score"}, 'objective: expected one of "diffusion", "flow_matching"'),
         (FLOW, {"num_integration_steps": 0}, "num_integration_steps: expected an integer"),
         (FLOW, {"hidden_dim": 48}, "columns as the condition has numbers, .*got"),
@@ -149,15 +154,41 @@ def test_overrides_of_flow_matching() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load(lerobot.FOLDER / FLOW, **change)
-    with pytest.raises(ValueError, match="sampler: expected one of"):
-        load(lerobot.FOLDER / DDPM, sampler="euler")
+    for sampler in ("euler", "rk4"):
+        with pytest.raises(ValueError, match="sampler: expected one of"):
+            load(lerobot.FOLDER / DDPM, sampler=sampler)
 
 
-@pytest.mark.parametrize("name", [DDPM, FLOW])
-def test_warm_start_plans_and_the_dial_work(name: str) -> None:
+@pytest.mark.parametrize(("name", "sampler"), [(FLOW, "rk4"), (RK4, "euler")])
+def test_a_flow_is_sampled_by_euler_or_by_rk4(name: str, sampler: str) -> None:
     described = read_lerobot(lerobot.FOLDER / name)
-    warm = load(lerobot.FOLDER / name, warm_start=3)
-    specified = WarmReference(described.policy, described.tensors, warm_start=3)
+    options: dict[str, Any] = {"sampler": sampler, "num_inference_steps": 8}
+    policy = load(lerobot.FOLDER / name, lanes=5, **options)  # a gang of four, and one
+    reference = ReferencePolicy(described.policy, described.tensors, lanes=5, **options)
+    np.testing.assert_array_equal(policy.timesteps, reference.timesteps)
+    rng = np.random.default_rng(0)
+    obs = rng.standard_normal((5, policy.n_obs_steps, policy.obs_dim)).astype(np.float32)
+    shape = (8, 5, policy.horizon, policy.action_dim)
+    noise = rng.standard_normal(shape).astype(np.float32)
+    for _ in range(2):  # what a chunk leaves behind is nothing to the next
+        got = policy(obs, noise=noise)
+        assert (
+            np.abs(got - (expected := reference(obs, noise))).max() <= 1e-5 * np.abs(expected).max()
+        )
+        reference.reset()
+    for change, message in (
+        ({"num_inference_steps": 6}, "num_inference_steps: expected a multiple of 4"),
+        ({"warm_start": 2}, "warm_start: expected a multiple of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(lerobot.FOLDER / name, **options | {"sampler": "rk4"} | change)
+
+
+@pytest.mark.parametrize(("name", "warm_start"), [(DDPM, 3), (FLOW, 3), (RK4, 4)])
+def test_warm_start_plans_and_the_dial_work(name: str, warm_start: int) -> None:
+    described = read_lerobot(lerobot.FOLDER / name)
+    warm = load(lerobot.FOLDER / name, warm_start=warm_start)
+    specified = WarmReference(described.policy, described.tensors, warm_start=warm_start)
     rng = np.random.default_rng(0)
     K = warm.model.n_steps
     shape = (1, warm.n_obs_steps, warm.obs_dim)

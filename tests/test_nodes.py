@@ -73,8 +73,8 @@ def make_tensors(seed: int) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def make_sampler() -> npt.NDArray[np.float32]:
-    """x0 = clip(1.1 x - 0.5 e, -1, 1); x = 0.4 x0 + 0.6 x + 0.1 e + 0.05 x0_previous."""
-    return np.tile(np.array([1.1, -0.5, 1, 0.4, 0.6, 0.1, 0.05, 0], np.float32), (K, 1))
+    """x0 = clip(1.1 x - 0.5 e, -1, 1); x = 0.4 x0 + 0.6 x + 0.1 e + 0.05 x0' - 0.1 x0''."""
+    return np.tile(np.array([1.1, -0.5, 1, 0.4, 0.6, 0.1, 0.05, 0, -0.1], np.float32), (K, 1))
 
 
 def make_policy(tensors: dict[str, npt.NDArray[np.float32]], **kwargs: object) -> _core.Policy:
@@ -159,11 +159,12 @@ class Oracle:
     def chunk(self, noise: Array, plan: npt.NDArray[np.uint8]) -> Array:
         by_type: dict[int, Array] = {}
         by_block: dict[int, Array] = {}
-        x, previous = noise, np.zeros_like(noise)
+        x, last, older = noise, np.zeros_like(noise), np.zeros_like(noise)
         for k in range(K):
             e = self.network(k, x, plan[k], by_type, by_block)
             x0 = np.clip(1.1 * x - 0.5 * e, -1, 1)
-            x, previous = 0.4 * x0 + 0.6 * x + 0.1 * e + 0.05 * previous, x0
+            x = 0.4 * x0 + 0.6 * x + 0.1 * e + 0.05 * last - 0.1 * older
+            last, older = x0, last
         return x
 
 

@@ -259,7 +259,7 @@ def test_the_samplers_range_hides_no_infinity(backend: str) -> None:
         for i, j, shape in ((0, 0, (64, 2)), (1, 0, (32, 64)), (1, 1, (64, 32)), (2, 0, (2, 64)))
         for part in ("weight", "bias")
     }
-    sampler = np.tile(np.array([1.1, -0.5, 1, 0.4, 0.6, 0, 0, 0], F), (7, 1))
+    sampler = np.tile(np.array([1.1, -0.5, 1, 0.4, 0.6, 0, 0, 0, 0], F), (7, 1))
     policy = make_nodes(
         huge, nodes=nodes, registers=np.array([[8, 2], [8, 64], [8, 2]], np.int32),
         block_cost=np.ones(1, np.int64), backend=backend, sampler=sampler,

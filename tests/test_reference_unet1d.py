@@ -255,7 +255,7 @@ def test_blocks_of_one_shape_stand_in_for_each_other_and_no_others():
         e = policy.family.predict(
             policy._w, policy.network, x, memory[k], value if k == 0 else dense
         )
-        a, b, r, c, d, f, g, h = sampler.table[k]
+        a, b, r, c, d, f, g, h, _ = sampler.table[k]
         x = c * np.clip(a * x + b * e, -r, r) + d * x + (h * noise[1, 0] if k == 0 else 0)
     np.testing.assert_allclose(got[0], x, rtol=0, atol=1e-12)
 

@@ -9,7 +9,7 @@ import cases
 import numpy as np
 import pytest
 
-from tsad.samplers import COLUMNS, Sampler, make_sampler
+from tsad.samplers import COLUMNS, NOISE, Sampler, advance, make_sampler, tail
 
 torch = pytest.importorskip("torch", reason="pip install 'tsad-policy[test]'")
 pytest.importorskip("diffusers", reason="pip install 'tsad-policy[test]'")
@@ -42,14 +42,12 @@ def run_theirs(
 
 def run_ours(sampler: Sampler, e: Any, noise: Any) -> tuple[Any, float]:
     """The final sample, and the largest magnitude on the way: rounding is relative to it."""
-    x, previous, largest = noise[0], np.zeros_like(noise[0]), 1.0
-    for k, (a, b, r, c, d, f, g, h) in enumerate(sampler.table):
-        x0 = np.clip(a * x + b * e[k], -r, r)
-        x = c * x0 + d * x + f * e[k] + g * previous
+    x, before, largest = noise[0], (np.zeros_like(noise[0]),) * 2, 1.0
+    for k, row in enumerate(sampler.table):
+        x, before = advance(row, x, e[k], before)
         if k + 1 < len(noise):
-            x = x + h * noise[k + 1]
-        previous = x0
-        largest = max(largest, np.abs(x).max(), np.abs(x0).max())
+            x = x + row[NOISE] * noise[k + 1]
+        largest = max(largest, np.abs(x).max(), np.abs(before[0]).max())
     return x, largest
 
 
@@ -68,7 +66,7 @@ def float32_rounding(sampler: Sampler, config: dict[str, Any]) -> float:
 def compare(config: dict[str, Any]) -> None:
     K = config["num_inference_steps"]
     sampler = make_sampler(config)
-    assert sampler.table.shape == (K, 8)
+    assert sampler.table.shape == (K, 9)
     np.testing.assert_array_equal(sampler.timesteps, theirs(config).timesteps.numpy())
     rng = np.random.default_rng(K)
     e, noise = rng.standard_normal((2, K, 4, 6))
@@ -131,6 +129,14 @@ def test_loop_equals_diffusers(kind, schedule, spacing, prediction, clip):
         {"type": "ddim", "steps_offset": 1, "prediction_type": "sample"},
         {"type": "ddim", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"},
         {"type": "dpmsolver++", "steps_offset": 2},
+        *(
+            {"type": kind, "prediction_type": "v_prediction", **keys}
+            for kind in ("ddpm", "ddim", "dpmsolver++")
+            for keys in (
+                {"clip_sample": False, "timestep_spacing": "trailing"},
+                {"clip_sample_range": 0.5, "beta_schedule": "linear"},
+            )
+        ),
         {"type": "dpmsolver++", "clip_sample_range": 0.3},
         {"type": "dpmsolver++", "num_train_timesteps": 1000, "timestep_spacing": "linspace"},
         {"type": "dpmsolver++", "num_inference_steps": 14, "timestep_spacing": "trailing"},
@@ -184,7 +190,7 @@ def test_check_values_of_the_squared_cosine_schedule(t, amplification, c0, ct, s
 
 def test_ddpm_ends_in_the_clipped_sample():
     last = make_sampler(scheduler()).table[-1]
-    assert last[3:].tolist() == [1, 0, 0, 0, 0]
+    assert last[3:].tolist() == [1, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "ddim", "dpmsolver++"])
@@ -196,7 +202,7 @@ def test_every_number_of_steps_gives_a_sound_table(kind, spacing):
         config = scheduler(type=kind, timestep_spacing=spacing, num_inference_steps=K)
         sampler = make_sampler(config)
         assert sampler.timesteps.shape == (K,)
-        assert sampler.table.shape == (K, 8)
+        assert sampler.table.shape == (K, 9)
         assert np.isfinite(sampler.table).all()
         strictly = not (kind == "dpmsolver++" and K == 100)
         assert (np.diff(sampler.timesteps) <= -strictly).all()
@@ -272,7 +278,7 @@ def test_arguments_override_the_checkpoint():
         ({}, {"num_inference_steps": True}, ["num_inference_steps", "integer", "True"]),
         ({"beta_schedule": "sigmoid"}, {}, ["beta_schedule", '"linear"', "'sigmoid'"]),
         ({"timestep_spacing": "log"}, {}, ["timestep_spacing", '"trailing"', "'log'"]),
-        ({"prediction_type": "v_prediction"}, {}, ["prediction_type", '"epsilon"', "v_prediction"]),
+        ({"prediction_type": "score"}, {}, ["prediction_type", '"v_prediction"', "'score'"]),
         ({"variance_type": "learned"}, {}, ["variance_type", '"fixed_small"', "'learned'"]),
         ({"thresholding": True}, {}, ["thresholding"]),
         ({"steps_offset": 1}, {}, ["steps_offset", "at most 0", "got 1"]),
@@ -328,19 +334,91 @@ def test_the_mixture_of_a_flow_is_that_of_its_straight_path():
     sampler = make_sampler({"type": "euler", "num_inference_steps": 8})
     data, noise = np.random.default_rng(0).standard_normal((2, 5))
     x = noise
-    for k, (a, b, r, c, d, f, g, h) in enumerate(sampler.table):
+    for k, (a, b, r, c, d, f, g, h, q) in enumerate(sampler.table):
         signal, level = sampler.mixture(k)
         np.testing.assert_allclose(x, signal * data + level * noise, rtol=0, atol=1e-6)
         np.testing.assert_allclose(a * x + b * (data - noise), data, rtol=0, atol=1e-6)
-        assert np.isinf(r) and (c, g, h) == (0, 0, 0)
+        assert np.isinf(r) and (c, g, h, q) == (0, 0, 0, 0)
         x = d * x + f * (data - noise)
     np.testing.assert_allclose(x, data, rtol=0, atol=1e-6)
+
+
+def solve(sampler: Sampler, field: Any, x: Any) -> Any:
+    """The end of x' = field(x, t) along the rows of a table."""
+    before = (np.full_like(x, np.nan),) * 2  # which nothing may read before it is there
+    for row, t in zip(sampler.table, sampler.timesteps, strict=True):
+        used = dict(zip(COLUMNS, row, strict=True))
+        known = tuple(x if not used[key] else b for key, b in zip("gq", before, strict=True))
+        x, (x0, _) = advance(row, x, field(x, t), known)
+        before = (x0, before[0])
+    return x
+
+
+def pendulum(x: Any, t: float) -> Any:
+    """Two numbers that swing, driven: of x and of t, and not linear."""
+    return np.stack([x[1], -3 * np.sin(x[0]) + 2 * np.cos(5 * t)])
+
+
+def test_rk4_steps_are_those_of_runge_and_kutta():
+    """Four evaluations a step as LeRobot has them, on its grid of times."""
+    for steps in (1, 2, 7, 25, 100):
+        sampler = make_sampler({"type": "rk4", "num_inference_steps": 4 * steps})
+        grid = torch.linspace(0, 1, steps + 1)
+        asked, x = [], np.array([[1.0, -2.0], [0.5, 3.0]])
+        got = solve(sampler, pendulum, x)
+        for now, after in zip(grid[:-1], grid[1:], strict=True):
+            t, dt = now.item(), (after - now).item()
+            times = torch.tensor([t, t + dt / 2, t + dt / 2, t + dt])  # float32, as the network's
+            asked += times.tolist()
+            k1 = pendulum(x, asked[-4])
+            k2 = pendulum(x + dt * k1 / 2, asked[-3])
+            k3 = pendulum(x + dt * k2 / 2, asked[-2])
+            k4 = pendulum(x + dt * k3, asked[-1])
+            x = x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        assert sampler.timesteps.tolist() == asked
+        np.testing.assert_allclose(got, x, rtol=0, atol=1e-13)
+        assert sampler.prediction_type == "velocity" and not sampler.adds_noise
+
+
+def test_rk4_is_of_fourth_order():
+    integrate = pytest.importorskip("scipy.integrate")
+    start = np.array([1.0, -2.0])
+    exact = integrate.solve_ivp(
+        lambda t, x: pendulum(x, t), (0, 1), start, "DOP853", rtol=1e-12, atol=1e-12
+    ).y[:, -1]
+    errors = {
+        kind: [
+            np.abs(
+                solve(make_sampler({"type": kind}, num_inference_steps=n), pendulum, start) - exact
+            ).max()
+            for n in (32, 64)
+        ]
+        for kind in ("euler", "rk4")
+    }
+    assert 1.8 < errors["euler"][0] / errors["euler"][1] < 2.3
+    assert 14 < errors["rk4"][0] / errors["rk4"][1] < 19
+    assert errors["rk4"][0] < 1e-3 * errors["euler"][0]
+
+
+def test_a_warm_start_of_rk4_begins_with_a_step():
+    whole = make_sampler({"type": "rk4", "num_inference_steps": 12})
+    last = tail(whole, 8)
+    np.testing.assert_array_equal(last.table, whole.table[4:])
+    assert last.mixture(0) == (np.float32(1 / 3), 1 - np.float32(1 / 3))
+    with pytest.raises(ValueError, match="warm_start: expected a multiple of 4 .*got 6; choose 4"):
+        tail(whole, 6)
 
 
 @pytest.mark.parametrize(
     ("keys", "override", "message"),
     [
-        ({"type": "euler"}, {"sampler": "ddim"}, 'sampler: expected one of "euler", got .ddim.'),
+        ({"type": "euler"}, {"sampler": "ddim"}, 'expected one of "euler", "rk4", got .ddim.'),
+        ({"type": "rk4"}, {"sampler": "ddpm"}, 'expected one of "euler", "rk4", got .ddpm.'),
+        ({"type": "ddim"}, {"sampler": "rk4"}, 'sampler: expected one of "ddpm".*got .rk4.'),
+        ({"type": "rk4", "num_inference_steps": 2}, {}, "a multiple of 4 .*got 2; choose 4 or 8"),
+        ({"type": "rk4"}, {"num_inference_steps": 10}, "a multiple of 4 .*got 10; choose 8 or 12"),
+        ({"type": "euler", "num_inference_steps": 7}, {"sampler": "rk4"}, "got 7; choose 4 or 8"),
+        ({"type": "rk4", "clip_sample": True}, {}, "unknown key 'clip_sample'"),
         ({"type": "ddpm"}, {"sampler": "euler"}, 'sampler: expected one of "ddpm".*got .euler.'),
         ({"type": "euler", "prediction_type": "epsilon"}, {}, 'expected one of "velocity"'),
         ({"type": "ddpm", "prediction_type": "velocity"}, {}, 'expected one of "epsilon"'),

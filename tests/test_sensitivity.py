@@ -64,7 +64,7 @@ def play(twin: Any, obs: Any, noise: Any, change: Any = None) -> tuple[Any, Any,
 
     ``change(k, b, value)`` is what a branch gives instead of its value.
     """
-    x, before = noise[:, 0], torch.zeros_like(noise[:, 0])
+    x, before = noise[:, 0], (torch.zeros_like(noise[:, 0]),) * 2
     values: dict[tuple[int, int], Any] = {}
     inputs = []
     for k in range(len(twin.sampler.timesteps)):

@@ -11,6 +11,7 @@ from policies import check_bits
 from torch_unet import Shape, Weights, predict
 
 from tsad import _core
+from tsad.samplers import NOISE
 
 BACKENDS = [*_core.backends(), "guarded"]  # csrc/cpu/guarded.c
 # of the largest output
@@ -32,9 +33,9 @@ Sources = npt.NDArray[np.uint8]
 
 
 def sampler(K: int) -> npt.NDArray[np.float32]:
-    """x0 = clip(1.1 x - 0.5 e, -1, 1); x = 0.4 x0 + 0.6 x + 0.1 e + 0.05 x0_previous + 0.1 z."""
-    table = np.tile(np.array([1.1, -0.5, 1, 0.4, 0.6, 0.1, 0.05, 0.1], np.float32), (K, 1))
-    table[-1, -1] = 0
+    """x0 = clip(1.1 x - 0.5 e, -1, 1); x = 0.4 x0 + 0.6 x + 0.1 e + 0.05 x0' + 0.1 z - 0.1 x0''."""
+    table = np.tile(np.array([1.1, -0.5, 1, 0.4, 0.6, 0.1, 0.05, 0.1, -0.1], np.float32), (K, 1))
+    table[-1, NOISE] = 0
     return table
 
 

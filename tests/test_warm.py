@@ -19,7 +19,7 @@ from tsad.checkpoint import write_folder
 from tsad.config import PolicyConfig
 from tsad.load import make_model
 from tsad.reference import WarmReference
-from tsad.samplers import make_sampler, tail
+from tsad.samplers import COLUMNS, NOISE, make_sampler, tail
 from tsad.sim import offline
 
 SAMPLERS = ("ddpm", "ddim", "dpmsolver++")
@@ -59,9 +59,9 @@ def test_warm_chunks_are_the_model_of_their_steps(name: str, kind: str, precisio
 
 def test_a_warm_start_that_does_not_fit_is_refused() -> None:
     model = make().model
-    table = np.zeros((9, 8), np.float32)
-    adds = np.zeros((2, 8), np.float32)
-    adds[-1, -1] = 1
+    table = np.zeros((9, len(COLUMNS)), np.float32)
+    adds = np.zeros((2, len(COLUMNS)), np.float32)
+    adds[-1, NOISE] = 1
     for given, message in (
         ((table, 1.0, 0.0), "warm_start: expected 1 to 8 steps, got 9"),
         ((table[:0], 1.0, 0.0), "warm_start: expected 1 to 8 steps, got 0"),

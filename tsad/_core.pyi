@@ -98,7 +98,7 @@ class Policy:
         *,
         lanes: int = 1,
         threads: int = 1,
-        warm_start: tuple[_Array, float, float] | None = None,  # sampler (N, 8), signal, noise
+        warm_start: tuple[_Array, float, float] | None = None,  # sampler (N, 9), signal, noise
         lead: float = 0.0,
         smoothing: bool = False,
         features: tuple[tuple[str, int], ...] | None = None,

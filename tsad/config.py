@@ -13,15 +13,17 @@ name, and keys without a default must be there.
 
 ``scheduler``                the denoising loop, with the meaning of the diffusers classes:
   ``type``                   ``"ddpm"``, ``"ddim"`` (eta 0), ``"dpmsolver++"`` (2M: order 2,
-                             midpoint), or ``"euler"``: flow matching, which has no other keys than
-                             ``prediction_type``, ``num_inference_steps`` and
+                             midpoint); or of flow matching ``"euler"``, or ``"rk4"``, Runge and
+                             Kutta's steps, four network evaluations each. Those have no other keys
+                             than ``prediction_type``, ``num_inference_steps`` and
                              ``timestep_spacing``, always ``"leading"``
   ``num_train_timesteps``    timesteps of training (default 100)
   ``beta_schedule``          ``"linear"``, ``"scaled_linear"``, ``"squaredcos_cap_v2"`` (default)
   ``beta_start``             first and last beta (default 0.0001 and 0.02);
   ``beta_end``               ``squaredcos_cap_v2`` ignores them
-  ``prediction_type``        what the network predicts: ``"epsilon"`` (default) or ``"sample"``;
-                             ``"euler"`` has ``"velocity"`` alone
+  ``prediction_type``        what the network predicts: ``"epsilon"`` (default), ``"sample"`` or
+                             ``"v_prediction"`` (sqrt(A) epsilon - sqrt(1 - A) sample, A the share
+                             of signal); flow matching has ``"velocity"`` alone
   ``clip_sample``            whether the predicted sample is clipped (default true, but false for
                              ``"dpmsolver++"``, as in diffusers) ...
   ``clip_sample_range``      ... to plus and minus this, in normalised units (default 1.0)
@@ -32,7 +34,7 @@ name, and keys without a default must be there.
   ``set_alpha_to_one``       DDIM: whether alpha past the last step is 1 (default) or that of
                              timestep 0
   ``num_inference_steps``    K, network evaluations per chunk (default ``num_train_timesteps``,
-                             with ``"euler"`` 100)
+                             with flow matching 100), of ``"rk4"`` a multiple of 4
 
 ``normalizer``               ``x_normalised = (x - shift) * scale + offset``, number by number:
   ``obs``, ``action``        each ``{"scale": [...], "offset": [...], "shift": [...]}``, ``obs_dim``
@@ -140,10 +142,13 @@ FORMAT_VERSION = 1
 COST_VERSION = 1
 
 EULER = "euler"
-SAMPLERS = ("ddpm", "ddim", "dpmsolver++", EULER)
+RK4 = "rk4"
+FLOWS = (EULER, RK4)  # samplers of flow matching
+STAGES = {RK4: 4}  # network evaluations of one step, where it takes several
+SAMPLERS = ("ddpm", "ddim", "dpmsolver++", *FLOWS)
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTION_TYPES = ("epsilon", "sample")
-VELOCITY = "velocity"  # what Euler steps of flow matching need
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VELOCITY = "velocity"  # what flow matching needs
 RAW_KINDS = ("STATE", "ENV")
 VISUAL = "VISUAL"
 FEATURE_KINDS = (*RAW_KINDS, VISUAL, "LANGUAGE")
@@ -151,6 +156,14 @@ MAX_NAME = 200
 PRUNER_TYPES = ("transformer", "mlp")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+
+
+def whole_steps(sampler: str, evaluations: int) -> tuple[str, str]:
+    """What was expected of a number of network evaluations that ends within a step, and the fix."""
+    stages = STAGES[sampler]
+    near = max(evaluations // stages, 1) * stages
+    expected = f"a multiple of {stages} with sampler {sampler}, {stages} network evaluations a step"
+    return expected, f"choose {near} or {near + stages}"
 
 
 @dataclass(frozen=True)
@@ -176,8 +189,8 @@ class SchedulerConfig:
         """The checked ``scheduler`` object; ``ValueError`` names key, value and expectation."""
         section = Section(data, "scheduler", file)
         kind = section.choice("type", SAMPLERS, fix=f"choose one of these ({scope('samplers')})")
-        if kind == EULER:
-            fix = f"a network that predicts velocities is sampled by it alone ({scope('samplers')})"
+        if kind in FLOWS:
+            fix = f"flow matching samples what predicts velocities alone ({scope('samplers')})"
             scheduler = cls(
                 type=kind,
                 prediction_type=section.choice("prediction_type", (VELOCITY,), VELOCITY, fix),
@@ -186,6 +199,10 @@ class SchedulerConfig:
                 ),
                 num_inference_steps=section.integer("num_inference_steps", 1, MAX_TIMESTEPS, 100),
             )
+            if scheduler.num_inference_steps % STAGES.get(kind, 1):
+                expected, fix = whole_steps(kind, scheduler.num_inference_steps)
+                got = scheduler.num_inference_steps
+                raise section.error("num_inference_steps", expected, got, fix)
             section.done()
             return scheduler
         train = section.integer("num_train_timesteps", 1, MAX_TIMESTEPS, 100)
@@ -214,7 +231,7 @@ class SchedulerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``scheduler`` object of ``config.json``, every key that its type has present."""
-        if self.type == EULER:
+        if self.type in FLOWS:
             keys = ("type", "prediction_type", "timestep_spacing", "num_inference_steps")
             return {key: getattr(self, key) for key in keys}
         return asdict(self)

@@ -37,7 +37,7 @@ from tsad.section import Section
 
 FORMAT, FORMAT_VERSION = "tsad-fitted", 1
 FITTED = ("a", "b", "c", "d", "f", "g")
-_AT = [COLUMNS.index(name) for name in FITTED]
+FITTED_AT = [COLUMNS.index(name) for name in FITTED]
 _DIGITS = frozenset("0123456789abcdef")
 
 Rows = tuple[tuple[float, ...], ...]
@@ -121,7 +121,7 @@ class Fitted:
     def applied(self, sampler: Sampler) -> Sampler:
         """A sampler of these steps with the coefficients."""
         table = sampler.table.copy()
-        table[:, _AT] = self.coefficients
+        table[:, FITTED_AT] = self.coefficients
         table.setflags(write=False)
         return replace(sampler, table=table)
 
@@ -146,7 +146,7 @@ class Fitted:
 
 def coefficients_of(sampler: Sampler) -> NDArray[np.float64]:
     """(K, 6): those of a sampler that are fitted."""
-    return sampler.table[:, _AT].copy()
+    return sampler.table[:, FITTED_AT].copy()
 
 
 def rows_of(array: NDArray[Any]) -> Rows:

@@ -94,8 +94,9 @@ def load(
     ``"bfloat16"`` keep the weights of the large matrices in 16 bits, and all else, activations and
     sums included, in float32. ``threads`` defaults to
     the CPUs that this process may use, at most four per lane. ``sampler`` (``"ddpm"``,
-    ``"ddim"``, ``"dpmsolver++"``), ``num_inference_steps`` and ``timestep_spacing`` (``"leading"``,
-    ``"trailing"``, ``"linspace"``) override the checkpoint's.
+    ``"ddim"``, ``"dpmsolver++"``; of flow matching ``"euler"``, ``"rk4"``),
+    ``num_inference_steps``, which counts passes of the network (``"rk4"`` has four a step), and
+    ``timestep_spacing`` (``"leading"``, ``"trailing"``, ``"linspace"``) override the checkpoint's.
 
     ``preset`` is the name of a measured setting of these weights, from the policy's folder or from
     one of yours (``tsad.presets``; ``tsad info`` lists them). It says sampler, steps, spacing,

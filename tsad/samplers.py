@@ -1,10 +1,12 @@
-"""Samplers: one table of coefficients for DDPM, DDIM, DPM-Solver++(2M) and Euler steps of a flow.
+"""Samplers: one table of coefficients for DDPM, DDIM, DPM-Solver++(2M), and Euler's and Runge and
+Kutta's steps of a flow.
 
 A row of the table is one network evaluation. With e the network's output, x the sample, z the noise
-of that row and x0_previous the x0 of the row before, a row (a, b, r, c, d, f, g, h) says
+of that row, x0' the x0 of the row before and x0'' that of two rows before, a row
+(a, b, r, c, d, f, g, h, q) says
 
     x0 = clip(a x + b e, -r, r)                        r = inf: no clipping
-    x  = c x0 + d x + f e + g x0_previous + h z
+    x  = c x0 + d x + f e + g x0' + h z + q x0''
 
 Meaning and timesteps are those of diffusers' ``DDPMScheduler``, ``DDIMScheduler`` (eta 0) and
 ``DPMSolverMultistepScheduler`` (dpmsolver++, order 2, midpoint, final sigma 0): betas and their
@@ -17,8 +19,9 @@ shows: 1 - A_t / A_(t-1) at beta = 1e-4 is wrong by up to 3e-4 of itself, and a 
 
 Flow matching has its sample at time t from noise (0) to data (1), t data + (1 - t) noise, and the
 network predicts the velocity data - noise; an Euler step is x + (t_next - t) e, as in LeRobot's
-``multi_task_dit``, whose grid of times is float32. Runge-Kutta steps of fourth order are no rows of
-this form: from what one row leaves the last can't have the first one's e.
+``multi_task_dit``, whose grid of times is float32. A step of Runge and Kutta's classic method of
+fourth order is four rows, at the times t, twice the middle, and t_next; what they call x0 is what
+later rows of the step need (`_rk4`).
 
 Four cases where diffusers gives no usable result, and what happens here instead:
 
@@ -36,18 +39,28 @@ Four cases where diffusers gives no usable result, and what happens here instead
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.config import EULER, SAMPLERS, VELOCITY, SchedulerConfig
+from tsad.config import (
+    EULER,
+    FLOWS,
+    RK4,
+    SAMPLERS,
+    STAGES,
+    VELOCITY,
+    SchedulerConfig,
+    whole_steps,
+)
 from tsad.scope import scope
 from tsad.section import MAX_TIMESTEPS
 
-COLUMNS = ("a", "b", "r", "c", "d", "f", "g", "h")
+COLUMNS = ("a", "b", "r", "c", "d", "f", "g", "h", "q")
+NOISE = COLUMNS.index("h")
 MIN_VARIANCE = 1e-20
 
 Float = NDArray[np.float64]
@@ -60,15 +73,15 @@ class Sampler:
     """A denoising loop of K network evaluations."""
 
     name: str
-    """``"ddpm"``, ``"ddim"``, ``"dpmsolver++"`` or ``"euler"``."""
+    """``"ddpm"``, ``"ddim"``, ``"dpmsolver++"``, ``"euler"`` or ``"rk4"``."""
     timesteps: Times
-    """(K,) training timestep of each row, noisiest first; of ``"euler"`` times from 0 on."""
+    """(K,) training timestep of each row, noisiest first; of a flow times from 0 on."""
     table: Float
-    """(K, 8) rows of coefficients in the order of ``COLUMNS``."""
+    """(K, 9) rows of coefficients in the order of ``COLUMNS``."""
     adds_noise: bool
     """Whether any row has h != 0. The last row never has."""
     prediction_type: str
-    """What the network's output is: ``"epsilon"``, ``"sample"`` or ``"velocity"``."""
+    """What the network's output is: ``scheduler["prediction_type"]``."""
     alphas_cumprod: Float
     """(K,) share of signal in the variance of the sample that each row gets."""
 
@@ -79,6 +92,16 @@ class Sampler:
             return time, 1 - time
         share = float(self.alphas_cumprod[row])
         return math.sqrt(share), math.sqrt(1 - share)
+
+
+def advance(row: Iterable[Any], x: Any, e: Any, before: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The sample after a row of a table, without its noise, and ``before`` for the next row.
+
+    ``before`` is x0 of the last row and of the one before it. NumPy arrays or torch tensors.
+    """
+    a, b, r, c, d, f, g, _, q = row
+    x0 = (a * x + b * e).clip(-r, r)
+    return c * x0 + d * x + f * e + g * before[0] + q * before[1], (x0, before[0])
 
 
 def make_sampler(
@@ -98,17 +121,18 @@ def make_sampler(
     Raises ``ValueError`` naming the key, the value, the choices and the fix.
     """
     given = dict(scheduler)
-    if given.get("type") != EULER:
+    flow = given.get("type") in FLOWS
+    if not flow:
         given.setdefault("clip_sample", given.get("type") != "dpmsolver++")
     if sampler is not None:
-        _check_sampler(sampler, given.get("type") == EULER)
+        _check_sampler(sampler, flow)
         given["type"] = sampler
     if num_inference_steps is not None:
         given["num_inference_steps"] = _check_steps(num_inference_steps, given)
     config = SchedulerConfig.from_dict(given, file="scheduler")
 
-    if config.type == EULER:
-        return _euler(config.num_inference_steps)
+    if flow:
+        return (_euler if config.type == EULER else _rk4)(config.num_inference_steps)
     timesteps = _timesteps(config)
     alphas_cumprod = _alphas_cumprod(config)
     used = alphas_cumprod[timesteps]
@@ -130,7 +154,8 @@ def tail(sampler: Sampler, warm_start: int) -> Sampler:
     """The last ``warm_start`` steps of a sampler, for a sample that begins at their noise level.
 
     As diffusers on ``scheduler.timesteps[-warm_start:]`` with no history: the first row of
-    DPM-Solver++ is of first order. Raises ``ValueError`` unless 1 <= ``warm_start`` <= K.
+    DPM-Solver++ is of first order. Raises ``ValueError`` unless 1 <= ``warm_start`` <= K, and for
+    one that begins within a step of Runge and Kutta's.
     """
     steps = len(sampler.timesteps)
     whole = isinstance(warm_start, int | np.integer) and not isinstance(warm_start, bool)
@@ -139,6 +164,9 @@ def tail(sampler: Sampler, warm_start: int) -> Sampler:
             f"warm_start: expected an integer from 1 to {steps} (num_inference_steps), got "
             f"{warm_start!r}; choose one in this range, or None to start every chunk from noise"
         )
+    if warm_start % STAGES.get(sampler.name, 1):
+        expected, fix = whole_steps(sampler.name, warm_start)
+        raise ValueError(f"warm_start: expected {expected}, got {warm_start}; {fix}")
     table = sampler.table[-warm_start:].copy()
     c, g = COLUMNS.index("c"), COLUMNS.index("g")
     table[0, c] += table[0, g]  # x0_previous = x0 is what makes a row of first order
@@ -162,7 +190,7 @@ def _freeze(
 
 
 def _check_sampler(sampler: Any, flow: bool) -> None:
-    fitting = [name for name in SAMPLERS if (name == EULER) == flow]
+    fitting = [name for name in SAMPLERS if (name in FLOWS) == flow]
     if sampler not in fitting:
         choices = ", ".join(f'"{name}"' for name in fitting)
         why = "what this network predicts, velocities or not, is for these"
@@ -176,7 +204,7 @@ def _check_sampler(sampler: Any, flow: bool) -> None:
 def _check_steps(steps: Any, given: Mapping[str, Any]) -> int:
     train = given.get("num_train_timesteps", SchedulerConfig.num_train_timesteps)
     what = "num_train_timesteps"
-    if given.get("type") == EULER:
+    if given.get("type") in FLOWS:
         train, what = MAX_TIMESTEPS, "there is no sense in more"
     whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
     if not whole or not 1 <= steps <= train:
@@ -269,21 +297,58 @@ def _euler(steps: int) -> Sampler:
     column["r"][:] = np.inf
     column["d"][:] = 1
     column["f"][:] = np.diff(grid)
+    return _flow(EULER, times, table)
+
+
+def _rk4(evaluations: int) -> Sampler:
+    """Steps of x + dt/6 (k1 + 2 k2 + 2 k3 + k4), four rows each; ``evaluations`` of the network.
+
+    With x the sample of the step's start, k1 to k4 the network's outputs and x1 = x, x2 = x +
+    dt/2 k1, x3 = x + dt/2 k2 and x4 = x + dt k3 where it is asked:
+
+        x0 = x1             x = x1 + dt/2 e
+        x0 = x2 / 3         x = x0' + dt/2 e              x0'  is x1
+        x0 = 2/3 x3 + dt/3 e    x = x0'' + dt e           x0'' is x1
+                            x = x0' + x0'' + dt/6 e
+
+    as x2 / 3 + 2/3 x3 is x + dt/6 k1 + dt/3 k2. Nothing larger than the sample is subtracted.
+    """
+    grid = _linspace32(0, 1, evaluations // 4 + 1)
+    dt, start = np.diff(grid).astype(np.float64), grid[:-1].astype(np.float64)
+    times = np.stack([start, start + dt / 2, start + dt / 2, start + dt], 1)
+    table = np.zeros((len(dt), 4, len(COLUMNS)))
+    column = dict(zip(COLUMNS, np.moveaxis(table, 2, 0), strict=True))
+    column["a"][:] = [1, 1 / 3, 2 / 3, 0]
+    column["b"][:, 2] = dt / 3
+    column["r"][:] = np.inf
+    column["d"][:, 0] = 1
+    column["f"][:] = np.stack([dt / 2, dt / 2, dt, dt / 6], 1)
+    column["g"][:] = [0, 1, 0, 1]
+    column["q"][:] = [0, 0, 1, 1]
+    # the network is asked at float32 times, as in LeRobot
+    asked = times.ravel().astype(np.float32).astype(np.float64)
+    return _flow(RK4, asked, table.reshape(evaluations, len(COLUMNS)))
+
+
+def _flow(name: str, times: Times, table: Float) -> Sampler:
     share = times**2 / (times**2 + (1 - times) ** 2)
-    return _freeze(EULER, times, table, VELOCITY, share)
+    return _freeze(name, times, table, VELOCITY, share)
 
 
 def _fill_x0(config: SchedulerConfig, signal: Shares) -> Float:
     """A table with a, b and r filled: x0 from the sample and the network's output."""
     table = np.zeros((len(signal), len(COLUMNS)))
     column = dict(zip(COLUMNS, table.T, strict=True))
+    roots = np.sqrt(signal), np.sqrt(1 - signal)
+    alpha, sigma = (root.astype(np.float64) for root in roots)
     if config.prediction_type == "epsilon":
-        roots = np.sqrt(signal), np.sqrt(1 - signal)
-        alpha, sigma = (root.astype(np.float64) for root in roots)
         column["a"][:] = 1 / alpha
         column["b"][:] = -sigma / alpha
-    else:
+    elif config.prediction_type == "sample":
         column["b"][:] = 1
+    else:
+        column["a"][:] = alpha
+        column["b"][:] = -sigma
     column["r"][:] = config.clip_sample_range if config.clip_sample else np.inf
     return table
 
@@ -320,11 +385,15 @@ def _fill_ddim(
     final = 1.0 if config.set_alpha_to_one else alphas_cumprod[0]
     then = np.where(earlier >= 0, alphas_cumprod[earlier], now.dtype.type(final))
     column["c"][:] = np.sqrt(then)
+    direction = np.sqrt(1 - then).astype(np.float64)
     if config.prediction_type == "epsilon":
-        column["f"][:] = np.sqrt(1 - then)
-    else:  # epsilon = (x - sqrt(now) e) / sqrt(1 - now)
-        column["d"][:] = np.sqrt(1 - then).astype(np.float64) / np.sqrt(1 - now)
+        column["f"][:] = direction
+    elif config.prediction_type == "sample":  # epsilon = (x - sqrt(now) e) / sqrt(1 - now)
+        column["d"][:] = direction / np.sqrt(1 - now)
         column["f"][:] = -column["d"] * np.sqrt(now)
+    else:  # epsilon = sqrt(1 - now) x + sqrt(now) e
+        column["d"][:] = direction * np.sqrt(1 - now)
+        column["f"][:] = direction * np.sqrt(now)
 
 
 def _fill_dpmsolver(

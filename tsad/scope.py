@@ -24,8 +24,9 @@ SCOPE = {
         "LeRobot's other policies, other formats",
     ),
     "samplers": Row(
-        "DDPM, DDIM, DPM-Solver++, predicting the noise or the sample; flow matching's Euler steps",
-        "Runge-Kutta steps, v-prediction, other schedulers",
+        "DDPM, DDIM, DPM-Solver++, predicting the noise, the sample or v; flow matching in Euler's "
+        "or Runge-Kutta steps",
+        "other schedulers",
     ),
     "precisions": Row(
         "float32, on a CPU int16 and int8 (large matrices in 16 bits, their weights in 8), on CUDA "

@@ -31,7 +31,7 @@ static void layout_member(const tsad_engine *e, tsad_member *member, tsad_arena 
     for (int part = 0; part < TSAD_N_PARTS; part++) {
         member->registers[part] = carve_registers(arena, &m->nets[part]);
     }
-    member->previous_x0 = TSAD_CARVE(arena, float, m->horizon *tsad_pad(m->action_dim));
+    member->x0 = TSAD_CARVE(arena, float, 2 * m->horizon * tsad_pad(m->action_dim));
     for (int i = 0; i < TSAD_REMEMBERED; i++) {
         member->sums[i] = TSAD_CARVE(arena, float, e->branch_floats);
         member->tables[i] = TSAD_CARVE(arena, float, m->horizon * (1 + 2 * m->action_dim));

@@ -133,8 +133,8 @@ static void copy_member(tsad_worker *w)
     }
     memcpy(to->registers[TSAD_DENOISER][x], from->registers[TSAD_DENOISER][x],
            sizeof(float) * tsad_register_floats(&net->registers[x]));
-    memcpy(to->previous_x0, from->previous_x0,
-           sizeof(float) * (size_t)e->model->horizon * (size_t)tsad_pad(e->model->action_dim));
+    memcpy(to->x0, from->x0,
+           sizeof(float) * 2 * (size_t)e->model->horizon * (size_t)tsad_pad(e->model->action_dim));
     if (w->run.rule) {
         memcpy(to->rule->then, from->rule->then, sizeof(float) * e->branch_floats);
         to->rule->total = from->rule->total;

@@ -56,21 +56,25 @@ static bool shares_work(const tsad_net *net, const tsad_program *program, int ro
 static void update_sample(const context *c)
 {
     const float *t = c->run->sampler + (size_t)c->row * TSAD_SAMPLER_COLUMNS;
-    float a = t[0], b = t[1], r = t[2], cx0 = t[3], d = t[4], f = t[5], g = t[6], h = t[7];
+    float a = t[0], b = t[1], r = t[2], cx0 = t[3], d = t[4], f = t[5], g = t[6], h = t[7],
+          q = t[8];
     const tsad_run *run = c->run;
     const float *z = h != 0 ? run->noise + (size_t)(c->row + 1) * run->noise_step : NULL;
-    float *x = reg(c, c->net->input), *previous = c->member->previous_x0;
+    float *x = reg(c, c->net->input);
     const float *e = reg(c, c->net->output);
-    int ld = tsad_pad(c->m->action_dim), A = c->m->action_dim;
+    int ld = tsad_pad(c->m->action_dim), A = c->m->action_dim, floats = c->m->horizon * ld;
+    const float *last = c->member->x0 + (c->row % 2 ? 0 : floats);
+    float *older = c->member->x0 + (c->row % 2 ? floats : 0); /* where this row's goes */
     for (int i = 0; i < c->m->horizon; i++) {
         for (int j = 0; j < A; j++) {
             int at = i * ld + j;
             float x0 = a * x[at] + b * e[at];
             x0 = x0 > r ? r : x0 < -r ? -r : x0;
             /* the range hides nothing: where e is infinite f e is NaN, also if f is 0 */
-            float next = cx0 * x0 + d * x[at] + f * e[at] + g * previous[at];
+            float next = cx0 * x0 + d * x[at] + f * e[at] + g * last[at];
+            next = q != 0 ? next + q * older[at] : next;
             x[at] = z ? next + h * z[i * A + j] : next;
-            previous[at] = x0;
+            older[at] = x0;
         }
     }
 }
@@ -279,8 +283,8 @@ tsad_status tsad_cpu_run(tsad_queue *w, const tsad_run *runs, int n, int row_beg
     if (runs->sampler) {
         const tsad_model *m = w->engine->model;
         for (int i = 0; i < n; i++) {
-            memset(w->members[i].previous_x0, 0,
-                   sizeof(float) * (size_t)m->horizon * (size_t)tsad_pad(m->action_dim));
+            memset(w->members[i].x0, 0,
+                   sizeof(float) * 2 * (size_t)m->horizon * (size_t)tsad_pad(m->action_dim));
         }
         if (w->shares) {
             tsad_publish(w, runs, row_end);

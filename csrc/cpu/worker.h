@@ -27,7 +27,7 @@ typedef struct tsad_rule_state {
 /* One lane of a gang: a queue's private memory for its chunk. */
 typedef struct tsad_member {
     float **registers[TSAD_N_PARTS];
-    float *previous_x0;             /* (T, A padded) */
+    float *x0;                      /* (2, T, A padded): of the last two rows, by their parity */
     float *sums[TSAD_REMEMBERED];   /* branch_floats each */
     float *tables[TSAD_REMEMBERED]; /* of the closed form, made when first needed */
     bool *table_ready;              /* (TSAD_REMEMBERED) */

@@ -112,7 +112,7 @@ static void policy_close(edge_policy *self)
     Py_CLEAR(self->model);
 }
 
-/* warm_start: (sampler float32 (N, 8), signal, noise) */
+/* warm_start: (sampler float32 (N, 9), signal, noise) */
 static int read_warm_start(edge_policy *self, PyObject *object, edge_view *sampler,
                            tsad_warm_start *warm)
 {

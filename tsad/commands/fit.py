@@ -28,7 +28,7 @@ from tsad.commands.common import (
 )
 from tsad.commands.plan import policy_facts, recorded
 from tsad.commands.training import BUDGET_OPTIONS, fit, named, number
-from tsad.config import EULER
+from tsad.config import FLOWS
 from tsad.evaluation.progress import Progress
 from tsad.files import make_folder, output_folder, write_atomically, write_json
 from tsad.guard import QUANTILE
@@ -265,12 +265,12 @@ def _many(args: argparse.Namespace, policy: SparsePolicy) -> SparsePolicy:
                 "actions; leave it out, or --sampler ddim"
             )
         steps = scheduler["num_inference_steps"]
-    elif kind != EULER:
+    elif kind not in FLOWS:
         kind = "ddim"
     setting = Setting(
         sampler=kind,
         num_inference_steps=steps,
-        timestep_spacing=None if kind == EULER else scheduler["timestep_spacing"],
+        timestep_spacing=None if kind in FLOWS else scheduler["timestep_spacing"],
     )
     return load_policy(args.source, args, name="--against", lanes=8, setting=setting)
 

@@ -17,7 +17,7 @@ from tsad.commands.common import (
     planner_name,
     timed_on,
 )
-from tsad.config import EULER
+from tsad.config import FLOWS
 from tsad.evaluation.timing import cpu_name
 from tsad.families import as_network, describe
 
@@ -176,7 +176,7 @@ def _lines(title: str, rows: dict[str, Any]) -> list[str]:
 
 
 def _steps(sampler: dict[str, Any]) -> str:
-    if sampler["type"] == EULER:
+    if sampler["type"] in FLOWS:
         return f"{sampler['num_inference_steps']} steps"
     of = f"{sampler['num_inference_steps']} of {sampler['num_train_timesteps']} steps"
     return f"{of}, {sampler['beta_schedule']}"

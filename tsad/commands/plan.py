@@ -26,7 +26,7 @@ from tsad.commands.common import (
     real,
     sparsity,
 )
-from tsad.config import EULER
+from tsad.config import FLOWS
 from tsad.evaluation.progress import Progress
 from tsad.files import output_file, write_result
 
@@ -429,7 +429,7 @@ def _objective(
     reference: Any = None
     if args.draws is not None or args.against is not None:
         own = {"sampler": None, "steps": None, "spacing": None}
-        flow = policy.config["scheduler"]["type"] == EULER  # which has no other sampler
+        flow = policy.config["scheduler"]["type"] in FLOWS  # which has no other sampler
         more_steps = {"sampler": None if flow else "ddim", "steps": args.against}
         other = own if args.against is None else more_steps
         more = argparse.Namespace(**{**vars(args), **other, "precision": "float32"})

@@ -35,9 +35,9 @@ from tsad.checkpoint import (
 )
 from tsad.config import (
     BETA_SCHEDULES,
-    EULER,
+    FLOWS,
     MAX_TIMESTEPS,
-    PREDICTION_TYPES,
+    STAGES,
     VELOCITY,
     VISUAL,
     Feature,
@@ -274,12 +274,11 @@ def _dit_features(
 def _dit_scheduler(section: Section) -> dict[str, Any]:
     if section.choice("objective", ("diffusion", "flow_matching")) == "diffusion":
         return _scheduler(section)
-    method = section.take("integration_method")
-    if method != "euler":
-        fix = f"set it to euler, whose steps are shorter ({scope('samplers')})"
-        raise section.error("integration_method", '"euler"', method, fix)
-    steps = section.integer("num_integration_steps", 1, MAX_TIMESTEPS)
-    return {"type": EULER, "prediction_type": VELOCITY, "num_inference_steps": steps}
+    fix = f"set it to one of these ({scope('samplers')})"
+    method = section.choice("integration_method", FLOWS, fix=fix)
+    stages = STAGES.get(method, 1)
+    steps = section.integer("num_integration_steps", 1, MAX_TIMESTEPS // stages)
+    return {"type": method, "prediction_type": VELOCITY, "num_inference_steps": steps * stages}
 
 
 class _Section(Section):
@@ -371,7 +370,7 @@ def _scheduler(section: Section) -> dict[str, Any]:
         "beta_schedule": section.choice("beta_schedule", BETA_SCHEDULES),
         "beta_start": section.number("beta_start", 0.0, 1.0),
         "beta_end": section.number("beta_end", 0.0, 1.0),
-        "prediction_type": section.choice("prediction_type", PREDICTION_TYPES),
+        "prediction_type": section.choice("prediction_type", ("epsilon", "sample")),  # LeRobot's
         "clip_sample": section.flag("clip_sample", True),
         "clip_sample_range": section.number("clip_sample_range", 0.0, 1e6),
         "variance_type": "fixed_small",

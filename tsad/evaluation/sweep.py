@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsad.arrays import read_any_json
-from tsad.config import EULER, SAMPLERS, TIMESTEP_SPACINGS
+from tsad.config import EULER, FLOWS, SAMPLERS, TIMESTEP_SPACINGS
 from tsad.evaluation import realtime
 from tsad.evaluation.errors import ERRORS_FILE, Errors, most_windows, recorded_windows, unknown
 from tsad.evaluation.loading import configure
@@ -354,7 +354,7 @@ def times(
 
 def fitting(policy: SparsePolicy, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The settings; for a flow those of other samplers with Euler's steps, evenly spaced."""
-    if policy.config["scheduler"]["type"] != EULER:
+    if policy.config["scheduler"]["type"] not in FLOWS:
         return rows
     return [
         row | {"name": row["name"].replace("ddim", EULER)} | ({"sampler": EULER} if few else {})

@@ -49,7 +49,7 @@ class Loop:
         z = torch.from_numpy(noise).to(self._device)
         x, before = z[:1].clone(), None
         with torch.no_grad():
-            for k, (a, b, r, c, d, f, g, h) in enumerate(self._rows):
+            for k, (a, b, r, c, d, f, g, h, _) in enumerate(self._rows):
                 e = self._step(x, k, given)
                 x0 = (a * x + b * e).clamp(-r, r)
                 x = c * x0 + d * x

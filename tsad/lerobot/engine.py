@@ -28,7 +28,7 @@ class Settings:
     """How to sample; what is None is the policy's own."""
 
     sampler: str | None = None
-    """``"ddpm"``, ``"ddim"`` or ``"dpmsolver++"``."""
+    """``"ddpm"``, ``"ddim"`` or ``"dpmsolver++"``; of flow matching ``"euler"`` or ``"rk4"``."""
     num_inference_steps: int | None = None
     timestep_spacing: str | None = None
     precision: str = "float32"

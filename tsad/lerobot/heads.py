@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tsad.config import FLOWS, STAGES, VELOCITY
 from tsad.scope import scope
 
 COMPILED = "_orig_mod."  # in the names of what torch.compile wraps
@@ -58,10 +59,11 @@ def _dit(objective: Any, net: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     network = _network(c, columns - c.timestep_embed_dim, "dit", (*sizes, *positions))
     if c.objective == "diffusion":
         return network, _scheduler(c, objective.num_inference_steps)
-    if c.integration_method != "euler":
+    method = c.integration_method
+    if method not in FLOWS:
         raise ValueError(
-            f'policy.config.integration_method: expected "euler", got {c.integration_method!r}; '
-            f"set it to euler ({scope('samplers')})"
+            f"policy.config.integration_method: expected one of {', '.join(FLOWS)}, got "
+            f"{method!r}; set it to one of these ({scope('samplers')})"
         )
-    steps = c.num_integration_steps
-    return network, {"type": "euler", "num_inference_steps": steps, "prediction_type": "velocity"}
+    steps = c.num_integration_steps * STAGES.get(method, 1)
+    return network, {"type": method, "num_inference_steps": steps, "prediction_type": VELOCITY}

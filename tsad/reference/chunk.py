@@ -72,16 +72,16 @@ def denoise(
         raise ValueError(_unreadable(k, b, name, types[b], int(source)))
 
     x: Array = noise[0]
-    x0_previous = np.zeros_like(x)
+    last, older = np.zeros_like(x), np.zeros_like(x)  # x0 of the last two rows
     for k in range(len(sources)):
         seen = np.zeros(()) if rule is None or rule.blocks else embed(w, x)
         e = family.predict(w, network, x, memory[k], value)
-        a, b_, r, c, d, f, g, s = sampler.table[k].tolist()
+        a, b_, r, c, d, f, g, s, q = sampler.table[k].tolist()
         x0 = np.clip(a * x + b_ * e, -r, r)
-        x = c * x0 + d * x + f * e + g * x0_previous
+        x = c * x0 + d * x + f * e + g * last + q * older
         if k + 1 < len(sources):
             x = x + s * noise[k + 1]
-        x0_previous = x0
+        last, older = x0, last
     return x
 
 

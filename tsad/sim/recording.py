@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tsad.arrays import read_any_json, read_npz
 from tsad.files import make_folder, output_folder, write_atomically, write_json
-from tsad.samplers import make_sampler
+from tsad.samplers import NOISE, advance, make_sampler
 from tsad.sim.results import ResultsError, differences
 from tsad.sim.rollout import noise_seed
 
@@ -89,15 +89,13 @@ def denoising_inputs(policy: Any, obs: Floats, noise: Floats) -> Floats:
     """
     table = make_sampler(policy.config["scheduler"]).table.astype(np.float32)
     inputs, x = np.empty_like(noise), noise[:, 0]
-    previous = np.zeros_like(x)
-    for k, (a, b, r, c, d, f, g, h) in enumerate(table):
+    before = (np.zeros_like(x), np.zeros_like(x))
+    for k, row in enumerate(table):
         inputs[:, k] = x
         e = policy.predict_noise(np.ascontiguousarray(x), k, obs)
-        x0 = np.clip(a * x + b * e, -r, r)
-        x = c * x0 + d * x + f * e + g * previous
+        x, before = advance(row, x, e, before)
         if k + 1 < len(table):
-            x = x + h * noise[:, k + 1]
-        previous = x0
+            x = x + row[NOISE] * noise[:, k + 1]
     return inputs
 
 

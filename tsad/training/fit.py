@@ -28,9 +28,9 @@ from tsad.arrays import read_npz
 from tsad.checkpoint import STATE_FILE, Tensors
 from tsad.config import PolicyConfig
 from tsad.files import Lock, make_folder, write_atomically
-from tsad.fitted import Fitted, coefficients_of, rows_of
+from tsad.fitted import FITTED_AT, Fitted, coefficients_of, rows_of
 from tsad.plan import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE
-from tsad.samplers import COLUMNS, Sampler, make_sampler, tail
+from tsad.samplers import COLUMNS, NOISE, Sampler, advance, make_sampler, tail
 from tsad.setting import steady_sha256
 from tsad.sim.recording import Recorded
 from tsad.sim.results import differences
@@ -49,7 +49,7 @@ from tsad.training.traced import Traced
 
 FITTED_FILE, TARGETS_FILE = "fitted.json", "targets.npz"
 WINDOW = 8  # consecutive chunks
-_CLIP, _NOISE = COLUMNS.index("r"), COLUMNS.index("h")
+_CLIP = COLUMNS.index("r")
 _LEAST_SCALE = 0.1  # a coefficient that is smaller moves as if it were this
 TERMS = ("affine", "gain", "none")
 
@@ -109,12 +109,13 @@ def sparse_chunks(
 ) -> Tensor:
     """Final samples (C, horizon, action_dim) of chunks along a plan (K, B), without rollouts.
 
-    ``table`` (K, 8) in place of the twin's sampler's, ``obs`` (C, n_obs_steps, obs_dim) raw,
+    ``table`` (K, 9) in place of the twin's sampler's, ``obs`` (C, n_obs_steps, obs_dim) raw,
     ``noise`` (C, K, horizon, action_dim), the initial samples first.
     """
     own: dict[int, Tensor] = {}
     of_type: dict[str, Tensor] = {}
-    x, x0_previous = noise[:, 0], torch.zeros_like(noise[:, 0])
+    x, nothing = noise[:, 0], torch.zeros_like(noise[:, 0])
+    before = (nothing, nothing)
     for k in range(len(sources)):
 
         def value(b: int, compute: Any, k: int = k) -> Any:
@@ -128,14 +129,10 @@ def sparse_chunks(
                 return Traced(of_type[kind])
             return Traced(noise.new_zeros(1))  # skip
 
-        _, _, _, e = twin.step(k, x, x0_previous, twin.condition(obs, k), value)
-        a, b_, _, c, d, f, g, h = table[k]
-        r = float(twin.sampler.table[k, _CLIP])
-        x0 = (a * x + b_ * e).clamp(-r, r)
-        x = c * x0 + d * x + f * e + g * x0_previous
+        _, _, _, e = twin.step(k, x, before, twin.condition(obs, k), value)
+        x, before = advance(table[k], x, e, before)
         if k + 1 < len(sources):
-            x = x + h * noise[:, k + 1]
-        x0_previous = x0
+            x = x + table[k, NOISE] * noise[:, k + 1]
     return x
 
 
@@ -372,14 +369,12 @@ class FitTrainer(Training[FitReport]):
         first = int(np.abs(whole.alphas_cumprod - level).argmin())
         last = tail(whole, len(whole.timesteps) - first)
         x = self._mixed(last, start, z)
-        x0_previous = np.zeros_like(x)
-        for k, (a, b, r, c, d, f, g, h) in enumerate(last.table.astype(np.float32)):
+        before = (np.zeros_like(x), np.zeros_like(x))
+        for k, row in enumerate(last.table.astype(np.float32)):
             e = self.many.predict_noise(np.ascontiguousarray(x), first + k, obs)
-            x0 = np.clip(a * x + b * e, -r, r)
-            x = c * x0 + d * x + f * e + g * x0_previous
-            if h and k + 1 < len(last.table):
-                x = x + h * noise[:, k + 1]
-            x0_previous = x0
+            x, before = advance(row, x, e, before)
+            if row[NOISE] and k + 1 < len(last.table):
+                x = x + row[NOISE] * noise[:, k + 1]
         return x
 
     def _mean(self, obs: Floats, number: int) -> Floats:
@@ -402,10 +397,10 @@ class FitTrainer(Training[FitReport]):
         return self.moved.detach().clone(), self.shift.detach().clone()
 
     def _table(self, moved: Tensor) -> Tensor:
-        """(K, 8)"""
-        columns = [self._first[:, i] + self._scale[:, i] * moved[:, i] for i in range(6)]
-        a, b, c, d, f, g = columns
-        return torch.stack([a, b, self.base[:, _CLIP], c, d, f, g, self.base[:, _NOISE]], 1)
+        """(K, 9)"""
+        table = self.base.clone()
+        table[:, FITTED_AT] = self._first + self._scale * moved
+        return table
 
     def _run(self, obs: NDArray[Any], noise: Tensor, numbers: tuple[Tensor, Tensor]) -> Tensor:
         moved, shift = numbers
@@ -525,7 +520,7 @@ class FitTrainer(Training[FitReport]):
     def write(self, folder: Path | None = None) -> Fitted:
         """Write the file (default: into ``out``)."""
         moved, shift = self.best
-        coefficients = self._table(moved)[:, [0, 1, 3, 4, 5, 6]].numpy()
+        coefficients = self._table(moved)[:, FITTED_AT].numpy()
         gain, extra = np.zeros(shift.shape), shift.numpy()
         after = self._errors(self.probe, self.best)
         measured: dict[str, Any] = {

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tsad.plan import COMPUTE, REUSE_STEP, REUSE_TYPE
+from tsad.samplers import NOISE
 from tsad.training.sensitivity import Twin
 from tsad.training.traced import Traced
 
@@ -61,7 +62,8 @@ def gated_chunks(twin: Twin, obs: NDArray[Any], noise: Tensor, gates: Tensor) ->
     """
     steps = noise.shape[1]
     computes = gates.detach()[..., 0] > 0.5
-    x, x0 = noise[:, 0], torch.zeros_like(noise[:, 0])
+    x, nothing = noise[:, 0], torch.zeros_like(noise[:, 0])
+    before = (nothing, nothing)
     own: dict[int, Tensor] = {}
     of_type: dict[str, Tensor] = {}
     for k in range(steps):
@@ -85,9 +87,9 @@ def gated_chunks(twin: Twin, obs: NDArray[Any], noise: Tensor, gates: Tensor) ->
             own[b], of_type[twin.types[b]] = kept, last
             return Traced(given)
 
-        x, x0, _, _ = twin.step(k, x, x0, twin.condition(obs, k), value)
+        x, before, _, _ = twin.step(k, x, before, twin.condition(obs, k), value)
         if k + 1 < steps:
-            x = x + float(twin.sampler.table[k, 7]) * noise[:, k + 1]
+            x = x + float(twin.sampler.table[k, NOISE]) * noise[:, k + 1]
     return x
 
 

@@ -27,10 +27,12 @@ from tsad.planners.rules import relative_l1
 from tsad.reference import dit, dpt, sinusoid, unet1d
 from tsad.reference.families import family_of
 from tsad.reference.layers import dense
-from tsad.samplers import Sampler
+from tsad.samplers import COLUMNS, Sampler, advance
 from tsad.training.traced import Traced
 
 OLDEST = 4  # chunks back that reuse_rollout is measured for
+
+Before = tuple[Tensor, Tensor]  # x0 of the last two steps
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,12 @@ class Twin:
         return mask
 
     def step(
-        self, k: int, x: Tensor, x0_previous: Tensor, condition: NDArray[Any], value: Any = dense
-    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-        """One denoising step without its noise: the next sample, x0, the blocks' values, output.
+        self, k: int, x: Tensor, before: Before, condition: NDArray[Any], value: Any = dense
+    ) -> tuple[Tensor, Before, list[Tensor], Tensor]:
+        """One denoising step without its noise: the next sample, `before` it, the blocks' values
+        and the network's output.
 
-        ``value`` is the reference's: what a block gives.
+        ``before`` is x0 of the last two steps, ``value`` the reference's: what a block gives.
         """
         values: list[Tensor] = []
 
@@ -95,9 +98,7 @@ class Twin:
             return given
 
         e = self.family.predict(self._traced, self.network, Traced(x), condition, kept).tensor
-        a, b, r, c, d, f, g, _ = self.sampler.table[k].tolist()
-        x0 = (a * x + b * e).clamp(-r, r)
-        return c * x0 + d * x + f * e + g * x0_previous, x0, values, e
+        return *advance(self.sampler.table[k].tolist(), x, e, before), values, e
 
     def first_input(self, k: int, x: NDArray[Any], condition: NDArray[Any]) -> NDArray[Any]:
         """What TeaCache looks at: the first block's input, where the time has reached it.
@@ -142,22 +143,24 @@ def gradients(twin: Twin, window: Window, directions: Sequence[Tensor]) -> Gradi
     # of the projection, with respect to the sample and the x0 that leave a step
     to_x = list(directions)
     to_x0 = [torch.zeros_like(u) for u in directions]
+    older = to_x0.copy()  # the part of two steps before
     nothing = torch.zeros_like(recorded[:, 0])
     for k in reversed(range(K)):
         x, condition = recorded[:, k].clone().requires_grad_(), twin.condition(window.obs, k)
         # x0 of the step before enters by a constant factor; its value does not matter here
-        after, x0, branches, e = twin.step(k, x, nothing, condition)
+        after, (x0, _), branches, e = twin.step(k, x, (nothing, nothing), condition)
         inputs.append(twin.first_input(k, x.detach().numpy(), condition))
         outputs.append(e.detach())
         values.append([value.detach().flatten(1) for value in branches])
         slopes.append([])
-        carried = float(twin.sampler.table[k, 6])
+        carried = dict(zip(COLUMNS, twin.sampler.table[k].tolist(), strict=True))
         for p in range(len(directions)):
             projection = (to_x[p] * after).sum() + (to_x0[p] * x0).sum()
             found = torch.autograd.grad(
                 projection, [x, *branches], retain_graph=p + 1 < len(directions)
             )
-            to_x0[p] = carried * to_x[p]
+            to_x0[p] = carried["g"] * to_x[p] + older[p]
+            older[p] = carried["q"] * to_x[p]
             to_x[p] = found[0]
             slopes[-1].append([slope.flatten(1) for slope in found[1:]])
     B = len(twin.types)
