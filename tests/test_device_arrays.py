@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 import test_unet1d as unet
 from dlpack_maker import CUDA, Producer
-from policies import make_policy, noises, observations, state
+from policies import make_policy, noises, observations, save_policy, state
 
-from tsad import _core, device
+import tsad
+from tsad import Recorder, _core, device
 
 DEFAULT = 1
 
@@ -398,6 +400,26 @@ def test_memory_is_not_shared(policy: Any, library: Any) -> None:
     small.tensor.data = large.tensor.data = both.memory
     with pytest.raises(ValueError, match="out: expected memory of its own.*overlaps `obs`"):
         policy(small, out=large)
+
+
+def test_a_recorder_takes_arrays_of_the_host(
+    library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so before the policy has run."""
+    monkeypatch.setenv("TSAD_TRUST", "1")
+    ddim: dict[str, Any] = {"sampler": "ddim", "num_inference_steps": 2}
+    policy = tsad.load(save_policy(tmp_path / "policy"), device="cuda", lanes=2, **ddim)
+    obs, _, out = fresh(policy)
+    before = repr(state(policy))
+    with Recorder(policy, tmp_path / "recorded") as recorder:
+        for name, arguments in (
+            ("obs", {"obs": library.array(obs)}),
+            ("out", {"obs": obs, "out": library.array(out)}),
+        ):
+            with pytest.raises(TypeError, match=f"{name}: expected memory of the CPU.*{name}.cpu"):
+                recorder(**arguments)
+        assert repr(state(policy)) == before
+        recorder(obs, out=out)
 
 
 def test_a_policy_on_the_cpu_refuses_them(library: Any) -> None:

@@ -111,11 +111,13 @@ class Recorder:
         policy = self._policy
         with self._one_caller():
             rows = policy._lanes(lanes)
+            plain = policy._side_by_side(obs, len(rows)) if isinstance(obs, dict) else obs
+            seen = _core._copy(plain, "obs")  # first: what is on a GPU is refused before it runs
+            if options.get("out") is not None:
+                _core._copy(options["out"], "out")
             actions = policy(obs, lanes=rows, return_horizon=return_horizon, **options)
             chunks = np.empty(len(rows), self._chunk)
-            if isinstance(obs, dict):
-                obs = policy._side_by_side(obs, len(rows))
-            chunks["obs"] = _core._copy(obs, "obs")
+            chunks["obs"] = seen
             said = _core._copy(actions, "actions")
             if return_horizon:
                 begin = policy.n_obs_steps - 1
