@@ -203,8 +203,13 @@ def hybrid_settings(policy: dict[str, Any], **changes: Any) -> None:
 OBS_DIM = 2 * DIM + 5
 
 
-def transformer_checkpoint(path: Path, **changes: Any) -> tuple[Path, Any, dict[str, Any]]:
-    """A hybrid transformer's ``.ckpt``; its encoders by camera, and its state dict."""
+def transformer_checkpoint(
+    path: Path, own: dict[str, Any] | None = None, **changes: Any
+) -> tuple[Path, Any, dict[str, Any]]:
+    """A hybrid transformer's ``.ckpt``; its encoders by camera, and its state dict.
+
+    ``own``: the encoder's weights, by robomimic's names, in the place of the cores'.
+    """
     config = checkpoints.hybrid_config()
     hybrid_settings(config["policy"], **changes)
     payload = checkpoints.payload(config, hybrid=True, obs_dim=OBS_DIM)
@@ -214,7 +219,9 @@ def transformer_checkpoint(path: Path, **changes: Any) -> tuple[Path, Any, dict[
     ]:
         del state[name]
     group = bool(config["policy"]["obs_encoder_group_norm"])
-    cores = add_encoder(state, group=group, temperature=1.5)
+    cores = add_encoder(state, group=group, temperature=1.5 if own is None else 1.0)
+    shared = {id(value): torch.from_numpy(value) for value in (own or {}).values()}
+    state |= {f"obs_encoder.{name}": shared[id(value)] for name, value in (own or {}).items()}
     del payload["state_dicts"]["model"]
     return checkpoints.save(path, payload), cores, state
 
