@@ -412,6 +412,8 @@ def test_pixels_are_what_lerobots_policies_see() -> None:
         assert {name: value.shape for name, value in found.items()} == ours.obs_shapes
         np.testing.assert_array_equal(found["observation.image"], seen["pixels"])
         np.testing.assert_array_equal(found["observation.state"], np.float32(seen["agent_pos"]))
+        for name, other in (("image", "observation.image"), ("agent_pos", "observation.state")):
+            np.testing.assert_array_equal(found[name], found[other])  # Diffusion Policy's
         action = found["observation.state"] + rng.uniform(-60, 60, 2).astype(np.float32)
         before, found = found, ours.step(action).obs
         seen, *_ = theirs.step(action)

@@ -205,13 +205,22 @@ class PushTCorners(_Table):
 
 
 class PushTPixels(_Table):
-    """As LeRobot's policies with a camera see it: gym-pusht's ``pixels_agent_pos``."""
+    """As policies with a camera see it: gym-pusht's ``pixels_agent_pos``.
+
+    Every array by two names, LeRobot's and Diffusion Policy's; a policy takes those that it has.
+    """
 
     name = "pusht_pixels"
-    obs_shapes = {"observation.image": (96, 96, 3), "observation.state": (2,)}
+    obs_shapes = {
+        "observation.image": (96, 96, 3),
+        "observation.state": (2,),
+        "image": (96, 96, 3),
+        "agent_pos": (2,),
+    }
     obs_meaning = "an image of the table, and the agent's x and y in pixels of the 512 x 512 table"
 
     def observation(self, state: FloatArray) -> dict[str, NDArray[Any]]:
         # not render(), which marks the last action with a cross
         image: NDArray[np.uint8] = self._simulator._render()
-        return {"observation.image": image, "observation.state": state[:2].astype(np.float32)}
+        agent = state[:2].astype(np.float32)
+        return dict(zip(self.obs_shapes, (image, agent, image, agent), strict=True))

@@ -96,10 +96,12 @@ class _Lane:
     """The episode that one lane plays at the moment."""
 
     def __init__(
-        self, environment: Environment, n_obs_steps: int, delay: Delay, disturb: Disturbance | None
+        self, policy: Policy, environment: Environment, delay: Delay, disturb: Disturbance | None
     ) -> None:
         self.environment, self.delay, self.disturb = environment, delay, disturb
-        self.n_obs_steps, self.seed = n_obs_steps, -1
+        self.n_obs_steps, self.seed = policy.n_obs_steps, -1
+        shapes = obs_shapes(environment)
+        self.names = [] if shapes is None else _names(policy, environment, shapes)
 
     def start(self, seed: int) -> None:
         self.seed, self.score, self.success, self.steps, self.asked = seed, 0.0, False, 0, 0
@@ -114,7 +116,7 @@ class _Lane:
     def see(self, obs: Observations) -> Observations:
         if self.disturbed is None or not isinstance(obs, dict):
             return obs
-        return self.disturbed(obs)
+        return self.disturbed({name: x for name, x in obs.items() if name in self.names})
 
     def act(self, chunk: NDArray[np.float32], on_step: OnStep | None) -> bool:
         """Go on to the next chunk with this one; True when the episode is over."""
@@ -277,8 +279,7 @@ def rollouts(
     executed = check_executed(policy, n_action_steps)
     queue = iter(seeds)
     lanes = [
-        _Lane(environment, policy.n_obs_steps, Delay(executed, delay), disturb)
-        for environment in environments
+        _Lane(policy, environment, Delay(executed, delay), disturb) for environment in environments
     ]
     running: list[int] = []
 
