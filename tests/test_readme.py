@@ -396,6 +396,7 @@ SWEEPS = [
     ("More seeds", "headline"),
     ("Fewer", "actions"),
     ("One and two passes", "lead"),
+    ("Another task", "metaworld"),
 ]
 
 
@@ -431,6 +432,50 @@ def test_what_a_lead_keeps() -> None:
         "results.md",
         r"Without a lead one pass loses (\S+) and two warm passes (\S+)\. ",
         *(-alone[f"{name}-int16"]["mean_difference"] for name in (f"{warm}-0", f"{warm}s-0-4")),
+    )
+
+
+def test_what_holds_on_another_task() -> None:
+    document = json.loads((RESULTS / "2026-11-29-metaworld.json").read_text())
+    rows, success = document["rows"], document["compared_success"]["rows"]
+    one, two = (f"ddim-16-trailing-warm-8-row{ending}" for ending in ("-0", "s-0-4"))
+    for before, name in (
+        (r"as on Push-T: DDIM-8 ", "ddim-8"),
+        (r"in 16 bits ", "ddim-8-int16"),
+        (r"which do on Push-T: DDIM-4 ", "ddim-4"),
+        (r"and much more: ", "ddpm-100-effects-95"),
+        (r"and none excluded\*\*: ", two),
+        (r"and none excluded\*\*: .* and ", one),
+    ):
+        found = success[name]
+        span = r"([+-][.\d]+) \((\S+) to (\S+?)\)"
+        said("results.md", before + span, found["mean_difference"], *found["simultaneous"])
+    said(
+        "results.md",
+        r"longer: (\d+) steps to success, two passes (\d+), DDIM-8 (\d+), DDPM-100 (\d+)\.",
+        *(rows[name]["steps_to_success"] for name in (one, two, "ddim-8", "ddpm-100")),
+    )
+    led = (("ddim-8", "-smooth-lead-0.1"), (two, "-smooth-lead-0.2"))
+    said(
+        "results.md",
+        r"DDIM-8 has (\S+) \(without (\S+)\), two passes (\S+) \(without (\S+)\)\.",
+        *(rows[name + end]["success"]["mean"] for name, lead in led for end in (lead, "")),
+    )
+    pusht = json.loads((RESULTS / "2026-11-25-amd-epyc-25-17-frontier.json").read_text())["rows"]
+    fall = pusht["ddpm-100"]["success"]["mean"] - pusht[one]["success"]["mean"]
+    lost = -pusht["ddpm-100-search-95"]["mean_difference"]
+    said("results.md", r"from such a one, and loses (\S+) of score", lost)
+    said("results.md", r"Push-T, where success falls by (\S+), it", fall)
+    assert success[one]["simultaneous"][0] > -fall
+    said("results.md", r"succeeds in (\S+) of the episodes", rows["ddpm-100"]["success"]["mean"])
+    sides = json.loads((RESULTS / "2026-11-29-metaworld-sides.json").read_text())
+    assert sides["seeds"] == [10_000, 10_059]
+    of = r"in (\d+) of (\d+)"
+    shares = [sides["rows"][name] for name in ("ddpm-100", "ddim-8", two, one)]
+    said(
+        "results.md",
+        rf"right {of} that succeed, DDIM-8 {of}, two warm passes {of}, one {of} \(",
+        *(60 * share[what]["mean"] for share in shares for what in ("score", "success")),
     )
 
 
