@@ -22,6 +22,7 @@ from dlpack_maker import Producer  # noqa: E402
 
 import tsad  # noqa: E402
 from tsad import cameras as seeing  # noqa: E402
+from tsad.setting import Setting  # noqa: E402
 from tsad.sim import recording  # noqa: E402
 
 CAMERAS = ["observation.images.top", "observation.images.side"]
@@ -69,7 +70,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def encode(self: Any, *args: Any) -> Any:
         result = original(self, *args)
-        counts.append(result[2])
+        counts.append(result[2].encoded)
         return result
 
     monkeypatch.setattr(seeing.Cameras, "encode", encode)
@@ -140,9 +141,9 @@ def test_a_frame_that_is_known_is_encoded_once(folder: Path, encoded: list[int])
         name: np.concatenate([first[name][-1:], steps[1][name][: n - 1]]) for name in first
     }
     policy(first)
-    assert policy.stats["images"] == {"encoded": 2 * n, "known": 0}
+    assert policy.stats["images"] == {"encoded": 2 * n, "known": 0, "reused": 0}
     got = policy(second)
-    assert policy.stats["images"] == {"encoded": 2 * (n - 1), "known": 2}
+    assert policy.stats["images"] == {"encoded": 2 * (n - 1), "known": 2, "reused": 0}
     assert encoded[-1] == 2 * (n - 1)
     fresh(first)
     fresh.reset()  # forgets the images ...
@@ -155,11 +156,11 @@ def test_a_frame_that_is_known_is_encoded_once(folder: Path, encoded: list[int])
     still = {name: np.repeat(value[:1], n, 0) for name, value in first.items()}
     policy.reset(seed=3)
     policy(still)
-    assert policy.stats["images"] == {"encoded": 2, "known": 2 * (n - 1)}
+    assert policy.stats["images"] == {"encoded": 2, "known": 2 * (n - 1), "reused": 0}
     changed = still | {TOP: still[TOP].copy()}
     changed[TOP][-1, 0, 0, 0] ^= 1
     policy(changed)
-    assert policy.stats["images"] == {"encoded": 1, "known": 2 * n - 1}
+    assert policy.stats["images"] == {"encoded": 1, "known": 2 * n - 1, "reused": 0}
 
 
 def test_another_lane_is_not_looked_at_and_the_callers_array_may_change(folder: Path) -> None:
@@ -181,7 +182,7 @@ def test_zero_and_minus_zero_are_two(folder: Path) -> None:
     obs |= {name: np.zeros((n, 3, *SIZE), np.float32) for name in CAMERAS}
     obs[TOP][-1] = -0.0
     policy(obs)
-    assert policy.stats["images"] == {"encoded": 3, "known": 2 * n - 3}
+    assert policy.stats["images"] == {"encoded": 3, "known": 2 * n - 3, "reused": 0}
 
 
 def test_timings_have_the_images(folder: Path) -> None:
@@ -302,7 +303,11 @@ def test_a_refused_call_names_the_key_and_changes_nothing(folder: Path, what: st
     obs = observed(one, 2)
     with pytest.raises(kind, match=match):
         one(change(dict(obs)))
-    assert one.stats["chunks"] == 0 and one.stats["images"] == {"encoded": 0, "known": 0}
+    assert one.stats["chunks"] == 0 and one.stats["images"] == {
+        "encoded": 0,
+        "known": 0,
+        "reused": 0,
+    }
     assert one._seen == [{}, {}]
     np.testing.assert_array_equal(one(obs), two(obs))  # no noise was drawn
 
@@ -388,3 +393,94 @@ def test_commands_show_it_images_or_say_that_they_cannot(folder: Path, capsys: A
         out_folder = str(folder.parent / command[0])
         code, _, err = run(capsys, *command, "--policy", str(folder), "--out", out_folder)
         assert code == 2 and f"it sees images ({TOP}, {SIDE}), but the simulator 'pusht'" in err
+
+
+# Features that are reused under a bound
+
+
+def level(value: float, n: int, *changes: tuple[int, int, int]) -> Any:
+    """n uint8 images of one level; ``changes``: of image i, level and size of a square in it."""
+    images = np.full((n, *SIZE, 3), value, np.uint8)
+    for i, other, size in changes:
+        images[i, :size, -size:] = other
+    return images
+
+
+def reusing(folder: Path, bound: float, lanes: int = 1) -> Any:
+    options = {"sampler": "ddim", "num_inference_steps": 2}
+    return tsad.load(folder, lanes=lanes, reuse_images=bound, **options)
+
+
+def test_the_difference_of_images_is_that_of_their_worst_square() -> None:
+    one, other = level(100, 2, (1, 228, 8))
+    assert seeing.difference(one, other) == 128  # 40 x 48 is whole squares
+    assert seeing.difference(one, level(100, 1, (0, 228, 4))[0]) == 32
+    noisy = np.clip(one + np.random.default_rng(0).normal(0, 3, one.shape), 0, 255).astype(np.uint8)
+    assert 2 < seeing.difference(one, noisy) < 4 < np.abs(noisy - one.astype(int)).max()
+    assert seeing.difference(floats(one), floats(other)) == pytest.approx(128)
+    narrow = one[:33, :41].copy()  # squares at the edges of one row and one column
+    narrow[-1] += 6
+    assert seeing.difference(one[:33, :41], narrow) == 6
+
+
+def test_a_frame_within_the_bound_takes_the_features_of_the_one_encoded(folder: Path) -> None:
+    policy, n = reusing(folder, 3.0), load(folder).n_obs_steps
+    assert policy.reuse_images == 3 and load(folder).reuse_images == 0
+    obs = observed(policy)
+
+    def see(top: Any) -> tuple[Any, dict[str, int]]:
+        found = policy.encode(obs | {TOP: top})
+        policy(obs | {TOP: top})
+        return found, policy.stats["images"]
+
+    first, counts = see(level(100, n))
+    assert counts == {"encoded": 1 + n, "known": n - 1, "reused": 0}
+    near, counts = see(level(103, n))  # a camera of its own: the other one is known
+    assert counts == {"encoded": 0, "known": n, "reused": n}
+    np.testing.assert_array_equal(near, first)
+    # 106 is 3 from what came last, but 6 from what was encoded: nothing adds up
+    far, counts = see(level(106, n))
+    assert counts["encoded"] == 1 and not np.array_equal(far, first)
+    np.testing.assert_array_equal(far, load(folder).encode(obs | {TOP: level(106, n)}))
+    small, counts = see(level(106, n, (n - 1, 206, 8)))  # a thing of 8 x 8 pixels
+    assert counts["encoded"] == 1 and not np.array_equal(small, far)
+    policy.reset()
+    _, counts = see(level(106, n))
+    assert counts == {"encoded": 1 + n, "known": n - 1, "reused": 0}
+
+
+def test_reuse_is_of_a_lane_and_its_camera(folder: Path) -> None:
+    policy, n = reusing(folder, 3.0, lanes=2), load(folder).n_obs_steps
+    obs = observed(policy, 2)
+    still = {TOP: np.stack([level(100, n), level(200, n)]), SIDE: np.stack([level(200, n)] * 2)}
+    policy(obs | still)
+    assert policy.stats["images"]["encoded"] == 4
+    moved = {TOP: still[TOP] + np.uint8(2), SIDE: still[SIDE]}
+    moved[TOP][1] = 101  # within the bound of the other lane's
+    policy(obs | moved)
+    assert policy.stats["images"] == {"encoded": 1, "known": 3 * n - 1, "reused": n}
+
+
+def test_of_several_the_nearest_is_taken(folder: Path) -> None:
+    policy, n = reusing(folder, 4.0), load(folder).n_obs_steps
+    obs = observed(policy)
+    policy(obs | {TOP: level(100, n, (n - 1, 106, 48))})
+    assert policy.stats["images"]["encoded"] == n + 2
+    for top, encoded in ((104, 106), (102, 100)):
+        got = policy.encode(obs | {TOP: level(top, n)})
+        np.testing.assert_array_equal(got, load(folder).encode(obs | {TOP: level(encoded, n)}))
+
+
+def test_the_bound_is_kept_and_checked(folder: Path) -> None:
+    policy = reusing(folder, 3.0)
+    for twin in (copy.copy(policy), pickle.loads(pickle.dumps(policy))):
+        assert twin.reuse_images == 3
+    setting = Setting.of({"reuse_images": 2})
+    assert setting.options()["reuse_images"] == 2 and setting.key(policy)["reuse_images"] == 2
+    assert "reuse_images" not in Setting(reuse_images=0).key(policy)
+    wrong: dict[Any, Any] = {-1: ValueError, 256: ValueError, np.nan: ValueError, "2": TypeError}
+    for value, error in (*wrong.items(), (True, TypeError)):
+        with pytest.raises(error, match="reuse_images: expected a number from 0"):
+            tsad.load(folder, reuse_images=value)
+    with pytest.raises(ValueError, match="reuse_images: expected None, .* no images, got 2"):
+        tsad.load("pusht", reuse_images=2)

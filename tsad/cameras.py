@@ -1,7 +1,8 @@
 """From images to the features of a policy: its encoders, and what each lane saw last.
 
 A robot's new observation begins with the frames that its last one ended with. A frame of the same
-bytes as one of the lane's last window is not encoded again, nor one that is twice in a window.
+bytes as one of the lane's last window is not encoded again, nor one that is twice in a window; one
+that is nearly the same takes its features, too, if a bound is given (`difference`).
 """
 
 from __future__ import annotations
@@ -24,15 +25,27 @@ SLACK = 1 / 255
 """So far pixels may be outside 0 to 1, as rounding leaves them; the core's own bound."""
 
 
+SQUARE = 8  # pixels
+LEVELS = 255
+
+
 class Frame(NamedTuple):
-    """An image that a lane saw, and its features (feature_dim,)."""
+    """An image that was encoded, and its features (feature_dim,)."""
 
     image: Images
     features: Floats
 
 
 Window = dict[str, list[Frame]]
-"""What each camera saw in a lane's last observation."""
+"""What each camera saw in a lane's last observation; of what was nearly the same, that."""
+
+
+class Counts(NamedTuple):
+    """Images of a call: encoded, known by their bytes, and near enough to one that is held."""
+
+    encoded: int
+    known: int
+    reused: int
 
 
 class Cameras:
@@ -56,23 +69,31 @@ class Cameras:
         return sum(engine.weight_bytes for engine in self._engines.values())
 
     def encode(
-        self, images: Mapping[str, Images], windows: Sequence[Window]
-    ) -> tuple[dict[str, Floats], list[Window], int]:
+        self, images: Mapping[str, Images], windows: Sequence[Window], bound: float = 0.0
+    ) -> tuple[dict[str, Floats], list[Window], Counts]:
         """Features (n, n_obs_steps, feature_dim) of each camera's images (n, n_obs_steps, ...).
 
-        ``windows``: what each of the n rows saw last; they stay as they are. Second, what it has
-        seen now; third, how many images were encoded. ``ValueError`` names a camera whose pixels
-        are not from 0 to 1; then none was.
+        ``windows``: what each of the n rows saw last; they stay as they are. An image whose
+        `difference` from one of them is at most ``bound`` takes the nearest one's features. Second,
+        what it has seen now. ``ValueError`` names a camera whose pixels are not from 0 to 1; then
+        none was encoded.
         """
         seen: list[Window] = [{} for _ in windows]
+        known = reused = 0
         new: dict[Any, list[tuple[Images, Frame]]] = {}
         for name, rows in images.items():
             camera = self.by_name[name]
             for row, before, now in zip(rows, windows, seen, strict=True):
                 frames = now[name] = []
                 for image in row:
-                    frame = _find(image, [*frames, *before.get(name, [])])
-                    if frame is None:
+                    held = [*frames, *before.get(name, [])]
+                    frame = _find(image, held)
+                    if frame is not None:
+                        known += 1
+                    elif bound and (frame := _nearest(image, held, bound)) is not None:
+                        check_range(name, image)
+                        reused += 1
+                    else:
                         check_range(name, image)
                         features = np.empty(self.vision.feature_dim(camera), np.float32)
                         frame = Frame(image.copy(), features)
@@ -91,7 +112,7 @@ class Cameras:
             )
             for name, rows in images.items()
         }
-        return made, seen, sum(map(len, new.values()))
+        return made, seen, Counts(sum(map(len, new.values())), known, reused)
 
 
 def _engine(
@@ -125,6 +146,33 @@ def _find(image: Images, frames: Sequence[Frame]) -> Frame | None:
         if old.dtype == image.dtype and np.array_equal(old.view(bits), image.view(bits)):
             return frame
     return None
+
+
+def difference(image: Images, other: Images) -> float:
+    """How far two images of one camera and type are apart, in levels of 255.
+
+    Of all squares of 8 x 8 pixels, the largest mean of absolute differences: noise, which is
+    everywhere and even, counts for little, and a small thing that moves for much.
+    """
+    if image.dtype == np.uint8:
+        apart = np.abs(image.astype(np.int16) - other).mean(-1)
+    else:
+        apart = np.abs(image - other).mean(0) * LEVELS
+    for axis, size in enumerate(apart.shape):
+        begins = np.arange(0, size, SQUARE)
+        pixels = np.diff(np.append(begins, size))
+        sums = np.add.reduceat(apart, begins, axis)
+        apart = sums / (pixels if axis else pixels[:, None])
+    return float(apart.max())
+
+
+def _nearest(image: Images, frames: Sequence[Frame], bound: float) -> Frame | None:
+    """The frame that is least different, if that is within the bound."""
+    alike = [f for f in frames if f.image.dtype == image.dtype]
+    found = [difference(image, frame.image) for frame in alike]
+    if not found or not min(found) <= bound:
+        return None
+    return alike[int(np.argmin(found))]
 
 
 def check_range(name: str, image: Images) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tsad import _core
 from tsad.busy import one_caller
-from tsad.cameras import Cameras, Images, Window
+from tsad.cameras import Cameras, Counts, Images, Window
 from tsad.families.resnet import COLOURS, Camera
 from tsad.policy import Choice, SparsePolicy
 
@@ -30,34 +30,43 @@ class ImagePolicy(SparsePolicy):
     again; `reset` forgets. ``timings["vision"]`` is what the images took, part of ``"total"``;
     ``stats["images"]`` says how many of the last call's were encoded, and how many not again.
 
+    With ``reuse_images=BOUND`` (`tsad.load`) an image that is nearly one of these takes its
+    features, too: where no square of 8 x 8 pixels differs by more than BOUND of 255 levels, in the
+    mean of its pixels. It is compared with what was encoded, so differences don't add up.
+    ``stats["images"]["reused"]`` counts them.
+
     An array is taken too: observations whose images are features already, as `encode` makes them
     and as `tsad.Recorder` keeps them. The encoders run in float32 on the CPU, whatever the
     policy's precision and device.
     """
 
-    __slots__ = ("_alone", "_cameras", "_images", "_milliseconds", "_rows", "_seen")
+    __slots__ = ("_alone", "_reuse", "_cameras", "_images", "_milliseconds", "_rows", "_seen")
 
     _alone: threading.Lock
+    _reuse: float
     _cameras: Cameras
-    _images: dict[str, int]
+    _images: Counts
     _milliseconds: float
     _rows: list[int]
     _seen: list[Window]
 
-    def __init__(self, model: _core.Model, *, cameras: Cameras, **options: Any) -> None:
-        self._see_with(cameras, options.get("lanes", 1))
+    def __init__(
+        self, model: _core.Model, *, cameras: Cameras, reuse_images: float = 0.0, **options: Any
+    ) -> None:
+        self._see_with(cameras, options.get("lanes", 1), reuse_images)
         super().__init__(model, **options)
 
-    def _see_with(self, cameras: Cameras, lanes: int) -> None:
+    def _see_with(self, cameras: Cameras, lanes: int, bound: float) -> None:
         self._alone = threading.Lock()
+        self._reuse = bound
         self._cameras = cameras
-        self._images = {"encoded": 0, "known": 0}
+        self._images = Counts(0, 0, 0)
         self._milliseconds = 0.0
         self._rows = []  # lanes of the last call
         self._seen = [{} for _ in range(lanes)]
 
     def _be_twin_of(self, other: Any) -> None:
-        self._see_with(other._cameras, other.lanes)
+        self._see_with(other._cameras, other.lanes, other._reuse)
         super()._be_twin_of(other)
 
     # ---- calls
@@ -68,22 +77,21 @@ class ImagePolicy(SparsePolicy):
             rows = self._lanes(lanes)
             if not isinstance(obs, dict):
                 actions = super().__call__(obs, lanes=rows, **options)
-                self._said(rows, 0.0, 0, 0)
+                self._said(rows, 0.0, Counts(0, 0, 0))
                 return actions
             begin = time.perf_counter()
             images, bare = self._images_of(obs, len(rows), self.lanes == 1 == len(rows))
-            features, seen, encoded = self._cameras.encode(images, [self._seen[r] for r in rows])
+            windows = [self._seen[row] for row in rows]
+            features, seen, counts = self._cameras.encode(images, windows, self._reuse)
             milliseconds = (time.perf_counter() - begin) * 1e3
             actions = super().__call__(_with(obs, features, bare), lanes=rows, **options)
             for row, window in zip(rows, seen, strict=True):
                 self._seen[row] = window
-            total = len(rows) * self.n_obs_steps * len(images)
-            self._said(rows, milliseconds, encoded, total - encoded)
+            self._said(rows, milliseconds, counts)
             return actions
 
-    def _said(self, rows: list[int], milliseconds: float, encoded: int, known: int) -> None:
-        self._rows, self._milliseconds = rows, milliseconds
-        self._images = {"encoded": encoded, "known": known}
+    def _said(self, rows: list[int], milliseconds: float, counts: Counts) -> None:
+        self._rows, self._milliseconds, self._images = rows, milliseconds, counts
 
     def predict_noise(self, sample: Any, step: int, obs: Any) -> Any:
         """As `SparsePolicy`'s; ``obs`` may be a dict with images, (N, n_obs_steps, ...)."""
@@ -119,6 +127,11 @@ class ImagePolicy(SparsePolicy):
     # ---- facts
 
     @property
+    def reuse_images(self) -> float:
+        """The bound within which an image takes the features of another; 0 is none."""
+        return self._reuse
+
+    @property
     def timings(self) -> dict[str, float]:
         """Milliseconds of the last call: vision, encode, prune, plan, denoise, and total."""
         stages = super().timings
@@ -127,13 +140,13 @@ class ImagePolicy(SparsePolicy):
 
     @property
     def stats(self) -> dict[str, Any]:
-        """As `SparsePolicy`'s, and ``images``: of the last call, "encoded" and "known".
+        """As `SparsePolicy`'s, and ``images``: of the last call, "encoded", "known", "reused".
 
         ``weight_bytes`` counts the encoders too.
         """
         stats = super().stats
         stats["weight_bytes"] += self._cameras.weight_bytes
-        return {**stats, "images": dict(self._images)}
+        return {**stats, "images": self._images._asdict()}
 
     # ---- observations
 
@@ -142,7 +155,8 @@ class ImagePolicy(SparsePolicy):
     ) -> NDArray[np.float32]:
         images, bare = self._images_of(obs, n_rows, bare_fits)
         windows = [{}] * n_rows if rows is None else [self._seen[row] for row in rows]
-        features, _, _ = self._cameras.encode(images, windows)
+        bound = 0.0 if rows is None else self._reuse
+        features, _, _ = self._cameras.encode(images, windows, bound)
         return super()._side_by_side(_with(obs, features, bare), n_rows)
 
     def _images_of(

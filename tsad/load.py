@@ -40,7 +40,7 @@ from tsad.reference.families import family_of
 from tsad.reference.layers import rotation, sinusoid
 from tsad.samplers import Sampler, make_sampler, tail
 from tsad.scope import scope
-from tsad.setting import MAX_LEAD, Setting
+from tsad.setting import MAX_LEAD, MAX_REUSE, Setting
 
 if TYPE_CHECKING:
     from tsad import _core
@@ -73,6 +73,7 @@ def load(
     lead: float | None = None,
     smoothing: bool | None = None,
     fitted: Fitted | str | os.PathLike[str] | None = None,
+    reuse_images: float | None = None,
     weights: str = "auto",
 ) -> policies.SparsePolicy:
     """A policy, ready to run.
@@ -117,6 +118,10 @@ def load(
     clip range. Whether that helps is a matter of the robot and its controller, not of the policy: a
     dense policy may gain as much (docs/results.md).
 
+    ``reuse_images``, of policies that see images, is a bound in levels of 255, 0 (none) to 255:
+    within it an image takes the features of one that was encoded (`ImagePolicy`). Fewer are encoded
+    then, and actions are others; docs/images.md has what that saves and costs.
+
     ``fitted`` is what `tsad fit` found for these weights, sampler, steps and warm start, a file or
     a `tsad.fitted.Fitted`. It is of one plan, to be set afterwards; a preset has both.
 
@@ -147,6 +152,7 @@ def load(
         lead=_lead(lead),
         smoothing=_flag("smoothing", smoothing),
         fitted=_fitted(fitted),
+        reuse_images=_bound(reuse_images),
     )
     options["fitted"] = setting.fitted  # for whoever loads it again, wherever that is
     if preset is not None:
@@ -155,6 +161,11 @@ def load(
         # its integers are a CPU's; what they round is not lost
         setting = replace(chosen, precision="float32") if device == "cuda" else chosen
     config = _configured(config, setting)
+    if setting.reuse_images and config.vision is None:
+        raise ValueError(
+            f"reuse_images: expected None, as this policy sees no images, got "
+            f"{setting.reuse_images:g}; leave it out"
+        )
     table = make_sampler(
         config.scheduler.to_dict(),
         sampler=setting.sampler,
@@ -199,7 +210,8 @@ def load(
         policy = policies.SparsePolicy(model, **parts)
     else:
         cameras = Cameras(config.vision, tensors, threads=threads)
-        policy = ImagePolicy(model, cameras=cameras, **parts)
+        bound = setting.reuse_images or 0.0
+        policy = ImagePolicy(model, cameras=cameras, reuse_images=bound, **parts)
     if isinstance(setting, Preset):
         try:
             setting.apply(policy)
@@ -434,6 +446,17 @@ def _lead(value: Any) -> float | None:
     raise (ValueError if real else TypeError)(
         f"lead: expected a number from 0 (none) to {MAX_LEAD:g}, got {value!r}{kind}; 0.1 to 0.3 "
         "is usual, and tsad tune chooses one"
+    )
+
+
+def _bound(value: Any) -> float | None:
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if value is None or (real and 0 <= value <= MAX_REUSE):
+        return None if value is None else float(value)
+    kind = "" if real else f" ({type(value).__name__})"
+    raise (ValueError if real else TypeError)(
+        f"reuse_images: expected a number from 0 (none) to {MAX_REUSE:g}, levels of a pixel, got "
+        f"{value!r}{kind}; start with 2"
     )
 
 

@@ -28,7 +28,8 @@ Instead of ``planner`` and ``sparsity`` there may be ``plan``, the name of a fil
 ``plan_sha256``, of its bytes. Without any of them it is dense. ``n_action_steps`` is what a chunk
 returns, if not all, and ``warm_start`` how many of the steps a chunk runs that starts from the one
 before it; a plan, or planner and sparsity, are then of these steps. ``lead`` and ``smoothing`` are
-what is made of the actions that are executed. ``fitted`` is the name of a file of `tsad fit`, with
+what is made of the actions that are executed, ``reuse_images`` the bound of a policy that sees.
+``fitted`` is the name of a file of `tsad fit`, with
 ``fitted_sha256``, of its bytes. ``measured`` is free: loss and interval, offline
 error, milliseconds, passes, the machine.
 """
@@ -66,7 +67,7 @@ from tsad.files import (
 from tsad.fitted import Fitted
 from tsad.plan import Plan
 from tsad.planners import NAMES as PLANNERS
-from tsad.setting import LOADED, MAX_LEAD, MOVED, Setting
+from tsad.setting import LOADED, MAX_LEAD, MAX_REUSE, MOVED, Setting
 
 PRESETS_FILE = "presets.json"
 FORMAT = "tsad-presets"
@@ -153,6 +154,8 @@ class Preset(Setting):
             parts.append("smoothed")
         if self.lead:
             parts.append(f"lead {self.lead:g}")
+        if self.reuse_images:
+            parts.append(f"images within {self.reuse_images:g} reused")
         return ", ".join([*parts, str(self.precision)])
 
 
@@ -220,6 +223,9 @@ def _read(section: Section, folder: Path) -> Preset:
         warm_start=section.integer("warm_start", 1, MAX_TIMESTEPS) if has("warm_start") else None,
         lead=section.number("lead", -1.0, MAX_LEAD) if has("lead") else None,
         smoothing=section.flag("smoothing", False) if has("smoothing") else None,
+        reuse_images=section.number("reuse_images", -1.0, MAX_REUSE)
+        if has("reuse_images")
+        else None,
         planner=section.choice("planner", PLANNERS) if has("planner") else None,
         # a number above -1, then: 0 is dense
         sparsity=section.number("sparsity", -1.0, 1.0) if has("sparsity") else None,
@@ -243,6 +249,9 @@ def _read(section: Section, folder: Path) -> Preset:
         raise section.error("sparsity", "a number from 0 (dense) to 1", preset.sparsity)
     if preset.lead is not None and preset.lead < 0:
         raise section.error("lead", f"a number from 0 (none) to {MAX_LEAD:g}", preset.lead)
+    if preset.reuse_images is not None and preset.reuse_images < 0:
+        expected = f"a number from 0 (none) to {MAX_REUSE:g}"
+        raise section.error("reuse_images", expected, preset.reuse_images)
     if preset.plan is not None and (preset.planner is not None or preset.sparsity is not None):
         raise section.error("plan", "no planner or sparsity beside it", preset.plan.name)
     for key in ("plan", "fitted"):
@@ -326,7 +335,7 @@ def check_clash(preset: Preset, asked: Setting) -> None:
     """``ValueError`` if what is asked beside the preset says otherwise."""
     for name in (*LOADED, "n_action_steps"):
         value, own = getattr(asked, name), getattr(preset, name)
-        none = name in MOVED and not value and not own
+        none = name in (*MOVED, "reuse_images") and not value and not own
         if value is not None and value != own and not none:
             raise ValueError(
                 f"{name}: got {value!r}, but the preset {preset.name!r} has {own!r}, and what was "

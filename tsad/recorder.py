@@ -111,12 +111,17 @@ class Recorder:
         policy = self._policy
         with self._one_caller():
             rows = policy._lanes(lanes)
-            plain = policy._side_by_side(obs, len(rows)) if isinstance(obs, dict) else obs
-            seen = _core._copy(plain, "obs")  # first: what is on a GPU is refused before it runs
+            named = isinstance(obs, dict)
+            # images are features once the policy has seen them; they are not encoded twice
+            late = named and policy.config.get("vision") is not None
+            if not late:  # what is on a GPU is refused before it runs
+                seen = _core._copy(policy._side_by_side(obs, len(rows)) if named else obs, "obs")
             if options.get("out") is not None:
                 _core._copy(options["out"], "out")
             actions = policy(obs, lanes=rows, return_horizon=return_horizon, **options)
             chunks = np.empty(len(rows), self._chunk)
+            if late:
+                seen = _core._copy(policy._side_by_side(obs, len(rows)), "obs")
             chunks["obs"] = seen
             said = _core._copy(actions, "actions")
             if return_horizon:

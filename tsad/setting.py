@@ -31,9 +31,11 @@ LOADED = (
     "lead",
     "smoothing",
     "fitted",
+    "reuse_images",
 )
 MOVED = ("lead", "smoothing")  # what is made of the actions that are executed
 MAX_LEAD = 10.0  # TSAD_MAX_LEAD in csrc/tsad.h
+MAX_REUSE = 255.0  # levels of a pixel: everything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class Setting:
         sampler, num_inference_steps, timestep_spacing, precision, warm_start: as of `tsad.load`.
         lead, smoothing: as of `tsad.load`.
         fitted: a `Fitted`, or the path of one, for this sampler and plan.
+        reuse_images: as of `tsad.load`.
         n_action_steps: actions executed of a chunk.
         guard: a `tsad.guard.Bound`, or the path of one, past which the policy starts anew.
         planner, sparsity: as of `SparsePolicy`; sparsity None with the planner "pruner" is its own
@@ -61,6 +64,7 @@ class Setting:
     lead: float | None = None
     smoothing: bool | None = None
     fitted: Fitted | Path | str | None = None
+    reuse_images: float | None = None
     guard: Bound | Path | str | None = None
     planner: str | None = None
     sparsity: float | None = None
@@ -153,7 +157,7 @@ class Setting:
             key["n_action_steps"] = self.n_action_steps
         if self.warm_start is not None:
             key["warm_start"] = self.warm_start
-        key |= {name: value for name in MOVED if (value := getattr(self, name))}
+        key |= {name: v for name in (*MOVED, "reuse_images") if (v := getattr(self, name))}
         if (fitted := self.load_fitted()) is not None:
             key["fitted_sha256"] = fitted.sha256
         if (guard := self.load_guard()) is not None:

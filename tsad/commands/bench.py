@@ -17,6 +17,7 @@ from tsad.commands.common import (
     add_lead,
     add_policy_options,
     add_preset,
+    add_reuse_images,
     add_warm_start,
     argument,
     check_source,
@@ -102,6 +103,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_warm_start(parser)
     add_lead(parser)
+    add_reuse_images(parser)
     add_policy_options(parser)
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.set_defaults(run=run)

@@ -28,7 +28,7 @@ from tsad.evaluation.usage import InterruptedRunError as InterruptedRunError
 from tsad.evaluation.usage import UsageError as UsageError
 from tsad.evaluation.usage import argument as argument
 from tsad.evaluation.usage import integer as integer
-from tsad.evaluation.usage import lead
+from tsad.evaluation.usage import lead, reuse_images
 from tsad.evaluation.usage import real as real
 from tsad.files import output_file, sha256
 from tsad.load import bundled, read_policy
@@ -130,6 +130,16 @@ def add_lead(parser: Any) -> None:
         action="store_const",
         const=True,
         help="weigh each executed action with its neighbours, 1/4, 1/2, 1/4",
+    )
+
+
+def add_reuse_images(parser: Any) -> None:
+    """The option of policies that see; `load_policy` hands it to `tsad.load`."""
+    parser.add_argument(
+        "--reuse-images",
+        type=reuse_images,
+        metavar="BOUND",
+        help="don't encode images that differ by so few levels from one that is encoded",
     )
 
 

@@ -18,6 +18,7 @@ from tsad.commands.common import (
     add_overwrite,
     add_policy_options,
     add_preset,
+    add_reuse_images,
     add_simulator,
     add_warm_start,
     add_workers,
@@ -64,8 +65,9 @@ With --out every finished episode is on disk at once, and --resume goes on after
 --settings FILE plays many settings over the same seeds: a JSON list of objects with a "name" and
 any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision", "n_action_steps",
 "noise", "preset", "realtime", "latency", "warm_start", "lead", "smoothing", "fitted", "guard",
-"disturb". Then --out is a folder with a file per setting; the same command goes on with what is
-missing. The first is the baseline of all; the intervals hold for all rows together. Rows that are
+"disturb", "reuse_images". Then --out is a folder with a file per setting; the same command goes on
+with what is missing. The first is the baseline of all; the intervals hold for all rows together.
+Rows that are
 the first but for a lead and smoothing are dense with a lead: the best of them is a second baseline,
 which rows with a lead are to be judged by, as a lead helps whatever is executed.
 
@@ -155,6 +157,7 @@ def add_parser(subparsers: Any) -> None:
     realtime.add_options(parser)
     add_warm_start(parser)
     add_lead(parser)
+    add_reuse_images(parser)
     add_fitted(parser)
     add_workers(parser)
     add_policy_options(parser)

@@ -329,6 +329,7 @@ def _save(
             warm_start=own.warm_start,
             lead=own.lead,
             smoothing=own.smoothing,
+            reuse_images=own.reuse_images,
             fitted=own.load_fitted(),
             planner=own.planner,
             sparsity=own.sparsity,

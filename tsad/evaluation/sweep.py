@@ -17,7 +17,7 @@ from tsad.evaluation.loading import configure
 from tsad.evaluation.play import Experiment, Trial, check_policy, evaluate, seeds_of
 from tsad.evaluation.progress import Progress
 from tsad.evaluation.timing import Clock, milliseconds, observations, sampler_name
-from tsad.evaluation.usage import InterruptedRunError, argument, disturbance, lead
+from tsad.evaluation.usage import InterruptedRunError, argument, disturbance, lead, reuse_images
 from tsad.files import make_folder
 from tsad.setting import Setting, is_mask
 
@@ -45,6 +45,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "warm_start": (int,),
     "lead": (int, float),
     "smoothing": (bool,),
+    "reuse_images": (int, float),
     "disturb": (str,),
     "fitted": (str,),
     "guard": (str,),
@@ -54,6 +55,7 @@ RANGES: dict[str, Callable[[Any], object]] = {
     "realtime": realtime.hertz,
     "latency": realtime.milliseconds,
     "lead": lead,
+    "reuse_images": reuse_images,
     "disturb": disturbance,
 }
 CHUNKS_PER_ROUND = 30

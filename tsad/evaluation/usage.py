@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tsad.setting import MAX_LEAD
+from tsad.setting import MAX_LEAD, MAX_REUSE
 
 
 class UsageError(Exception):
@@ -33,6 +33,7 @@ OPTIONS = {
     "planner": "",
     "precision": "--precision",
     "preset": "--preset",
+    "reuse_images": "--reuse-images",
     "sampler": "--sampler",
     "smoothing": "--smoothing",
     "source": "",
@@ -99,6 +100,12 @@ def real(fits: Callable[[float], bool], expected: str) -> Callable[[Any], float]
 
 
 lead = real(lambda gain: 0 <= gain <= MAX_LEAD, f"a number from 0 (none) to {MAX_LEAD:g}, e.g. 0.2")
+
+
+reuse_images = real(
+    lambda bound: 0 <= bound <= MAX_REUSE,
+    f"a number of levels from 0 (none) to {MAX_REUSE:g}, e.g. 2",
+)
 
 
 def disturbance(text: str) -> str:

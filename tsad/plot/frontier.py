@@ -51,6 +51,8 @@ def words(document: Mapping[str, Any], name: str) -> str:
         parts.append("smoothed")
     if setting.get("lead"):
         parts.append(f"lead {setting['lead']:g}")
+    if setting.get("reuse_images"):
+        parts.append(f"images within {setting['reuse_images']:g} reused")
     executed, all_ = (
         document["rows"][n].get("n_action_steps") for n in (name, document["baseline"])
     )
