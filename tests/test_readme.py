@@ -427,6 +427,13 @@ def test_what_a_lead_keeps() -> None:
     ):
         mean = sign * found["mean_difference"]
         said("results.md", pattern + span, mean, *found["simultaneous"])
+    (path,) = RESULTS.glob("*-lead-times.json")
+    timed = {row["name"]: row["call_ms"] for row in json.loads(path.read_text())["results"]}
+    said(
+        "results.md",
+        r'`"one_pass"`: (\S+) and (\S+) ms a chunk on .*, where DDIM-8 takes (\S+) ',
+        *(timed[name]["p50"] for name in (rows[0], one, "ddim-8")),
+    )
     alone = document["compared"]["rows"]
     said(
         "results.md",
