@@ -215,7 +215,7 @@ def test_bad_models() -> None:
         ({"family": 3}, TypeError, "family: expected a string"),
         ({"family": "mlp"}, ValueError, "family: expected"),
         ({"backend": "vax"}, ValueError, "backend 'vax'"),
-        ({"sampler": seen["sampler"][:, :7].copy()}, ValueError, r"sampler: expected shape \(n, 8"),
+        ({"sampler": seen["sampler"][:, :7].copy()}, ValueError, r"sampler: expected shape \(n, 9"),
         ({"sampler": seen["sampler"][:0]}, ValueError, "sampler: .*one row per denoising step"),
         ({"time_emb": None}, TypeError, "Model: expected the keyword time_emb"),
         ({"time_emb": seen["time_emb"][1:]}, ValueError, "time_emb: expected shape"),

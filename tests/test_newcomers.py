@@ -110,7 +110,7 @@ def material(tmp_path_factory: Any) -> dict[str, str]:
     files = {name: str(folder / name.lower()) for name in names}
     config, tensors, _ = read_policy("pusht")
     few = replace(config.scheduler, type="ddim", num_inference_steps=4)
-    write_folder(Path(files["SMALL"]), replace(config, scheduler=few), tensors)
+    write_folder(Path(files["SMALL"]), replace(config, scheduler=few, pruner=None), tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PushT, "max_steps", 16)
         command = f"collect pusht --out {files['RECORDED']} --episodes 2 {FEW}"

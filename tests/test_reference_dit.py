@@ -21,7 +21,7 @@ from torch_dit import Shape, predict  # noqa: E402
 
 def test_there_are_cases_of_every_kind():
     configs = [read_lerobot(lerobot.FOLDER / name) for name in lerobot.DIT_CASES]
-    assert {c.policy["scheduler"]["type"] for c in configs} == {"ddpm", "ddim", "euler"}
+    assert {c.policy["scheduler"]["type"] for c in configs} == {"ddpm", "ddim", "euler", "rk4"}
     assert {c.policy["network"]["use_rope"] for c in configs} == {True, False}
 
 

@@ -200,6 +200,6 @@ def test_a_missing_or_misshapen_tensor_is_named() -> None:
 
 def test_a_sampler_that_adds_noise_at_its_end_is_refused() -> None:
     shape, table = SHAPES["lerobot"], sampler(5)
-    table[-1, -1] = 0.1
+    table[-1, 7] = 0.1
     with pytest.raises(ValueError, match="sampler: its last row adds noise"):
         make(shape, shape.weights(0), sampler=table)

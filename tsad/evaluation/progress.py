@@ -79,7 +79,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(0, completed=position, done=self.done, note=self._note, refresh=True)
             return
-        share, note = f"{position / self.total:.0%}", f", {self._note}" if self._note else ""
+        share = "100%" if ready else f"{position / self.total:.0%}"
+        note = f", {self._note}" if self._note else ""
         count = f"{self.done} of {self.total} {self.unit}" + ("" if ready else f" ({share})")
         text = f"{self.label}: {count if self.unit else share}"
         print(f"{text}, {now - self._begin:.0f} s{note}", file=sys.stderr, flush=True)
