@@ -112,9 +112,9 @@ def test_whole_chunks_of_lerobots_networks() -> None:
 
 def test_the_policy_that_sees() -> None:
     page, card = read("images.md"), (ROOT / "tsad/assets/pusht_pixels/README.md").read_text()
-    document = results(page, "pixels-200")
-    found = rows(page, "`pusht_pixels`, 200 episodes")
-    assert rows(card, "`pusht_pixels`, 200 episodes") == found
+    document = results(page, "pixels-500")
+    found = rows(page, "`pusht_pixels`, 500 episodes")
+    assert rows(card, "`pusht_pixels`, 500 episodes") == found
     for row, result in zip(found, document["rows"].values(), strict=True):
         facts = (result["passes"], result["score"]["mean"], result["success"]["mean"])
         for written, value in zip(row[1:], facts, strict=True):
