@@ -149,10 +149,10 @@ def load(
         planner=planner,
         sparsity=sparsity,
         warm_start=warm_start,
-        lead=_lead(lead),
+        lead=_within("lead", lead, MAX_LEAD, "0.1 to 0.3 is usual, and tsad tune chooses one"),
         smoothing=_flag("smoothing", smoothing),
         fitted=_fitted(fitted),
-        reuse_images=_bound(reuse_images),
+        reuse_images=_within("reuse_images", reuse_images, MAX_REUSE, "start with 2 levels of 255"),
     )
     options["fitted"] = setting.fitted  # for whoever loads it again, wherever that is
     if preset is not None:
@@ -437,26 +437,14 @@ def _with_notes(path: Path, converted: Converted) -> tuple[PolicyConfig, Tensors
     return converted.config, converted.tensors, None
 
 
-def _lead(value: Any) -> float | None:
-    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if value is None or (real and 0 <= value <= MAX_LEAD):
+def _within(name: str, value: Any, most: float, advice: str) -> float | None:
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if value is None or (real and 0 <= value <= most):
         # one that the core's float32 takes for none is none
         return None if value is None else float(value) if np.float32(value) > 0 else 0.0
     kind = "" if real else f" ({type(value).__name__})"
     raise (ValueError if real else TypeError)(
-        f"lead: expected a number from 0 (none) to {MAX_LEAD:g}, got {value!r}{kind}; 0.1 to 0.3 "
-        "is usual, and tsad tune chooses one"
-    )
-
-
-def _bound(value: Any) -> float | None:
-    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if value is None or (real and 0 <= value <= MAX_REUSE):
-        return None if value is None else float(value)
-    kind = "" if real else f" ({type(value).__name__})"
-    raise (ValueError if real else TypeError)(
-        f"reuse_images: expected a number from 0 (none) to {MAX_REUSE:g}, levels of a pixel, got "
-        f"{value!r}{kind}; start with 2"
+        f"{name}: expected a number from 0 (none) to {most:g}, got {value!r}{kind}; {advice}"
     )
 
 

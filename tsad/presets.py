@@ -29,9 +29,8 @@ Instead of ``planner`` and ``sparsity`` there may be ``plan``, the name of a fil
 returns, if not all, and ``warm_start`` how many of the steps a chunk runs that starts from the one
 before it; a plan, or planner and sparsity, are then of these steps. ``lead`` and ``smoothing`` are
 what is made of the actions that are executed, ``reuse_images`` the bound of a policy that sees.
-``fitted`` is the name of a file of `tsad fit`, with
-``fitted_sha256``, of its bytes. ``measured`` is free: loss and interval, offline
-error, milliseconds, passes, the machine.
+``fitted`` is the name of a file of `tsad fit`, with ``fitted_sha256``, of its bytes. ``measured``
+is free: loss and interval, offline error, milliseconds, passes, the machine.
 """
 
 from __future__ import annotations

@@ -67,9 +67,8 @@ any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision"
 "noise", "preset", "realtime", "latency", "warm_start", "lead", "smoothing", "fitted", "guard",
 "disturb", "reuse_images". Then --out is a folder with a file per setting; the same command goes on
 with what is missing. The first is the baseline of all; the intervals hold for all rows together.
-Rows that are
-the first but for a lead and smoothing are dense with a lead: the best of them is a second baseline,
-which rows with a lead are to be judged by, as a lead helps whatever is executed.
+Rows that are the first but for a lead and smoothing are dense with a lead: the best of them is a
+second baseline, which rows with a lead are to be judged by, as a lead helps whatever is executed.
 
 {OBSERVATIONS}
 
