@@ -239,6 +239,11 @@ class Guard:
         return f"Guard({self.policy!r}, bound {float(self.bound.bound):.4g})"
 
     @property
+    def _varies(self) -> bool:
+        """As of `SparsePolicy`: an alarm costs a dense chunk."""
+        return True
+
+    @property
     def stats(self) -> dict[str, Any]:
         """The policy's, and ``guard``."""
         guard = {

@@ -340,7 +340,7 @@ def check_clash(preset: Preset, asked: Setting) -> None:
                 f"{name}: got {value!r}, but the preset {preset.name!r} has {own!r}, and what was "
                 "measured is the whole of it; leave out one of the two"
             )
-    for name in ("plan", "planner", "sparsity"):
+    for name in ("plan", "planner", "sparsity", "rule"):
         if (value := getattr(asked, name)) is not None:
             raise ValueError(
                 f"{name}: got {value!r}, but the preset {preset.name!r} decides what is computed; "

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 from tsad.fitted import Fitted
 from tsad.guard import Bound, Guard
 from tsad.plan import Plan
-from tsad.planners import from_steps
+from tsad.planners import RowRule
+from tsad.planners.files import plan_of
+from tsad.rule import Alternate, Rule, rule_dict, rule_of
 
 if TYPE_CHECKING:
     from tsad.policy import SparsePolicy
@@ -33,6 +35,11 @@ LOADED = (
     "fitted",
     "reuse_images",
 )
+RULED = {
+    **dict.fromkeys(("plan", "planner", "sparsity"), "leaves nothing to others to decide"),
+    "guard": "has no plan that a guard could set aside",
+    "fitted": "has no one plan that a sampler could be fitted for",
+}
 MOVED = ("lead", "smoothing")  # what is made of the actions that are executed
 MAX_LEAD = 10.0  # TSAD_MAX_LEAD in csrc/tsad.h
 MAX_REUSE = 255.0  # levels of a pixel: everything
@@ -53,6 +60,7 @@ class Setting:
             choice.
         plan: what is computed, instead of these two: a `Plan`, the path of one, or a step mask such
             as "10000010": 1 computes a step, 0 repeats the one before.
+        rule: who decides, instead of these three, in the forms of `tsad.rule`.
     """
 
     sampler: str | None = None
@@ -69,14 +77,26 @@ class Setting:
     planner: str | None = None
     sparsity: float | None = None
     plan: Plan | Path | str | None = None
+    rule: Rule | None = None
 
     @classmethod
     def of(cls, words: Mapping[str, Any]) -> Setting:
-        """From what the command line or a settings file says, by its `WORDS`; the rest is left."""
+        """From what the command line or a settings file says, by its `WORDS`; the rest is left.
+
+        ``ValueError`` or ``TypeError`` naming a rule that is none, or beside what it decides.
+        """
         names = [field.name for field in fields(Setting)]
         values = {name: words.get(WORDS.get(name, name)) for name in names}
         if values["precision"] == "auto":
             values["precision"] = None
+        values["rule"] = rule_of(values["rule"])
+        if values["rule"] is not None:
+            for name in ("plan", "planner", "sparsity", "guard", "fitted"):
+                if values[name] is not None:
+                    raise ValueError(
+                        f"rule: {RULED[name]}, got {name} {str(values[name])!r} beside it; leave "
+                        "out one of the two"
+                    )
         return Setting(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +105,8 @@ class Setting:
         for name in ("plan", "fitted", "guard"):
             if isinstance(values[name], Path):
                 values[name] = values[name].name
+        if self.rule is not None:
+            values["rule"] = rule_dict(self.rule)
         return {name: value for name, value in values.items() if value is not None}
 
     def options(self) -> dict[str, Any]:
@@ -94,9 +116,7 @@ class Setting:
 
     def load_plan(self, policy: SparsePolicy) -> Plan | None:
         """Its plan for a policy; ``ValueError`` or ``OSError`` if that can't be read."""
-        if self.plan is None or isinstance(self.plan, Plan):
-            return self.plan
-        return from_steps(policy, str(self.plan)) if is_mask(self.plan) else read_plan(self.plan)
+        return None if self.plan is None else plan_of(self.plan, policy)
 
     def load_fitted(self) -> Fitted | None:
         """What `tsad fit` found for it; ``ValueError`` or ``OSError`` if that can't be read."""
@@ -108,8 +128,10 @@ class Setting:
         given = self.guard
         return given if given is None or isinstance(given, Bound) else Bound.read(given)
 
-    def guarded(self, policy: SparsePolicy) -> SparsePolicy:
-        """The policy, in a `Guard` where the setting has one."""
+    def wrapped(self, policy: SparsePolicy) -> SparsePolicy:
+        """The policy, in `Turns` or a `Guard` where the setting has them."""
+        if isinstance(self.rule, Alternate):  # which has all that a policy has
+            return cast("SparsePolicy", self.rule.around(policy))
         bound = self.load_guard()
         # a Guard has all that a policy has
         return policy if bound is None else cast("SparsePolicy", Guard(policy, bound))
@@ -117,7 +139,9 @@ class Setting:
     def alone(self, policy: SparsePolicy) -> Setting:
         """The same without any file: with its plan for a policy in it."""
         values = {field.name: getattr(self, field.name) for field in fields(Setting)}
-        own = {"plan": self.load_plan(policy), "fitted": self.load_fitted()}
+        own: dict[str, Any] = {"plan": self.load_plan(policy), "fitted": self.load_fitted()}
+        if isinstance(self.rule, Alternate):
+            own["rule"] = self.rule.loaded(policy)
         return Setting(**{**values, **own, "guard": self.load_guard()})
 
     def apply(self, policy: SparsePolicy) -> None:
@@ -127,7 +151,11 @@ class Setting:
         the message.
         """
         plan = self.load_plan(policy)
-        if plan is not None:
+        if isinstance(self.rule, RowRule):
+            policy.planner = self.rule
+        elif isinstance(self.rule, Alternate):  # until `wrapped` has it
+            policy.plan = cast("Plan", self.rule.loaded(policy).plan)
+        elif plan is not None:
             policy.plan = plan
         else:
             if self.planner is not None:
@@ -168,27 +196,21 @@ class Setting:
 
     def computed(self, policy: SparsePolicy) -> dict[str, Any]:
         """The part of `key` that says what is computed."""
+        if isinstance(self.rule, Alternate):
+            own = self.rule.loaded(policy)
+            both = "+".join(plan_sha256(cast("Plan", plan)) for plan in (own.plan, own.other))
+            turns = self.rule.around(policy)
+            return {
+                "planner": f"turns, {own.words()}",
+                "sparsity": 1 - turns.cost,
+                "plan_sha256": both,
+            }
         plan = self.load_plan(policy)
         if plan is not None:
             return {"planner": "file", "sparsity": plan.sparsity, "plan_sha256": plan_sha256(plan)}
         # At sparsity 0 every planner is dense: one name, so that such runs go on with each other.
         planner = "dense" if policy.sparsity == 0 else planner_name(policy)
         return {"planner": planner, "sparsity": policy.sparsity, "plan_sha256": None}
-
-
-def is_mask(plan: str | Path) -> bool:
-    """Whether a plan is given as a step mask, such as 10000010, instead of a file."""
-    return set(str(plan)) <= {"0", "1"} and not Path(plan).exists()
-
-
-def read_plan(path: str | Path) -> Plan:
-    """A plan file; ``FileNotFoundError`` or ``ValueError`` if it is missing or not one."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"got {str(path)!r}, which is not a file; expected a plan saved by Plan.save or by "
-            "'tsad demo'"
-        )
-    return Plan.load(path)
 
 
 def plan_sha256(plan: Plan) -> str:

@@ -33,9 +33,9 @@ from tsad.evaluation.usage import real as real
 from tsad.files import output_file, sha256
 from tsad.load import bundled, read_policy
 from tsad.load import files_sha256 as files_sha256
+from tsad.planners.files import read_plan
 from tsad.presets import Preset
 from tsad.setting import planner_name as planner_name
-from tsad.setting import read_plan
 
 if TYPE_CHECKING:
     from tsad import Plan

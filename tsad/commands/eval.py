@@ -43,10 +43,10 @@ from tsad.evaluation.errors import SINGLE
 from tsad.evaluation.play import Trial, evaluate, percent, seeds_of
 from tsad.evaluation.realtime import check as check_realtime
 from tsad.evaluation.sweep import Sweep, compare_rows, compare_success, read_settings
-from tsad.evaluation.usage import disturbance
+from tsad.evaluation.usage import disturbance, rule
 from tsad.files import output_folder, write_json
 from tsad.presets import Preset
-from tsad.setting import MOVED
+from tsad.setting import MOVED, RULED
 from tsad.statistics import LEAST_EPISODES
 
 if TYPE_CHECKING:
@@ -65,10 +65,17 @@ With --out every finished episode is on disk at once, and --resume goes on after
 --settings FILE plays many settings over the same seeds: a JSON list of objects with a "name" and
 any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision", "n_action_steps",
 "noise", "preset", "realtime", "latency", "warm_start", "lead", "smoothing", "fitted", "guard",
-"disturb", "reuse_images". Then --out is a folder with a file per setting; the same command goes on
-with what is missing. The first is the baseline of all; the intervals hold for all rows together.
+"disturb", "reuse_images", "rule". Then --out is a folder with a file per setting; the same command
+goes on with what is missing. The first is the baseline of all; the intervals hold for all rows
+together.
 Rows that are the first but for a lead and smoothing are dense with a lead: the best of them is a
 second baseline, which rows with a lead are to be judged by, as a lead helps whatever is executed.
+
+--rule decides how much to compute while the episode runs; a row's "rule" is an object with the same
+words. Within a chunk: fbcache=X (first-block cache) or teacache=X, X the threshold, and most=N, at
+most N steps computed whole. From chunk to chunk: plan=A,other=B, files or step masks, with every=M,
+so many-th chunks run B, or share=P, each does at random. Results have the passes of a chunk,
+on average and at most.
 
 {OBSERVATIONS}
 
@@ -83,6 +90,8 @@ examples:
   tsad eval pusht --plan plan.npz --json | jq .summary.score
   tsad eval pusht --sampler ddim --steps 16 --warm-start 4 --n-action-steps 4
   tsad eval pusht --sampler ddim --steps 8 --smoothing --lead 0.1   executed actions go further
+  tsad eval pusht --rule fbcache=0.4,most=30                       the first-block cache
+  tsad eval pusht --sampler ddim --steps 8 --rule every=3,plan=10000000,other=10001000
   tsad eval pusht --seeds 500 --preset fast                        a preset of its folder
   tsad eval pusht --seeds 500 --settings sweep.json --out sweep    many settings, one table
   tsad eval pusht --realtime 50 --n-action-steps 4                 a robot that doesn't wait
@@ -130,6 +139,12 @@ def add_parser(subparsers: Any) -> None:
         "--plan",
         metavar="FILE",
         help="a fixed plan instead of a planner: npz, or a step mask such as 10000010",
+    )
+    choice.add_argument(
+        "--rule",
+        type=rule,
+        metavar="WORDS",
+        help="a rule that decides as the episode runs, e.g. fbcache=0.2; see above",
     )
     add_preset(choice)
     choice.add_argument("--settings", metavar="FILE", help="many settings, JSON; see above")
@@ -191,6 +206,9 @@ def _check_arguments(args: argparse.Namespace) -> Path | None:
     check_simulator(args)
     if args.plan is not None and (args.sparsity is not None or args.planner is not None):
         raise UsageError("argument --plan: a fixed plan leaves nothing to --sparsity or --planner")
+    for name in RULED if args.rule is not None else ():
+        if getattr(args, name) is not None:
+            raise UsageError(f"argument --rule: {RULED[name]}; leave out --{name}, or the rule")
     if args.observations is not None and args.settings is None:
         raise UsageError("argument --observations: needs --settings FILE")
     if args.draws > 1 and args.observations is None:
@@ -253,6 +271,14 @@ def _guarded(summary: Mapping[str, Any]) -> list[str]:
     return [f"guard    {summary['guarded']} chunks started anew, {share:.1%}"]
 
 
+def _spent(summary: Mapping[str, Any]) -> list[str]:
+    """What chunks cost where a rule decides, in a line or none."""
+    if "passes" not in summary:
+        return []
+    most = summary["most_passes"]
+    return [f"passes   {summary['passes']:.2f} a chunk on average, {most:.2f} at most"]
+
+
 def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
     summary, settings, run_ = document["summary"], document["settings"], document["run"]
     score, success, times = summary["score"], summary["success"], summary["chunk_ms"]
@@ -269,6 +295,7 @@ def _report(document: dict[str, Any], policy: SparsePolicy) -> str:
         *realtime.report(settings),
         *([f"seen     with {settings['disturb']}"] if "disturb" in settings else []),
         *_guarded(summary),
+        *_spent(summary),
     ]
     if "paired" in document:
         paired = document["paired"]
@@ -293,7 +320,8 @@ def _table(
     success: Mapping[str, Any] | None,
 ) -> str:
     distance = any("distance" in row for row in rows.values())
-    head = ["setting", "passes", "score", "success", "action rms"]
+    decided = any("most_passes" in row for row in rows.values())
+    head = ["setting", "passes", *["most"] * decided, "score", "success", "action rms"]
     lines = [[*head, *["distance", "spread"] * distance, "difference", "95 % together"]]
     lines[0] += ["to dense with lead", "95 % together"] * (to_lead is not None)
     lines[0] += ["success, difference", "95 % together"]
@@ -301,6 +329,7 @@ def _table(
         line = [
             name,
             number(row["passes"], 2),
+            *[number(row.get("most_passes"), 2)] * decided,
             number(row["score"]["mean"], 3),
             number(row["success"]["mean"], 3),
             number(row["action_rms"], 4),
@@ -322,7 +351,7 @@ def _check_sweep(args: argparse.Namespace) -> Path:
         raise UsageError("argument --settings: needs --out DIR, a file per setting goes there")
     if args.seeds < 2:
         raise UsageError("argument --seeds: expected 2 or more with --settings: rows are compared")
-    for name in ("plan", "planner", "preset", "sparsity", "baseline"):
+    for name in ("plan", "planner", "preset", "sparsity", "rule", "baseline"):
         if getattr(args, name) is not None:
             raise UsageError(f"argument --{name}: not together with --settings; put it in the file")
     with argument("--out"):

@@ -32,7 +32,8 @@ from tsad.config import FLOWS
 from tsad.evaluation.progress import Progress
 from tsad.files import make_folder, output_folder, write_atomically, write_json
 from tsad.guard import QUANTILE
-from tsad.setting import WORDS, Setting, is_mask, steady_sha256
+from tsad.planners.files import is_mask
+from tsad.setting import WORDS, Setting, steady_sha256
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy

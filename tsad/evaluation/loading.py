@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tsad.evaluation.usage import DIAL, OPTIONS, argument
+from tsad.evaluation.usage import DIAL, OPTIONS, RULE, argument
 from tsad.load import policy_folder, read_policy
 from tsad.presets import check_clash, find_preset
 from tsad.setting import Setting
@@ -20,7 +20,9 @@ def setting_of(words: Mapping[str, Any], source: str) -> Setting:
 
     UsageError if a preset isn't there, or other words contradict it.
     """
-    asked, name = Setting.of(words), words.get("preset")
+    with argument("--rule", RULE):
+        asked = Setting.of(words)
+    name = words.get("preset")
     if name is None:
         return asked
     with argument("--preset", OPTIONS | DIAL):
@@ -59,6 +61,10 @@ def load_policy(
 
 def configure(policy: SparsePolicy, setting: Setting) -> None:
     """`Setting.apply`; UsageError names the argument."""
+    if setting.rule is not None:
+        with argument("--rule", dict.fromkeys(DIAL, "--rule")):
+            setting.apply(policy)
+        return
     with argument("--plan", DIAL):
         if setting.plan is None and setting.planner is not None:
             policy.planner = setting.planner

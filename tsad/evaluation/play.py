@@ -88,7 +88,7 @@ class Trial:
         )
         configure(policy, self.setting)
         with argument("--guard"):
-            return self.setting.guarded(policy)
+            return self.setting.wrapped(policy)
 
 
 def check_policy(

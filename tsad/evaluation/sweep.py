@@ -19,7 +19,10 @@ from tsad.evaluation.progress import Progress
 from tsad.evaluation.timing import Clock, milliseconds, observations, sampler_name
 from tsad.evaluation.usage import InterruptedRunError, argument, disturbance, lead, reuse_images
 from tsad.files import make_folder
-from tsad.setting import Setting, is_mask
+from tsad.planners import Turns
+from tsad.planners.files import is_mask
+from tsad.rule import Alternate, rule_of
+from tsad.setting import RULED, Setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +52,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "disturb": (str,),
     "fitted": (str,),
     "guard": (str,),
+    "rule": (str, dict),
 }
 CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
 RANGES: dict[str, Callable[[Any], object]] = {
@@ -89,6 +93,11 @@ def read_settings(path: str) -> list[dict[str, Any]]:
                     raise ValueError(
                         f"{where}: {key}: expected one of {', '.join(CHOICES[key])}, got {value!r}"
                     )
+                if key == "rule":
+                    try:
+                        rule_of(value)
+                    except (ValueError, TypeError) as error:
+                        raise ValueError(f"{where}: {error}") from None
                 if key in RANGES:
                     try:
                         RANGES[key](value)
@@ -104,12 +113,17 @@ def read_settings(path: str) -> list[dict[str, Any]]:
                 raise ValueError(f"{where}: name: got {name!r}, which is taken; choose another")
             if "plan" in row and ("sparsity" in row or "planner" in row):
                 raise ValueError(f"{where}: a plan leaves nothing to sparsity or planner")
+            beside = RULED.keys() & row.keys() if "rule" in row else ()
+            for key in sorted(beside):
+                raise ValueError(f"{where}: a rule {RULED[key]}; leave out {key}, or the rule")
             names.add(name)
     return rows
 
 
 def passes(policy: SparsePolicy) -> float | None:
-    """Dense passes of a chunk; None where the policy has not run and its pruner decides."""
+    """Dense passes of a chunk, of `Turns` on average; None where it is decided as it runs."""
+    if isinstance(policy, Turns):
+        return policy.cost * policy.num_inference_steps
     if policy.sparsity is None:
         return None
     return float(policy.num_inference_steps * (1 - policy.sparsity))
@@ -119,7 +133,8 @@ def _row(document: Mapping[str, Any], policy: SparsePolicy, errors: Mapping[str,
     summary = document["summary"]
     return {
         "settings": document["settings"],
-        "passes": passes(policy),
+        "passes": summary.get("passes", passes(policy)),
+        **({"most_passes": summary["most_passes"]} if "most_passes" in summary else {}),
         "score": summary["score"],
         "success": summary["success"],
         "steps_to_success": summary["steps_to_success"],
@@ -181,6 +196,8 @@ class Sweep:
             row["plan"] = str(self._folder / row["plan"])
         for name in row.keys() & {"fitted", "guard"}:
             row[name] = str(self._folder / row[name])
+        if isinstance(rule := rule_of(row.get("rule")), Alternate):
+            row["rule"] = rule.within(self._folder)
         return Trial.of({**self._words, **row}, self._experiment.source)
 
     @property
@@ -351,6 +368,8 @@ def times(
             "passes": float(clock.plan.cost) * policy.num_inference_steps,
             "sampler": sampler_name(policy),
         }
+        if "most_passes" in sweep.rows.get(clock.name, {}):  # of the chunks that were played
+            del found[clock.name]["passes"]
     return found, medians
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from tsad.rule import Rule, rule_of
 from tsad.setting import MAX_LEAD, MAX_REUSE
 
 
@@ -34,6 +35,7 @@ OPTIONS = {
     "precision": "--precision",
     "preset": "--preset",
     "reuse_images": "--reuse-images",
+    "rule": "--rule",
     "sampler": "--sampler",
     "smoothing": "--smoothing",
     "source": "",
@@ -45,6 +47,7 @@ OPTIONS = {
 }
 
 
+RULE = {"rule": "--rule"}
 DIAL = {name: f"--{name}" for name in ("plan", "planner", "sparsity")}
 
 
@@ -117,3 +120,13 @@ def disturbance(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def rule(text: str) -> Rule:
+    """An argparse type: words of `tsad.rule`."""
+    try:
+        found = rule_of(text)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("rule: ")) from None
+    assert found is not None
+    return found

@@ -110,6 +110,28 @@ def from_steps(policy: PolicyFacts, mask: str | Iterable[int]) -> Plan:
     return own_values(policy, computed, planner="steps")
 
 
+def is_mask(plan: str | Path) -> bool:
+    """Whether a plan is given as a step mask, such as 10000010, instead of a file."""
+    return set(str(plan)) <= {"0", "1"} and not Path(plan).exists()
+
+
+def plan_of(given: Plan | Path | str, policy: PolicyFacts) -> Plan:
+    """A plan of a setting; ``ValueError`` or ``OSError`` if it can't be read."""
+    if isinstance(given, Plan):
+        return given
+    return from_steps(policy, str(given)) if is_mask(given) else read_plan(given)
+
+
+def read_plan(path: str | Path) -> Plan:
+    """A plan file; ``FileNotFoundError`` or ``ValueError`` if it is missing or not one."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"got {str(path)!r}, which is not a file; expected a plan saved by Plan.save or by "
+            "'tsad demo'"
+        )
+    return Plan.load(path)
+
+
 def _from_array(policy: PolicyFacts, array: NDArray[Any], opcodes: bool | None) -> Plan:
     shape = (policy.num_inference_steps, len(policy.blocks))
     if array.shape != shape:

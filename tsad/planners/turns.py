@@ -14,6 +14,7 @@ from tsad.plan import REUSE_ROLLOUT, Plan
 from tsad.planners.base import integer, number
 
 _STREAM = 18  # beside a lane's noise, which is drawn from the same seed
+_OWN = frozenset(("policy", "every", "share", "_plans", "_chunks", "_random", "_now"))
 
 
 class Turns:
@@ -53,15 +54,7 @@ class Turns:
                     f"{name}: expected a tsad.Plan, got {type(one).__name__}; "
                     "e.g. tsad.planners.uniform(policy, 8)"
                 )
-        if (every is None) == (share is None):
-            got = "neither" if every is None else "both"
-            raise ValueError(f"every, share: expected one of them, got {got}; e.g. every=3")
-        if every is not None:
-            every = integer("every", every, 1, None, "e.g. every=3")
-        if share is not None:
-            share = number("share", share, "of the chunks, from 0 to 1")
-            if not 0 <= share <= 1:
-                raise ValueError(f"share: expected a number from 0 to 1, got {share}")
+        every, share = self.check(every, share)
         self.policy, self.every, self.share = policy, every, share
         for name, one in (("plan", plan), ("other", other)):
             if (one.sources == REUSE_ROLLOUT).any():
@@ -77,12 +70,39 @@ class Turns:
         self._random = [np.random.default_rng() for _ in range(policy.lanes)]
         self._now = [self._plans[0]] * policy.lanes
 
+    @staticmethod
+    def check(every: Any, share: Any) -> tuple[int | None, float | None]:
+        """The rule of turns, checked: ``ValueError`` or ``TypeError`` naming the argument."""
+        if (every is None) == (share is None):
+            got = "neither" if every is None else "both"
+            raise ValueError(f"every, share: expected one of them, got {got}; e.g. every=3")
+        if every is not None:
+            every = integer("every", every, 1, None, "e.g. every=3")
+        if share is not None:
+            share = number("share", share, "of the chunks, from 0 to 1")
+            if not 0 <= share <= 1:
+                raise ValueError(f"share: expected a number from 0 to 1, got {share}")
+        return every, share
+
     def __getattr__(self, name: str) -> Any:
+        if name == "policy":  # of one not made yet
+            raise AttributeError(name)
         return getattr(self.policy, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.policy, name, value)
 
     def __repr__(self) -> str:
         rule = f"every {self.every}" if self.share is None else f"a share of {self.share:g}"
         return f"Turns({self.policy!r}, {rule}, cost {self.cost:.2%}, at most {self.most:.2%})"
+
+    @property
+    def _varies(self) -> bool:
+        """As of `SparsePolicy`."""
+        return True
 
     @property
     def cost(self) -> float:

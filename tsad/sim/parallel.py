@@ -105,7 +105,7 @@ class Player:
                     "differ; install the same, or use machines of one kind"
                 )
         work.setting.apply(policy)
-        self._policy = work.setting.guarded(policy)
+        self._policy = work.setting.wrapped(policy)
 
 
 def play(

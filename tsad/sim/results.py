@@ -82,6 +82,23 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
             "max": max(episode.chunk_ms_max for episode in episodes),
         },
         **({"guarded": sum(guarded)} if guarded else {}),
+        **_passes(episodes),
+    }
+
+
+def _passes(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Of a chunk after the first on average and at most, where all episodes know it."""
+    spent = [
+        (e.passes, e.most_passes, max(e.chunks - 1, 1))
+        for e in episodes
+        if e.passes is not None and e.most_passes is not None
+    ]
+    if len(spent) < len(episodes):
+        return {}
+    chunks = sum(n for *_, n in spent)
+    return {
+        "passes": sum(passes * n for passes, _, n in spent) / chunks,
+        "most_passes": max(most for _, most, _ in spent),
     }
 
 
@@ -167,7 +184,10 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "chunk_ms_mean": _REAL,
     "chunk_ms_max": _REAL,
     "guarded": (int,),
+    "passes": _REAL,
+    "most_passes": _REAL,
 }
+_UNCOUNTED = ("guarded", "passes", "most_passes")  # of a policy that nothing decides in
 
 
 def fields_of(episode: Episode) -> dict[str, Any]:
@@ -182,7 +202,7 @@ def _episode(fields: Any, where: str) -> Episode:
         raise ResultsError(f"{where}: not an episode ({error})") from error
     for name, kinds in _KINDS.items():
         value = getattr(episode, name)
-        if name == "guarded" and value is None:
+        if name in _UNCOUNTED and value is None:
             continue
         if type(value) not in kinds or (isinstance(value, int) and abs(value) >= 2**63):
             raise ResultsError(f"{where}: not an episode (its {name})")

@@ -51,7 +51,10 @@ class Policy(Protocol):
 class Episode:
     """The result of one seed. Times are wall milliseconds per chunk, the lanes' share of a call.
 
-    `guarded`: chunks before which a `tsad.Guard` let it start anew; None without one.
+    `guarded`: chunks before which a `tsad.Guard` let it start anew; None without one. `passes`,
+    `most_passes`: evaluations of the whole network that a chunk took on average, and at most, where
+    something decides while the episode runs; else None, as plans say it. An episode's first chunk,
+    which may be dense or cold whatever is decided, counts if it is the only one.
     """
 
     seed: int
@@ -62,6 +65,8 @@ class Episode:
     chunk_ms_mean: float
     chunk_ms_max: float
     guarded: int | None = None
+    passes: float | None = None
+    most_passes: float | None = None
 
 
 class Chunk(NamedTuple):
@@ -108,6 +113,7 @@ class _Lane:
         self.chunk_ms: list[float] = []
         self.disturbed = None if self.disturb is None else Disturbed(self.disturb, seed)
         self.guarded: int | None = None
+        self.passes: list[float] = []
         # Before the start nothing was seen: the first observation stands in, as in training.
         first = self.see(first_observation(self.environment, seed))
         self.window = (first,) * self.n_obs_steps
@@ -135,6 +141,7 @@ class _Lane:
 
     def episode(self) -> Episode:
         mean, largest = float(np.mean(self.chunk_ms)), max(self.chunk_ms)
+        passes = self.passes[1:] or self.passes
         return Episode(
             self.seed,
             self.score,
@@ -144,6 +151,8 @@ class _Lane:
             mean,
             largest,
             self.guarded,
+            float(np.mean(passes)) if passes else None,
+            max(passes, default=None),
         )
 
 
@@ -318,6 +327,9 @@ def rollouts(
             lane.chunk_ms.append(milliseconds / len(running))
             if alarms is not None:
                 lane.guarded = (lane.guarded or 0) + alarms[row]
+            if getattr(policy, "_varies", False):
+                spent: Any = policy
+                lane.passes.append(spent._stats(index)["cost"] / float(spent.block_costs.sum()))
             if not lane.act(actions[row], on_step):
                 still.append(index)
                 continue
