@@ -155,3 +155,20 @@ def test_eval_counts_what_a_guard_does(capsys: Any, tmp_path: Path, monkeypatch:
                 for r in (guarded, apart)]  # fmt: skip
     assert timeless[0] == timeless[1]
     assert Setting(guard=file).alone(policy).load_guard() is not None
+
+
+def test_a_guard_around_a_rule_is_refused(bound: Bound) -> None:
+    """A rule that decides within a chunk has no plan that could be set aside for a dense one."""
+    policy = make()
+    policy.planner = rule = tsad.planners.RowRule("fbcache", 0.1)
+    guarded = Guard(policy, bound)
+    with pytest.raises(ValueError, match="planner: expected plans or the pruner under a guard"):
+        guarded(observations(policy, 0))
+    assert policy.planner == rule and guarded.stats["chunks"] == 0
+    policy.planner = "uniform"
+    guarded(observations(policy, 0))
+    assert guarded.stats["chunks"] == 1
+    plan = tsad.planners.uniform(policy, 2)
+    turns: Any = tsad.planners.Turns(policy, plan, plan, every=2)
+    with pytest.raises(TypeError, match=r"policy: expected one of tsad\.load, got Turns"):
+        Guard(turns, bound)

@@ -19,6 +19,7 @@ from tsad.presets import (
     PRESETS_FILE,
     Preset,
     model_sha256,
+    pruner_sha256,
     read_presets,
     save_presets,
     stale,
@@ -305,3 +306,49 @@ def test_bench_times_a_preset(bundled: str, capsys: Any) -> None:
     results = json.loads(text)["results"]
     assert [row["name"] for row in results] == ["dense", "fast"]
     assert [row["passes"] for row in results] == pytest.approx([4, 2])
+
+
+def test_a_preset_may_run_a_rule(folder: Path) -> None:
+    rule = tsad.planners.RowRule("fbcache", 0.05, most=3)
+    save_presets(folder, [(a_preset(folder, "rule", rule=rule), None)])
+    found = read_presets(folder)["rule"]
+    assert found.rule == rule and found.words().endswith("fbcache 0.05, at most 3 steps, float32")
+    policy = tsad.load(folder, preset="rule")
+    wanted = tsad.load(folder, **DDIM, timestep_spacing="trailing")
+    wanted.planner = rule
+    np.testing.assert_array_equal(actions(policy), actions(wanted))
+    assert policy.planner == rule and policy.plan == wanted.plan
+    with pytest.raises(ValueError, match="sparsity: got 0.5, but the preset 'rule' decides"):
+        tsad.load(folder, preset="rule", sparsity=0.5)
+    file = folder / PRESETS_FILE
+    for wrong, message in (
+        ('{"fbcache": -1.0}', "threshold: expected a number from 0"),
+        ('{"every": 2, "plan": "10000", "other": "11000"}', "decides within a chunk"),
+    ):
+        text = json.loads(file.read_text())
+        text["presets"][0]["rule"] = json.loads(wrong)
+        (folder / "presets.json").write_text(json.dumps(text))
+        with pytest.raises(ValueError, match=message):
+            read_presets(folder)
+    text["presets"][0] |= {"rule": {"fbcache": 1.0}, "planner": "uniform"}
+    file.write_text(json.dumps(text))
+    with pytest.raises(ValueError, match="no plan, planner, sparsity or fitted beside it"):
+        read_presets(folder)
+
+
+def test_a_preset_of_another_pruner_is_refused(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "pruned", pruner=True)
+    own = pruner_sha256(folder)
+    rows = [a_preset(folder, "own", planner="pruner", pruner_sha256=own)]
+    rows += [a_preset(folder, "old", planner="pruner", pruner_sha256="0" * 64)]
+    save_presets(folder, [(row, None) for row in rows])
+    assert tsad.load(folder, preset="own").planner == "pruner"
+    with pytest.raises(ValueError, match="'old' was measured with the pruner of sha256 000"):
+        tsad.load(folder, preset="old")
+
+
+def test_a_name_that_is_nearly_one() -> None:
+    with pytest.raises(ValueError, match="has the presets .*; did you mean 'one_pass'\\?"):
+        tsad.load("pusht", preset="onepass")
+    with pytest.raises(ValueError, match="did you mean 'fast'\\?"):
+        tsad.load("pusht", preset="Fast")

@@ -29,12 +29,15 @@ Instead of ``planner`` and ``sparsity`` there may be ``plan``, the name of a fil
 returns, if not all, and ``warm_start`` how many of the steps a chunk runs that starts from the one
 before it; a plan, or planner and sparsity, are then of these steps. ``lead`` and ``smoothing`` are
 what is made of the actions that are executed, ``reuse_images`` the bound of a policy that sees.
+``rule`` is an object of `tsad.rule` instead of planner, sparsity and plan, one that decides within
+a chunk. With the planner "pruner" there is ``pruner_sha256``, of the pruner's file.
 ``fitted`` is the name of a file of `tsad fit`, with ``fitted_sha256``, of its bytes. ``measured``
 is free: loss and interval, offline error, milliseconds, passes, the machine.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -45,7 +48,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from tsad.checkpoint import MODEL_FILE, CheckpointError, format_json, read_json
+from tsad.checkpoint import MODEL_FILE, PRUNER_FILE, CheckpointError, format_json, read_json
 from tsad.config import (
     MAX_HORIZON,
     MAX_TIMESTEPS,
@@ -66,6 +69,8 @@ from tsad.files import (
 from tsad.fitted import Fitted
 from tsad.plan import Plan
 from tsad.planners import NAMES as PLANNERS
+from tsad.planners import RowRule
+from tsad.rule import rule_of, rule_words
 from tsad.setting import LOADED, MAX_LEAD, MAX_REUSE, MOVED, Setting
 
 PRESETS_FILE = "presets.json"
@@ -91,12 +96,13 @@ class Preset(Setting):
     plan_sha256: str | None = field(default=None, kw_only=True)
     fitted: Fitted | Path | None = field(default=None, kw_only=True)
     fitted_sha256: str | None = field(default=None, kw_only=True)
+    pruner_sha256: str | None = field(default=None, kw_only=True)
     measured: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The object of ``presets.json``, without what is not set."""
         values = super().to_dict()
-        last = ("plan", "plan_sha256", "fitted", "fitted_sha256", "measured")
+        last = ("plan", "plan_sha256", "fitted", "fitted_sha256", "pruner_sha256", "measured")
         return {
             "name": self.name,
             "model_sha256": self.model_sha256,
@@ -139,6 +145,8 @@ class Preset(Setting):
             parts.append(f"warm start of {self.warm_start}")
         if self.plan is not None:
             parts.append(f"plan {self.plan.name}")
+        elif self.rule is not None:
+            parts.append(rule_words(self.rule))
         elif self.planner == "pruner" and self.sparsity is None:
             parts.append("pruner, its own sparsity")
         elif self.sparsity:
@@ -241,6 +249,10 @@ def _read(section: Section, folder: Path) -> Preset:
         fitted_sha256=text("fitted_sha256", "[0-9a-f]{64}", "64 hexadecimal digits")
         if has("fitted_sha256")
         else None,
+        pruner_sha256=text("pruner_sha256", "[0-9a-f]{64}", "64 hexadecimal digits")
+        if has("pruner_sha256")
+        else None,
+        rule=_rule(section) if has("rule") else None,
         measured=section.take("measured", {}),
     )
     section.done()
@@ -253,6 +265,9 @@ def _read(section: Section, folder: Path) -> Preset:
         raise section.error("reuse_images", expected, preset.reuse_images)
     if preset.plan is not None and (preset.planner is not None or preset.sparsity is not None):
         raise section.error("plan", "no planner or sparsity beside it", preset.plan.name)
+    others = (preset.plan, preset.planner, preset.sparsity, preset.fitted)
+    if preset.rule is not None and others != (None,) * 4:
+        raise section.error("rule", "no plan, planner, sparsity or fitted beside it", preset.rule)
     for key in ("plan", "fitted"):
         if (getattr(preset, key) is None) != (getattr(preset, f"{key}_sha256") is None):
             expected, fix = f"{key} and {key}_sha256, or neither", "add or remove one"
@@ -260,6 +275,19 @@ def _read(section: Section, folder: Path) -> Preset:
     if not isinstance(preset.measured, Mapping):
         raise section.error("measured", "a JSON object", preset.measured)
     return preset
+
+
+def _rule(section: Section) -> RowRule:
+    """One that decides within a chunk: a policy that is loaded has no plans that take turns."""
+    given = section.take("rule")
+    try:
+        rule = rule_of(given)
+    except (ValueError, TypeError) as error:
+        raise section.error("rule", "a rule of tsad.rule", given, str(error)) from error
+    if not isinstance(rule, RowRule):
+        expected = "a rule that decides within a chunk"
+        raise section.error("rule", expected, given, 'e.g. {"fbcache": 0.2}')
+    return rule
 
 
 def home() -> Path:
@@ -318,16 +346,33 @@ def find_preset(folder: Path | None, name: str, source: str) -> Preset:
         warnings.warn(f"{error} (until then its presets are left out)", stacklevel=3)
     if name not in presets:
         there = f"the presets {', '.join(map(repr, presets))}" if presets else "no presets"
-        raise ValueError(
-            f"preset: got {name!r}, but {source!r} has {there}; tsad tune --save makes some"
-        )
+        near = difflib.get_close_matches(name.lower(), presets, 1)
+        fix = f"did you mean {near[0]!r}?" if near else "tsad tune --save makes some"
+        raise ValueError(f"preset: got {name!r}, but {source!r} has {there}; {fix}")
     preset, found = presets[name], model_sha256(folder)
     if preset.model_sha256 != found:
         raise ValueError(
             f"preset: {name!r} was made for other weights, {MODEL_FILE} of sha256 "
             f"{preset.model_sha256}, and this policy's is {found}; make it anew"
         )
+    _check_pruner(preset, folder)
     return preset
+
+
+def pruner_sha256(folder: Path) -> str | None:
+    """SHA-256 of a folder's pruner; None if it has none."""
+    path = folder / PRUNER_FILE
+    return sha256(path) if path.is_file() else None
+
+
+def _check_pruner(preset: Preset, folder: Path) -> None:
+    """ValueError if a preset runs a pruner, and was measured with another than is there."""
+    wanted = preset.pruner_sha256
+    if wanted is not None and wanted != (found := pruner_sha256(folder)):
+        raise ValueError(
+            f"preset: {preset.name!r} was measured with the pruner of sha256 {wanted}, and this "
+            f"policy's is {found}; restore {PRUNER_FILE}, or make the preset anew"
+        )
 
 
 def check_clash(preset: Preset, asked: Setting) -> None:
