@@ -240,7 +240,7 @@ class Guard:
 
     @property
     def _varies(self) -> bool:
-        """As of `SparsePolicy`: an alarm costs a dense chunk."""
+        """Whether chunks may cost more or less than the one before: an alarm's is dense."""
         return True
 
     @property

@@ -382,11 +382,6 @@ class SparsePolicy(_core.Policy):
             return chosen
         return self._make_plan(sources, None, None)
 
-    @property
-    def _varies(self) -> bool:
-        """Whether something decides as it runs, so that chunks may differ in cost."""
-        return self._plans is None
-
     # ---- copies
 
     def _choice(self) -> Choice:

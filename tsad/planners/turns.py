@@ -101,7 +101,7 @@ class Turns:
 
     @property
     def _varies(self) -> bool:
-        """As of `SparsePolicy`."""
+        """Whether chunks may cost more or less than the one before."""
         return True
 
     @property

@@ -244,6 +244,12 @@ def check_executed(policy: Policy, n_action_steps: int | None) -> int:
     return executed
 
 
+def varies(policy: Any) -> bool:
+    """Whether something decides as it runs, so that chunks may differ in cost."""
+    # a pruner or a rule of rows where there are no plans; a policy around a policy says so
+    return bool(getattr(policy, "_varies", getattr(policy, "_plans", False) is None))
+
+
 def rollouts(
     policy: Policy,
     environments: Sequence[Environment],
@@ -327,7 +333,7 @@ def rollouts(
             lane.chunk_ms.append(milliseconds / len(running))
             if alarms is not None:
                 lane.guarded = (lane.guarded or 0) + alarms[row]
-            if getattr(policy, "_varies", False):
+            if varies(policy):
                 spent: Any = policy
                 lane.passes.append(spent._stats(index)["cost"] / float(spent.block_costs.sum()))
             if not lane.act(actions[row], on_step):
