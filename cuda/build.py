@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("kernels.cu", "device.cu")
+KERNELS = ("kernels.cu", "device.cu", "blas.cu")
+STAND_INS = ("emulate.cpp", "cublas.cpp")  # of emulate/
 HOST = ("caller.c", "engine.c", "graph.c", "node.c", "pack.c", "plugin.c", "prune.c", "run.c")
 CORE = ("arena.c",)  # of csrc/: what the files here call and the core does not lend
 ARCHITECTURES = (80, 86, 87, 89, 90, 100)  # and PTX of the newest, for those to come
@@ -75,7 +76,7 @@ def commands(
         if "clang" in cxx[0] or _gcc_fills(cxx):
             unset = ["-ftrivial-auto-var-init=pattern", *unset]
         jobs += [[*cpp, *unset, "-c", str(sources / name)] for name in KERNELS]
-        jobs += [[*cpp, "-c", str(sources / "emulate" / "emulate.cpp")]]
+        jobs += [[*cpp, "-c", str(sources / "emulate" / name)] for name in STAND_INS]
         link = [*cxx, "-shared", "-pthread", *(f for f in flags if f.startswith("-fsanitize"))]
     else:
         compiler = nvcc()

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend.h"
+#include "blas.h"
 #include "kernels.h"
 
 /* A node's matrices and tables on the device; NULL: it has none. */
@@ -93,6 +94,8 @@ struct tsad_engine {
     tsad_part out_part;        /* where what is in staged_out is from: */
     int out_reg;               /* this register of all places, -1: nothing is */
     bool graphs_used;          /* TSAD_CUDA_GRAPHS=0 */
+    int captures_failed;
+    tsad_blas_room blas; /* rows 0: no cuBLAS */
     tsad_deferred deferred[TSAD_DEFERRED];
     int n_deferred;
     tsad_graph *graph[TSAD_GRAPHS];

@@ -1,4 +1,5 @@
 /* device.cu: device.h on CUDA's runtime. */
+#include "blas.h"
 #include "stream.cuh"
 
 #include <stdio.h>
@@ -100,6 +101,7 @@ void tsad_stream_free(tsad_stream *stream)
     if (!stream) {
         return;
     }
+    tsad_blas_close(stream);
     for (cudaEvent_t event : {stream->begun, stream->ended, stream->order}) {
         if (event) {
             cudaEventDestroy(event);

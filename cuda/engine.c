@@ -1,6 +1,7 @@
 /* engine.c: the memory of a policy on a GPU, one allocation for everything of fixed size and one
  * for the branch outputs (slots), and what goes in and out of it.
  */
+#include "blas.h"
 #include "cuda.h"
 #include "clock.h"
 
@@ -28,20 +29,22 @@ static void *place(space *s, size_t bytes)
 
 static float *place_floats(space *s, size_t n) { return place(s, sizeof(float) * n); }
 
+static size_t most(size_t a, size_t b) { return a > b ? a : b; }
+
 static size_t widest_branch(const tsad_net *net)
 {
-    size_t most = 0;
+    size_t floats = 0;
     for (int b = 0; b < net->n_blocks; b++) {
-        size_t n = tsad_register_floats(&net->registers[net->nodes[net->block_node[b]].out]);
-        most = n > most ? n : most;
+        const tsad_node *node = &net->nodes[net->block_node[b]];
+        floats = most(floats, tsad_register_floats(&net->registers[node->out]));
     }
-    return most;
+    return floats;
 }
 
 /* rows between two launches of a node of these parts: normalised, or of a matrix of its own */
 static size_t widest_rows(const tsad_model *m, bool denoises)
 {
-    size_t most = (size_t)m->pruner.query_tokens * (size_t)m->pruner.hidden;
+    size_t floats = (size_t)m->pruner.query_tokens * (size_t)m->pruner.hidden;
     for (int i = 0; i < TSAD_N_PARTS; i++) {
         const tsad_net *net = &m->nets[i];
         for (int n = 0; n < net->n_nodes && (denoises || i != TSAD_DENOISER); n++) {
@@ -51,11 +54,10 @@ static size_t widest_rows(const tsad_model *m, bool denoises)
             for (int j = 0; j < 4; j++) {
                 width = node->m[j].n_out > width ? node->m[j].n_out : width;
             }
-            size_t floats = (size_t)rows * (size_t)width;
-            most = floats > most ? floats : most;
+            floats = most(floats, (size_t)rows * (size_t)width);
         }
     }
-    return most;
+    return floats;
 }
 
 /* the places that have registers of a part */
@@ -90,6 +92,48 @@ static void layout_in(tsad_engine *e, space *s)
     e->in_bytes = s->used - from;
 }
 
+/* inputs and outputs of a launch of a node's product, all tracks' rows */
+static void product_floats(const tsad_net *net, const tsad_node *node, size_t tracks, size_t *in,
+                           size_t *out)
+{
+    const tsad_register *from = &net->registers[node->in], *to = &net->registers[node->out];
+    size_t rows = tracks * most((size_t)from->tokens, (size_t)to->tokens);
+    size_t taps = node->kernel > 2 ? (size_t)node->kernel : 2; /* a transposed one has two */
+    size_t width = most((size_t)from->channels, (size_t)to->channels);
+    *in = *out = 0;
+    for (int i = 0; i < 4; i++) {
+        *out = most(*out, rows * (size_t)node->m[i].n_out);
+        width = most(width, (size_t)node->m[i].n_out);
+    }
+    *in = rows * taps * width;
+}
+
+/* room for the launches of so many rows and more, with what cuBLAS needs for itself; or none */
+static void layout_blas(tsad_engine *e, space *s)
+{
+    tsad_blas_room *room = &e->blas;
+    room->columns_floats = room->sums_floats = 0;
+    for (int part = 0; part < TSAD_N_PARTS && room->rows; part++) {
+        const tsad_net *net = &e->model->nets[part];
+        for (int n = 0; n < net->n_nodes; n++) {
+            const tsad_node *node = &net->nodes[n];
+            int tokens = net->registers[node->in].tokens, made = net->registers[node->out].tokens;
+            size_t in, out;
+            if (places(e, part) * (tokens > made ? tokens : made) >= room->rows) {
+                product_floats(net, node, (size_t)places(e, part), &in, &out);
+                room->columns_floats = most(room->columns_floats, in);
+                room->sums_floats = most(room->sums_floats, out);
+            }
+        }
+    }
+    if (room->sums_floats) {
+        room->columns = place_floats(s, room->columns_floats);
+        room->sums = place_floats(s, room->sums_floats);
+        room->workspace_bytes = tsad_blas_workspace();
+        room->workspace = place(s, room->workspace_bytes);
+    }
+}
+
 static void layout(tsad_engine *e, space *s)
 {
     const tsad_model *m = e->model;
@@ -122,6 +166,7 @@ static void layout(tsad_engine *e, space *s)
             e->place[i].x0 = place_floats(s, 2 * floats);
         }
     }
+    layout_blas(e, s);
 }
 
 static void layout_slots(tsad_engine *e, space *s, int rows)
@@ -165,8 +210,6 @@ static void layout_host(tsad_engine *e)
     }
 }
 
-static size_t most(size_t a, size_t b) { return a > b ? a : b; }
-
 /* of one place's register, with what guards it */
 static size_t place_bytes(const tsad_register *r)
 {
@@ -203,11 +246,15 @@ static tsad_status open_memory(tsad_engine *e)
     TSAD_TRY(tsad_arena_allocate(&e->host));
     layout_host(e);
     TSAD_TRY(tsad_stream_make(&e->stream));
+    TSAD_TRY(tsad_blas_rows(&e->blas.rows));
     layout(e, &s);
     TSAD_TRY(tsad_device_allocate(s.used, &e->memory));
     s = (space){.base = e->memory};
     layout(e, &s);
     e->bytes = s.used;
+    if (e->blas.sums_floats) {
+        TSAD_TRY(tsad_blas_open(e->stream, e->blas));
+    }
     TSAD_TRY(open_staging(e));
     return place_slots(e, 1);
 }

@@ -91,7 +91,9 @@ static tsad_status run_chunk(tsad_engine *e, const tsad_run *runs, int n, int ro
         tsad_capture_begin(e->stream);
         tsad_status status = run_all(e, runs, n, row_begin, row_end, true);
         if (tsad_capture_end(e->stream, &graph) != TSAD_OK || status != TSAD_OK) {
-            e->graphs_used = false; /* this GPU or driver has none of these: launches do as well */
+            /* The launches load the kernel that cuBLAS could not load within: they may be captured
+             * then. Otherwise this GPU or driver has none of these: launches do as well. */
+            e->graphs_used = e->blas.rows && ++e->captures_failed < TSAD_GRAPHS;
             e->in_from = from;
             e->in_to = to;
             return run_all(e, runs, n, row_begin, row_end, false);

@@ -4,6 +4,7 @@
  */
 #include "kernels.h"
 #include "activate.h"
+#include "blas.h"
 #include "shared.cuh"
 #include "stream.cuh"
 
@@ -160,11 +161,11 @@ template <typename Arguments> void issue(tsad_stream *stream, const tsad_held &h
 
 template <typename Arguments>
 void launch(tsad_stream *stream, void (*kernel)(Tracks<Arguments>), const Arguments &p, dim3 grid,
-            dim3 block, size_t floats, const char *name)
+            dim3 block, size_t floats, const char *name, tsad_issue_fn how = issue<Arguments>)
 {
     static_assert(sizeof(Tracks<Arguments>) <= sizeof tsad_held::arguments, "room for them");
-    hold(stream, issue<Arguments>, reinterpret_cast<const void *>(kernel), &p, sizeof p, grid,
-         block, floats, name);
+    hold(stream, how, reinterpret_cast<const void *>(kernel), &p, sizeof p, grid, block, floats,
+         name);
     if (!stream->together) {
         tsad_launch_all(stream);
     }
@@ -194,6 +195,17 @@ __device__ float weight_at(const void *w, tsad_precision precision, size_t i)
 }
 
 /* ---- matrix product ---------------------------------------------------------------------- */
+
+/* what becomes of a sum */
+__device__ void finish(const tsad_product &p, unsigned batch, int row, int column, float v)
+{
+    v = tsad_activate(v, p.activation);
+    if (p.table) {
+        v += p.table[(size_t)row * (size_t)p.n_out + (size_t)column];
+    }
+    size_t at = batch * p.y_batch + (size_t)row * (size_t)p.to.ld;
+    deliver(p.to, at + (size_t)(column * p.step), column, v);
+}
 
 /* A block makes WARP columns of ROWS rows. Its warps take slices of the inputs, each thread a
  * column; the slices' sums are added in order. */
@@ -263,12 +275,50 @@ __global__ void __launch_bounds__(WARP *SLICES)
         for (int s = 0; s < SLICES; s++) {
             v += part[s][r][threadIdx.x];
         }
-        v = tsad_activate(v, p.activation);
-        if (p.table) {
-            v += p.table[(size_t)(row + r) * (size_t)p.n_out + (size_t)column];
-        }
-        size_t at = batch * p.y_batch + (size_t)(row + r) * (size_t)p.to.ld;
-        deliver(p.to, at + (size_t)(column * p.step), column, v);
+        finish(p, batch, row + r, column, v);
+    }
+}
+
+/* ---- the same through cuBLAS ------------------------------------------------------------- */
+
+/* A product whose sums are made by another: all tracks' rows are below each other there. */
+struct Joined {
+    tsad_product p;
+    float *columns; /* (rows of all, taps * channels): what each row is made of */
+    float *sums;    /* (rows of all, n_out) */
+};
+
+/* a block a row */
+__global__ void __launch_bounds__(THREADS)
+    gather_kernel(const __grid_constant__ Tracks<Joined> tracks)
+{
+    const Joined &joined = tracks.track[blockIdx.z];
+    const tsad_product &p = joined.p;
+    TSAD_SHARED(float, room, THREADS / WARP);
+    int row = (int)blockIdx.x, n_in = p.taps * p.channels;
+    float *to = joined.columns + (size_t)(blockIdx.z * gridDim.x + blockIdx.x) * (size_t)n_in;
+    Moments m = {0, 1};
+    if (p.norm.used) {
+        m = block_moments(p.x + (size_t)row * (size_t)p.ldx, p.channels, p.norm.eps, room);
+    }
+    for (int k = (int)threadIdx.x; k < n_in; k += THREADS) {
+        int tap = k / p.channels, token = row * p.stride + p.first + tap;
+        bool there = token >= 0 && token < p.tokens;
+        float v = there ? p.x[(size_t)token * (size_t)p.ldx + (size_t)(k - tap * p.channels)] : 0;
+        to[k] = p.norm.used ? normalised(v, m, p.norm, k) : v;
+    }
+}
+
+/* a thread a number */
+__global__ void __launch_bounds__(THREADS)
+    finish_kernel(const __grid_constant__ Tracks<Joined> tracks)
+{
+    const Joined &joined = tracks.track[blockIdx.z];
+    const tsad_product &p = joined.p;
+    int i = (int)(blockIdx.x * THREADS + threadIdx.x), n = p.rows * p.n_out, o = i % p.n_out;
+    if (i < n) {
+        float sum = joined.sums[blockIdx.z * (size_t)n + (size_t)i];
+        finish(p, 0, i / p.n_out, o, p.bias ? p.bias[o] + sum : sum);
     }
 }
 
@@ -611,6 +661,56 @@ __global__ void __launch_bounds__(THREADS)
 
 /* ---- launches ---------------------------------------------------------------------------- */
 
+/* Many rows of one matrix in float32: ours reads it once for each ROWS of them. */
+static bool is_for_blas(const tsad_blas_room *room, const Tracks<tsad_product> &tracks, int n)
+{
+    const tsad_product &p = tracks.track[0];
+    size_t rows = (size_t)n * (size_t)p.rows, n_in = (size_t)p.taps * (size_t)p.channels;
+    bool fits = room && rows >= (size_t)room->rows && p.precision == TSAD_FLOAT32 &&
+                p.batches == 1 && rows * n_in <= room->columns_floats &&
+                rows * (size_t)p.n_out <= room->sums_floats;
+    for (int i = 1; i < n; i++) { /* folds of several layers go together */
+        fits = fits && tracks.track[i].w == p.w;
+    }
+    return fits;
+}
+
+/* Its inputs side by side, the product, and what becomes of it; a lone plain one's inputs are so
+ * already. */
+static void issue_product(tsad_stream *stream, const tsad_held &held)
+{
+    const tsad_blas_room *room = tsad_blas_room_of(stream);
+    Tracks<tsad_product> tracks;
+    memcpy(&tracks, held.arguments, sizeof tracks);
+    if (!is_for_blas(room, tracks, held.n)) {
+        issue<tsad_product>(stream, held);
+        return;
+    }
+    const tsad_product &p = tracks.track[0];
+    tsad_held own = held;
+    Tracks<Joined> joined;
+    static_assert(sizeof joined <= sizeof own.arguments, "room for them");
+    for (int i = 0; i < held.n; i++) {
+        joined.track[i] = {tracks.track[i], room->columns, room->sums};
+    }
+    memcpy(own.arguments, &joined, sizeof joined);
+    bool plain = held.n == 1 && p.taps == 1 && p.stride == 1 && p.first == 0 && !p.norm.used;
+    own.block = THREADS;
+    if (!plain) {
+        own.kernel = reinterpret_cast<const void *>(gather_kernel);
+        own.grid = (unsigned)p.rows;
+        own.name = "gather";
+        issue<Joined>(stream, own);
+    }
+    tsad_blas_multiply(stream, plain ? p.x : room->columns, plain ? p.ldx : p.taps * p.channels,
+                       static_cast<const float *>(p.w), held.n * p.rows, p.taps * p.channels,
+                       p.n_out, room->sums);
+    own.kernel = reinterpret_cast<const void *>(finish_kernel);
+    own.grid = blocks_of((size_t)p.rows * (size_t)p.n_out, THREADS);
+    own.name = "finish";
+    issue<Joined>(stream, own);
+}
+
 void tsad_launch_product(tsad_stream *stream, tsad_product p)
 {
     dim3 grid(blocks_of((size_t)p.n_out, WARP), blocks_of((size_t)p.rows, ROWS),
@@ -618,7 +718,7 @@ void tsad_launch_product(tsad_stream *stream, tsad_product p)
     void (*kernel)(Tracks<tsad_product>) = product_kernel<float>;
     kernel = p.precision == TSAD_FLOAT16 ? product_kernel<Float16> : kernel;
     kernel = p.precision == TSAD_BFLOAT16 ? product_kernel<BFloat16> : kernel;
-    launch(stream, kernel, p, grid, dim3(WARP, SLICES), 0, "product");
+    launch(stream, kernel, p, grid, dim3(WARP, SLICES), 0, "product", issue_product);
 }
 
 void tsad_launch_layernorm(tsad_stream *stream, tsad_layernorm p)

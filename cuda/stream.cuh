@@ -33,6 +33,8 @@ struct tsad_graph {
     tsad_atomic_counts counts; /* what it asks for */
 };
 
+struct tsad_blas;
+
 struct tsad_stream {
     cudaStream_t cuda;
     cudaError_t failed; /* the first failure since the last wait */
@@ -45,6 +47,7 @@ struct tsad_stream {
     cudaEvent_t begun, ended; /* where device time is measured */
     cudaEvent_t order;        /* of this stream and a caller's */
     bool busy;                /* begun was recorded */
+    tsad_blas *blas;          /* NULL: none */
 };
 
 static inline void tsad_stream_note(tsad_stream *stream, cudaError_t error, const char *what)

@@ -48,7 +48,7 @@ def barriers() -> list[Mutant]:
 
 
 K, R, N, E, G = "kernels.cu", "run.c", "node.c", "engine.c", "graph.c"
-C, D = "caller.c", "device.cu"
+C, D, B = "caller.c", "device.cu", "blas.cu"
 MUTANTS = [
     Mutant("product: a token too many", K, "token < p.tokens", "token <= p.tokens"),
     Mutant("product: a token too few", K, "token >= 0 &&", "token > 0 &&"),
@@ -209,6 +209,55 @@ MUTANTS = [
     ),
     Mutant("graph: with another call's copies", G, "key->in_from = e->in_from;", ""),
     Mutant(
+        "blas: the weights' rows are as long as the inputs'", B, "w, outputs, x", "w, inputs, x"
+    ),
+    Mutant("blas: the inputs' rows are close together", B, "x, ldx, &zero", "x, inputs, &zero"),
+    Mutant("blas: results as far apart as inputs", B, "y, outputs);", "y, inputs);"),
+    Mutant("blas: the weights are turned", B, "handle, AS_IT_IS, AS_IT_IS", "handle, 1, AS_IT_IS"),
+    Mutant("blas: the inputs are turned", B, "handle, AS_IT_IS, AS_IT_IS", "handle, AS_IT_IS, 1"),
+    Mutant("blas: added to what was there", B, "&zero, y", "&one, y"),
+    Mutant("blas: a row too few", B, "outputs, rows, inputs,", "outputs, rows - 1, inputs,"),
+    Mutant("blas: an input too few", B, "outputs, rows, inputs,", "outputs, rows, inputs - 1,"),
+    Mutant("blas: another stream", B, "library.set_stream(*handle, stream->cuda)", "0"),
+    Mutant(
+        "blas: no workspace",
+        B,
+        "library.set_workspace(*handle, room.workspace, room.workspace_bytes)",
+        "0",
+    ),
+    Mutant(
+        "blas: the workspace before the stream",
+        B,
+        "int status = library.create(handle);",
+        "int status = library.create(handle);\n"
+        "    library.set_workspace(*handle, room.workspace, room.workspace_bytes);\n"
+        "    room.workspace = nullptr;",
+    ),
+    Mutant(
+        "blas: its workspace is the inputs'",
+        E,
+        "room->workspace = place(s, room->workspace_bytes);",
+        "room->workspace = room->columns, room->workspace_bytes = 4 * room->columns_floats;",
+    ),
+    Mutant("blas: of the first layer's matrix", K, "fits && tracks.track[i].w == p.w", "fits"),
+    Mutant("blas: of 16 bits", K, "p.precision == TSAD_FLOAT32 &&", ""),
+    Mutant("blas: the first batch alone", K, "p.batches == 1 &&", ""),
+    Mutant("gather: all tracks' rows in one place", K, "(blockIdx.z * gridDim.x +", "(0 +"),
+    Mutant("gather: a token too many", K, "token < p.tokens", "token <= p.tokens", 1),
+    Mutant("gather: not normalised", K, "to[k] = p.norm.used ?", "to[k] = false ?"),
+    Mutant("gather: every row's moments are the first's", K, "p.x + (size_t)row * ", "p.x + 0 * "),
+    Mutant("gather: left out", K, "if (!plain) {", "if (false) {"),
+    Mutant("gather: normalised rows are plain", K, " && !p.norm.used;", ";"),
+    Mutant("gather: rows beside others are plain", K, "plain = held.n == 1 && p.t", "plain = p.t"),
+    Mutant(
+        "finish: all tracks have the first one's", K, "joined.sums[blockIdx.z *", "joined.sums[0 *"
+    ),
+    Mutant("finish: no bias", K, "p.bias ? p.bias[o] + sum : sum", "sum"),
+    Mutant("finish: the next column", K, "finish(p, 0, i / p.n_out, o,", "finish(p, 0, o, o,"),
+    Mutant(
+        "graph: a failed capture takes what was to be copied", G, "            e->in_to = to;\n", ""
+    ),
+    Mutant(
         "run: noise there is the first row's", R, "(size_t)(row_begin + 1) * run->noise_step", "0"
     ),
 ]
@@ -257,6 +306,7 @@ class Workshop:
 def survives(library: Path, check: Callable[[], None] | None = None) -> bool:
     """Whether the checks, or this one, pass with this library; asked of a child: it may crash."""
     import test_cuda
+    import test_cuda_blas
     import test_device_arrays
 
     from tsad import _core
@@ -274,6 +324,7 @@ def survives(library: Path, check: Callable[[], None] | None = None) -> bool:
             else:
                 test_cuda.check_all()
                 test_device_arrays.check_there(str(library))
+                test_cuda_blas.check_blas(str(library))
             status = 0
         except BaseException:  # caught: that is what it was planted for
             pass

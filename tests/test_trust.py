@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ def load(folder: str, **options: Any) -> tsad.SparsePolicy:
 def test_it_is_asked_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each model, GPU, driver and build."""
     asked = []
-    right = trust.Comparison.problem
-    monkeypatch.setattr(trust.Comparison, "problem", lambda self: asked.append(1) or right(self))
+    right = trust.problem_of
+    monkeypatch.setattr(trust, "problem_of", lambda make: asked.append(1) or right(make))
     one, other = save_policy(tmp_path / "one"), save_policy(tmp_path / "other", seed=1)
 
     def times(folder: str, **options: Any) -> int:
@@ -112,4 +113,21 @@ def test_a_pruner_is_asked_too(
         plant(patch, next(name for name in pruner if name.endswith("weight")), pruner=True)
         with pytest.raises(RuntimeError, match=r"whose pruner score \[\d+, \d+, \d+\] is"):
             load(folder)
+    load(folder)
+
+
+def test_products_of_cublas_are_asked_too(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one lane no product has the rows for it by itself; in more lanes some may."""
+    folder, right = save_policy(tmp_path / "policy"), trust.Comparison.problem
+
+    def problem(self: trust.Comparison) -> str | None:
+        return right(self) or (os.environ.get("TSAD_CUDA_BLAS") == "1" and "it is wrong") or None
+
+    monkeypatch.setattr(trust.Comparison, "problem", problem)
+    with pytest.raises(RuntimeError, match=r"it is wrong, with cuBLAS 0\.0\.1: TSAD_CUDA_BLAS=0"):
+        load(folder)
+    assert "TSAD_CUDA_BLAS" not in os.environ
+    monkeypatch.setenv("TSAD_CUDA_BLAS", "0")
     load(folder)

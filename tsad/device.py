@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,20 @@ class Cuda(NamedTuple):
     def words(self) -> str:
         """One line of it."""
         return f"not offered: {self.absent}" if self.absent else f"offered: {self.name}"
+
+
+class Cublas(NamedTuple):
+    """NVIDIA's cuBLAS, which products of many rows go to where it is: its library, its version."""
+
+    library: str | None
+    version: str
+    absent: str | None
+
+    def words(self) -> str:
+        """One line of it."""
+        if self.absent:
+            return f"not used: {self.absent}"
+        return f"found: {self.version}, {self.library} (TSAD_CUDA_BLAS says from how many rows on)"
 
 
 class Counts(NamedTuple):
@@ -64,13 +79,14 @@ def counts() -> Counts:
 
 
 def identity() -> str:
-    """The GPU, its driver and its runtime, as far as what they compute may depend on them."""
+    """The GPU, its driver, runtime and cuBLAS, as far as what they compute may depend on them."""
     read = ctypes.CDLL(cuda().library).tsad_plugin_identity
     read.restype = ctypes.c_char_p
     build = ""
     with contextlib.suppress(OSError):  # which CUDA's runtime does not say
         build = Path("/proc/driver/nvidia/version").read_text()
-    return f"{read().decode(errors='replace')} {build}".strip()
+    blas = f"cuBLAS {cublas().version} {os.environ.get('TSAD_CUDA_BLAS', '')}"
+    return f"{read().decode(errors='replace')} {build} {blas}".strip()
 
 
 @contextlib.contextmanager
@@ -103,6 +119,68 @@ def _load(library: str) -> Cuda:
         return Cuda(library, "", str(error))
 
 
+def cublas() -> Cublas:
+    """What of cuBLAS is here, loaded for the policies that are made from now on.
+
+    ``TSAD_CUBLAS_LIBRARY`` names the library. Otherwise it is the backend's own (an emulated GPU
+    has one), that of a wheel (``pip install nvidia-cublas``), one that the process has or the
+    system knows, or the toolkit's.
+    """
+    library = cuda().library
+    if library is None:
+        return Cublas(None, "", "this build has no CUDA backend")
+    return _load_cublas(library, os.environ.get("TSAD_CUBLAS_LIBRARY", ""))
+
+
+@functools.cache
+def _load_cublas(library: str, named: str) -> Cublas:
+    try:
+        backend = ctypes.CDLL(library)
+        load, version = backend.tsad_plugin_blas, backend.tsad_plugin_blas_version
+    except (OSError, AttributeError):  # what `cuda` says of it, too
+        return Cublas(None, "", f"{library} is no CUDA backend")
+    load.restype = version.restype = ctypes.c_char_p
+    if named:
+        paths = [named]
+    elif hasattr(backend, "cublasCreate_v2"):
+        paths = [library]
+    else:
+        paths = _cublas_paths(backend.tsad_plugin_blas_major())
+    said = f"none of {', '.join(paths)} is here"
+    for path in paths:
+        problem: bytes | None = load(os.fsencode(path))
+        if problem is None:
+            return Cublas(path, version().decode(), None)
+        said = problem.decode(errors="replace") if named else said
+    return Cublas(None, "", f"{said}; pip install nvidia-cublas, or name it in TSAD_CUBLAS_LIBRARY")
+
+
+@contextlib.contextmanager
+def setting(name: str, value: str) -> Iterator[None]:
+    """Policies made within have this setting of the backend, a variable of the environment."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _cublas_paths(major: int) -> list[str]:
+    """Where it may be: that of the runtime here first, and of the one beside it."""
+    found, wheels = [], importlib.util.find_spec("nvidia")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    for number in (major, 12 if major == 13 else 13):
+        name = f"libcublas.so.{number}"
+        for folder in wheels.submodule_search_locations or () if wheels else ():
+            inside = [Path(folder) / part / "lib" / name for part in (f"cu{number}", "cublas")]
+            found += [str(path) for path in inside if path.exists()]
+        found += [name, f"{home}/lib64/{name}"]
+    return found
+
+
 def check_device(device: Any) -> str:
     """``"cpu"`` or ``"cuda"``; ``ValueError`` says why it is neither, or is not offered here."""
     name = str(device)  # a torch.device too
@@ -110,6 +188,7 @@ def check_device(device: Any) -> str:
         return name
     absent = cuda().absent if name in CUDA_NAMES else None
     if name in CUDA_NAMES and absent is None:
+        cublas()  # for the policies to be made
         return "cuda"
     why = f", which is not offered: {absent}" if absent else ""
     raise ValueError(

@@ -126,6 +126,17 @@ def _difference(got: Any, expected: Any, unit: float, what: str) -> Difference:
     )
 
 
+def problem_of(policies: Callable[[str], SparsePolicy]) -> str | None:
+    """What is not right of the GPU, with this backend's own products and with cuBLAS's."""
+    problem = Comparison(policies("cpu"), policies("cuda")).problem()
+    if problem or device.cublas().absent or os.environ.get("TSAD_CUDA_BLAS") == "0":
+        return problem
+    with device.setting("TSAD_CUDA_BLAS", "1"):  # of all rows: more lanes may have them
+        problem = Comparison(policies("cpu"), policies("cuda")).problem()
+    without = "TSAD_CUDA_BLAS=0 does without it"
+    return problem and f"{problem}, with cuBLAS {device.cublas().version}: {without}"
+
+
 def _key(facts: dict[str, Any], config: PolicyConfig, sampler: Sampler, tensors: Any) -> str:
     """Of everything that what was found depends on."""
     digest = hashlib.sha256(json.dumps([facts, config.to_dict()], sort_keys=True).encode())
@@ -160,8 +171,7 @@ def check(
     known = _folder() / f"{_key(facts, config, sampler, tensors)}.json"
     if known.exists():
         return
-    comparison = Comparison(policies("cpu"), policies("cuda"))
-    problem = comparison.problem()
+    problem = problem_of(policies)
     if problem is not None:
         raise RuntimeError(
             f"device: expected a GPU that computes what the CPU does, got {cuda.name!r}, whose "

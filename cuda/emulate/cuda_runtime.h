@@ -21,6 +21,7 @@
 #include <functional>
 
 #define TSAD_EMULATE 1
+#define CUDART_VERSION 0
 
 #define __device__
 #define __host__
@@ -40,7 +41,9 @@ enum cudaError_t {
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorLaunchFailure = 719,
-    cudaErrorStreamCaptureUnsupported = 900
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorStreamCaptureInvalidated = 901,
+    cudaErrorUnknown = 999
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
@@ -94,6 +97,10 @@ namespace emulate
 
 cudaError_t launch(std::function<void()> thread, dim3 grid, dim3 block, size_t shared,
                    cudaStream_t stream);
+void ask(cudaStream_t stream, std::function<const char *()> what);
+bool holds(const void *at, size_t bytes); /* in an array of the device */
+/* what a stream captures will be no graph; false: it captures nothing */
+bool spoil_capture(cudaStream_t stream);
 float warp_read(float value, unsigned lane); /* what thread `lane` of the warp gave */
 void *shared(int line, size_t bytes);
 float *dynamic();

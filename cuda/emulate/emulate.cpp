@@ -387,7 +387,7 @@ struct emulated_stream {
     uint64_t number; /* no other stream ever has it */
     Work queue;
     size_t done = 0; /* how much of all that was asked for */
-    bool captures = false;
+    bool captures = false, spoiled = false;
     Work captured;
     emulated_stream();
     ~emulated_stream();
@@ -731,6 +731,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode)
         return cudaErrorStreamCaptureUnsupported;
     }
     stream->captures = true;
+    stream->spoiled = false;
     stream->captured.clear();
     return cudaSuccess;
 }
@@ -741,6 +742,11 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
         return cudaErrorInvalidValue;
     }
     stream->captures = false;
+    if (stream->spoiled) {
+        stream->captured.clear();
+        snprintf(message, sizeof message, "emulated GPU: a capture that was spoiled");
+        return cudaErrorStreamCaptureInvalidated;
+    }
     *out = new emulated_graph{std::move(stream->captured)};
     stream->captured.clear();
     live_graphs++;
@@ -775,6 +781,33 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec)
     live_graphs--;
     delete exec;
     return cudaSuccess;
+}
+
+/* ---- what the stand-in for cuBLAS calls ----------------------------------------------------- */
+
+void emulate::ask(cudaStream_t stream, std::function<const char *()> what)
+{
+    ::ask(stream, std::move(what));
+}
+
+bool emulate::holds(const void *at, size_t bytes)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    const char *from = static_cast<const char *>(at), *to = from + bytes;
+    bool inside = false;
+    for (const Allocation &a : allocations) {
+        inside |= from >= a.at && to <= a.at + a.bytes;
+    }
+    for (const Allocation &g : guards) {
+        inside &= to <= g.at || from >= g.at + g.bytes;
+    }
+    return inside;
+}
+
+bool emulate::spoil_capture(cudaStream_t stream)
+{
+    stream_of(stream)->spoiled = true;
+    return stream_of(stream)->captures;
 }
 
 /* ---- what kernels call -------------------------------------------------------------------- */

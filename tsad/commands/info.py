@@ -75,6 +75,7 @@ def build_facts() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "backends": list(_core.backends()),
         "cuda": device.cuda().words(),
+        "cublas": device.cublas().words(),
         "extension": str(_core.__file__),
         "cpu": cpu_name(),
         "cpu_features": _cpu_features(),

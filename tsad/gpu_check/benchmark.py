@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,6 +26,8 @@ class Case(NamedTuple):
     name: str
     make: Callable[[], tsad.SparsePolicy]
     small: bool = False
+    blas: str | None = None
+    """TSAD_CUDA_BLAS; None: as it is."""
 
 
 def _pusht(sparsity: float = 0.0, **options: Any) -> tsad.SparsePolicy:
@@ -46,11 +49,20 @@ def cases() -> Iterator[Case]:
     unet = partial(random_policy, LARGE_UNET, "cuda", steps=100)
     yield Case("UNet, DDPM-100", unet)
     yield Case("UNet, float16", partial(unet, precision="float16"))
+    # which rows are worth cuBLAS: its products and our own, of 16 rows and of 64
+    yield Case("UNet, cuBLAS", unet, blas="1")
+    yield Case("UNet, 4 lanes, no cuBLAS", partial(unet, lanes=4), blas="0")
+    yield Case("UNet, 4 lanes, cuBLAS", partial(unet, lanes=4), blas="1")
+    yield Case("dense, cuBLAS", _pusht, blas="1")
 
 
 def run(case: Case, *, gpu: str, emulated: bool) -> dict[str, Any]:
     """Times and counts of a case; of an emulated GPU the counts alone, which are as true."""
-    policy = case.make()
+    absent = device.cublas().absent
+    if absent and case.blas not in (None, "0"):
+        return {"case": case.name, "skipped": absent}
+    with device.setting("TSAD_CUDA_BLAS", case.blas or os.environ.get("TSAD_CUDA_BLAS", "")):
+        policy = case.make()
     policy.reset(seed=0)
     given = observations(policy, 64)
     for obs in given[: 3 if emulated else WARM_UP]:
@@ -59,6 +71,7 @@ def run(case: Case, *, gpu: str, emulated: bool) -> dict[str, Any]:
     policy(given[0])
     asked = device.counts().since(before)
     plan = policy.plan
+    plan = plan[0] if isinstance(plan, list) else plan
     assert isinstance(plan, tsad.Plan)
     work = work_of(policy, plan)
     facts: dict[str, Any] = {
@@ -66,6 +79,8 @@ def run(case: Case, *, gpu: str, emulated: bool) -> dict[str, Any]:
         "sampler": sampler_name(policy),
         "sparsity": float(plan.sparsity),
         "precision": policy.precision,
+        "lanes": policy.lanes,
+        "cublas": device.cublas().version,
         **asked._asdict(),
         "weights": work.weights,
         "bytes": work.bytes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 import tsad
 from tsad.config import PolicyConfig, pruner_shapes
+from tsad.device import cublas, setting
 from tsad.families import block_costs, network_shapes
 from tsad.load import make_model, policy_folder
 from tsad.presets import find_preset
@@ -52,6 +52,10 @@ SCHEDULER = {
 }  # fmt: skip
 
 
+class NotHereError(Exception):
+    """Why something can't be compared here."""
+
+
 class Pair(NamedTuple):
     """One policy twice: on the CPU and on the GPU."""
 
@@ -73,6 +77,8 @@ class Check:
         """What came of it; what is raised is a failure, too."""
         try:
             error, problem = self.run(), None
+        except NotHereError as absent:
+            return {"check": self.name, "skipped": str(absent)}
         except (RuntimeError, ValueError, MemoryError) as raised:
             error, problem = float("nan"), f"{type(raised).__name__}: {raised}"
         return {
@@ -285,16 +291,22 @@ def repeats() -> float:
 
 def graphs_differ() -> float:
     """Chunks of fixed plans as CUDA graphs, and as launches: the same bits."""
-    chunks, before = [], os.environ.get("TSAD_CUDA_GRAPHS")
-    try:
-        for used in "01":
-            os.environ["TSAD_CUDA_GRAPHS"] = used  # asked when a policy is made
+    chunks = []
+    for used in "01":
+        with setting("TSAD_CUDA_GRAPHS", used):
             chunks.append(episode(random_policy(TRANSFORMER, "cuda", lanes=3), 31))
-    finally:
-        os.environ.pop("TSAD_CUDA_GRAPHS")
-        if before is not None:
-            os.environ["TSAD_CUDA_GRAPHS"] = before
     return float(np.abs(chunks[1] - chunks[0]).max())
+
+
+def cublas_differs(network: dict[str, Any], plans: int) -> float:
+    """Random plans with all products through cuBLAS, and the same bits again."""
+    if (absent := cublas().absent) is not None:
+        raise NotHereError(absent)
+    with setting("TSAD_CUDA_BLAS", "1"):
+        policy = random_policy(network, "cuda", lanes=2)
+        first, again = (episode(policy, 21) for _ in range(2))
+        differ = plans_differ(network, plans)
+    return differ if np.array_equal(first, again) else float("inf")
 
 
 def bundled_differs(**options: Any) -> float:
@@ -328,6 +340,8 @@ def checks() -> Iterator[Check]:
     yield Check("pruner, chunks", pruner_differs, FEW_STEPS)
     yield Check("the same bits again", repeats, 0.0)
     yield Check("graphs, launches", graphs_differ, 0.0)
+    for name, network in small.items():
+        yield Check(f"{name}, cuBLAS", partial(cublas_differs, network, 1), FEW_STEPS)
     chunks: dict[str, Callable[[], float]] = {
         "dense": partial(bundled_differs, lanes=2),
         "DDIM of 10 steps": partial(bundled_differs, sampler="ddim", num_inference_steps=10),
@@ -340,6 +354,8 @@ def checks() -> Iterator[Check]:
     for name, network in (("unet", LARGE_UNET), ("dit", LARGE_DIT)):
         run = partial(plans_differ, network, 2, 2)
         yield Check(f"large {name}, random plans", run, FEW_STEPS, small=False)
+        run = partial(cublas_differs, network, 2)
+        yield Check(f"large {name}, cuBLAS", run, FEW_STEPS, small=False)
     for name, network in small.items():
         run = partial(plans_differ, network, 50, 4, seed=100)
         yield Check(f"{name}, 50 random plans of 4 lanes", run, FEW_STEPS, small=False)
