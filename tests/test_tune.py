@@ -64,6 +64,10 @@ def test_the_default_grid_fits_the_policy() -> None:
     assert names[0] == "dense" and len(set(names)) == len(names)
     assert {"uniform-95", "ddim-2-trailing", "dpm-5", "ddim-16-uniform-87.5"} <= set(names)
     assert names[-2:] == ["ddim-8-warm-4-4-actions", "ddim-8-trailing-warm-4-rows-0-2-4-actions"]
+    assert {"pruner-80", "pruner-own", "ddim-16-fbcache-0.2", "ddim-16-teacache-1"} <= set(names)
+    assert {"ddim-16-trailing-warm-8-rows-0", "ddim-16-trailing-warm-8-rows-0-4"} <= set(names)
+    other = [row["name"] for row in tune.default_grid(tsad.load("pusht_corners"))]  # a UNet
+    assert not any("pruner" in name or "cache" in name for name in other)
     few = tune.default_grid(tsad.load("pusht", sampler="ddim", num_inference_steps=5))
     assert all(row.get("steps", 0) < 5 for row in few)
     assert not any(row["name"] == "uniform-95" for row in few)  # less than two steps
@@ -241,6 +245,88 @@ def test_leads_are_judged_by_dense_with_a_lead(capsys: Any, folder: Path) -> Non
         capsys, "tune", "--policy", "p", "--observations", "x", "--out", "y", "--leads"
     )
     assert code == 2 and "argument --leads: a lead is chosen by score" in err
+
+
+DECIDED = [
+    {"name": "eight", "sampler": "ddim", "steps": 8},
+    {"name": "pruner", "planner": "pruner"},
+    {"name": "cache", "sampler": "ddim", "steps": 8, "rule": {"fbcache": 0.4, "most": 4}},
+    {"name": "one", "sampler": "ddim", "steps": 4, "plan": "1000"},
+    {"name": "two", "sampler": "ddim", "steps": 4, "warm_start": 2},
+]
+
+
+def test_pruners_rules_and_fitted_samplers(capsys: Any, folder: Path, monkeypatch: Any) -> None:
+    """They are played, told by what they cost, chosen, kept, and loaded as what they are."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(tune, "FIT", {"steps": 2, "chunks": 4, "draws": 2, "batch": 2})
+    policy, recorded = str(folder / "policy"), str(folder / "recorded2")
+    collect = ["collect", "pusht", "--policy", policy, "--out", recorded, "--episodes", "2"]
+    assert run(capsys, *collect, "--sampler", "ddim", "--steps", "2")[0] == 0
+    (folder / "decided.json").write_text(json.dumps(DECIDED))
+    words = ["tune", "pusht", "--policy", policy, "--settings", str(folder / "decided.json")]
+    words += ["--out", str(folder / "decided"), "--seeds", "3", "--lanes", "3", "--rounds", "2"]
+    words += ["--within", "9", "--save", "--overwrite", "--data", recorded]
+    code, text, err = run(capsys, *words, "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    rows = found["rows"]
+    assert list(rows) == [*(row["name"] for row in DECIDED), "one-fitted", "two-fitted"]
+    assert found["unfitted"] == {}
+    for name in ("pruner", "cache"):
+        assert 0 < rows[name]["passes"] <= rows[name]["most_passes"] < 100
+    assert rows["cache"]["most_passes"] <= 4 + 4 / 8 and "most_passes" not in rows["one"]
+    success = {name: row["success"]["mean"] for name, row in rows.items()}
+    for name in list(rows)[1:]:
+        difference = rows[name]["success_difference"]["mean_difference"]
+        assert difference == pytest.approx(success[name] - success["eight"])
+    code, text, err = run(capsys, *words)  # again: nothing is played or fitted
+    assert code == 0 and "episodes" not in err and "train" not in err, err
+    assert "success, difference" in text and "most" in text
+
+    args = _parsed(words)
+    sweep = tune.Sweep(
+        tune.experiment_of(args, resume=True),
+        [found["settings"][name] for name in rows],
+        folder,
+        folder / "decided",
+        words=vars(args),
+    )
+    for name in ("pruner", "cache", "one-fitted"):
+        tune._save(sweep, rows, {"fast": name}, args)
+        preset, loaded = read_presets(folder / "policy")["fast"], tsad.load(policy, preset="fast")
+        wanted = sweep.load(name)
+        assert (loaded.planner, loaded.sparsity) == (wanted.planner, wanted.sparsity)
+        assert (loaded.fitted is None) == (name != "one-fitted")
+        obs = np.full((loaded.n_obs_steps, loaded.obs_dim), 256, np.float32)
+        for each in (loaded, wanted):
+            each.reset(seed=0)
+            each(obs)
+        np.testing.assert_array_equal(loaded(obs), wanted(obs))
+        assert (preset.pruner_sha256 is None) == (name != "pruner")
+        words_of = {"pruner": "pruner, its own", "cache": "fbcache 0.4, at most 4 steps"}
+        code, text, err = run(capsys, "info", policy)
+        assert code == 0 and words_of.get(name, "fitted") in text and "success " in text, err
+        assert "waits to be asked: planner='pruner'" in text
+
+
+def test_what_can_not_be_fitted_is_said(capsys: Any, folder: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(tune, "FIT", {"steps": 2, "chunks": 4, "draws": 2})
+    grid, data = folder / "few.json", folder / "single.npz"
+    grid.write_text(json.dumps([DECIDED[0], DECIDED[4]]))
+    np.savez(data, obs=np.full((4, 2, 20), 256, np.float32))  # single chunks: nothing before them
+    words = ["tune", "pusht", "--policy", str(folder / "policy"), "--settings", str(grid), "--out"]
+    words += [str(folder / "few"), "--seeds", "2", "--rounds", "1", "--data", str(data)]
+    code, text, err = run(capsys, *words)
+    assert code == 0 and "not fitted: two: argument --data: " in text, err
+    turns = {"name": "t", **DECIDED[0], "rule": "every=2,plan=10000000,other=11000000"} | {
+        "name": "t"}  # fmt: skip
+    grid.write_text(json.dumps([DECIDED[0], turns]))
+    words = ["tune", "--policy", str(folder / "policy"), "--settings", str(grid), "--out"]
+    words += [str(folder / "turns"), "--observations", str(data), "--draws", "2"]
+    code, _, err = run(capsys, *words)
+    assert code == 2 and "t: what plans that take turns do takes episodes to see" in err
 
 
 def test_nothing_is_chosen_that_loses_more(capsys: Any, folder: Path) -> None:

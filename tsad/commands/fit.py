@@ -37,6 +37,7 @@ from tsad.setting import WORDS, Setting, steady_sha256
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
+    from tsad.fitted import Fitted
     from tsad.sim.recording import Recorded
     from tsad.training.fit import FitSettings, FitTrainer, Windows
 
@@ -155,14 +156,10 @@ def run(args: argparse.Namespace) -> int:
     torch = require("torch", extra="train", purpose="tsad fit")
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = _settings(args)
-    setting = replace(setting_of(vars(args), args.source), lead=None, smoothing=None, fitted=None)
-    trainer = _trainer(args, setting, settings, out)
-    _prepare(trainer)
-    if trainer.state_there:
-        trainer.resume()
-    fitted = fit(trainer, args, ["the", "same", "command"])
-    rows = _rows(setting, out, trainer)
+    setting = setting_of(vars(args), args.source)
+    trainer, fitted = fit_setting(args, setting, _settings(args), out)
+    bare = replace(setting, lead=None, smoothing=None, fitted=None)
+    rows = _rows(bare, out, trainer)
     write_json(out / SETTINGS_FILE, rows)
     measured = fitted.measured
     if args.json:
@@ -178,6 +175,19 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"play both: tsad eval SIMULATOR --settings {out / SETTINGS_FILE} --out DIR")
     return 0
+
+
+def fit_setting(
+    args: argparse.Namespace, setting: Setting, settings: FitSettings, out: Path
+) -> tuple[FitTrainer, Fitted]:
+    """Fit one setting of ``args.source`` on ``args.data`` into a folder, or go on with it there."""
+    bare = replace(setting, lead=None, smoothing=None, fitted=None)
+    trainer = _trainer(args, bare, settings, out)
+    _prepare(trainer)
+    if trainer.state_there:
+        trainer.resume()
+    fitted: Fitted = fit(trainer, args, ["the", "same", "command"])
+    return trainer, fitted
 
 
 def _trainer(

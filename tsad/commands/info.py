@@ -102,6 +102,7 @@ def policy_facts(source: str, args: argparse.Namespace) -> dict[str, Any]:
         "vision": config.get("vision"),
         "sampler": {**config["scheduler"], "num_inference_steps": policy.num_inference_steps},
         "planner": planner_name(policy),
+        "pruner": config.get("pruner") if policy.has_pruner else None,
         "max_sparsity": policy.max_sparsity,
         "block_types": types,
         "mac_per_step": cost,
@@ -163,6 +164,10 @@ def _preset_lines(presets: list[dict[str, Any]]) -> list[str]:
             if isinstance(other, int | float):
                 of = f" {measured['dense']}" if isinstance(measured.get("dense"), str) else ""
                 text += f"; score {other:+.3f} to dense{of}"
+            known = measured.get("success_difference")
+            success = known.get("mean_difference") if isinstance(known, dict) else None
+            if isinstance(success, int | float):
+                text += f", success {success:+.3f}"
             led = measured.get("to_dense_with_lead")  # of a preset with a lead
             beside = led.get("mean_difference") if isinstance(led, dict) else None
             known = preset.get("lead") and isinstance(beside, int | float)
@@ -199,6 +204,17 @@ def _camera_rows(vision: dict[str, Any] | None) -> dict[str, str]:
     return rows
 
 
+def _pruner_row(facts: dict[str, Any]) -> dict[str, str]:
+    """A row, where there is a pruner."""
+    pruner = facts["pruner"]
+    if pruner is None:
+        return {}
+    asked = "decides unless another planner is set"
+    if facts["planner"] != "pruner":
+        asked = "waits to be asked: planner='pruner' (--planner pruner) runs it"
+    return {"pruner": f"{pruner['type']}, {asked}"}
+
+
 def _policy_rows(facts: dict[str, Any]) -> dict[str, Any]:
     net, sampler = facts["network"], facts["sampler"]
     shares = facts["mac_per_step"] or 1
@@ -210,6 +226,7 @@ def _policy_rows(facts: dict[str, Any]) -> dict[str, Any]:
         "action": f"{net['n_action_steps']} of {net['horizon']} steps x {net['action_dim']}",
         "sampler": f"{sampler['type']}, {_steps(sampler)}, predicts {sampler['prediction_type']}",
         "planner": f"{facts['planner']}, up to sparsity {facts['max_sparsity']:.4g}",
+        **_pruner_row(facts),
         "cost": f"{facts['mac_per_step'] / 1e6:.2f} M MAC a step, "
         f"{facts['mac_per_dense_chunk'] / 1e9:.3f} G a dense chunk",
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tsad._extras import require
 from tsad.commands.common import (
     NOT_ASKED,
     OBSERVATIONS,
@@ -33,20 +34,18 @@ from tsad.commands.common import (
     table,
 )
 from tsad.evaluation.errors import SINGLE
-from tsad.evaluation.judging import best, choose, compare, shown_offline
+from tsad.evaluation.grid import LEADS, default_grid
+from tsad.evaluation.judging import best, choose, compare, few_passes, shown_offline
 from tsad.evaluation.sweep import (
     CHUNKS_PER_ROUND,
     Sweep,
-    fitting,
     passes,
     read_settings,
     times,
 )
 from tsad.evaluation.timing import cpu_name
 from tsad.files import make_folder, output_folder, write_json
-
-if TYPE_CHECKING:
-    from tsad import SparsePolicy
+from tsad.rule import Alternate
 
 FORMAT, FORMAT_VERSION = "tsad-tune", 1
 RESULT, PICTURE = "tune.json", "tune.png"
@@ -54,21 +53,7 @@ RESULT, PICTURE = "tune.json", "tune.png"
 # and of forty settings the luckiest is taken.
 LEAST_SEEDS = 30
 ERRORS = ("action_rms", "distance")
-FEW_STEPS, FEWEST = (16, 10, 8, 6, 5, 4, 3, 2), 2
-DPM_STEPS = (10, 8, 5, 4)
-SPARSITIES = (0.5, 0.8, 0.9, 0.95)
-# Steps computed: what few steps extrapolate from is a matter of where they are (bench/frontier).
-MASKS = (("dpmsolver++", "10000010"), ("dpmsolver++", "10010010"), ("ddim", "10000100"))
-WARM_STEPS, WARM_STARTS = 8, (("leading", 4, None), ("trailing", 4, "1010"))
-SPARSE_FEW = ((16, 0.75), (16, 0.875), (8, 0.5), (8, 0.75), (4, 0.5))
-# What is made of executed actions: the gain of a lead is a matter of the simulator's controller.
-LEADS: tuple[dict[str, Any], ...] = (
-    {"smoothing": True, "lead": 0.1},
-    {"smoothing": True, "lead": 0.2},
-    {"smoothing": True, "lead": 0.3},
-    {"lead": 0.2},
-)
-
+FIT: dict[str, Any] = {}  # settings of fits, where they are not the usual ones
 DESCRIPTION = f"""\
 Plays a policy with many settings over the same seeds, times each afterwards, and shows the
 frontier: the least loss at every time. The first setting, dense, is what all are compared with.
@@ -83,13 +68,19 @@ further than the chunk before foresaw. That is no correction of what a setting l
 robot's controller, and the dense policy as well. So a setting with a lead is judged by dense with
 its own best lead, and each loss is shown against both.
 
+--data RECORDED fits samplers beside that, as tsad fit does: those of the best settings of one pass
+and of two, a few minutes each, which are then played beside what they are without.
+
 "fast" and "lossless" are chosen of 30 seeds or more, and kept with --save, for
 tsad.load(..., preset="fast"): in the policy's folder, or in one of yours if that can't be changed,
 as those of the policies that come with tsad (tsad info says where).
 
 Without --settings the grid is: DDIM and DPM-Solver++ with few steps, plans that compute some of the
-steps, and a start from the chunk before; then what is best again in 16 bits, with half of the
-actions executed, and with leads of 0.1 to 0.3.
+steps, a start from the chunk before, the policy's pruner at three sparsities and by its own choice,
+and rules that look within a chunk (first-block cache, TeaCache) at three thresholds each, where the
+policy can have these; then what is best again in 16 bits, with half of the actions executed, and
+with leads of 0.1 to 0.3. Passes of a pruner or a rule are the average of the chunks that were
+played, with the most of any chunk beside it.
 The format of --settings is that of tsad eval.
 
 Without a simulator, --observations alone compare the actions of --draws samples per observation
@@ -107,7 +98,8 @@ examples:
   tsad tune pusht --out tuned                                        100 seeds, the default grid
   tsad tune pusht --out tuned --seeds 500 --settings mine.json       settings of your own
   tsad tune pusht --policy runs/mine --out tuned --within 0.05 --save
-  tsad collect pusht --out recorded --episodes 16
+  tsad collect pusht --out recorded --episodes 16 --sampler ddim --steps 16
+  tsad tune pusht --out tuned --data recorded --save                 and fitted samplers
   tsad tune --policy runs/mine --observations recorded --out tuned   no simulator"""
 
 
@@ -144,6 +136,11 @@ def add_parser(subparsers: Any) -> None:
         help="what may be lost: of the score, or without a simulator of distance (default: 0.03)",
     )
     parser.add_argument("--observations", metavar="DATA", help=OBSERVATIONS_HELP)
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="fit the best settings of one and two passes on these recorded observations",
+    )
     parser.add_argument(
         "--draws",
         type=positive_int,
@@ -183,44 +180,9 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run, **NOT_ASKED | {"precision": "float32"})
 
 
-def default_grid(policy: SparsePolicy) -> list[dict[str, Any]]:
-    """Settings for a policy: its own, fewer steps of other samplers, some of the steps."""
-
-    def computed(mask: str) -> str:
-        return "-".join(str(step) for step, bit in enumerate(mask) if bit == "1")
-
-    own = policy.num_inference_steps
-    rows: list[dict[str, Any]] = [{"name": "dense"}]
-    rows += [
-        {"name": f"uniform-{100 * s:g}", "planner": "uniform", "sparsity": s}
-        for s in SPARSITIES
-        if (1 - s) * own >= FEWEST
-    ]
-    for spacing in ("leading", "trailing"):
-        for steps in FEW_STEPS:
-            name = f"ddim-{steps}" + ("-trailing" if spacing == "trailing" else "")
-            rows.append({"name": name, "sampler": "ddim", "steps": steps, "spacing": spacing})
-    rows += [
-        {"name": f"dpm-{steps}", "sampler": "dpmsolver++", "steps": steps} for steps in DPM_STEPS
-    ]
-    for steps, s in SPARSE_FEW:
-        row = {"name": f"ddim-{steps}-uniform-{100 * s:g}", "sampler": "ddim", "steps": steps}
-        rows.append({**row, "planner": "uniform", "sparsity": s})
-    for sampler, mask in MASKS:
-        name = f"{sampler.removesuffix('solver++')}-{len(mask)}-rows-{computed(mask)}"
-        rows.append({"name": name, "sampler": sampler, "steps": len(mask), "plan": mask})
-    # A warm start knows more of a chunk the fewer actions of the last one were executed.
-    half = max(1, policy.n_action_steps // 2)
-    for spacing, last, some in WARM_STARTS:
-        row = {"sampler": "ddim", "steps": WARM_STEPS, "spacing": spacing, "warm_start": last}
-        name = f"ddim-{WARM_STEPS}" + ("-trailing" if spacing == "trailing" else "")
-        name += f"-warm-{last}" + ("" if some is None else f"-rows-{computed(some)}")
-        row |= {"n_action_steps": half} | ({} if some is None else {"plan": some})
-        rows.append({"name": f"{name}-{half}-actions", **row})
-    return [row for row in fitting(policy, rows) if row.get("steps", 0) < own]
-
-
 def _check(args: argparse.Namespace) -> Path:
+    if args.data is not None:
+        require("torch", extra="train", purpose="tsad tune --data")
     if args.simulator is None and args.own_simulator is None:
         if args.observations is None:
             raise UsageError(
@@ -294,6 +256,24 @@ def _again(sweep: Sweep, names: list[str], ending: str, change: dict[str, Any]) 
     sweep.add([row for row in more if row["name"] not in sweep.trials()])  # a file may have them
 
 
+def _fit(sweep: Sweep, rows: dict[str, Any], out: Path, args: argparse.Namespace) -> dict[str, str]:
+    """Add the best of few passes again, fitted; why some could not be, by name."""
+    from tsad.commands.fit import fit_setting
+    from tsad.training.fit import FITTED_FILE, FitSettings
+
+    words = argparse.Namespace(**vars(args), source=policy_source(args), report_every=25)
+    failed: dict[str, str] = {}
+    for name in few_passes(sweep, rows):
+        folder = out / f"{name}-fitted"
+        try:
+            fit_setting(words, sweep.trials()[name].setting, FitSettings(**FIT), folder)
+        except UsageError as error:
+            failed[name] = str(error)
+            continue
+        _again(sweep, [name], "fitted", {"fitted": str((folder / FITTED_FILE).resolve())})
+    return failed
+
+
 # ---- choosing
 
 
@@ -304,7 +284,7 @@ def _enough(args: argparse.Namespace) -> bool:
 def _save(
     sweep: Sweep, rows: dict[str, Any], chosen: dict[str, str | None], args: argparse.Namespace
 ) -> None:
-    from tsad.presets import Preset, model_sha256, save_presets
+    from tsad.presets import Preset, model_sha256, pruner_sha256, save_presets
 
     folder = _folder(args)
     facts: dict[str, Any] = {"cpu": cpu_name()}
@@ -331,6 +311,8 @@ def _save(
             smoothing=own.smoothing,
             reuse_images=own.reuse_images,
             fitted=own.load_fitted(),
+            rule=own.rule,
+            pruner_sha256=pruner_sha256(folder) if policy.planner == "pruner" else None,
             planner=own.planner,
             sparsity=own.sparsity,
             measured={"setting": name, **facts, "threads": policy.threads, **measured},
@@ -342,7 +324,7 @@ def _save(
 
 MEASURED = (
     "milliseconds", "passes", "score", "success", "mean_difference", "simultaneous", "distance",
-    "to_dense_with_lead",
+    "to_dense_with_lead", "most_passes", "success_difference",
 )  # fmt: skip
 
 
@@ -354,16 +336,18 @@ def _table(document: dict[str, Any]) -> str:
 
     rows = document["rows"]
     played = document["simulator"] is not None
-    lines = [["setting", "", "ms", "actions", "passes"]]
+    decided = any("most_passes" in row for row in rows.values())
+    lines = [["setting", "", "ms", "actions", "passes", *["most"] * decided]]
     lines[0] += ["score", "success"] * played + ["distance", "spread"] * document["drawn"]
     lines[0] += ["difference", "95 % together"] * played
     led = document["dense_with_lead"]
     lines[0] += ["to dense with lead", "95 % together"] * (led is not None)
+    lines[0] += ["success, difference", "95 % together"] * played
     for name in sorted(rows, key=lambda name: -busy(rows, name)):
         row = rows[name]
         line = [name, "*" if name in document["frontier"] else ""]
         line += [number(row["milliseconds"], 2), str(row["n_action_steps"])]
-        line += [number(row["passes"], 2)]
+        line += [number(row["passes"], 2), *[number(row.get("most_passes"), 2)] * decided]
         if played:
             line += [number(row["score"]["mean"], 3), number(row["success"]["mean"], 3)]
         if document["drawn"]:
@@ -373,6 +357,9 @@ def _table(document: dict[str, Any]) -> str:
         if led is not None:
             beside = row.get("to_dense_with_lead")
             line += ["", ""] if beside is None else difference(beside)
+        if played:
+            known = row.get("success_difference")
+            line += ["", ""] if known is None else difference(known)
         lines.append(line)
     return table(lines)
 
@@ -383,6 +370,7 @@ def _words(document: dict[str, Any]) -> list[str]:
 
     lines = ["* nothing is both faster and better, leads judged by dense with a lead"]
     lines += [f"no errors of {name}: its {SINGLE}" for name in document["unmeasured"]]
+    lines += [f"not fitted: {name}: {why}" for name, why in document["unfitted"].items()]
     rows, within = document["rows"], document["within"]
     if not document["presets"]:
         first, last = document["seeds"]
@@ -473,12 +461,22 @@ def run(args: argparse.Namespace) -> int:
     sweep = Sweep(experiment, settings, folder, out, words=vars(args))
     sweep.measure(args.observations, args.draws)
     own_grid = args.settings is None
+    for name, trial in sweep.trials().items() if args.simulator is None else ():
+        if isinstance(trial.setting.rule, Alternate):
+            raise UsageError(
+                f"argument --settings: {name}: what plans that take turns do takes episodes to "
+                "see; leave it out, or name a simulator"
+            )
     for name in sweep.unmeasured() if args.simulator is None else ():
         if not own_grid or len(sweep.trials()) == 1:
             raise UsageError(f"argument --settings: {name}: its {SINGLE}, or leave it out")
         sweep.leave_out(name)
     rows = _score(sweep, args)
     n = sweep.load(sweep.first).n_action_steps
+    unfitted: dict[str, str] = {}
+    if args.data is not None:
+        unfitted = _fit(sweep, rows, out, args)
+        rows = _score(sweep, args)
     if own_grid if args.int16 is None else args.int16:
         _again(sweep, best(sweep, rows, n), "int16", {"precision": "int16"})
         rows = _score(sweep, args)
@@ -494,7 +492,7 @@ def run(args: argparse.Namespace) -> int:
             _again(sweep, few, ending, change)
         rows = _score(sweep, args)
     document = _document(sweep, rows, times(sweep, args.rounds, CHUNKS_PER_ROUND)[0], args) | run_of
-    document["unmeasured"] = sweep.unmeasured()
+    document |= {"unmeasured": sweep.unmeasured(), "unfitted": unfitted}
     write_json(make_folder(out) / RESULT, document)
     if args.save:
         _save(sweep, rows, document["presets"], args)

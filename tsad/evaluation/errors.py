@@ -17,6 +17,7 @@ from tsad.evaluation.progress import Progress
 from tsad.evaluation.usage import argument
 from tsad.files import write_json
 from tsad.load import files_sha256
+from tsad.rule import Alternate
 from tsad.setting import MOVED, Setting
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class Errors:
 
     ``action_rms`` is to the dense float32 policy with the same sampler, warm start, lead and
     noise; ``distance`` (of two draws or more) to the ``reference`` setting, dense and float32: see
-    `tsad.sim.offline`. None for a setting that these observations say nothing of: `unknown`.
+    `tsad.sim.offline`. None for a setting that these observations say nothing of: `unknown`, and
+    plans that take turns, which only episodes show.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Errors:
             "backend": policy.backend,
             **setting.computed(policy),
         }
-        if unknown(self._windows, policy):
+        if unknown(self._windows, policy) or isinstance(setting.rule, Alternate):
             return dict.fromkeys(("action_rms", *("distance", "spread") * (self._draws > 1)))
         facts |= self._followed(setting)
         if (fitted := setting.load_fitted()) is not None:

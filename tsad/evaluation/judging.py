@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tsad.evaluation.sweep import Sweep, compare_rows
+from tsad.evaluation.sweep import Sweep, compare_rows, compare_success
 from tsad.setting import MOVED
 from tsad.sim.frontier import busy, fastest, frontier, seeds_needed
 
 Rows = dict[str, Any]
+FITTED_PASSES = (1, 2)
+UNFITTED = frozenset(("rule", "guard", "fitted", "preset", *MOVED))
 INT16 = 0.6  # of the time of float32: a guess, before anything is timed
 
 
@@ -54,8 +56,27 @@ def best(sweep: Sweep, rows: Rows, n_action_steps: int) -> list[str]:
     return frontier(known, {name: lost[name] for name in known})
 
 
+def few_passes(sweep: Sweep, rows: Rows) -> list[str]:
+    """The settings of one pass and of two that lose least, of those that `tsad fit` can fit."""
+    lost, found = losses(sweep, rows), []
+    for count in FITTED_PASSES:
+        names = [
+            name
+            for name, row in rows.items()
+            if row["passes"] is not None
+            and abs(row["passes"] - count) < 0.05
+            and choosable(sweep, name)
+            and not sweep.setting(name).keys() & UNFITTED
+            and sweep.trials()[name].setting.planner != "pruner"
+        ]
+        found += [min(names, key=lambda name: lost[name])] if names else []
+    return found
+
+
 def compare(sweep: Sweep, rows: Rows, within: float) -> None:
-    """Into the rows: paired differences to dense, and to dense with a lead; seeds needed.
+    """Into the rows: paired differences to dense, of score and success; seeds needed.
+
+    Of score to dense with a lead as well.
 
     Intervals are of all rows together.
     """
@@ -68,6 +89,8 @@ def compare(sweep: Sweep, rows: Rows, within: float) -> None:
     for name, facts in found.items():
         pairs = [scores[name][seed] - scores[baseline][seed] for seed in scores[baseline]]
         rows[name] |= {**facts, "seeds_needed": seeds_needed(pairs, within)}
+    for name, facts in compare_success(sweep)["rows"].items():
+        rows[name]["success_difference"] = facts
 
 
 def _interval(sweep: Sweep, rows: Rows, name: str) -> list[float]:

@@ -84,6 +84,16 @@ class RowRule:
 
     def set(self, policy: Any) -> None:
         """Let it decide; what ``policy.planner = rule`` does. ValueError where it can't."""
+        refusal = self.refusal(policy)
+        if refusal is not None:
+            raise ValueError(f"planner: {self!r} {refusal}")
+        blocks = int((layers(policy) == 0).sum()) if self.rule == "fbcache" else 0
+        most = policy.num_inference_steps if self.most is None else self.most
+        terms = (*self.polynomial, *[0.0] * (TERMS - len(self.polynomial)))
+        policy._set_rule(blocks, self.threshold, min(most, 2**31 - 1), terms)
+
+    def refusal(self, policy: Any) -> str | None:
+        """Why it can't decide for a policy, in words; None if it can."""
         config = policy.config["network"]["type"]
         for what, got, expected in (
             ("a device that decides within a chunk", policy.device, "cpu"),
@@ -91,11 +101,8 @@ class RowRule:
             ("a warm start of", policy.warm_start, None),
         ):
             if got != expected:
-                raise ValueError(
-                    f"planner: {self!r} expects {what} {expected!r}, got {got!r}; load the policy "
-                    f"so, or use tsad.planners.{self.rule} with recorded distances"
+                return (
+                    f"expects {what} {expected!r}, got {got!r}; load the policy so, or use "
+                    f"tsad.planners.{self.rule} with recorded distances"
                 )
-        blocks = int((layers(policy) == 0).sum()) if self.rule == "fbcache" else 0
-        most = policy.num_inference_steps if self.most is None else self.most
-        terms = (*self.polynomial, *[0.0] * (TERMS - len(self.polynomial)))
-        policy._set_rule(blocks, self.threshold, min(most, 2**31 - 1), terms)
+        return None

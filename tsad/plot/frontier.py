@@ -30,7 +30,7 @@ def family(setting: Mapping[str, Any]) -> str:
     if setting.get("warm_start") is not None:
         return "warm"
     fewer = setting.get("steps") is not None
-    sparse = bool(setting.get("plan") or setting.get("planner") or setting.get("sparsity"))
+    sparse = any(setting.get(name) for name in ("plan", "planner", "sparsity", "rule"))
     return {(False, False): "dense", (True, False): "steps", (False, True): "plan"}.get(
         (fewer, sparse), "both"
     )
