@@ -138,6 +138,7 @@ class FakePushT(FakePolicy):
     """
 
     obs_dim, n_action_steps, horizon, num_inference_steps = 20, 8, 10, 4
+    has_pruner = False
     device, precision, backend, max_sparsity = "cpu", "float32", "ref", 0.75
     block_types = ["self_attn", "cross_attn", "feed_forward"] * 2
     blocks = [f"layers.{b // 3}.{name}" for b, name in enumerate(block_types)]

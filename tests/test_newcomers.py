@@ -39,7 +39,11 @@ USES = {
     "plan make": [f"effects POLICY --effects EFFECTS --sparsity 0.5 --out OUT {FEW}"],
     "plan search": [f"POLICY --data RECORDED --start PLAN --minutes 0 --out OUT {FEW}"],
     "plan import": [f"MASK POLICY --out OUT {FEW}"],
-    "tune": ["--policy POLICY --observations RECORDED --settings SETTINGS --draws 2 --out OUT"],
+    "tune": [
+        "--policy POLICY --observations RECORDED --settings SETTINGS --draws 2 --out OUT",
+        "pusht --policy SMALL --settings SETTINGS --data SMALL_RECORDED --seeds 2 --rounds 1"
+        " --out OUT",
+    ],
     "bench": [f"POLICY {FEW}", "POLICY --settings SETTINGS --threads 1"],
     "show": ["PLAN --png OUT"],
     "info": ["POLICY"],

@@ -33,6 +33,7 @@ from tsad.commands.common import (
     seed_range,
     table,
 )
+from tsad.commands.plan import recorded
 from tsad.evaluation.errors import SINGLE
 from tsad.evaluation.grid import LEADS, default_grid
 from tsad.evaluation.judging import best, choose, compare, few_passes, shown_offline
@@ -459,6 +460,9 @@ def run(args: argparse.Namespace) -> int:
         check_result(out, (RESULT, PICTURE), run_of, overwrite=args.overwrite)
     experiment = experiment_of(args, resume=True)
     sweep = Sweep(experiment, settings, folder, out, words=vars(args))
+    if args.data is not None:  # refused now, not after hours
+        words = argparse.Namespace(source=policy_source(args), data=args.data)
+        recorded(words, sweep.load(sweep.first))
     sweep.measure(args.observations, args.draws)
     own_grid = args.settings is None
     for name, trial in sweep.trials().items() if args.simulator is None else ():
