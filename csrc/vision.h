@@ -16,12 +16,14 @@ typedef struct tsad_grid {
     int height, width, channels;
     int halo; /* pixels of border at each side */
     int ld;   /* floats of a pixel: its channels, padded where several panels of them are written */
+    bool rounded; /* in 16 bits, too: a number of an image is an integer times the image's unit */
 } tsad_grid;
 
 typedef enum tsad_grid_kind {
     TSAD_GRID_CONV, /* sums start from the bias, and from what is in `out` where residual == out */
     TSAD_GRID_NORM, /* GroupNorm, then the residual is added */
     TSAD_GRID_MAXPOOL,
+    TSAD_GRID_ROUND, /* in == out, what the node before made, to 16 bits */
     TSAD_GRID_KEYPOINTS /* out (1, 1, 2 * channels of in): x, y of each channel's softmax */
 } tsad_grid_kind;
 
@@ -30,7 +32,7 @@ typedef struct tsad_grid_node {
     int in, out;
     int residual; /* grid, -1: none */
     int kernel, stride, pad;
-    bool relu;
+    bool relu, rounded; /* rounded: a CONV of `in` and weights in 16 bits */
     /* CONV: torch's (c_out, c_in, kernel, kernel) and (c_out) or NULL; NORM: gain and shift (c).
      * Borrowed from the specification: NULL once they are packed. */
     const float *weight, *bias;

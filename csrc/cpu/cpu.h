@@ -97,6 +97,22 @@ typedef struct tsad_tile {
 
 enum { TSAD_MAX_TILE = 12 };
 
+/* The same of inputs and weights in 16 bits: the sums, exact, times both units are added to what
+ * the floats start from. */
+typedef struct tsad_tile16 {
+    int pixels;
+    const int16_t *const *x;
+    const float *units; /* (pixels) */
+    size_t skip, ld;
+    float *const *y;
+    size_t at;
+    int rows, pairs;     /* of inputs in a row */
+    const int16_t *w;    /* (rows, pairs, panel, 2) */
+    const float *unit;   /* (panel) */
+    const float *bias;   /* as a tile's */
+    bool residual, relu;
+} tsad_tile16;
+
 /* Winograd's F(2x2, 3x3): outputs two by two from inputs four by four, 16 products for 36. */
 typedef struct tsad_wino_out {
     const float *m; /* the 16 sums of a panel, `plane` floats apart */
@@ -131,6 +147,16 @@ typedef struct tsad_kernels {
     /* x += sum of n arrays, each times its weight, summed first, in order */
     void (*add)(float *x, const float *const *source, const float *weight, int n, size_t floats);
     void (*conv)(const tsad_tile *t);
+    /* the same bits on every path */
+    void (*conv16)(const tsad_tile16 *t);
+    /* wino_in of numbers in 16 bits, which come to four times as much at most */
+    void (*wino_in16)(const int16_t *x, size_t row, size_t ld, int channels, int16_t *v,
+                      size_t plane);
+    /* n numbers, a multiple of TSAD_LANE, times scale, to the nearest integer */
+    void (*to16)(const float *x, size_t n, float scale, int16_t *to);
+    /* the bits of the largest magnitude of n numbers, a multiple of the panel, of each row; those
+     * of infinities and NaN are larger than any number's */
+    uint32_t (*most)(float *const *row, size_t at, int rows, int n);
     /* 4x4 inputs of some channels, a multiple of the vector, to 16 planes; NULL: none of this */
     void (*wino_in)(const float *x, size_t row, size_t ld, int channels, float *v, size_t plane);
     void (*wino_out)(const tsad_wino_out *t);

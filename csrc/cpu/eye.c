@@ -7,8 +7,6 @@
 #include "../clock.h"
 #include "eye.h"
 
-#include <string.h>
-
 enum { MAX_GANG = 8, GANG_BYTES = 16 << 20, ASK_NS = 100000000 };
 
 /* ---- weights ------------------------------------------------------------------------------- */
@@ -46,12 +44,17 @@ static void layout_weights(const tsad_eye *e, tsad_arena *arena)
         c->wino = !norm && tsad_wino_fits(e, node);
         size_t rows = norm ? 1 : (size_t)node->kernel * (size_t)c->run;
         rows = c->wino ? 16 * (size_t)c_in : rows;
-        float *w = TSAD_CARVE(arena, float, rows *columns);
+        float *w = TSAD_CARVE(arena, float, node->rounded ? 0 : rows * columns);
         float *bias = TSAD_CARVE(arena, float, columns);
+        if (node->rounded) {
+            tsad_conv16_carve(e, node, arena, c);
+        }
         if (!w) {
             continue; /* counting */
         }
-        if (norm) {
+        if (node->rounded) {
+            w = NULL;
+        } else if (norm) {
             memcpy(w, node->weight, sizeof(float) * (size_t)c_out);
         } else if (c->wino) {
             tsad_wino_pack(e, node, w);
@@ -75,6 +78,10 @@ static void layout_memory(tsad_eye *e, tsad_arena *arena)
     e->grids = TSAD_CARVE(arena, float *, v->n_grids);
     e->bytes = TSAD_CARVE(arena, float, v->grids[0].channels * 256);
     e->crew = TSAD_CARVE(arena, tsad_crew, 1);
+    e->grids16 = TSAD_CARVE(arena, int16_t *, v->n_grids);
+    e->units = TSAD_CARVE(arena, float, v->n_grids * e->gang);
+    e->most = TSAD_CARVE(arena, atomic_uint, v->n_nodes *e->gang);
+    e->bytes16 = TSAD_CARVE(arena, int16_t, v->grids[0].channels * 256);
     e->scratch = TSAD_CARVE(arena, float *, e->n_threads);
     size_t room = 0;
     for (int i = 0; i < v->n_nodes; i++) {
@@ -89,10 +96,36 @@ static void layout_memory(tsad_eye *e, tsad_arena *arena)
     }
     for (int i = 0; i < v->n_grids; i++) {
         const tsad_grid *g = &v->grids[i];
-        float *data = TSAD_CARVE(arena, float, tsad_grid_floats(g) * (size_t)e->gang);
+        size_t numbers = tsad_grid_floats(g) * (size_t)e->gang;
+        size_t border = (size_t)g->halo * (tsad_grid_row(g) + (size_t)g->ld);
+        float *data = TSAD_CARVE(arena, float, i == 0 && g->rounded ? 0 : numbers);
+        /* one more: a window of the image has an odd number in a row, and is read in pairs */
+        int16_t *data16 = TSAD_CARVE(arena, int16_t, g->rounded ? numbers + 1 : 0);
         if (e->grids) {
-            e->grids[i] = data + (size_t)g->halo * (tsad_grid_row(g) + (size_t)g->ld);
+            e->grids[i] = data + border;
+            e->grids16[i] = g->rounded ? data16 + border : NULL;
         }
+    }
+}
+
+/* Pixels may be a 255th out of 0 to 1; the largest that they are in the trunk's units makes the
+ * scale, of every image. */
+static void round_pixels(tsad_eye *e)
+{
+    const tsad_vision *v = e->vision;
+    int32_t most = 0;
+    float unit;
+    for (int i = 0; i < 2 * v->grids[0].channels; i++) {
+        float end = (i % 2 ? 256.0f : -1.0f) / 255.0f * v->scale[i / 2] + v->offset[i / 2];
+        int32_t bits = tsad_magnitude(end);
+        most = bits > most ? bits : most;
+    }
+    e->pixel_scale = tsad_image_scale((uint32_t)most, &unit);
+    for (int i = 0; i < e->gang; i++) {
+        e->units[i] = unit;
+    }
+    for (int i = 0; i < v->grids[0].channels * 256; i++) {
+        e->bytes16[i] = tsad_round_pixel(e, e->bytes[i]);
     }
 }
 
@@ -113,6 +146,9 @@ static tsad_status allocate(tsad_eye *e)
     layout_weights(e, &e->weights);
     for (int i = 0; i < v->grids[0].channels * 256; i++) {
         e->bytes[i] = (float)(i % 256) / 255.0f * v->scale[i / 256] + v->offset[i / 256];
+    }
+    if (v->grids[0].rounded) {
+        round_pixels(e);
     }
     return TSAD_OK;
 }

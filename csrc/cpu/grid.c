@@ -3,17 +3,30 @@
  */
 #include "eye.h"
 
-#include <string.h>
-
-enum { STRIP = 96 };  /* pixels of a convolution's task: their windows stay in the L2 cache */
 enum { BLOCK = 576 }; /* inputs that go through all of them before the next, with their weights */
 enum { BAND = 16 };   /* rows of an image that a task puts */
 
 /* ---- image --------------------------------------------------------------------------------- */
 
+/* of a row, its first number */
+static int16_t *row16(const tsad_eye *e, int image, int row)
+{
+    const tsad_grid *g = &e->vision->grids[0];
+    return e->grids16[0] + (size_t)image * tsad_grid_floats(g) + (size_t)row * tsad_grid_row(g);
+}
+
 static void put_bytes(const tsad_eye *e, int image, int row, const uint8_t *from)
 {
     const tsad_grid *g = &e->vision->grids[0];
+    if (g->rounded) {
+        int16_t *to = row16(e, image, row);
+        for (int x = 0; x < g->width; x++) {
+            for (int c = 0; c < g->channels; c++) {
+                *to++ = e->bytes16[c * 256 + *from++];
+            }
+        }
+        return;
+    }
     float *to = tsad_eye_image(e, 0, image) + (size_t)row * tsad_grid_row(g);
     for (int x = 0; x < g->width; x++) {
         for (int c = 0; c < g->channels; c++) {
@@ -28,9 +41,17 @@ static void put_floats(const tsad_eye *e, int image, int row, const float *plane
     const tsad_grid *g = &e->vision->grids[0];
     size_t plane = (size_t)g->height * (size_t)g->width;
     for (int c = 0; c < g->channels; c++, planes += plane) {
+        float scale = e->vision->scale[c], offset = e->vision->offset[c];
+        if (g->rounded) {
+            int16_t *to = row16(e, image, row) + c;
+            for (int x = 0; x < g->width; x++, to += g->channels) {
+                *to = tsad_round_pixel(e, planes[x] * scale + offset);
+            }
+            continue;
+        }
         float *to = tsad_eye_image(e, 0, image) + (size_t)row * tsad_grid_row(g) + c;
         for (int x = 0; x < g->width; x++, to += g->channels) {
-            *to = planes[x] * e->vision->scale[c] + e->vision->offset[c];
+            *to = planes[x] * scale + offset;
         }
     }
 }
@@ -41,6 +62,9 @@ static void put_task(const tsad_eye *e, int task, const tsad_images *from)
     int bands = tsad_over(g->height, BAND), image = task / bands, row = task % bands * BAND;
     size_t channels = (size_t)g->channels, width = (size_t)g->width, height = (size_t)g->height;
     size_t at = (size_t)image * channels * height * width;
+    for (int i = 0; g->rounded && row == 0 && i < e->vision->n_nodes; i++) {
+        atomic_store_explicit(&e->most[i * e->gang + image], 0, memory_order_relaxed);
+    }
     for (int end = row + BAND; row < g->height && row < end; row++) {
         if (from->bytes) {
             put_bytes(e, image, row, from->bytes + at + (size_t)row * width * channels);
@@ -52,14 +76,13 @@ static void put_task(const tsad_eye *e, int task, const tsad_images *from)
 
 /* ---- convolution --------------------------------------------------------------------------- */
 
-static int strips_of(const tsad_kernels *k, const tsad_grid *out, int images)
+int tsad_strips_of(const tsad_kernels *k, const tsad_grid *out, int images)
 {
-    return tsad_over(tsad_over(images * out->height * out->width, k->tile), STRIP / k->tile);
+    return tsad_over(tsad_over(images * out->height * out->width, k->tile), TSAD_STRIP / k->tile);
 }
 
-/* Pixels [begin, end) of all images in a row: where their windows and their outputs begin. */
-static void place_pixels(const tsad_eye *e, const tsad_grid_node *node, int begin, int end,
-                         const float **x, float **y)
+void tsad_place_pixels(const tsad_eye *e, const tsad_grid_node *node, int begin, int end,
+                       ptrdiff_t *x, ptrdiff_t *y)
 {
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     int area = out->height * out->width, image = begin / area;
@@ -67,10 +90,10 @@ static void place_pixels(const tsad_eye *e, const tsad_grid_node *node, int begi
     for (int p = begin; p < end; p++) {
         ptrdiff_t top = (ptrdiff_t)row * node->stride - node->pad;
         ptrdiff_t left = (ptrdiff_t)column * node->stride - node->pad;
-        *x++ =
-            tsad_eye_image(e, node->in, image) + top * (ptrdiff_t)tsad_grid_row(in) + left * in->ld;
-        *y++ = tsad_eye_image(e, node->out, image) + (size_t)row * tsad_grid_row(out) +
-               (size_t)column * (size_t)out->ld;
+        *x++ = (ptrdiff_t)tsad_grid_floats(in) * image + top * (ptrdiff_t)tsad_grid_row(in) +
+               left * in->ld;
+        *y++ = (ptrdiff_t)tsad_grid_floats(out) * image + row * (ptrdiff_t)tsad_grid_row(out) +
+               (ptrdiff_t)column * out->ld;
         if (++column == out->width) {
             column = 0;
             row++;
@@ -102,21 +125,36 @@ tsad_strip tsad_strip_of(const tsad_kernels *k, int pixels, int i, int n)
     return (tsad_strip){begin, end < pixels ? end : pixels};
 }
 
+void tsad_which_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task, int *strip,
+                     int *panel)
+{
+    const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
+    const tsad_conv *c = &e->convs[node - e->vision->nodes];
+    int strips = tsad_strips_of(e->kernels, out, images);
+    size_t weights = (size_t)(node->kernel * c->run * e->kernels->panel) * (size_t)strips;
+    /* which to stay with from task to task: what is read again, weights or pixels, is the less */
+    bool stay = weights > tsad_grid_floats(in) * (size_t)images;
+    *strip = stay ? task % strips : task / c->panels;
+    *panel = stay ? task / strips : task % c->panels;
+}
+
 static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task)
 {
     const tsad_kernels *k = e->kernels;
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     const tsad_conv *c = &e->convs[node - e->vision->nodes];
-    int pixels = images * out->height * out->width, strips = strips_of(k, out, images);
+    int pixels = images * out->height * out->width, strip, panel;
     size_t window = (size_t)node->kernel * (size_t)c->run, columns = (size_t)k->panel;
-    /* which to stay with from task to task: what is read again, weights or pixels, is the less */
-    bool stay = window * columns * (size_t)strips > tsad_grid_floats(in) * (size_t)images;
-    int strip = stay ? task % strips : task / c->panels;
-    int panel = stay ? task / strips : task % c->panels;
-    tsad_strip s = tsad_strip_of(k, pixels, strip, strips);
-    const float *x[STRIP + TSAD_MAX_TILE];
-    float *y[STRIP + TSAD_MAX_TILE];
-    place_pixels(e, node, s.begin, s.end, x, y);
+    tsad_which_task(e, node, images, task, &strip, &panel);
+    tsad_strip s = tsad_strip_of(k, pixels, strip, tsad_strips_of(k, out, images));
+    ptrdiff_t from[TSAD_STRIP + TSAD_MAX_TILE], to[TSAD_STRIP + TSAD_MAX_TILE];
+    const float *x[TSAD_STRIP + TSAD_MAX_TILE];
+    float *y[TSAD_STRIP + TSAD_MAX_TILE];
+    tsad_place_pixels(e, node, s.begin, s.end, from, to);
+    for (int i = 0; i < s.end - s.begin; i++) {
+        x[i] = e->grids[node->in] + from[i];
+        y[i] = e->grids[node->out] + to[i];
+    }
 
     int parts = tsad_over(c->run, BLOCK), rows = parts > 1 ? 1 : BLOCK / c->run;
     tsad_tile t = {.x = x, .y = y, .ld = tsad_grid_row(in), .at = (size_t)panel * columns};
@@ -145,7 +183,7 @@ static void pool_task(const tsad_eye *e, const tsad_grid_node *node, int task)
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     int image = task / out->height, row = task % out->height, ld = in->ld;
     const float *x = tsad_eye_image(e, node->in, image);
-    float *y = tsad_eye_image(e, node->out, image) + (size_t)row * tsad_grid_row(out);
+    float *y = tsad_eye_image(e, node->out, image) + (size_t)row * tsad_grid_row(out), *made = y;
     int top = row * node->stride - node->pad, bottom = top + node->kernel;
     top = top < 0 ? 0 : top;
     bottom = bottom > in->height ? in->height : bottom;
@@ -164,6 +202,9 @@ static void pool_task(const tsad_eye *e, const tsad_grid_node *node, int task)
                 }
             }
         }
+    }
+    if (tsad_is_watched(e, node)) {
+        tsad_watch(e, node, image, e->kernels->most(&made, 0, 1, out->width * out->ld));
     }
 }
 
@@ -204,6 +245,7 @@ static void norm_task(const tsad_eye *e, const tsad_grid_node *node, int task)
         gain[c] = e->convs[node - e->vision->nodes].w[first + (size_t)c] * scale;
     }
     bool residual = node->residual >= 0;
+    int32_t largest[TSAD_NORM_GROUP] = {0}, most = 0;
     for (int i = 0; i < in->height; i++) {
         const float *from = x + (size_t)i * tsad_grid_row(in);
         float *to = tsad_eye_image(e, node->out, image) + (size_t)i * tsad_grid_row(out) + first;
@@ -212,8 +254,16 @@ static void norm_task(const tsad_eye *e, const tsad_grid_node *node, int task)
                 float v = (from[c] - mean) * gain[c] + shift[c];
                 v += residual ? to[c] : 0;
                 to[c] = node->relu && v < 0 ? 0 : v; /* NaN stays */
+                int32_t bits = tsad_magnitude(to[c]);
+                largest[c] = bits > largest[c] ? bits : largest[c];
             }
         }
+    }
+    for (int c = 0; c < TSAD_NORM_GROUP; c++) {
+        most = largest[c] > most ? largest[c] : most;
+    }
+    if (tsad_is_watched(e, node)) {
+        tsad_watch(e, node, image, (uint32_t)most);
     }
 }
 
@@ -258,12 +308,15 @@ int tsad_eye_tasks(const tsad_eye *e, int index, int images)
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     switch (node->kind) {
     case TSAD_GRID_CONV:
-        return e->convs[index].wino ? tsad_wino_tasks(e, node, images)
-                                    : strips_of(e->kernels, out, images) * e->convs[index].panels;
+        return e->convs[index].wino
+                   ? tsad_wino_tasks(e, node, images)
+                   : tsad_strips_of(e->kernels, out, images) * e->convs[index].panels;
     case TSAD_GRID_NORM:
         return images * (in->channels / TSAD_NORM_GROUP);
     case TSAD_GRID_MAXPOOL:
         return images * out->height;
+    case TSAD_GRID_ROUND:
+        return tsad_round_tasks(e, node, images);
     case TSAD_GRID_KEYPOINTS:
         return images * in->channels;
     }
@@ -282,6 +335,8 @@ void tsad_eye_task(const tsad_eye *e, int index, int images, int task, int rank,
     case TSAD_GRID_CONV:
         if (e->convs[index].wino) {
             tsad_wino_task(e, node, images, task, rank);
+        } else if (node->rounded) {
+            tsad_conv16_task(e, node, images, task);
         } else {
             conv_task(e, node, images, task);
         }
@@ -291,6 +346,9 @@ void tsad_eye_task(const tsad_eye *e, int index, int images, int task, int rank,
         break;
     case TSAD_GRID_MAXPOOL:
         pool_task(e, node, task);
+        break;
+    case TSAD_GRID_ROUND:
+        tsad_round_task(e, node, task);
         break;
     case TSAD_GRID_KEYPOINTS:
         keypoint_task(e, node, task);

@@ -3,6 +3,7 @@
 #include "cpu.h"
 
 #include <math.h>
+#include <string.h>
 
 enum { PANEL = 16, TILE = 4 };
 
@@ -269,6 +270,92 @@ static void ref_conv(const tsad_tile *t)
     }
 }
 
+static void ref_conv16(const tsad_tile16 *t)
+{
+    for (int p = 0; p < t->pixels; p++) {
+        int32_t sum[PANEL] = {0};
+        const int16_t *w = t->w;
+        for (int r = 0; r < t->rows; r++) {
+            const int16_t *x = t->x[p] + t->skip + (size_t)r * t->ld;
+            for (int i = 0; i < t->pairs; i++, x += 2) {
+                for (int o = 0; o < PANEL; o++, w += 2) {
+                    sum[o] += x[0] * w[0] + x[1] * w[1];
+                }
+            }
+        }
+        float *y = t->y[p] + t->at;
+        for (int o = 0; o < PANEL; o++) {
+            float v = t->bias ? t->bias[o] : y[o];
+            v = t->bias && t->residual ? v + y[o] : v;
+            v += (float)sum[o] * (t->units[p] * t->unit[o]);
+            y[o] = t->relu && v < 0 ? 0 : v; /* NaN stays */
+        }
+    }
+}
+
+static void ref_wino_in16(const int16_t *x, size_t row, size_t ld, int channels, int16_t *v,
+                          size_t plane)
+{
+    for (int c = 0; c < channels; c++) {
+        int t[4][4];
+        for (size_t j = 0; j < 4; j++) {
+            const int16_t *d = x + j * ld + (size_t)c;
+            t[0][j] = d[0] - d[2 * row];
+            t[1][j] = d[row] + d[2 * row];
+            t[2][j] = d[2 * row] - d[row];
+            t[3][j] = d[row] - d[3 * row];
+        }
+        for (size_t i = 0; i < 4; i++) {
+            int16_t *to = v + 4 * i * plane + (size_t)c;
+            to[0] = (int16_t)(t[i][0] - t[i][2]);
+            to[plane] = (int16_t)(t[i][1] + t[i][2]);
+            to[2 * plane] = (int16_t)(t[i][2] - t[i][1]);
+            to[3 * plane] = (int16_t)(t[i][1] - t[i][3]);
+        }
+    }
+}
+
+static void ref_wino_out(const tsad_wino_out *t)
+{
+    for (int o = 0; o < PANEL; o++) {
+        float s[2][4];
+        for (size_t j = 0; j < 4; j++) {
+            const float *m = t->m + j * t->plane + (size_t)o;
+            s[0][j] = m[0] + m[4 * t->plane] + m[8 * t->plane];
+            s[1][j] = m[4 * t->plane] - m[8 * t->plane] - m[12 * t->plane];
+        }
+        for (int i = 0; i < t->rows; i++) {
+            float out[2] = {s[i][0] + s[i][1] + s[i][2], s[i][1] - s[i][2] - s[i][3]};
+            for (int j = 0; j < t->columns; j++) {
+                float *y = t->y + (size_t)i * t->row + (size_t)j * t->ld + (size_t)o;
+                float v = out[j] + t->bias[o];
+                v = t->residual ? v + *y : v;
+                *y = t->relu && v < 0 ? 0 : v; /* NaN stays */
+            }
+        }
+    }
+}
+
+static void ref_to16(const float *x, size_t n, float scale, int16_t *to)
+{
+    for (size_t i = 0; i < n; i++) {
+        to[i] = (int16_t)lrintf(x[i] * scale);
+    }
+}
+
+static uint32_t ref_most(float *const *row, size_t at, int rows, int n)
+{
+    uint32_t most = 0, bits;
+    for (int r = 0; r < rows; r++) {
+        for (int i = 0; i < n; i++) {
+            memcpy(&bits, row[r] + at + i, sizeof bits);
+            bits &= INT32_MAX;
+            most = bits > most ? bits : most;
+        }
+    }
+    return most;
+}
+
 static bool always(void) { return true; }
 
 const tsad_kernels tsad_ref_kernels = {.panel = PANEL,
@@ -282,6 +369,11 @@ const tsad_kernels tsad_ref_kernels = {.panel = PANEL,
                                        .cross = ref_cross,
                                        .add = ref_add,
                                        .finish = ref_finish,
-                                       .conv = ref_conv};
+                                       .conv = ref_conv,
+                                       .conv16 = ref_conv16,
+                                       .wino_in16 = ref_wino_in16,
+                                       .wino_out = ref_wino_out,
+                                       .to16 = ref_to16,
+                                       .most = ref_most};
 
 TSAD_CPU_BACKEND(tsad_cpu_ref, "ref", always, &tsad_ref_kernels);

@@ -633,6 +633,7 @@ static void path(finish)(float *x, float *slot, const float *const *group, int n
 }
 
 #include "conv.h"
+#include "conv16.h"
 
 static const tsad_kernels path(kernels) = {.panel = PANEL,
                                            .tile = MAX_ROWS,
@@ -646,5 +647,9 @@ static const tsad_kernels path(kernels) = {.panel = PANEL,
                                            .add = path(add),
                                            .finish = path(finish),
                                            .conv = path(conv),
+                                           .conv16 = path(conv16),
+                                           .wino_in16 = path(wino_in16),
+                                           .to16 = path(to16),
+                                           .most = path(most),
                                            .wino_in = path(wino_in),
                                            .wino_out = path(wino_out)};

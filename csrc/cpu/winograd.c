@@ -5,8 +5,6 @@
  */
 #include "eye.h"
 
-#include <string.h>
-
 enum { LEAST_AREA = 100 };          /* pixels of an image from where on it gains */
 enum { STRIP = 48, FLOATS = 3072 }; /* outputs, four at a time, of a task; and times channels */
 enum { TASKS = 16 };                /* for these, panels of a strip are tasks of their own */
@@ -14,8 +12,8 @@ enum { TASKS = 16 };                /* for these, panels of a strip are tasks of
 bool tsad_wino_fits(const tsad_eye *e, const tsad_grid_node *node)
 {
     const tsad_grid *out = &e->vision->grids[node->out];
-    return e->kernels->wino_in && node->kind == TSAD_GRID_CONV && node->kernel == 3 &&
-           node->stride == 1 && out->height * out->width >= LEAST_AREA;
+    return (e->kernels->wino_in || node->rounded) && node->kind == TSAD_GRID_CONV &&
+           node->kernel == 3 && node->stride == 1 && out->height * out->width >= LEAST_AREA;
 }
 
 /* of a strip, at most */
@@ -34,10 +32,19 @@ size_t tsad_wino_scratch(const tsad_eye *e, const tsad_grid_node *node)
     return (size_t)16 * (size_t)strip_size(e, c_in) * (size_t)(c_in + e->kernels->panel);
 }
 
+double tsad_wino_weight(const float *g, size_t k)
+{
+    static const double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+    double sum = 0;
+    for (size_t i = 0; i < 9; i++) {
+        sum += G[k / 4][i / 3] * G[k % 4][i % 3] * (double)g[i];
+    }
+    return sum;
+}
+
 /* to (panels, 16, c_in, panel) */
 void tsad_wino_pack(const tsad_eye *e, const tsad_grid_node *node, float *w)
 {
-    static const double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
     size_t panel = (size_t)e->kernels->panel;
     size_t c_in = (size_t)e->vision->grids[node->in].channels;
     size_t c_out = (size_t)e->vision->grids[node->out].channels;
@@ -46,11 +53,7 @@ void tsad_wino_pack(const tsad_eye *e, const tsad_grid_node *node, float *w)
         for (size_t c = 0; c < c_in; c++) {
             const float *g = node->weight + (o * c_in + c) * 9;
             for (size_t k = 0; k < 16; k++) {
-                double sum = 0;
-                for (size_t i = 0; i < 9; i++) {
-                    sum += G[k / 4][i / 3] * G[k % 4][i % 3] * (double)g[i];
-                }
-                to[(k * c_in + c) * panel] = (float)sum;
+                to[(k * c_in + c) * panel] = (float)tsad_wino_weight(g, k);
             }
         }
     }
@@ -102,9 +105,101 @@ static void put_out(const tsad_eye *e, const tsad_grid_node *node, const share *
     }
 }
 
+static const float zeros[TSAD_LANE];
+
+/* Where the n fours of a strip begin in a grid, from pixel (0, 0) of image 0: their inputs, with
+ * `before` a pixel before, or their outputs; and of which image they are. */
+static void place_fours(const share *s, const tsad_grid *g, tsad_strip strip, bool before,
+                        ptrdiff_t *place, int *image)
+{
+    for (int four = strip.begin; four < strip.end; four++) {
+        int at = four % (s->down * s->across);
+        ptrdiff_t top = 2 * (at / s->across) - before, left = 2 * (at % s->across) - before;
+        *image = four / (s->down * s->across);
+        *place++ = (ptrdiff_t)tsad_grid_floats(g) * *image + top * (ptrdiff_t)tsad_grid_row(g) +
+                   left * g->ld;
+        image++;
+    }
+}
+
+/* A panel's outputs of a strip, for whoever rounds them next. */
+static void watch(const tsad_eye *e, const tsad_grid_node *node, const share *s, tsad_strip strip,
+                  const ptrdiff_t *place, const int *image, size_t at)
+{
+    const tsad_grid *out = &e->vision->grids[node->out];
+    float *y[4 * (STRIP + TSAD_MAX_TILE)];
+    int of[4 * (STRIP + TSAD_MAX_TILE)], n = 0;
+    for (int i = 0; i < strip.end - strip.begin; i++) {
+        int four = (strip.begin + i) % (s->down * s->across);
+        int row = 2 * (four / s->across), column = 2 * (four % s->across);
+        for (int j = 0; j < 4; j++) {
+            if (row + j / 2 < out->height && column + j % 2 < out->width) {
+                y[n] = e->grids[node->out] + place[i] + (size_t)(j / 2) * tsad_grid_row(out) +
+                       (size_t)(j % 2 * out->ld);
+                of[n++] = image[i];
+            }
+        }
+    }
+    tsad_watch_panel(e, node, y, of, n, at);
+}
+
+static void wino16_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task,
+                        int rank)
+{
+    enum { MOST = STRIP + TSAD_MAX_TILE };
+    const tsad_kernels *k = e->kernels;
+    const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
+    const tsad_conv *c = &e->convs[node - e->vision->nodes];
+    share s = share_of(e, node, images);
+    tsad_strip strip = tsad_strip_of(k, s.fours, task / s.groups, s.strips);
+    size_t n = (size_t)(strip.end - strip.begin), channels = (size_t)in->channels;
+    size_t columns = (size_t)k->panel;
+    float *m = e->scratch[rank];
+    int16_t *v = (int16_t *)(m + 16 * n * columns);
+    const int16_t *x[MOST];
+    float *y[MOST], units[MOST];
+    ptrdiff_t place[MOST];
+    int image[MOST], parts = tsad_over(in->channels, TSAD_WINO_PART);
+    place_fours(&s, in, strip, true, place, image);
+    for (size_t i = 0; i < n; i++) {
+        x[i] = v + i * channels;
+        y[i] = m + i * columns;
+        units[i] = e->units[node->in * e->gang + image[i]];
+        k->wino_in16(e->grids16[node->in] + place[i], tsad_grid_row(in), (size_t)in->ld,
+                     in->channels, v + i * channels, n * channels);
+    }
+    place_fours(&s, out, strip, false, place, image);
+    int group = task % s.groups;
+    int end = (int)((int64_t)(group + 1) * c->panels / s.groups);
+    for (int panel = (int)((int64_t)group * c->panels / s.groups); panel < end; panel++) {
+        tsad_tile16 t = {.x = x, .y = y, .units = units, .rows = 1};
+        t.w = c->q + (size_t)panel * 16 * channels * columns;
+        for (size_t i = 0; i < 16; i++) {
+            t.unit = c->unit + ((size_t)panel * 16 + i) * columns;
+            t.at = i * n * columns;
+            t.bias = zeros;
+            for (int part = 0; part < parts; part++) {
+                int first = part * in->channels / parts;
+                t.pairs = ((part + 1) * in->channels / parts - first) / 2;
+                t.skip = i * n * channels + (size_t)first;
+                tsad_run_tiles16(k, t, (int)n);
+                t.bias = NULL;
+                t.w += (size_t)t.pairs * 2 * columns;
+            }
+        }
+        put_out(e, node, &s, strip, (tsad_wino_out){.m = m, .plane = n * columns}, panel);
+        if (tsad_is_watched(e, node)) {
+            watch(e, node, &s, strip, place, image, (size_t)panel * columns);
+        }
+    }
+}
+
 void tsad_wino_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task, int rank)
 {
-    static const float zeros[TSAD_LANE];
+    if (node->rounded) {
+        wino16_task(e, node, images, task, rank);
+        return;
+    }
     const tsad_kernels *k = e->kernels;
     const tsad_grid *in = &e->vision->grids[node->in];
     const tsad_conv *c = &e->convs[node - e->vision->nodes];

@@ -8,6 +8,7 @@
  * layer1.0.bn1, layer2.0.downsample and downsample_norm), then pool.weight, pool.bias,
  * pool.temperature (), out.weight, out.bias. Sums of a convolution start from the identity, where
  * no GroupNorm stands between: the two grids of a layer are enough, and a third with GroupNorm.
+ * With 16 bits the trunk's convolutions are rounded, and what they read is, once for all of them.
  */
 #include "../vision.h"
 #include "net.h"
@@ -94,6 +95,7 @@ static tsad_status add_conv(builder *b, const char *name, int in, int out, int k
     (*node)->kernel = kernel;
     (*node)->stride = stride;
     (*node)->pad = kernel / 2;
+    (*node)->rounded = b->v->grids[in].rounded;
     TSAD_TRY(take(b, name, "weight", false, 4, shape, &(*node)->weight));
     return take(b, name, "bias", !needs_bias, 1, &c_out, &(*node)->bias);
 }
@@ -117,6 +119,15 @@ static tsad_status add_conv_norm(builder *b, const char *conv, const char *norm,
     return TSAD_OK;
 }
 
+/* What the node before made is read by the trunk's convolutions. */
+static void add_rounding(builder *b, int grid)
+{
+    if (b->spec->bits == 16) {
+        b->v->grids[grid].rounded = true;
+        add_node(b, TSAD_GRID_ROUND, grid, grid);
+    }
+}
+
 /* The blocks of a layer, from grid *at on; *at becomes their output. */
 static tsad_status add_layer(builder *b, int layer, int n_blocks, int *at)
 {
@@ -129,6 +140,7 @@ static tsad_status add_layer(builder *b, int layer, int n_blocks, int *at)
         snprintf(conv, sizeof conv, "layer%d.%d.conv1", layer, i);
         snprintf(norm, sizeof norm, "layer%d.%d.bn1", layer, i);
         TSAD_TRY(add_conv_norm(b, conv, norm, *at, between, between, -1, 3, stride, true));
+        add_rounding(b, between);
         if (stride > 1) {
             snprintf(conv, sizeof conv, "layer%d.%d.downsample", layer, i);
             snprintf(norm, sizeof norm, "layer%d.%d.downsample_norm", layer, i);
@@ -138,6 +150,9 @@ static tsad_status add_layer(builder *b, int layer, int n_blocks, int *at)
         snprintf(conv, sizeof conv, "layer%d.%d.conv2", layer, i);
         snprintf(norm, sizeof norm, "layer%d.%d.bn2", layer, i);
         TSAD_TRY(add_conv_norm(b, conv, norm, between, raw, same, same, 3, 1, true));
+        if (layer < N_LAYERS || i < n_blocks - 1) {
+            add_rounding(b, same);
+        }
     }
     return TSAD_OK;
 }
@@ -149,6 +164,7 @@ static tsad_status add_head(builder *b, int at)
     tsad_grid_node *node;
     int logits = add_grid_after(b, at, 1, 1, s->n_keypoints, 0);
     TSAD_TRY(add_conv(b, "pool", at, logits, 1, 1, true, &node));
+    node->rounded = false; /* keypoints are sharp, and this is little work */
     int points = add_grid(b, 1, 1, 2 * s->n_keypoints, 0);
     node = add_node(b, TSAD_GRID_KEYPOINTS, logits, points);
     const float *temperature;
@@ -184,6 +200,7 @@ tsad_status tsad_net_resnet(const tsad_vision_spec *spec, tsad_vision *v)
     }
     int image = add_grid(&b, spec->height, spec->width, spec->channels, 3);
     v->grids[image].ld = spec->channels;
+    v->grids[image].rounded = spec->bits == 16;
     int stem = add_grid_after(&b, image, 7, 2, STEM, 0);
     TSAD_TRY(add_conv_norm(&b, "conv1", "bn1", image, stem, stem, -1, 7, 2, true));
     int at = add_grid_after(&b, stem, 3, 2, STEM, HALO);
@@ -191,6 +208,7 @@ tsad_status tsad_net_resnet(const tsad_vision_spec *spec, tsad_vision *v)
     pool->kernel = 3;
     pool->stride = 2;
     pool->pad = 1;
+    add_rounding(&b, at);
     for (int layer = 1; layer <= N_LAYERS; layer++) {
         TSAD_TRY(add_layer(&b, layer, blocks[spec->depth == 34][layer - 1], &at));
     }

@@ -55,8 +55,10 @@ static int read_choices(PyObject *kw, tsad_vision_spec *spec)
                      norm);
         return -1;
     }
-    if (strcmp(precision, "float32") != 0) {
-        PyErr_Format(PyExc_ValueError, "precision: expected 'float32', got '%s'", precision);
+    spec->bits = strcmp(precision, "int16") == 0 ? 16 : 32;
+    if (spec->bits == 32 && strcmp(precision, "float32") != 0) {
+        PyErr_Format(PyExc_ValueError, "precision: expected 'float32' or 'int16', got '%s'",
+                     precision);
         return -1;
     }
     return 0;
@@ -380,7 +382,9 @@ PyDoc_STRVAR(
     "height, width: of the images that encode gets; they see no resizing.\n"
     "scale, offset: float32 (channels,); the trunk sees pixel * scale + offset, of pixels from 0\n"
     "to 1, and zeros around that.\n"
-    "relu: whether one follows the linear layer.");
+    "relu: whether one follows the linear layer.\n"
+    "precision: 'int16' rounds the trunk's weights, and what its convolutions read, to 16 bits;\n"
+    "their products are exact, and the rest is float32.");
 
 static PyType_Slot slots[] = {
     {Py_tp_doc, (void *)vision_doc},

@@ -1,0 +1,141 @@
+/* conv16.h: a tile of a convolution in 16 bits; included by simd.h. As conv.h's, by pairs of inputs;
+ * its sums are integers, and what is made of them is rounded as plain C rounds it: no fused
+ * multiply-add.
+ */
+
+ALWAYS_INLINE void conv16_pixels(const bool own, const int M, const tsad_tile16 *t)
+{
+    (void)own; /* on a path without an instruction of its own */
+    vi sum[MAX_ROWS][2];
+    const int16_t *x[MAX_ROWS];
+#pragma GCC unroll 16
+    for (int p = 0; p < M; p++) {
+        x[p] = t->x[p] + t->skip;
+        sum[p][0] = sum[p][1] = (vi){0};
+    }
+    const int16_t *w = t->w;
+    for (int r = 0; r < t->rows; r++) {
+        for (int i = 0; i < t->pairs; i++, w += 2 * PANEL) {
+            vi w0 = load_pairs(false, w, 0), w1 = load_pairs(false, w, 2 * W);
+            __builtin_prefetch((const char *)w + NEAR_AHEAD, 0, 3);
+#pragma GCC unroll 16
+            for (int p = 0; p < M; p++) {
+                int pair;
+                memcpy(&pair, x[p] + 2 * i, sizeof pair);
+                vi v = (vi){0} + pair;
+                DOT16(own, sum[p][0], w0, v);
+                DOT16(own, sum[p][1], w1, v);
+            }
+        }
+#pragma GCC unroll 16
+        for (int p = 0; p < M; p++) {
+            x[p] += t->ld;
+        }
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < M; p++) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            float *y = t->y[p] + t->at + half * W;
+            vf v = t->bias ? load(t->bias + half * W) : load(y);
+            v = t->bias && t->residual ? v + load(y) : v;
+            v += __builtin_convertvector(sum[p][half], vf) *
+                 (V_SET1(t->units[p]) * load(t->unit + half * W));
+            store(y, t->relu ? activate(v, TSAD_RELU) : v);
+        }
+    }
+}
+
+#define CONV16(M)                                                                                  \
+    case M:                                                                                        \
+        conv16_pixels(own, M, t);                                                                  \
+        break
+
+ALWAYS_INLINE void conv16_any(const bool own, const tsad_tile16 *t)
+{
+    switch (t->pixels) {
+        CONV16(1);
+        CONV16(2);
+        CONV16(3);
+        CONV16(4);
+        CONV16(5);
+        CONV16(6);
+#if MAX_ROWS > 6
+        CONV16(7);
+        CONV16(8);
+        CONV16(9);
+        CONV16(10);
+        CONV16(11);
+        CONV16(12);
+#endif
+    default:
+        break;
+    }
+}
+
+static void path(conv16)(const tsad_tile16 *t)
+{
+    if (HAS_DOT16) {
+        conv16_any(true, t);
+    } else {
+        conv16_any(false, t);
+    }
+}
+
+static void path(wino_in16)(const int16_t *x, size_t row, size_t ld, int channels, int16_t *v,
+                            size_t plane)
+{
+    for (int c = 0; c < channels; c += 2 * W) {
+        vp t[4][4];
+#pragma GCC unroll 4
+        for (size_t j = 0; j < 4; j++) {
+            const int16_t *from = x + j * ld + (size_t)c;
+            vp d[4];
+#pragma GCC unroll 4
+            for (size_t i = 0; i < 4; i++) {
+                memcpy(&d[i], from + i * row, sizeof d[i]);
+            }
+            t[0][j] = d[0] - d[2];
+            t[1][j] = d[1] + d[2];
+            t[2][j] = d[2] - d[1];
+            t[3][j] = d[1] - d[3];
+        }
+#pragma GCC unroll 4
+        for (size_t i = 0; i < 4; i++) {
+            int16_t *to = v + 4 * i * plane + (size_t)c;
+            vp out[4] = {t[i][0] - t[i][2], t[i][1] + t[i][2], t[i][2] - t[i][1],
+                         t[i][1] - t[i][3]};
+#pragma GCC unroll 4
+            for (size_t j = 0; j < 4; j++) {
+                memcpy(to + j * plane, &out[j], sizeof out[j]);
+            }
+        }
+    }
+}
+
+/* two roundings, as plain C's: the product's, and the sum's to an integer */
+static void path(to16)(const float *x, size_t n, float scale, int16_t *to)
+{
+    const vf magic = V_SET1(12582912.0f); /* 1.5 * 2^23 */
+    for (size_t i = 0; i < n; i += W) {
+        vf scaled = load(x + i) * V_SET1(scale);
+        vs rounded = __builtin_convertvector((vi)(scaled + magic) - (vi)magic, vs);
+        memcpy(to + i, &rounded, sizeof rounded);
+    }
+}
+
+static uint32_t path(most)(float *const *row, size_t at, int rows, int n)
+{
+    vi most = {0};
+    for (int r = 0; r < rows; r++) {
+        for (int i = 0; i < n; i += W) {
+            vi bits = (vi)load(row[r] + at + i) & ((vi){0} + INT32_MAX);
+            most = (vi)select_vf(bits > most, (vf)bits, (vf)most);
+        }
+    }
+    int found = 0;
+    for (int i = 0; i < W; i++) {
+        found = most[i] > found ? most[i] : found;
+    }
+    return (uint32_t)found;
+}

@@ -1,0 +1,284 @@
+/* grid16.c: the nodes of an image encoder in 16 bits. tsad/reference/resnet.py says what they
+ * compute, and this the same bits, on every path.
+ *
+ * Nothing can overflow: inputs are at most INPUT in magnitude, weights of a channel come to at most
+ * COLUMN in each part of a window that is summed in integers, and INPUT * COLUMN < 2^31. Behind a
+ * ReLU inputs have one sign, so that weights of either sign may come to that much. Winograd's inputs
+ * are sums of four at most, which are INPUT, or twice or four times that, place by place.
+ */
+#include "eye.h"
+
+enum { INPUT = 8191, COLUMN = INT32_MAX / INPUT };
+enum { PART = 576 };           /* inputs of a part */
+enum { ROUND_FLOATS = 1 << 13 }; /* of a rounding's task, about */
+
+/* ---- weights ------------------------------------------------------------------------------- */
+
+/* A window in parts: some of its rows, or a part of one. */
+typedef struct window {
+    int kernel, run;
+    int parts, rows; /* of a row, and at once */
+} window;
+
+static window window_of(const tsad_grid_node *node, int run)
+{
+    window w = {.kernel = node->kernel, .run = run, .parts = tsad_over(run, PART), .rows = 1};
+    if (w.parts == 1) {
+        w.rows = PART / run < node->kernel ? PART / run : node->kernel;
+    }
+    return w;
+}
+
+/* weight i of a row of an output channel's window, of torch's (c_in, kernel, kernel) */
+static double weight_at(const float *w, int c_in, int kernel, int row, int i)
+{
+    return (double)w[((size_t)(i % c_in) * (size_t)kernel + (size_t)row) * (size_t)kernel +
+                     (size_t)(i / c_in)];
+}
+
+/* What 1 stands for: no part's weights come to more than COLUMN. */
+static float unit_of(window w, const float *weight, int c_in, bool is_signed)
+{
+    double largest = 0, unit = 0;
+    for (int row = 0; row < w.kernel; row += w.rows) {
+        int end = row + w.rows < w.kernel ? row + w.rows : w.kernel;
+        for (int part = 0; part < w.parts; part++) {
+            int first = part * w.run / w.parts, last = (part + 1) * w.run / w.parts;
+            double above = 0, below = 0;
+            for (int r = row; r < end; r++) {
+                for (int i = first; i < last; i++) {
+                    double v = weight_at(weight, c_in, w.kernel, r, i);
+                    above += v > 0 ? v : 0;
+                    below -= v < 0 ? v : 0;
+                    largest = fabs(v) > largest ? fabs(v) : largest;
+                }
+            }
+            double most = above > below ? above : below;
+            most = is_signed ? above + below : most;
+            most /= COLUMN - (end - row) * (last - first) / 2.0; /* rounding adds 1/2 to each */
+            unit = most > unit ? most : unit;
+        }
+    }
+    unit = largest / TSAD_LARGEST > unit ? largest / TSAD_LARGEST : unit;
+    return (float)(unit * (1 + 1e-6)); /* float32's rounding included */
+}
+
+/* (panels, kernel, pairs, panel, 2) */
+static void pack16(const tsad_eye *e, const tsad_grid_node *node, window w, int16_t *q, float *unit)
+{
+    int panel = e->kernels->panel, c_out = e->vision->grids[node->out].channels;
+    int c_in = e->vision->grids[node->in].channels;
+    size_t pairs = (size_t)tsad_over(w.run, 2), inputs = (size_t)(w.kernel * w.kernel * c_in);
+    for (int o = 0; o < c_out; o++) {
+        const float *weight = node->weight + (size_t)o * inputs;
+        unit[o] = unit_of(w, weight, c_in, node->in == 0);
+        int16_t *to = q + (size_t)(o / panel * w.kernel) * pairs * (size_t)panel * 2;
+        for (int row = 0; row < w.kernel; row++) {
+            for (int i = 0; i < w.run; i++) {
+                size_t pair = (size_t)row * pairs + (size_t)i / 2;
+                double v = weight_at(weight, c_in, w.kernel, row, i);
+                to[(pair * (size_t)panel + (size_t)(o % panel)) * 2 + (size_t)i % 2] =
+                    (int16_t)(unit[o] > 0 ? lrint(v / (double)unit[o]) : 0);
+            }
+        }
+    }
+}
+
+/* What 1 stands for in place k of an output channel: as unit_of. */
+static float wino_unit_of(const float *weight, int c_in, size_t k)
+{
+    static const int times[4] = {1, 2, 1, 1};
+    int column = INT32_MAX / (INPUT * times[k / 4] * times[k % 4]);
+    int parts = tsad_over(c_in, TSAD_WINO_PART);
+    double largest = 0, unit = 0;
+    for (int part = 0; part < parts; part++) {
+        int first = part * c_in / parts, last = (part + 1) * c_in / parts;
+        double most = 0;
+        for (int c = first; c < last; c++) {
+            double v = fabs(tsad_wino_weight(weight + c * 9, k));
+            most += v;
+            largest = v > largest ? v : largest;
+        }
+        most /= column - (last - first) / 2.0;
+        unit = most > unit ? most : unit;
+    }
+    unit = largest / TSAD_LARGEST > unit ? largest / TSAD_LARGEST : unit;
+    return (float)(unit * (1 + 1e-6));
+}
+
+/* (panels, 16, pairs, panel, 2); units (panels, 16, panel) */
+static void pack_wino16(const tsad_eye *e, const tsad_grid_node *node, int16_t *q, float *unit)
+{
+    size_t panel = (size_t)e->kernels->panel;
+    size_t c_in = (size_t)e->vision->grids[node->in].channels;
+    size_t c_out = (size_t)e->vision->grids[node->out].channels;
+    for (size_t o = 0; o < c_out; o++) {
+        const float *weight = node->weight + o * c_in * 9;
+        for (size_t k = 0; k < 16; k++) {
+            size_t place = o / panel * 16 + k;
+            float u = wino_unit_of(weight, (int)c_in, k);
+            unit[place * panel + o % panel] = u;
+            for (size_t c = 0; c < c_in; c++) {
+                double v = tsad_wino_weight(weight + c * 9, k);
+                q[(place * c_in / 2 + c / 2) * panel * 2 + o % panel * 2 + c % 2] =
+                    (int16_t)(u > 0 ? lrint(v / (double)u) : 0);
+            }
+        }
+    }
+}
+
+void tsad_conv16_carve(const tsad_eye *e, const tsad_grid_node *node, tsad_arena *arena,
+                       tsad_conv *c)
+{
+    size_t columns = (size_t)c->panels * (size_t)e->kernels->panel, rows = (size_t)node->kernel;
+    rows *= (size_t)tsad_over(c->run, 2) * 2;
+    if (c->wino) {
+        rows = 16 * (size_t)e->vision->grids[node->in].channels;
+    }
+    int16_t *q = TSAD_CARVE(arena, int16_t, rows *columns);
+    float *unit = TSAD_CARVE(arena, float, columns * (c->wino ? 16 : 1));
+    if (q) {
+        if (c->wino) {
+            pack_wino16(e, node, q, unit);
+        } else {
+            pack16(e, node, window_of(node, c->run), q, unit);
+        }
+        c->q = q;
+        c->unit = unit;
+    }
+}
+
+/* ---- rounding ------------------------------------------------------------------------------ */
+
+/* An image of zeros, or nearly, has scale and unit 0; one that is not finite has the unit NaN, so
+ * that it is seen. */
+float tsad_image_scale(uint32_t most, float *unit)
+{
+    float largest;
+    memcpy(&largest, &most, sizeof largest);
+    if (!(largest <= FLT_MAX)) {
+        *unit = NAN;
+        return 0;
+    }
+    bool none = largest < 0x1p-100f; /* whose inverse would be infinite */
+    *unit = none ? 0 : largest / INPUT;
+    return none ? 0 : INPUT / largest;
+}
+
+bool tsad_is_watched(const tsad_eye *e, const tsad_grid_node *node)
+{
+    const tsad_vision *v = e->vision;
+    return node + 1 < v->nodes + v->n_nodes && node[1].kind == TSAD_GRID_ROUND;
+}
+
+void tsad_watch(const tsad_eye *e, const tsad_grid_node *node, int image, uint32_t most)
+{
+    atomic_uint *at = &e->most[(node - e->vision->nodes) * e->gang + image];
+    unsigned before = atomic_load_explicit(at, memory_order_relaxed);
+    while (before < most && !atomic_compare_exchange_weak_explicit(
+                                at, &before, most, memory_order_relaxed, memory_order_relaxed)) {
+    }
+}
+
+static int round_rows(const tsad_grid *g)
+{
+    int rows = ROUND_FLOATS / (g->width * g->ld);
+    return rows < 1 ? 1 : rows;
+}
+
+int tsad_round_tasks(const tsad_eye *e, const tsad_grid_node *node, int images)
+{
+    const tsad_grid *g = &e->vision->grids[node->in];
+    return images * tsad_over(g->height, round_rows(g));
+}
+
+void tsad_round_task(const tsad_eye *e, const tsad_grid_node *node, int task)
+{
+    const tsad_grid *g = &e->vision->grids[node->in];
+    int rows = round_rows(g), bands = tsad_over(g->height, rows), image = task / bands;
+    int row = task % bands * rows, end = row + rows < g->height ? row + rows : g->height;
+    ptrdiff_t maker = node - 1 - e->vision->nodes;
+    float unit;
+    float scale = tsad_image_scale(
+        atomic_load_explicit(&e->most[maker * e->gang + image], memory_order_relaxed), &unit);
+    if (row == 0) {
+        e->units[node->in * e->gang + image] = unit;
+    }
+    size_t at = (size_t)image * tsad_grid_floats(g) + (size_t)row * tsad_grid_row(g);
+    for (; row < end; row++, at += tsad_grid_row(g)) {
+        e->kernels->to16(e->grids[node->in] + at, (size_t)g->width * (size_t)g->ld, scale,
+                         e->grids16[node->in] + at);
+    }
+}
+
+/* ---- convolution --------------------------------------------------------------------------- */
+
+void tsad_run_tiles16(const tsad_kernels *k, tsad_tile16 t, int n)
+{
+    int tiles = tsad_over(n, k->tile);
+    for (int i = 0; i < tiles; i++) {
+        t.pixels = n / tiles + (i < n % tiles);
+        k->conv16(&t);
+        t.x += t.pixels;
+        t.y += t.pixels;
+        t.units += t.pixels;
+    }
+}
+
+void tsad_watch_panel(const tsad_eye *e, const tsad_grid_node *node, float *const *y,
+                      const int *image, int n, size_t at)
+{
+    for (int first = 0, i = 1; i <= n; i++) {
+        if (i == n || image[i] != image[first]) {
+            tsad_watch(e, node, image[first],
+                       e->kernels->most(y + first, at, i - first, e->kernels->panel));
+            first = i;
+        }
+    }
+}
+
+void tsad_conv16_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task)
+{
+    enum { MOST = TSAD_STRIP + TSAD_MAX_TILE };
+    const tsad_kernels *k = e->kernels;
+    const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
+    const tsad_conv *c = &e->convs[node - e->vision->nodes];
+    int pixels = images * out->height * out->width, strip, panel;
+    tsad_which_task(e, node, images, task, &strip, &panel);
+    tsad_strip s = tsad_strip_of(k, pixels, strip, tsad_strips_of(k, out, images));
+    ptrdiff_t from[MOST], to[MOST];
+    const int16_t *x[MOST];
+    float *y[MOST], units[MOST];
+    int image[MOST], n = s.end - s.begin;
+    tsad_place_pixels(e, node, s.begin, s.end, from, to);
+    for (int i = 0; i < n; i++) {
+        x[i] = e->grids16[node->in] + from[i];
+        y[i] = e->grids[node->out] + to[i];
+        image[i] = (int)((size_t)to[i] / tsad_grid_floats(out));
+        units[i] = e->units[node->in * e->gang + image[i]];
+    }
+
+    window w = window_of(node, c->run);
+    size_t columns = (size_t)k->panel, pairs = (size_t)tsad_over(c->run, 2);
+    tsad_tile16 t = {.x = x, .y = y, .units = units, .ld = tsad_grid_row(in)};
+    t.at = (size_t)panel * columns;
+    t.bias = c->bias + t.at;
+    t.unit = c->unit + t.at;
+    t.residual = node->residual >= 0;
+    t.w = c->q + (size_t)(panel * node->kernel) * pairs * columns * 2;
+    for (int row = 0; row < node->kernel; row += w.rows) {
+        t.rows = row + w.rows < node->kernel ? w.rows : node->kernel - row;
+        for (int part = 0; part < w.parts; part++) {
+            int first = part * c->run / w.parts;
+            t.pairs = tsad_over((part + 1) * c->run / w.parts - first, 2);
+            t.skip = (size_t)row * t.ld + (size_t)first;
+            t.relu = node->relu && row + w.rows >= node->kernel && part == w.parts - 1;
+            tsad_run_tiles16(k, t, n);
+            t.bias = NULL;
+            t.w += (size_t)(t.rows * t.pairs) * columns * 2;
+        }
+    }
+    if (tsad_is_watched(e, node)) {
+        tsad_watch_panel(e, node, y, image, n, t.at);
+    }
+}
