@@ -3,7 +3,7 @@
  * multiply-add.
  */
 
-ALWAYS_INLINE void conv16_pixels(const bool own, const int M, const tsad_tile16 *t)
+ALWAYS_INLINE void conv16_sums(const bool own, const int M, const tsad_tile16 *t, vi *out)
 {
     (void)own; /* on a path without an instruction of its own */
     vi sum[MAX_ROWS][2];
@@ -34,15 +34,53 @@ ALWAYS_INLINE void conv16_pixels(const bool own, const int M, const tsad_tile16 
     }
 #pragma GCC unroll 16
     for (int p = 0; p < M; p++) {
+        out[2 * p] = sum[p][0];
+        out[2 * p + 1] = sum[p][1];
+    }
+}
+
+/* what the sums are added to */
+typedef enum begun { FROM_ZERO, FROM_BIAS, FROM_BOTH, FROM_Y } begun;
+
+ALWAYS_INLINE void conv16_store(const int M, const begun from, const tsad_tile16 *t, const vi *sum)
+{
+    vf unit[2] = {load(t->unit), load(t->unit + W)};
+#pragma GCC unroll 16
+    for (int p = 0; p < M; p++) {
+        float *y = t->y[p] + t->at;
+        vf scale = V_SET1(t->units[p]);
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            float *y = t->y[p] + t->at + half * W;
-            vf v = t->bias ? load(t->bias + half * W) : load(y);
-            v = t->bias && t->residual ? v + load(y) : v;
-            v += __builtin_convertvector(sum[p][half], vf) *
-                 (V_SET1(t->units[p]) * load(t->unit + half * W));
+        for (int half = 0; half < 2; half++, y += W) {
+            vf v = __builtin_convertvector(sum[2 * p + half], vf) * (scale * unit[half]);
+            if (from == FROM_Y) {
+                v = load(y) + v;
+            } else if (from == FROM_BOTH) {
+                v = (load(t->bias + half * W) + load(y)) + v;
+            } else if (from == FROM_BIAS) {
+                v = load(t->bias + half * W) + v;
+            }
             store(y, t->relu ? activate(v, TSAD_RELU) : v);
         }
+    }
+}
+
+ALWAYS_INLINE void conv16_pixels(const bool own, const int M, const tsad_tile16 *t)
+{
+    vi sum[MAX_ROWS * 2];
+#ifdef OWN_CONV16
+    (void)own;
+    OWN_CONV16(M, t, sum);
+#else
+    conv16_sums(own, M, t, sum);
+#endif
+    if (t->fresh) {
+        conv16_store(M, FROM_ZERO, t, sum);
+    } else if (!t->bias) {
+        conv16_store(M, FROM_Y, t, sum);
+    } else if (t->residual) {
+        conv16_store(M, FROM_BOTH, t, sum);
+    } else {
+        conv16_store(M, FROM_BIAS, t, sum);
     }
 }
 

@@ -109,8 +109,9 @@ typedef struct tsad_tile16 {
     int rows, pairs;     /* of inputs in a row */
     const int16_t *w;    /* (rows, pairs, panel, 2) */
     const float *unit;   /* (panel) */
-    const float *bias;   /* as a tile's */
+    const float *bias;   /* as a tile's, */
     bool residual, relu;
+    bool fresh; /* and the sums start from nothing */
 } tsad_tile16;
 
 /* Winograd's F(2x2, 3x3): outputs two by two from inputs four by four, 16 products for 36. */

@@ -285,7 +285,7 @@ static void ref_conv16(const tsad_tile16 *t)
         }
         float *y = t->y[p] + t->at;
         for (int o = 0; o < PANEL; o++) {
-            float v = t->bias ? t->bias[o] : y[o];
+            float v = t->fresh ? 0 : t->bias ? t->bias[o] : y[o];
             v = t->bias && t->residual ? v + y[o] : v;
             v += (float)sum[o] * (t->units[p] * t->unit[o]);
             y[o] = t->relu && v < 0 ? 0 : v; /* NaN stays */

@@ -105,8 +105,6 @@ static void put_out(const tsad_eye *e, const tsad_grid_node *node, const share *
     }
 }
 
-static const float zeros[TSAD_LANE];
-
 /* Where the n fours of a strip begin in a grid, from pixel (0, 0) of image 0: their inputs, with
  * `before` a pixel before, or their outputs; and of which image they are. */
 static void place_fours(const share *s, const tsad_grid *g, tsad_strip strip, bool before,
@@ -177,13 +175,13 @@ static void wino16_task(const tsad_eye *e, const tsad_grid_node *node, int image
         for (size_t i = 0; i < 16; i++) {
             t.unit = c->unit + ((size_t)panel * 16 + i) * columns;
             t.at = i * n * columns;
-            t.bias = zeros;
+            t.fresh = true;
             for (int part = 0; part < parts; part++) {
                 int first = part * in->channels / parts;
                 t.pairs = ((part + 1) * in->channels / parts - first) / 2;
                 t.skip = i * n * channels + (size_t)first;
                 tsad_run_tiles16(k, t, (int)n);
-                t.bias = NULL;
+                t.fresh = false;
                 t.w += (size_t)t.pairs * 2 * columns;
             }
         }
@@ -200,6 +198,7 @@ void tsad_wino_task(const tsad_eye *e, const tsad_grid_node *node, int images, i
         wino16_task(e, node, images, task, rank);
         return;
     }
+    static const float zeros[TSAD_LANE];
     const tsad_kernels *k = e->kernels;
     const tsad_grid *in = &e->vision->grids[node->in];
     const tsad_conv *c = &e->convs[node - e->vision->nodes];
