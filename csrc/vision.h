@@ -23,7 +23,7 @@ typedef enum tsad_grid_kind {
     TSAD_GRID_CONV, /* sums start from the bias, and from what is in `out` where residual == out */
     TSAD_GRID_NORM, /* GroupNorm, then the residual is added */
     TSAD_GRID_MAXPOOL,
-    TSAD_GRID_ROUND, /* in == out, what the node before made, to 16 bits */
+    TSAD_GRID_ROUND,    /* in == out, what the node before made, to 16 bits */
     TSAD_GRID_KEYPOINTS /* out (1, 1, 2 * channels of in): x, y of each channel's softmax */
 } tsad_grid_kind;
 

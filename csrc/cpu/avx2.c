@@ -24,10 +24,10 @@ static inline __attribute__((always_inline)) void totals8(const vf v[4], float o
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
 
-/* The inner loop of a convolution in 16 bits, by hand: gcc 12 puts a sum between the two products of
- * a pixel, and the processor's four integer pipes, two of which multiply, then go to the wrong ones
- * (Zen 3, multiply-adds from the first cache: 58 a ns by the compiler, 73 so). ymm0 to ymm11 hold
- * the sums of up to 6 pixels, ymm12 and ymm13 the weights. */
+/* The inner loop of a convolution in 16 bits, by hand: gcc 12 puts a sum between the two products
+ * of a pixel, and the processor's four integer pipes, two of which multiply, then go to the wrong
+ * ones (Zen 3, multiply-adds from the first cache: 58 a ns by the compiler, 73 so). ymm0 to ymm11
+ * hold the sums of up to 6 pixels, ymm12 and ymm13 the weights. */
 #define MADD_PIXEL(x, even, odd)                                                                   \
     "vpbroadcastd (%[" x "],%[i],4), %%ymm14\n\t"                                                  \
     "vpmaddwd %%ymm12, %%ymm14, %%ymm15\n\t"                                                       \
@@ -52,16 +52,16 @@ static inline __attribute__((always_inline)) void totals8(const vf v[4], float o
                               "vmovdqu (%[w]), %%ymm12\n\t"                                        \
                               "vmovdqu 32(%[w]), %%ymm13\n\t"                                      \
                               "prefetcht0 1024(%[w])\n\t" MADD_##M "add $64, %[w]\n\t"             \
-                              "inc %[i]\n\t"                                                       \
-                              "jnz 2b\n\t"                                                         \
-                              "add %[ld], %[x0]\n\t"                                               \
-                              "add %[ld], %[x1]\n\t"                                               \
-                              "add %[ld], %[x2]\n\t"                                               \
-                              "add %[ld], %[x3]\n\t"                                               \
-                              "add %[ld], %[x4]\n\t"                                               \
-                              "add %[ld], %[x5]\n\t"                                               \
-                              "dec %[rows]\n\t"                                                    \
-                              "jnz 1b\n\t" EACH_12(KEEP_YMM)                                       \
+                                                                   "inc %[i]\n\t"                  \
+                                                                   "jnz 2b\n\t"                    \
+                                                                   "add %[ld], %[x0]\n\t"          \
+                                                                   "add %[ld], %[x1]\n\t"          \
+                                                                   "add %[ld], %[x2]\n\t"          \
+                                                                   "add %[ld], %[x3]\n\t"          \
+                                                                   "add %[ld], %[x4]\n\t"          \
+                                                                   "add %[ld], %[x5]\n\t"          \
+                                                                   "dec %[rows]\n\t"               \
+                                                                   "jnz 1b\n\t" EACH_12(KEEP_YMM)  \
             : [w] "+r"(w), [x0] "+r"(x0), [x1] "+r"(x1), [x2] "+r"(x2), [x3] "+r"(x3),             \
               [x4] "+r"(x4), [x5] "+r"(x5), [rows] "+r"(rows), [i] "=&r"(i)                        \
             : [ld] "r"(ld), [first] "r"(first), [sum] "r"(sum)                                     \
@@ -77,8 +77,10 @@ static inline __attribute__((always_inline)) void madd_dots(const int M, const s
     size_t ld = row * sizeof **x;
     ptrdiff_t first = -(ptrdiff_t)pairs, i;
     const short *x0 = x[0] + skip + 2 * pairs, *x1 = x[M > 1 ? 1 : 0] + skip + 2 * pairs;
-    const short *x2 = x[M > 2 ? 2 : 0] + skip + 2 * pairs, *x3 = x[M > 3 ? 3 : 0] + skip + 2 * pairs;
-    const short *x4 = x[M > 4 ? 4 : 0] + skip + 2 * pairs, *x5 = x[M > 5 ? 5 : 0] + skip + 2 * pairs;
+    const short *x2 = x[M > 2 ? 2 : 0] + skip + 2 * pairs,
+                *x3 = x[M > 3 ? 3 : 0] + skip + 2 * pairs;
+    const short *x4 = x[M > 4 ? 4 : 0] + skip + 2 * pairs,
+                *x5 = x[M > 5 ? 5 : 0] + skip + 2 * pairs;
     switch (M) {
         MADD_LOOP(1);
         MADD_LOOP(2);

@@ -1,5 +1,5 @@
-/* conv16.h: a tile of a convolution in 16 bits; included by simd.h. As conv.h's, by pairs of inputs;
- * its sums are integers, and what is made of them is rounded as plain C rounds it: no fused
+/* conv16.h: a tile of a convolution in 16 bits; included by simd.h. As conv.h's, by pairs of
+ * inputs; its sums are integers, and what is made of them is rounded as plain C rounds it: no fused
  * multiply-add.
  */
 

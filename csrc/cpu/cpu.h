@@ -106,10 +106,10 @@ typedef struct tsad_tile16 {
     size_t skip, ld;
     float *const *y;
     size_t at;
-    int rows, pairs;     /* of inputs in a row */
-    const int16_t *w;    /* (rows, pairs, panel, 2) */
-    const float *unit;   /* (panel) */
-    const float *bias;   /* as a tile's, */
+    int rows, pairs;   /* of inputs in a row */
+    const int16_t *w;  /* (rows, pairs, panel, 2) */
+    const float *unit; /* (panel) */
+    const float *bias; /* as a tile's, */
     bool residual, relu;
     bool fresh; /* and the sums start from nothing */
 } tsad_tile16;

@@ -80,7 +80,7 @@ static void layout_memory(tsad_eye *e, tsad_arena *arena)
     e->crew = TSAD_CARVE(arena, tsad_crew, 1);
     e->grids16 = TSAD_CARVE(arena, int16_t *, v->n_grids);
     e->units = TSAD_CARVE(arena, float, v->n_grids * e->gang);
-    e->most = TSAD_CARVE(arena, atomic_uint, v->n_nodes *e->gang);
+    e->most = TSAD_CARVE(arena, atomic_uint, v->n_nodes * e->gang);
     e->bytes16 = TSAD_CARVE(arena, int16_t, v->grids[0].channels * 256);
     e->scratch = TSAD_CARVE(arena, float *, e->n_threads);
     size_t room = 0;

@@ -45,7 +45,7 @@ struct tsad_eye {
     atomic_uint *most; /* (n_nodes, gang) the bits of the largest magnitude made, of an image */
     float pixel_scale; /* what the trunk sees of a pixel times this is an integer */
     int16_t *bytes16;  /* (channels, 256) */
-    float **scratch;  /* (n_threads) */
+    float **scratch;   /* (n_threads) */
     tsad_crew *crew;
 };
 
@@ -79,8 +79,8 @@ tsad_strip tsad_strip_of(const tsad_kernels *k, int pixels, int i, int n);
 enum { TSAD_STRIP = 96 };
 /* A convolution's tasks: `strips` strips of pixels by the panels. */
 int tsad_strips_of(const tsad_kernels *k, const tsad_grid *out, int images);
-void tsad_which_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task, int *strip,
-                     int *panel);
+void tsad_which_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task,
+                     int *strip, int *panel);
 
 /* ---- grid16.c ------------------------------------------------------------------------------ */
 

@@ -125,8 +125,8 @@ tsad_strip tsad_strip_of(const tsad_kernels *k, int pixels, int i, int n)
     return (tsad_strip){begin, end < pixels ? end : pixels};
 }
 
-void tsad_which_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task, int *strip,
-                     int *panel)
+void tsad_which_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task,
+                     int *strip, int *panel)
 {
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     const tsad_conv *c = &e->convs[node - e->vision->nodes];

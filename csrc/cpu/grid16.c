@@ -3,13 +3,13 @@
  *
  * Nothing can overflow: inputs are at most INPUT in magnitude, weights of a channel come to at most
  * COLUMN in each part of a window that is summed in integers, and INPUT * COLUMN < 2^31. Behind a
- * ReLU inputs have one sign, so that weights of either sign may come to that much. Winograd's inputs
- * are sums of four at most, which are INPUT, or twice or four times that, place by place.
+ * ReLU inputs have one sign, so that weights of either sign may come to that much. Winograd's
+ * inputs are sums of four at most, which are INPUT, or twice or four times that, place by place.
  */
 #include "eye.h"
 
 enum { INPUT = 8191, COLUMN = INT32_MAX / INPUT };
-enum { PART = 576 };           /* inputs of a part */
+enum { PART = 576 };             /* inputs of a part */
 enum { ROUND_FLOATS = 1 << 13 }; /* of a rounding's task, about */
 
 /* ---- weights ------------------------------------------------------------------------------- */
@@ -136,7 +136,7 @@ void tsad_conv16_carve(const tsad_eye *e, const tsad_grid_node *node, tsad_arena
         rows = 16 * (size_t)e->vision->grids[node->in].channels;
     }
     int16_t *q = TSAD_CARVE(arena, int16_t, rows *columns);
-    float *unit = TSAD_CARVE(arena, float, columns * (c->wino ? 16 : 1));
+    float *unit = TSAD_CARVE(arena, float, columns *(c->wino ? 16 : 1));
     if (q) {
         if (c->wino) {
             pack_wino16(e, node, q, unit);

@@ -5,7 +5,7 @@
  */
 #include "eye.h"
 
-enum { LEAST_AREA = 100 };          /* pixels of an image from where on it gains */
+enum { LEAST_AREA = 100, LEAST_AREA_16 = 30 }; /* pixels of an image from where on it gains */
 enum { STRIP = 48, FLOATS = 3072 }; /* outputs, four at a time, of a task; and times channels */
 enum { TASKS = 16 };                /* for these, panels of a strip are tasks of their own */
 
@@ -13,7 +13,8 @@ bool tsad_wino_fits(const tsad_eye *e, const tsad_grid_node *node)
 {
     const tsad_grid *out = &e->vision->grids[node->out];
     return (e->kernels->wino_in || node->rounded) && node->kind == TSAD_GRID_CONV &&
-           node->kernel == 3 && node->stride == 1 && out->height * out->width >= LEAST_AREA;
+           node->kernel == 3 && node->stride == 1 &&
+           out->height * out->width >= (node->rounded ? LEAST_AREA_16 : LEAST_AREA);
 }
 
 /* of a strip, at most */

@@ -1,0 +1,162 @@
+"""Image encoders in 16 bits: their reference, every path's bits, how far they are from float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_vision_core import CASES, F, pixels, planes
+from torch_encoder import Encoder, Weights, encode
+
+from tsad import _core
+from tsad.families.resnet import Camera, EncoderConfig
+from tsad.reference import conv16, resnet
+
+BOUND = 5e-3
+"""Of the largest feature. Of random weights, whose keypoints are not sharp; 34 layers with
+GroupNorm over a pixel or two have 1.7e-3."""
+
+
+def make(encoder: Encoder, weights: Weights | None = None, **more: Any) -> _core.Vision:
+    own = encoder.weights() if weights is None else weights
+    return _core.Vision(own, **({"precision": "int16"} | encoder.arguments() | more))
+
+
+def reference(encoder: Encoder, weights: Weights, images: Any) -> Any:
+    size = {"height": encoder.height, "width": encoder.width, "resize": None, "crop": None}
+    camera = Camera("c", 0, scale=encoder.scale, offset=encoder.offset, **size)  # type: ignore[arg-type]
+    config = EncoderConfig(
+        f"resnet{encoder.depth}", encoder.norm, encoder.keypoints, encoder.features
+    )
+    return resnet.encode(weights, config, camera, images, bits=16)
+
+
+@pytest.mark.parametrize("backend", _core.backends())
+@pytest.mark.parametrize("case", CASES)
+def test_features_are_near_torchs(case: str, backend: str) -> None:
+    encoder, n = CASES[case]
+    images = planes(pixels(encoder, n))
+    expected = encode(encoder, encoder.weights(), images).numpy()
+    got = make(encoder, backend=backend).encode(images)
+    assert np.abs(got - expected).max() <= BOUND * np.abs(expected).max()
+    if min(encoder.height, encoder.width) > 8:  # it is in 16 bits
+        exact = make(encoder, backend=backend, precision="float32").encode(images)
+        assert np.abs(got - exact).max() > 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_path_makes_the_same_trunk(case: str) -> None:
+    """Up to the head, which is float32: no rounding may fall to another integer."""
+    encoder, n = CASES[case]
+    images = pixels(encoder, n)
+    first, *others = [make(encoder, backend=name).encode(images) for name in _core.backends()]
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=2e-6 * np.abs(first).max())
+
+
+@pytest.mark.parametrize("case", ["lerobot", "96", "34", "small", "one pixel"])
+def test_the_reference_is_the_core(case: str) -> None:
+    encoder, n = CASES[case]
+    images = pixels(encoder, n)
+    expected = reference(encoder, encoder.weights(), images)
+    np.testing.assert_allclose(
+        make(encoder).encode(images), expected, atol=5e-6 * np.abs(expected).max()
+    )
+
+
+def test_the_reference_is_the_core_with_a_group_norm() -> None:
+    """Whose sums differ in their last bit, so that some numbers are rounded to the next integer."""
+    encoder = Encoder(norm="group", height=76, width=76)
+    images = pixels(encoder, 2)
+    expected = reference(encoder, encoder.weights(), images)
+    right = encode(encoder, encoder.weights(), planes(images)).numpy()
+    apart = np.abs(make(encoder).encode(images) - expected).max()
+    assert apart <= np.abs(expected - right).max()
+
+
+@pytest.mark.parametrize("backend", _core.backends())
+@pytest.mark.parametrize("norm", ["folded", "group"])
+def test_bits_depend_on_neither_threads_nor_company(backend: str, norm: str) -> None:
+    encoder = Encoder(norm=norm, height=60, width=52, keypoints=3, features=5, relu=False)
+    n = 3 if backend == "ref" else 9
+    images = pixels(encoder, n)
+    images[1] //= 16  # an image's units are its own
+    expected = make(encoder, backend=backend).encode(images)
+    for threads in (2, 4):
+        vision = make(encoder, backend=backend, threads=threads)
+        np.testing.assert_array_equal(vision.encode(images), expected)
+        for i in (0, 1, n - 1):
+            np.testing.assert_array_equal(vision.encode(images[i : i + 1]), expected[i : i + 1])
+    np.testing.assert_array_equal(make(encoder, backend=backend).encode(planes(images)), expected)
+
+
+def largest_sums(weight: Any, signed: bool) -> int:
+    """The largest that a window's part can come to, on the way to its sum as well."""
+    rows = np.moveaxis(weight, 1, 3).reshape(len(weight), weight.shape[-1], -1)
+    _, integers = conv16.round_weights(rows, signed)
+    most = 0
+    for rows_in, inputs in conv16.parts(*rows.shape[1:]):
+        part = integers[:, rows_in, inputs].reshape(len(rows), -1)
+        sides = np.maximum(part, 0).sum(1), np.maximum(-part, 0).sum(1)
+        most = max(most, int((sum(sides) if signed else np.maximum(*sides)).max()))
+    return most * conv16.INPUT
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("shape", [(5, 3, 7, 7), (4, 64, 3, 3), (4, 512, 3, 3), (3, 256, 1, 1)])
+def test_no_sum_passes_32_bits(shape: Any, signed: bool) -> None:
+    rng = np.random.default_rng(0)
+    for weight in (rng.standard_normal(shape), np.ones(shape), rng.uniform(0, 1, shape) ** 8):
+        assert largest_sums(weight.astype(F), signed) < 2**31
+
+
+@pytest.mark.parametrize("backend", _core.backends())
+def test_sums_at_their_largest(backend: str) -> None:
+    """White images and equal weights: every product is as large as it can be."""
+    for size in (36, 20):  # with Winograd's form, and without
+        encoder = Encoder(height=size, width=size, keypoints=2, features=3, scale=(1.0,) * 3,
+                          offset=(0.0,) * 3)  # fmt: skip
+        weights = encoder.weights()
+        for name, value in weights.items():
+            if name.startswith(("conv", "layer")):
+                fill = 1 / value[0].size if name.endswith("weight") else 0
+                weights[name] = np.full_like(value, fill)
+        images = np.full((1, size, size, 3), 255, np.uint8)
+        images[:, 3:7, 2:9] = 0
+        expected = encode(encoder, weights, planes(images)).numpy()
+        got = make(encoder, weights, backend=backend).encode(images)
+        assert np.abs(got - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+def test_nothing_and_nearly_nothing() -> None:
+    encoder = Encoder(height=40, width=40, offset=(0.0,) * 3, keypoints=3, features=5)
+    weights = {
+        name: np.zeros_like(w) if name.endswith("bias") else w
+        for name, w in encoder.weights().items()
+    }
+    black = np.zeros((1, 40, 40, 3), np.uint8)
+    for backend in _core.backends():
+        vision = make(encoder, weights, backend=backend)
+        np.testing.assert_allclose(
+            vision.encode(black), encode(encoder, weights, planes(black)).numpy(), atol=1e-6
+        )
+    tiny = weights | {"conv1.weight": weights["conv1.weight"] * F(1e-38)}
+    images = pixels(encoder, 1)
+    assert np.isfinite(make(encoder, tiny).encode(images)).all()
+
+
+def test_numbers_that_overflow_are_seen() -> None:
+    encoder = Encoder(height=36, width=40, keypoints=3, features=5)
+    weights = encoder.weights()
+    for name in ("layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.1.conv1"):
+        weights[f"{name}.weight"] = np.full_like(weights[f"{name}.weight"], 1e12)
+    for backend in _core.backends():
+        with pytest.raises(RuntimeError, match=r"overflowed in the features of images\[0\]"):
+            make(encoder, weights, backend=backend).encode(pixels(encoder, 1))
+
+
+def test_its_weights_take_about_half() -> None:
+    encoder = Encoder()
+    half, whole = make(encoder), make(encoder, precision="float32")
+    assert half.weight_bytes < 0.6 * whole.weight_bytes
