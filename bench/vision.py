@@ -9,7 +9,8 @@ LeRobot's ResNet-18 with random weights, BatchNorm folded for everybody, all con
 same ones; before anything is timed each one's features are compared with float64's. They take
 turns, some passes each, in rounds; reported are the fastest round and the median of rounds. The
 peers get float32 planes, ours uint8 as a camera gives them. The floor in the same run: the larger
-of the multiply-adds at the rate that all threads reach from registers, and the weights read once.
+of the multiply-adds at the rate that all threads reach from registers, and the weights read once;
+of our 16 bits, at the rate of products of 16-bit integers, and of half the bytes.
 """
 
 from __future__ import annotations
@@ -136,9 +137,14 @@ def bench(size: tuple[int, int], n: int, args: argparse.Namespace) -> dict[str, 
     print(f"{size[0]} x {size[1]}, {n} image{'s' * (n > 1)}", flush=True)
 
     contenders = peers(encoder, weights, planes, args.peers, args.threads)
-    vision = _core.Vision(weights, threads=args.threads, **encoder.arguments())
+    visions = {
+        name: _core.Vision(weights, threads=args.threads, precision=name, **encoder.arguments())
+        for name in ("float32", "int16")
+    }
+    vision = visions["float32"]
     out = np.empty((n, vision.features), np.float32)
-    contenders["tsad float32"] = lambda: vision.encode(pixels, out=out)
+    for name, own in visions.items():
+        contenders[f"tsad {name}"] = lambda own=own: own.encode(pixels, out=out)
     errors = {
         name: float(np.abs(np.asarray(run()) - expected).max()) for name, run in contenders.items()
     }
@@ -151,21 +157,28 @@ def bench(size: tuple[int, int], n: int, args: argparse.Namespace) -> dict[str, 
             times[name].append(timed(run, passes[name]))
         peaks.append(roofline.run(args.threads, 4 * parameters, 0.1))
     peak = Roofline.best(peaks)
-    least = floor(n * multiply_adds(encoder), 4 * parameters, peak)
+    work = n * multiply_adds(encoder)
+    least = floor(work, 4 * parameters, peak)
+    floors = {"tsad int16": floor(work, 2 * parameters, peak, work)}
     rows = {}
     for name, values in times.items():
+        share = floors.get(name, least)["ms"] / min(values)
         rows[name] = {
             "ms": {"best": min(values), "median": statistics.median(values), "rounds": values},
             "error": errors[name],
-            "of_floor": least["ms"] / min(values),
+            "of_floor": share,
         }
         print(
             f"  {name:14} {min(values):8.2f} ms best, {statistics.median(values):8.2f} median; "
-            f"error {errors[name]:.1e}; {100 * least['ms'] / min(values):.0f} % of the floor",
+            f"error {errors[name]:.1e}; {100 * share:.0f} % of the floor",
             flush=True,
         )
-    print(f"  floor: {least['compute_ms']:.2f} ms of arithmetic, {least['memory_ms']:.2f} of "
-          f"weights; ours keeps {(vision.weight_bytes + vision._bytes) / 1e6:.0f} MB")  # fmt: skip
+    print(
+        f"  floor: {least['compute_ms']:.2f} ms of arithmetic, {least['memory_ms']:.2f} of "
+        f"weights; in 16 bits {floors['tsad int16']['compute_ms']:.2f} of arithmetic"
+    )
+    for name, own in visions.items():
+        print(f"  ours keeps {(own.weight_bytes + own._bytes) / 1e6:.0f} MB in {name}")
     return {
         "size": list(size),
         "images": n,
@@ -173,8 +186,13 @@ def bench(size: tuple[int, int], n: int, args: argparse.Namespace) -> dict[str, 
         "multiply_adds": n * multiply_adds(encoder),
         "largest_feature": float(np.abs(expected).max()),
         "bytes": {"weights": vision.weight_bytes, "rest": vision._bytes},
+        "bytes_int16": {
+            "weights": visions["int16"].weight_bytes,
+            "rest": visions["int16"]._bytes,
+        },
         "peak": peak,
         "floor": least,
+        "floor_int16": floors["tsad int16"],
         "contenders": rows,
     }
 

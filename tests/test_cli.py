@@ -237,6 +237,7 @@ def test_eval_json(capsys, monkeypatch, fake) -> None:
         "smoothing": None,
         "fitted": None,
         "reuse_images": None,
+        "vision_precision": None,
     }
     assert [episode["seed"] for episode in one["episodes"]] == [100000 + i for i in range(4)]
     assert one["settings"]["sparsity"] == 0.5 and one["settings"]["planner"] == "uniform"

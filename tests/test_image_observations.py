@@ -22,6 +22,7 @@ from dlpack_maker import Producer  # noqa: E402
 
 import tsad  # noqa: E402
 from tsad import cameras as seeing  # noqa: E402
+from tsad.presets import Preset, model_sha256, save_presets  # noqa: E402
 from tsad.setting import Setting  # noqa: E402
 from tsad.sim import recording  # noqa: E402
 
@@ -484,3 +485,52 @@ def test_the_bound_is_kept_and_checked(folder: Path) -> None:
             tsad.load(folder, reuse_images=value)
     with pytest.raises(ValueError, match="reuse_images: expected None, .* no images, got 2"):
         tsad.load("pusht", reuse_images=2)
+
+
+def test_the_encoders_precision_is_kept_and_checked(folder: Path) -> None:
+    half = tsad.load(folder, vision_precision="int16", sampler="ddim", num_inference_steps=2)
+    whole = load(folder)
+    assert (half.vision_precision, whole.vision_precision) == ("int16", "float32")
+    assert half.precision == whole.precision == "float32"
+    obs = observed(half)
+    right, found = whole.encode(obs), half.encode(obs)
+    images = right[:, : -3 - 4] if found.shape == right.shape else right
+    assert 0 < np.abs(found - right).max() <= 5e-3 * np.abs(images).max()
+    assert half.stats["weight_bytes"] < whole.stats["weight_bytes"]
+    for twin in (copy.copy(half), pickle.loads(pickle.dumps(half))):
+        assert twin.vision_precision == "int16"
+        np.testing.assert_array_equal(twin.encode(obs), found)
+    setting = Setting.of({"vision_precision": "int16"})
+    assert setting.options()["vision_precision"] == "int16"
+    assert setting.key(half)["vision_precision"] == "int16"
+    assert "vision_precision" not in Setting(vision_precision="float32").key(whole)
+    with pytest.raises(ValueError, match="vision_precision: expected one of 'float32', 'int16'"):
+        tsad.load(folder, vision_precision="int8")
+    with pytest.raises(ValueError, match="vision_precision: expected None, .* sees no images"):
+        tsad.load("pusht", vision_precision="int16")
+
+
+def test_a_preset_has_the_encoders_precision(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = Preset(
+        name="half",
+        model_sha256=model_sha256(folder),
+        sampler="ddim",
+        num_inference_steps=2,
+        timestep_spacing="leading",
+        precision="float32",
+        vision_precision="int16",
+    )
+    assert "images in int16" in preset.words()
+    save_presets(folder, [(preset, None)])
+    try:
+        policy = tsad.load(folder, preset="half")
+        assert policy.vision_precision == "int16"
+        assert tsad.load(folder, preset="half", vision_precision="int16") is not None
+        with pytest.raises(ValueError, match="vision_precision: got 'float32', but the preset"):
+            tsad.load(folder, preset="half", vision_precision="float32")
+        code, out, _ = run(capsys, "info", str(folder))
+        assert code == 0 and "folded, float32, " in out and "images in int16" in out
+    finally:
+        (folder / "presets.json").unlink()

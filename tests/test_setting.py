@@ -18,7 +18,7 @@ from tsad.presets import Preset, find_preset, model_sha256, save_presets
 from tsad.setting import Setting
 
 LEFT = ("sampler", "num_inference_steps", "timestep_spacing", "warm_start", "lead", "smoothing",
-        "fitted", "reuse_images")  # fmt: skip
+        "fitted", "reuse_images", "vision_precision")  # fmt: skip
 TYPED = {"sampler": "ddim", "steps": 5, "spacing": "trailing", "precision": "int16"}
 LOADED = {
     "sampler": "ddim",

@@ -52,16 +52,22 @@ class Cameras:
     """The cameras and encoders of a policy; nothing in it changes, and copies share it."""
 
     def __init__(
-        self, vision: VisionConfig, tensors: Mapping[str, NDArray[Any]], *, threads: int = 1
+        self,
+        vision: VisionConfig,
+        tensors: Mapping[str, NDArray[Any]],
+        *,
+        threads: int = 1,
+        precision: str = "float32",
     ) -> None:
         self.vision = vision
+        self.precision = precision
         self.by_name = {camera.name: camera for camera in vision.cameras}
         self._engines: dict[Any, _core.Vision] = {}
         self._turn = threading.RLock()  # an engine is used by one thread at a time
         for camera in vision.cameras:
             encoder, own = vision.encoders[camera.encoder], of_encoder(tensors, camera.encoder)
             if _key(camera) not in self._engines:
-                self._engines[_key(camera)] = _engine(encoder, camera, own, threads)
+                self._engines[_key(camera)] = _engine(encoder, camera, own, threads, precision)
 
     @property
     def weight_bytes(self) -> int:
@@ -116,7 +122,11 @@ class Cameras:
 
 
 def _engine(
-    encoder: EncoderConfig, camera: Camera, tensors: Mapping[str, NDArray[Any]], threads: int
+    encoder: EncoderConfig,
+    camera: Camera,
+    tensors: Mapping[str, NDArray[Any]],
+    threads: int,
+    precision: str,
 ) -> _core.Vision:
     height, width = camera.seen
     return _core.Vision(
@@ -130,6 +140,7 @@ def _engine(
         offset=np.array(camera.offset, np.float32),
         relu=True,
         threads=threads,
+        precision=precision,
     )
 
 

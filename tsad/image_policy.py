@@ -36,8 +36,9 @@ class ImagePolicy(SparsePolicy):
     ``stats["images"]["reused"]`` counts them.
 
     An array is taken too: observations whose images are features already, as `encode` makes them
-    and as `tsad.Recorder` keeps them. The encoders run in float32 on the CPU, whatever the
-    policy's precision and device.
+    and as `tsad.Recorder` keeps them. The encoders run on the CPU, whatever the policy's device, in
+    ``vision_precision``: float32, whatever the policy's precision, or "int16" if `tsad.load` was
+    told so.
     """
 
     __slots__ = ("_alone", "_reuse", "_cameras", "_images", "_milliseconds", "_rows", "_seen")
@@ -130,6 +131,11 @@ class ImagePolicy(SparsePolicy):
     def reuse_images(self) -> float:
         """The bound within which an image takes the features of another; 0 is none."""
         return self._reuse
+
+    @property
+    def vision_precision(self) -> str:
+        """The image encoders', "float32" or "int16"."""
+        return self._cameras.precision
 
     @property
     def timings(self) -> dict[str, float]:

@@ -40,7 +40,7 @@ from tsad.reference.families import family_of
 from tsad.reference.layers import rotation, sinusoid
 from tsad.samplers import Sampler, make_sampler, tail
 from tsad.scope import scope
-from tsad.setting import MAX_LEAD, MAX_REUSE, Setting
+from tsad.setting import MAX_LEAD, MAX_REUSE, VISION_PRECISIONS, Setting
 
 if TYPE_CHECKING:
     from tsad import _core
@@ -74,6 +74,7 @@ def load(
     smoothing: bool | None = None,
     fitted: Fitted | str | os.PathLike[str] | None = None,
     reuse_images: float | None = None,
+    vision_precision: str | None = None,
     weights: str = "auto",
 ) -> policies.SparsePolicy:
     """A policy, ready to run.
@@ -122,6 +123,10 @@ def load(
     within it an image takes the features of one that was encoded (`ImagePolicy`). Fewer are encoded
     then, and actions are others; docs/images.md has what that saves and costs.
 
+    ``vision_precision``, of these, is ``"float32"``, the default, or ``"int16"``: their encoders
+    multiply 16-bit integers, faster and with half the weights' memory, and features are others by
+    some thousandths (docs/images.md). ``precision``, and ``error_bound``, are the network's alone.
+
     ``fitted`` is what `tsad fit` found for these weights, sampler, steps and warm start, a file or
     a `tsad.fitted.Fitted`. It is of one plan, to be set afterwards; a preset has both.
 
@@ -153,6 +158,7 @@ def load(
         smoothing=_flag("smoothing", smoothing),
         fitted=_fitted(fitted),
         reuse_images=_within("reuse_images", reuse_images, MAX_REUSE, "start with 2 levels of 255"),
+        vision_precision=_vision_precision(vision_precision),
     )
     options["fitted"] = setting.fitted  # for whoever loads it again, wherever that is
     if preset is not None:
@@ -165,6 +171,11 @@ def load(
         raise ValueError(
             f"reuse_images: expected None, as this policy sees no images, got "
             f"{setting.reuse_images:g}; leave it out"
+        )
+    if setting.vision_precision is not None and config.vision is None:
+        raise ValueError(
+            f"vision_precision: expected None, as this policy sees no images, got "
+            f"{setting.vision_precision!r}; leave it out"
         )
     table = make_sampler(
         config.scheduler.to_dict(),
@@ -209,7 +220,12 @@ def load(
     if config.vision is None:
         policy = policies.SparsePolicy(model, **parts)
     else:
-        cameras = Cameras(config.vision, tensors, threads=threads)
+        cameras = Cameras(
+            config.vision,
+            tensors,
+            threads=threads,
+            precision=setting.vision_precision or "float32",
+        )
         bound = setting.reuse_images or 0.0
         policy = ImagePolicy(model, cameras=cameras, reuse_images=bound, **parts)
     if isinstance(setting, Preset):
@@ -445,6 +461,15 @@ def _within(name: str, value: Any, most: float, advice: str) -> float | None:
     kind = "" if real else f" ({type(value).__name__})"
     raise (ValueError if real else TypeError)(
         f"{name}: expected a number from 0 (none) to {most:g}, got {value!r}{kind}; {advice}"
+    )
+
+
+def _vision_precision(value: Any) -> str | None:
+    if value is None or value in VISION_PRECISIONS:
+        return None if value is None else str(value)
+    raise ValueError(
+        f"vision_precision: expected one of {', '.join(map(repr, VISION_PRECISIONS))}, got "
+        f"{value!r}; choose one of these (it is the image encoders', precision the network's)"
     )
 
 

@@ -28,7 +28,8 @@ Instead of ``planner`` and ``sparsity`` there may be ``plan``, the name of a fil
 ``plan_sha256``, of its bytes. Without any of them it is dense. ``n_action_steps`` is what a chunk
 returns, if not all, and ``warm_start`` how many of the steps a chunk runs that starts from the one
 before it; a plan, or planner and sparsity, are then of these steps. ``lead`` and ``smoothing`` are
-what is made of the actions that are executed, ``reuse_images`` the bound of a policy that sees.
+what is made of the actions that are executed, ``reuse_images`` and ``vision_precision`` the bound
+and the encoders' precision of a policy that sees.
 ``rule`` is an object of `tsad.rule` instead of planner, sparsity and plan, one that decides within
 a chunk. With the planner "pruner" there is ``pruner_sha256``, of the pruner's file.
 ``fitted`` is the name of a file of `tsad fit`, with ``fitted_sha256``, of its bytes. ``measured``
@@ -71,7 +72,7 @@ from tsad.plan import Plan
 from tsad.planners import NAMES as PLANNERS
 from tsad.planners import RowRule
 from tsad.rule import rule_of, rule_words
-from tsad.setting import LOADED, MAX_LEAD, MAX_REUSE, MOVED, Setting
+from tsad.setting import LOADED, MAX_LEAD, MAX_REUSE, MOVED, VISION_PRECISIONS, Setting
 
 PRESETS_FILE = "presets.json"
 FORMAT = "tsad-presets"
@@ -163,6 +164,8 @@ class Preset(Setting):
             parts.append(f"lead {self.lead:g}")
         if self.reuse_images:
             parts.append(f"images within {self.reuse_images:g} reused")
+        if self.vision_precision not in (None, "float32"):
+            parts.append(f"images in {self.vision_precision}")
         return ", ".join([*parts, str(self.precision)])
 
 
@@ -232,6 +235,9 @@ def _read(section: Section, folder: Path) -> Preset:
         smoothing=section.flag("smoothing", False) if has("smoothing") else None,
         reuse_images=section.number("reuse_images", -1.0, MAX_REUSE)
         if has("reuse_images")
+        else None,
+        vision_precision=section.choice("vision_precision", VISION_PRECISIONS)
+        if has("vision_precision")
         else None,
         planner=section.choice("planner", PLANNERS) if has("planner") else None,
         # a number above -1, then: 0 is dense
@@ -380,6 +386,7 @@ def check_clash(preset: Preset, asked: Setting) -> None:
     for name in (*LOADED, "n_action_steps"):
         value, own = getattr(asked, name), getattr(preset, name)
         none = name in (*MOVED, "reuse_images") and not value and not own
+        none = none or (name, value, own) == ("vision_precision", "float32", None)
         if value is not None and value != own and not none:
             raise ValueError(
                 f"{name}: got {value!r}, but the preset {preset.name!r} has {own!r}, and what was "

@@ -34,6 +34,7 @@ LOADED = (
     "smoothing",
     "fitted",
     "reuse_images",
+    "vision_precision",
 )
 RULED = {
     **dict.fromkeys(("plan", "planner", "sparsity"), "leaves nothing to others to decide"),
@@ -43,6 +44,7 @@ RULED = {
 MOVED = ("lead", "smoothing")  # what is made of the actions that are executed
 MAX_LEAD = 10.0  # TSAD_MAX_LEAD in csrc/tsad.h
 MAX_REUSE = 255.0  # levels of a pixel: everything
+VISION_PRECISIONS = ("float32", "int16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Setting:
         sampler, num_inference_steps, timestep_spacing, precision, warm_start: as of `tsad.load`.
         lead, smoothing: as of `tsad.load`.
         fitted: a `Fitted`, or the path of one, for this sampler and plan.
-        reuse_images: as of `tsad.load`.
+        reuse_images, vision_precision: as of `tsad.load`.
         n_action_steps: actions executed of a chunk.
         guard: a `tsad.guard.Bound`, or the path of one, past which the policy starts anew.
         planner, sparsity: as of `SparsePolicy`; sparsity None with the planner "pruner" is its own
@@ -73,6 +75,7 @@ class Setting:
     smoothing: bool | None = None
     fitted: Fitted | Path | str | None = None
     reuse_images: float | None = None
+    vision_precision: str | None = None
     guard: Bound | Path | str | None = None
     planner: str | None = None
     sparsity: float | None = None
@@ -186,6 +189,8 @@ class Setting:
         if self.warm_start is not None:
             key["warm_start"] = self.warm_start
         key |= {name: v for name in (*MOVED, "reuse_images") if (v := getattr(self, name))}
+        if self.vision_precision not in (None, "float32"):
+            key["vision_precision"] = self.vision_precision
         if (fitted := self.load_fitted()) is not None:
             key["fitted_sha256"] = fitted.sha256
         if (guard := self.load_guard()) is not None:

@@ -35,6 +35,7 @@ from tsad.load import bundled, read_policy
 from tsad.load import files_sha256 as files_sha256
 from tsad.planners.files import read_plan
 from tsad.presets import Preset
+from tsad.setting import VISION_PRECISIONS
 from tsad.setting import planner_name as planner_name
 
 if TYPE_CHECKING:
@@ -134,12 +135,17 @@ def add_lead(parser: Any) -> None:
 
 
 def add_reuse_images(parser: Any) -> None:
-    """The option of policies that see; `load_policy` hands it to `tsad.load`."""
+    """The options of policies that see; `load_policy` hands it to `tsad.load`."""
     parser.add_argument(
         "--reuse-images",
         type=reuse_images,
         metavar="BOUND",
         help="don't encode images that differ by so few levels from one that is encoded",
+    )
+    parser.add_argument(
+        "--vision-precision",
+        choices=VISION_PRECISIONS,
+        help="of the image encoders (default: float32)",
     )
 
 

@@ -100,6 +100,7 @@ def policy_facts(source: str, args: argparse.Namespace) -> dict[str, Any]:
         "files_sha256": files_sha256(source),
         "network": config["network"],
         "vision": config.get("vision"),
+        "vision_precision": getattr(policy, "vision_precision", None),
         "sampler": {**config["scheduler"], "num_inference_steps": policy.num_inference_steps},
         "planner": planner_name(policy),
         "pruner": config.get("pruner") if policy.has_pruner else None,
@@ -188,7 +189,7 @@ def _steps(sampler: dict[str, Any]) -> str:
     return f"{of}, {sampler['beta_schedule']}"
 
 
-def _camera_rows(vision: dict[str, Any] | None) -> dict[str, str]:
+def _camera_rows(vision: dict[str, Any] | None, precision: str | None) -> dict[str, str]:
     """A row for each camera."""
     rows: dict[str, str] = {}
     if vision is None:
@@ -199,7 +200,7 @@ def _camera_rows(vision: dict[str, Any] | None) -> dict[str, str]:
         for key in ("resize", "crop"):
             words += [f"{key} {camera[key][1]} x {camera[key][0]}"] if key in camera else []
         norm = "GroupNorm" if encoder["norm"] == "group" else "BatchNorm, folded"
-        words.append(f"encoder {camera['encoder']}: {encoder['type']}, {norm}")
+        words.append(f"encoder {camera['encoder']}: {encoder['type']}, {norm}, {precision}")
         rows[f"  {camera['name']}"] = f"{', '.join(words)}, {encoder['feature_dim']} numbers"
     return rows
 
@@ -222,7 +223,7 @@ def _policy_rows(facts: dict[str, Any]) -> dict[str, Any]:
         **{f"sha256 {name}": value for name, value in facts["files_sha256"].items()},
         "network": f"{net['type']}, {describe(as_network(net))}",
         "observation": f"{net['n_obs_steps']} steps x {net['obs_dim']}",
-        **_camera_rows(facts["vision"]),
+        **_camera_rows(facts["vision"], facts["vision_precision"]),
         "action": f"{net['n_action_steps']} of {net['horizon']} steps x {net['action_dim']}",
         "sampler": f"{sampler['type']}, {_steps(sampler)}, predicts {sampler['prediction_type']}",
         "planner": f"{facts['planner']}, up to sparsity {facts['max_sparsity']:.4g}",

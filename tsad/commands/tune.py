@@ -311,6 +311,7 @@ def _save(
             lead=own.lead,
             smoothing=own.smoothing,
             reuse_images=own.reuse_images,
+            vision_precision=own.vision_precision,
             fitted=own.load_fitted(),
             rule=own.rule,
             pruner_sha256=pruner_sha256(folder) if policy.planner == "pruner" else None,

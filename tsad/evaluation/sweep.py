@@ -22,7 +22,7 @@ from tsad.files import make_folder
 from tsad.planners import Turns
 from tsad.planners.files import is_mask
 from tsad.rule import Alternate, rule_of
-from tsad.setting import RULED, Setting
+from tsad.setting import RULED, VISION_PRECISIONS, Setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,12 +49,17 @@ KEYS: dict[str, tuple[type, ...]] = {
     "lead": (int, float),
     "smoothing": (bool,),
     "reuse_images": (int, float),
+    "vision_precision": (str,),
     "disturb": (str,),
     "fitted": (str,),
     "guard": (str,),
     "rule": (str, dict),
 }
-CHOICES = {"sampler": SAMPLERS, "spacing": TIMESTEP_SPACINGS}
+CHOICES = {
+    "sampler": SAMPLERS,
+    "spacing": TIMESTEP_SPACINGS,
+    "vision_precision": VISION_PRECISIONS,
+}
 RANGES: dict[str, Callable[[Any], object]] = {
     "realtime": realtime.hertz,
     "latency": realtime.milliseconds,

@@ -43,6 +43,7 @@ OPTIONS = {
     "sparsity": "",
     "threads": "--threads",
     "timestep_spacing": "--spacing",
+    "vision_precision": "--vision-precision",
     "warm_start": "--warm-start",
 }
 

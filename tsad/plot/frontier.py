@@ -53,6 +53,8 @@ def words(document: Mapping[str, Any], name: str) -> str:
         parts.append(f"lead {setting['lead']:g}")
     if setting.get("reuse_images"):
         parts.append(f"images within {setting['reuse_images']:g} reused")
+    if setting.get("vision_precision") == "int16":
+        parts.append("images in 16 bits")
     executed, all_ = (
         document["rows"][n].get("n_action_steps") for n in (name, document["baseline"])
     )
