@@ -5,6 +5,8 @@
     python bench/lerobot_policy.py train pusht_dataset --out run --resume      # after a stop
     python bench/lerobot_policy.py train pusht_dataset --out small --down-dims 64,128,256 \\
         --steps 9000 --lr 5e-4                        a quarter of the work for each step
+    python bench/lerobot_policy.py train pusht_dataset --out large --steps 2500 --lr 2e-4 \\
+        --grow small/checkpoints/009000/pretrained_model     begins with a narrower one's function
     python bench/lerobot_policy.py halve small/checkpoints/009000/pretrained_model out
 
 Runs under LeRobot 0.6 (``pip install "lerobot[diffusion,pusht]" accelerate``, Python 3.12) with
@@ -37,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lerobot_widen import widen
 from torch import Tensor, nn
 
 from tsad.training.data import load_demonstrations, windows
@@ -136,7 +139,12 @@ class Training:
         """What is trained, before it is."""
         from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 
-        return DiffusionPolicy(config)
+        policy = DiffusionPolicy(config)
+        if self.settings.get("grow"):
+            narrow = DiffusionPolicy.from_pretrained(self.settings["grow"])
+            random = torch.Generator().manual_seed(self.settings["seed"])
+            widen(narrow.diffusion.unet, policy.diffusion.unet, random)
+        return policy
 
     def _load(self) -> None:
         """All frames, normalised by LeRobot's preprocessor, and the windows into them."""
@@ -331,7 +339,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     small.set_defaults(run=lambda args: halve(args.source, args.out))
     fit = commands.add_parser("train", help="a LeRobotDataset to a policy")
     add_training(fit)
-    fit.set_defaults(run=train)
+    fit.add_argument("--grow", type=Path, help="folder of a narrower policy to begin with")
+    fit.set_defaults(run=lambda args: train(args, grow=args.grow and str(args.grow)))
     args = parser.parse_args(argv)
     args.run(args)
 

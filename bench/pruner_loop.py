@@ -127,7 +127,10 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
         ]
         for name, found in rows.items()
     }
-    compared = compare_all(episodes, OWN)["rows"] if n > 1 else {}
+    compared = {
+        of: compare_all(episodes, OWN, of=of)["rows"] if n > 1 else {}
+        for of in ("score", "success")
+    }
     answer: dict[str, Any] = {}
     for name, found in rows.items():
         some = [found[seed] for seed in done]
@@ -141,26 +144,35 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "success": successes / n,
             "success_interval95": proportion_interval(successes, n),
         }
-        if name in compared:
-            of, within = compared[name], compared[name]["simultaneous"]
-            answer[name] |= {
-                "pruner_less_this": -of["mean_difference"],
-                "standard_error": of["standard_error"],
-                "simultaneous": None if within is None else [-within[1], -within[0]],
-            }
+        for of, found_of in compared.items():
+            if name in found_of:
+                answer[name][f"pruner_less_this_{of}"] = turned(found_of[name])
     return answer
+
+
+def turned(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's difference to the pruner as the pruner's to the row."""
+    within = row["simultaneous"]
+    return {
+        "mean_difference": -row["mean_difference"],
+        "standard_error": row["standard_error"],
+        "simultaneous": None if within is None else [-within[1], -within[0]],
+    }
 
 
 def lines_of(found: dict[str, Any]) -> list[list[str]]:
     """The table for people."""
-    lines = [["rule", "episodes", "cost", "most", "score", "success", "pruner - this", "95 %"]]
+    ends = ["95 % together"]
+    head = ["rule", "episodes", "cost", "most", "score", "pruner - this", *ends]
+    lines = [[*head, "success", "pruner - this", *ends]]
     for name, row in found.items():
-        numbers = [f"{row['cost']:.2%}", f"{row['most']:.2%}", f"{row['score']:.3f}"]
-        difference, within = row.get("pruner_less_this"), row.get("simultaneous")
-        said = "" if difference is None else f"{difference:+.3f}"
-        between = "" if within is None else f"{within[0]:+.3f} to {within[1]:+.3f}"
-        success = f"{row['success']:.3f}"
-        lines.append([name, str(row["episodes"]), *numbers, success, said, between])
+        line = [name, str(row["episodes"]), f"{row['cost']:.2%}", f"{row['most']:.2%}"]
+        for of in ("score", "success"):
+            turn = row.get(f"pruner_less_this_{of}")
+            within = None if turn is None else turn["simultaneous"]
+            line += [f"{row[of]:.3f}", "" if turn is None else f"{turn['mean_difference']:+.3f}"]
+            line += ["" if within is None else f"{within[0]:+.3f} to {within[1]:+.3f}"]
+        lines.append(line)
     return lines
 
 

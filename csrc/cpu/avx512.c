@@ -110,6 +110,7 @@ static inline __attribute__((always_inline)) void totals16(const vf v[4], float 
         (sum) += (vi)_mm512_madd_epi16((__m512i)(w), (__m512i)(x));                                \
     }
 #define OWN_DOTS16(M, x, ldx, w, pairs, sum) vnni_dots(M, x, ldx, w, pairs, sum)
+#define WIDEN(from) ((vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(from))))
 #ifdef TSAD_NO_VNNI /* for tests: what a CPU without it would run */
 #define HAS_DOT16 false
 #else

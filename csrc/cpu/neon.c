@@ -30,6 +30,7 @@ static inline __attribute__((always_inline)) void totals4(const vf v[4], float o
 #define V_TOTAL(v) vaddvq_f32((float32x4_t)(v))
 #define V_TOTALS(v, out) totals4(v, out)
 #define DOT16(own, sum, w, x) (sum) += dot16((int16x8_t)(w), (int16x8_t)(x))
+#define WIDEN(from) ((vi)vmovl_s8(vld1_s8((const int8_t *)(from))))
 #define HAS_DOT16 false
 #define path(name) neon_##name
 #include "simd.h"

@@ -3,9 +3,9 @@
  * MAX_ROWS and MAX_PANELS (of a tile, by the number of registers), V_FMA(a, b, c) = a * b + c in
  * one rounding, V_SET1, V_TOTAL (the sum of a vector, always in the same tree), V_TOTALS(v, out)
  * (of four vectors), vs (W int16), DOT16(own, sum, w, x): sum += the products of pairs of int16, W
- * pairs at once, HAS_DOT16 whether this CPU has an instruction of its own for that (own), and
- * path(name), which prefixes symbols; OWN_DOTS16, where defined, is dots16 for one panel with that
- * instruction.
+ * pairs at once, HAS_DOT16 whether this CPU has an instruction of its own for that (own),
+ * WIDEN(from): W pairs of int8 there as int16, and path(name), which prefixes symbols; OWN_DOTS16,
+ * where defined, is dots16 for one panel with that instruction.
  *
  * The matrix product is a tile of up to MAX_ROWS rows by one panel of two vectors: every weight
  * is loaded once for all rows, in the order in which it lies in memory. It is fetched 16 KB ahead

@@ -3,15 +3,10 @@
  * as they come.
  */
 
-typedef signed char vb __attribute__((vector_size(2 * W))); /* W pairs in 8 bits, and in 16 */
-typedef short vp __attribute__((vector_size(4 * W)));
-
 ALWAYS_INLINE vi load_pairs(const bool bytes, const void *from, size_t at)
 {
     if (bytes) {
-        vb small;
-        memcpy(&small, (const int8_t *)from + at, sizeof small);
-        return (vi) __builtin_convertvector(small, vp);
+        return WIDEN((const int8_t *)from + at);
     }
     vi pairs;
     memcpy(&pairs, (const int16_t *)from + at, sizeof pairs);
