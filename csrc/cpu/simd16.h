@@ -128,10 +128,11 @@ ALWAYS_INLINE void tile16(const bool own, const bool bytes, const int M, const i
                 vf scale = V_SET1(unit[t]) * load(packed->unit + column + at);
                 vf v = V_FMA(__builtin_convertvector(sum[(t * P + p) * 2 + half], vf), scale,
                              load(packed->bias + column + at));
-                store(y + (size_t)t * (size_t)ldy + column + at, activate(v, act));
+                store(y + (size_t)t * (size_t)ldy + column + at, v);
             }
         }
     }
+    activate_tile(y + column, ldy, M, 2 * P, act);
 }
 
 #define TILE16(M, P)                                                                               \
