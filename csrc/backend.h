@@ -56,9 +56,20 @@ typedef struct tsad_rows {
     const float *scale, *offset, *shift;
     /* On the device, where a number whose result is beyond TSAD_MAX_MAGNITUDE becomes NaN: */
     bool there;
-    tsad_given given; /* of this argument, */
-    size_t index;     /* of its numbers `data` is this one */
+    tsad_given given;  /* of this argument, */
+    size_t index;      /* of its numbers `data` is this one */
+    const float *base; /* (rows, channels) put, there: base + share * data; NULL: data */
+    float share;
 } tsad_rows;
+
+/* What is made of a chunk's actions (tsad_policy_set_lead, _set_correction); all on the host. */
+typedef struct tsad_finish {
+    const float *expected;     /* (T, A) what the chunk before has for them; NULL: none */
+    const float *gain, *shift; /* (T, A); NULL: no correction. Without `expected`: shift alone */
+    float lead;                /* 0: none */
+    bool smoothing;
+    float clip; /* the sampler's last, which corrected and led actions stay within */
+} tsad_finish;
 
 typedef tsad_status (*tsad_each_fn)(void *context, tsad_queue *queue, int rank, int first, int n);
 
@@ -95,9 +106,6 @@ typedef struct tsad_backend {
     /* Callers' arrays in memory of the device: see tsad_policy_owns. NULL: it has none but the
      * host's. */
     bool (*owns)(int device_type, int device_id);
-    tsad_status (*fetch)(void *host, const void *device, size_t bytes, uintptr_t stream);
-    tsad_status (*store)(void *device, const void *host, size_t bytes, uintptr_t stream,
-                         bool waits);
     /* Why a caller's stream can't be worked with now; NULL: it can. What is asked of the engine
      * next comes after what the stream holds; what the stream gets next comes after what the engine
      * was asked for. */
@@ -105,8 +113,10 @@ typedef struct tsad_backend {
     tsad_status (*follow)(tsad_engine *engine, uintptr_t stream);
     tsad_status (*precede)(tsad_engine *engine, uintptr_t stream);
     /* Within fn: as `get` of these rows of all of the register's, to memory of the device, and not
-     * waited for. They are NaN if any of the register's is not finite. */
-    tsad_status (*hand_over)(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to);
+     * waited for. They are NaN if any of the register's is not finite. `finish` NULL: as they are;
+     * its arrays are read at once. */
+    tsad_status (*hand_over)(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to,
+                             const tsad_finish *finish);
     /* The first number of an argument that became NaN when it was put, since this was asked last;
      * after a wait. */
     bool (*fault)(tsad_engine *engine, tsad_given given, size_t *index, float *raw);

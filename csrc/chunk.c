@@ -160,6 +160,29 @@ static tsad_status check_noise(const tsad_policy *p, const tsad_call *call, int 
     return TSAD_OK;
 }
 
+static tsad_status check_streams(const tsad_policy *p, const tsad_call *call)
+{
+    for (int i = 0; i < call->n_streams; i++) {
+        const char *unfit = p->model->backend->unfit(call->streams[i]);
+        if (unfit) {
+            return tsad_fail(TSAD_BACKEND,
+                             "the caller's stream: expected one that takes work now, "
+                             "got one that does not: %s; call the policy outside of "
+                             "the capture",
+                             unfit);
+        }
+    }
+    return TSAD_OK;
+}
+
+static tsad_status follow_streams(const tsad_policy *p, const tsad_call *call)
+{
+    for (int i = 0; i < call->n_streams; i++) {
+        TSAD_TRY(p->model->backend->follow(p->engine, call->streams[i]));
+    }
+    return TSAD_OK;
+}
+
 tsad_status tsad_policy_check(const tsad_policy *p, const tsad_call *call)
 {
     const tsad_model *m = p->model;
@@ -173,16 +196,7 @@ tsad_status tsad_policy_check(const tsad_policy *p, const tsad_call *call)
                              p->n_lanes - 1, call->lanes[i]);
         }
     }
-    for (int i = 0; i < call->n_streams; i++) {
-        const char *unfit = m->backend->unfit(call->streams[i]);
-        if (unfit) {
-            return tsad_fail(TSAD_BACKEND,
-                             "the caller's stream: expected one that takes work now, "
-                             "got one that does not: %s; call the policy outside of "
-                             "the capture",
-                             unfit);
-        }
-    }
+    TSAD_TRY(check_streams(p, call));
     TSAD_TRY(call->obs_there ? TSAD_OK : check_obs(m, call->obs, call->n_lanes));
     for (int i = 0; i < call->n_lanes; i++) {
         if (call->executed && (call->executed[i] < 0 || call->executed[i] > m->horizon)) {
@@ -281,37 +295,44 @@ static void order_rows(tsad_policy *p, const tsad_call *call)
     }
 }
 
-/* Which of a call's numbers the device has refused, in the words of those on the host. */
+/* Which of a call's numbers the device has refused, in the words of those on the host. A chunk's
+ * noise, or, from `step` on, samples for the network alone (-1: there are none). */
 static tsad_status refuse_given(const tsad_policy *p, const tsad_call *call, tsad_given given,
-                                size_t index, float raw)
+                                size_t index, float raw, int step)
 {
     const tsad_model *m = p->model;
     size_t L = (size_t)call->n_lanes, T = (size_t)m->horizon, A = (size_t)m->action_dim;
     size_t To = (size_t)m->n_obs_steps, O = (size_t)m->obs_dim, k = index / (L * T * A);
     const char *got = isnan(raw) ? "nan" : raw < 0 ? "-inf" : "inf";
+    const char *noise = step < 0 ? "noise" : "sample";
+    const char *name = given == TSAD_GIVEN_OBS ? "obs" : noise;
     char at[96];
-    int row = (int)(index / (T * A) % L);
+    int row = (int)(index / (T * A) % L), first = step, n = 0;
     if (isfinite(raw)) {
-        return given == TSAD_GIVEN_OBS
-                   ? refuse_obs(m, raw, index)
-                   : refuse_sample(m, "noise", raw, (int)k, row, index % (T * A));
+        if (given == TSAD_GIVEN_OBS) {
+            return refuse_obs(m, raw, index);
+        }
+        if (step < 0 && call->initial) {
+            tsad_policy_noise_steps(p, call->lanes[row], &first);
+        }
+        return refuse_sample(m, name, raw, call->initial ? first : (int)k, row, index % (T * A));
+    }
+    if (given == TSAD_GIVEN_OBS && !call->bare) {
+        n = snprintf(at, sizeof at, "%zu, ", index / (To * O));
+    } else if (given != TSAD_GIVEN_OBS && !call->initial) {
+        n = snprintf(at, sizeof at, "%zu, ", k);
     }
     if (given == TSAD_GIVEN_OBS) {
-        int n = call->bare ? 0 : snprintf(at, sizeof at, "obs[%zu, ", index / (To * O));
-        n = call->bare ? snprintf(at, sizeof at, "obs[") : n;
-        snprintf(at + n, sizeof at - (size_t)n, "%zu, %zu]", index / O % To, index % O);
+        snprintf(at + n, sizeof at - (size_t)n, "%zu, %zu", index / O % To, index % O);
     } else {
-        int n = call->initial ? snprintf(at, sizeof at, "noise[")
-                              : snprintf(at, sizeof at, "noise[%zu, ", k);
-        snprintf(at + n, sizeof at - (size_t)n, "%d, %zu, %zu]", row, index / A % T, index % A);
+        snprintf(at + n, sizeof at - (size_t)n, "%d, %zu, %zu", row, index / A % T, index % A);
     }
     return tsad_fail(TSAD_ARGUMENT,
-                     "%s: expected finite numbers, got %s at %s; check where it "
-                     "comes from",
-                     given == TSAD_GIVEN_OBS ? "obs" : "noise", got, at);
+                     "%s: expected finite numbers, got %s at %s[%s]; check where it comes from",
+                     name, got, name, at);
 }
 
-static tsad_status check_there(const tsad_policy *p, const tsad_call *call)
+static tsad_status check_there(const tsad_policy *p, const tsad_call *call, int step)
 {
     const bool there[TSAD_N_GIVEN] = {call->obs_there, call->noise_there};
     tsad_status status = TSAD_OK;
@@ -319,7 +340,7 @@ static tsad_status check_there(const tsad_policy *p, const tsad_call *call)
         size_t index;
         float raw;
         if (there[i] && p->model->backend->fault(p->engine, i, &index, &raw) && status == TSAD_OK) {
-            status = refuse_given(p, call, i, index, raw);
+            status = refuse_given(p, call, i, index, raw, step);
         }
     }
     return status;
@@ -359,7 +380,7 @@ static tsad_status abandon(tsad_policy *p, const tsad_call *call, tsad_status st
 /* What is left to do when all of a call's lanes are done. */
 static tsad_status end(tsad_policy *p, const tsad_call *call, tsad_status status)
 {
-    tsad_status given = check_there(p, call);
+    tsad_status given = check_there(p, call, -1);
     if (status == TSAD_OK || status == TSAD_NOT_FINITE) { /* of numbers that were refused */
         status = given != TSAD_OK ? given : status;
     }
@@ -400,6 +421,10 @@ static tsad_status defer(tsad_policy *p, const tsad_call *call)
     memcpy(p->deferred_lanes, call->lanes, sizeof(int) * (size_t)call->n_lanes);
     p->deferred = *call;
     p->deferred.lanes = p->deferred_lanes;
+    if (call->executed) {
+        memcpy(p->deferred_executed, call->executed, sizeof(int) * (size_t)call->n_lanes);
+        p->deferred.executed = p->deferred_executed;
+    }
     for (int i = 0; i < call->n_streams; i++) {
         if (p->model->backend->precede(p->engine, call->streams[i]) != TSAD_OK) {
             return tsad_policy_settle(p);
@@ -425,9 +450,7 @@ tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
     for (int i = 0; i < call->n_lanes; i++) {
         p->lanes[call->lanes[i]].overflow = NULL;
     }
-    for (int i = 0; i < call->n_streams; i++) {
-        TSAD_TRY(p->model->backend->follow(p->engine, call->streams[i]));
-    }
+    TSAD_TRY(follow_streams(p, call));
     order_rows(p, call);
     int queues = 1, came = 0;
     tsad_status status = p->model->backend->each(p->engine, call->n_lanes, false, run_gang, &j,
@@ -453,15 +476,15 @@ tsad_status tsad_policy_step(tsad_policy *p, const tsad_call *call)
 /* the network alone, on the lane that no caller has */
 typedef struct alone {
     const tsad_policy *policy;
-    const float *sample, *obs;
+    const tsad_call *call;
     int step;
-    float *out;
 } alone;
 
 static tsad_status predict_one(void *context, tsad_queue *queue, int rank, int first, int n)
 {
     const alone *a = context;
     const tsad_policy *p = a->policy;
+    const tsad_call *call = a->call;
     const tsad_model *m = p->model;
     const tsad_net *net = tsad_denoiser(m);
     size_t floats = (size_t)m->horizon * (size_t)m->action_dim;
@@ -470,17 +493,24 @@ static tsad_status predict_one(void *context, tsad_queue *queue, int rank, int f
     (void)rank;
     for (int i = first; i < first + n; i++) {
         tsad_run run = {.lane = lane, .part = TSAD_DENOISER, .program = &p->dense};
-        tsad_rows rows = {.data = (float *)a->sample + (size_t)i * floats,
-                          .rows = m->horizon,
-                          .channels = m->action_dim,
-                          .stride = m->action_dim};
-        const float *obs = a->obs + (size_t)i * per_obs;
-        TSAD_TRY(tsad_encode(p, queue, &p->all, 1, &lane, &obs, NULL));
-        TSAD_TRY(m->backend->put(queue, 0, TSAD_DENOISER, net->input, rows));
+        tsad_rows sample = {.data = (float *)call->initial + (size_t)i * floats,
+                            .rows = m->horizon,
+                            .channels = m->action_dim,
+                            .stride = m->action_dim,
+                            .there = call->noise_there,
+                            .given = TSAD_GIVEN_NOISE,
+                            .index = (size_t)i * floats};
+        tsad_rows out = {.data = call->actions + (size_t)i * floats,
+                         .rows = m->horizon,
+                         .channels = m->action_dim,
+                         .stride = m->action_dim};
+        const float *obs = call->obs + (size_t)i * per_obs;
+        TSAD_TRY(
+            tsad_encode(p, queue, &p->all, 1, &lane, &obs, call->obs_there ? call->obs : NULL));
+        TSAD_TRY(m->backend->put(queue, 0, TSAD_DENOISER, net->input, sample));
         TSAD_TRY(m->backend->run(queue, &run, 1, a->step, a->step + 1));
-        rows.data = a->out + (size_t)i * floats;
-        TSAD_TRY(m->backend->get(queue, 0, TSAD_DENOISER, net->output, rows));
-        if (tsad_first_beyond(rows.data, floats, FLT_MAX) < floats) {
+        TSAD_TRY(m->backend->get(queue, 0, TSAD_DENOISER, net->output, out));
+        if (tsad_first_beyond(out.data, floats, FLT_MAX) < floats) {
             return tsad_fail(TSAD_NOT_FINITE,
                              "row %d: the network overflowed on this sample and observation; "
                              "check them and the weights",
@@ -490,28 +520,31 @@ static tsad_status predict_one(void *context, tsad_queue *queue, int rank, int f
     return TSAD_OK;
 }
 
-tsad_status tsad_policy_predict_noise(tsad_policy *p, int n, const float *sample, int step,
-                                      const float *obs, float *out, const tsad_interrupt *interrupt)
+tsad_status tsad_policy_predict_noise(tsad_policy *p, const tsad_call *call, int step)
 {
     const tsad_model *m = p->model;
+    int queues, n = call->n_lanes;
     if (step < 0 || step >= p->own.n) {
         return tsad_fail(TSAD_ARGUMENT, "step: expected 0 to %d, got %d", p->own.n - 1, step);
     }
-    TSAD_TRY(check_obs(m, obs, n));
-    for (int i = 0; i < n; i++) {
-        const float *x = sample + (size_t)i * (size_t)m->horizon * (size_t)m->action_dim;
+    TSAD_TRY(check_streams(p, call));
+    TSAD_TRY(call->obs_there ? TSAD_OK : check_obs(m, call->obs, n));
+    for (int i = 0; i < n && !call->noise_there; i++) {
+        const float *x = call->initial + (size_t)i * (size_t)m->horizon * (size_t)m->action_dim;
         TSAD_TRY(check_sample(m, "sample", x, step, i));
     }
-    step += p->own.first;
-    alone a = {.policy = p, .sample = sample, .obs = obs, .step = step, .out = out};
-    int queues;
+    alone a = {.policy = p, .call = call, .step = step + p->own.first};
     if (!n) {
         return TSAD_OK;
     }
-    tsad_status status = m->backend->each(p->engine, n, true, predict_one, &a, interrupt, &queues);
-    return status != TSAD_INTERRUPTED
-               ? status
-               : tsad_fail(status, "the call was interrupted: nothing is returned");
+    TSAD_TRY(follow_streams(p, call));
+    tsad_status status =
+        m->backend->each(p->engine, n, true, predict_one, &a, call->interrupt, &queues);
+    tsad_status given = check_there(p, call, step); /* of numbers that were refused */
+    if (status == TSAD_INTERRUPTED) {
+        return tsad_fail(status, "the call was interrupted: nothing is returned");
+    }
+    return given != TSAD_OK ? given : status;
 }
 
 static tsad_status score_one(void *context, tsad_queue *queue, int rank, int first, int n)
@@ -520,7 +553,7 @@ static tsad_status score_one(void *context, tsad_queue *queue, int rank, int fir
     const tsad_policy *p = a->policy;
     int lane = p->n_lanes;
     (void)first, (void)n;
-    TSAD_TRY(tsad_encode(p, queue, &p->all, 1, &lane, &a->obs, NULL));
+    TSAD_TRY(tsad_encode(p, queue, &p->all, 1, &lane, &a->call->obs, NULL));
     tsad_status status = prune(p, queue, lane, p->desks[rank].scores);
     return status != TSAD_NOT_FINITE
                ? status
@@ -535,7 +568,8 @@ tsad_status tsad_policy_pruner_scores(tsad_policy *p, const float *obs, float *o
         return tsad_fail(TSAD_ARGUMENT, "this policy has no pruner");
     }
     TSAD_TRY(check_obs(m, obs, 1));
-    alone a = {.policy = p, .obs = obs};
+    const tsad_call call = {.obs = obs};
+    alone a = {.policy = p, .call = &call};
     int queues;
     TSAD_TRY(m->backend->each(p->engine, 1, true, score_one, &a, NULL, &queues));
     size_t row = (size_t)m->n_blocks * 4;

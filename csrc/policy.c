@@ -46,9 +46,7 @@ static void layout_desk(const tsad_policy *p, tsad_desk *desk, tsad_arena *arena
         desk->keys = TSAD_CARVE(arena, int32_t, m->n_steps * m->n_blocks);
         desk->scores = TSAD_CARVE(arena, float, m->array_floats[TSAD_ARRAY_SCORES]);
     }
-    if (p->warm_start) {
-        desk->sample = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
-    }
+    desk->sample = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
 }
 
 static void layout(tsad_policy *p, tsad_arena *arena)
@@ -73,6 +71,7 @@ static void layout(tsad_policy *p, tsad_arena *arena)
         TSAD_CARVE(arena, float, (size_t)p->n_lanes *(size_t)m->horizon *(size_t)m->action_dim);
     p->rows = TSAD_CARVE(arena, int, p->n_lanes);
     p->deferred_lanes = TSAD_CARVE(arena, int, p->n_lanes);
+    p->deferred_executed = TSAD_CARVE(arena, int, p->n_lanes);
     p->gain = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
     p->shift = TSAD_CARVE(arena, float, m->horizon * m->action_dim);
     if (p->warm_start) {
@@ -241,25 +240,6 @@ int tsad_policy_owns(const tsad_policy *p, int device_type, int device_id)
 {
     const tsad_backend *backend = p->model->backend;
     return backend->owns && backend->owns(device_type, device_id);
-}
-
-tsad_status tsad_policy_fetch(const tsad_policy *p, void *host, const void *device, size_t bytes,
-                              uintptr_t stream)
-{
-    return p->model->backend->fetch(host, device, bytes, stream);
-}
-
-tsad_status tsad_policy_store(const tsad_policy *p, void *device, const void *host, size_t bytes,
-                              uintptr_t stream, int waits)
-{
-    return p->model->backend->store(device, host, bytes, stream, waits != 0);
-}
-
-int tsad_policy_reads_noise(const tsad_policy *p) { return !p->warm_start; }
-
-int tsad_policy_writes_actions(const tsad_policy *p)
-{
-    return p->lead == 0 && !p->smoothing && !p->corrected;
 }
 
 /* ---- plans ------------------------------------------------------------------------------- */

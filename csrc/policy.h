@@ -44,7 +44,7 @@ typedef struct tsad_desk {
     int32_t *last_of_block; /* (B) the planner's */
     int32_t *keys;          /* (K, B) the planner's */
     float *scores;          /* (K, B, 4) of a pruner, memory order */
-    float *sample;          /* (T, A) that a warm chunk begins with */
+    float *sample;          /* (T, A) that a warm chunk begins with, or what is made of one */
     int64_t ns[TSAD_N_TIMERS];
 } tsad_desk;
 
@@ -71,8 +71,8 @@ struct tsad_policy {
     float *actions; /* (L, T, A) of the running call, until all its lanes are done */
     /* a call that was deferred, with lanes of its own, and how many rows of it are not read yet */
     tsad_call deferred;
-    int *deferred_lanes;    /* (L) */
-    int n_deferred;         /* 0: there is none */
+    int *deferred_lanes, *deferred_executed; /* (L) */
+    int n_deferred;                          /* 0: there is none */
     int *rows;              /* (L) of the running call: those of cold lanes first */
     int32_t *last_of_block; /* (B) scratch of the planner outside chunks */
     uint8_t *dense_plan;    /* (K, B) zeros, K of the model */

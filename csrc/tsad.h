@@ -281,9 +281,9 @@ typedef struct tsad_call {
     int whole_horizon;
     const tsad_interrupt *interrupt; /* NULL: nobody is asked */
     /* Which of obs, noise (initial alone, where that is given) and actions are memory of the
-     * policy's device, where it reads and writes them itself (tsad_policy_owns, _reads_noise,
-     * _writes_actions). What the chunk reads of them is checked there, so it is refused when the
-     * chunk is waited for: the lanes are reset then, and actions are NaN. */
+     * policy's device, where it reads and writes them itself (tsad_policy_owns). What the chunk
+     * reads of them is checked there, so it is refused when the chunk is waited for: the lanes are
+     * reset then, and actions are NaN. */
     int obs_there, noise_there, actions_there;
     const uintptr_t *streams; /* (n_streams) of the caller: the chunk comes after what they hold */
     int n_streams;            /* now, and what they get later comes after the chunk */
@@ -346,17 +346,8 @@ tsad_status tsad_policy_set_rule(tsad_policy *policy, const tsad_rule *rule);
 /* Would this call be refused? Of its noise what is there already; for callers who draw the rest. */
 tsad_status tsad_policy_check(const tsad_policy *policy, const tsad_call *call);
 /* Has the policy's device such memory? DLPack's numbers of it; no, on a CPU, whose memory is the
- * host's. Bytes from there to the host, after what this stream holds, waited for; and back, as the
- * last of this stream, waited for or not: `host` may be written at once. */
+ * host's. */
 int tsad_policy_owns(const tsad_policy *policy, int device_type, int device_id);
-tsad_status tsad_policy_fetch(const tsad_policy *policy, void *host, const void *device,
-                              size_t bytes, uintptr_t stream);
-tsad_status tsad_policy_store(const tsad_policy *policy, void *device, const void *host,
-                              size_t bytes, uintptr_t stream, int waits);
-/* Does it read noise of the device there, and write actions there? What starts from the chunk
- * before, or is made of actions afterwards, is the host's. */
-int tsad_policy_reads_noise(const tsad_policy *policy);
-int tsad_policy_writes_actions(const tsad_policy *policy);
 /* Run one chunk. Everything that can be refused is refused before any state changes, but numbers
  * that are on the device. Where a chunk fails (TSAD_NOT_FINITE) or the call is told to stop
  * (TSAD_INTERRUPTED), no actions are written on the host and all lanes of the call are reset. */
@@ -365,11 +356,10 @@ tsad_status tsad_policy_step(tsad_policy *policy, const tsad_call *call);
  * is returned now, once. Nothing to do where there is none. */
 tsad_status tsad_policy_settle(tsad_policy *policy);
 
-/* The network alone, dense, no state touched: sample (n, T, A) normalised, obs raw; out (n, T, A).
- */
-tsad_status tsad_policy_predict_noise(tsad_policy *policy, int n, const float *sample, int step,
-                                      const float *obs, float *out,
-                                      const tsad_interrupt *interrupt);
+/* The network alone, dense, no state touched: of a call's obs, raw, and its initial samples
+ * (n_lanes, T, A), normalised, each on the host or there, into its actions, of that shape, on the
+ * host. Its lanes mean nothing. */
+tsad_status tsad_policy_predict_noise(tsad_policy *policy, const tsad_call *call, int step);
 
 /* Scores of the pruner for one observation: out (K, B, 4), already flipped to loop order. */
 tsad_status tsad_policy_pruner_scores(tsad_policy *policy, const float *obs, float *out);

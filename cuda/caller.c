@@ -18,8 +18,15 @@ tsad_status tsad_cuda_precede(tsad_engine *e, uintptr_t stream)
     return tsad_stream_precede(e->stream, stream);
 }
 
+/* n floats of the host there, with what goes next */
+static const float *stage(tsad_engine *e, float *there, const float *from, size_t n)
+{
+    memcpy(tsad_cuda_stage(e, there, sizeof(float) * n), from, sizeof(float) * n);
+    return there;
+}
+
 /* What was staged goes first: its one piece may have these bytes in its middle. */
-void tsad_cuda_take(tsad_engine *e, float *to, int ld, const tsad_rows *from)
+void tsad_cuda_take(tsad_engine *e, int place, float *to, int ld, const tsad_rows *from)
 {
     const float *const *affine = tsad_cuda_of(e->model)->obs;
     tsad_taking p = {.x = from->data,
@@ -36,12 +43,35 @@ void tsad_cuda_take(tsad_engine *e, float *to, int ld, const tsad_rows *from)
         p.offset = affine[1];
         p.shift = from->shift ? affine[2] : NULL;
     }
+    if (from->base) {
+        size_t floats = (size_t)from->rows * (size_t)from->channels;
+        p.base = stage(e, e->place[place].begins, from->base, floats);
+        p.share = from->share;
+    }
     tsad_cuda_upload(e);
     tsad_launch_take(e->stream, p);
     e->waits = true;
 }
 
-tsad_status tsad_cuda_hand_over(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to)
+static void finish(tsad_engine *e, int place, const tsad_finish *from, tsad_hand_over *p)
+{
+    float *there = e->place[place].finish;
+    size_t n = (size_t)p->rows * (size_t)p->channels;
+    p->clip = from->clip;
+    p->lead = from->lead;
+    p->smooths = from->smoothing;
+    if (from->expected) {
+        p->expected = stage(e, there, from->expected, n);
+        p->gain = from->gain ? stage(e, there + n, from->gain, n) : NULL;
+    }
+    if (from->shift) {
+        p->move = stage(e, there + 2 * n, from->shift, n);
+    }
+    tsad_cuda_upload(e);
+}
+
+tsad_status tsad_cuda_hand_over(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to,
+                                const tsad_finish *how)
 {
     tsad_engine *e = queue->engine;
     const tsad_register *r = &e->model->nets[part].registers[reg];
@@ -57,6 +87,9 @@ tsad_status tsad_cuda_hand_over(tsad_queue *queue, int place, tsad_part part, in
         p.scale = affine[0];
         p.offset = affine[1];
         p.shift = to.shift ? affine[2] : NULL;
+    }
+    if (how) {
+        finish(e, place, how, &p);
     }
     tsad_launch_hand_over(e->stream, p);
     e->waits = true;

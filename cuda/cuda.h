@@ -50,6 +50,8 @@ typedef struct tsad_cuda_place {
     float *scratch[3]; /* each for the widest rows of any node */
     /* of a denoiser's */
     float *noise;                 /* (K, T, A) of the running program */
+    float *begins;                /* (T, A) what a warm sample has of the chunk before */
+    float *finish;                /* (3, T, A) expected, gain, shift: tsad_finish */
     float *x0;                    /* (2, T, A padded): of the last two rows, by their parity */
     float *sums[TSAD_REMEMBERED]; /* shaped as the widest branch */
 } tsad_cuda_place;
@@ -131,12 +133,12 @@ void tsad_cuda_upload(tsad_engine *e);
 void tsad_cuda_ask_for(tsad_engine *e, tsad_part part, int reg, int places);
 bool tsad_cuda_stops(tsad_engine *e);
 /* caller.c: rows that are on the device, to there; the backend's functions for callers' arrays */
-void tsad_cuda_take(tsad_engine *e, float *to, int ld, const tsad_rows *from);
+void tsad_cuda_take(tsad_engine *e, int place, float *to, int ld, const tsad_rows *from);
 const char *tsad_cuda_unfit(uintptr_t stream);
 tsad_status tsad_cuda_follow(tsad_engine *e, uintptr_t stream);
 tsad_status tsad_cuda_precede(tsad_engine *e, uintptr_t stream);
-tsad_status tsad_cuda_hand_over(tsad_queue *queue, int place, tsad_part part, int reg,
-                                tsad_rows to);
+tsad_status tsad_cuda_hand_over(tsad_queue *queue, int place, tsad_part part, int reg, tsad_rows to,
+                                const tsad_finish *finish);
 bool tsad_cuda_fault(tsad_engine *e, tsad_given given, size_t *index, float *raw);
 /* run.c: sources and noise of runs; then their rows, op by op */
 void tsad_cuda_bring(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end);

@@ -259,24 +259,6 @@ bool tsad_device_owns(int device_type, int device_id)
     return device_type == DLPACK_CUDA && device_id == 0;
 }
 
-tsad_status tsad_device_fetch(void *host, const void *device, size_t bytes, uintptr_t stream)
-{
-    cudaStream_t own = reinterpret_cast<cudaStream_t>(stream);
-    cudaError_t error = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, own);
-    error = error == cudaSuccess ? cudaStreamSynchronize(own) : error;
-    return error == cudaSuccess ? TSAD_OK : fail(error, "reading an array of the caller");
-}
-
-tsad_status tsad_device_store(void *device, const void *host, size_t bytes, uintptr_t stream,
-                              bool waits)
-{
-    cudaStream_t own = reinterpret_cast<cudaStream_t>(stream);
-    /* of memory that is not pinned: it is read before this returns */
-    cudaError_t error = cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, own);
-    error = error == cudaSuccess && waits ? cudaStreamSynchronize(own) : error;
-    return error == cudaSuccess ? TSAD_OK : fail(error, "writing to an array of the caller");
-}
-
 /* ---- counts ------------------------------------------------------------------------------ */
 
 void tsad_device_time(bool on) { timed = on; }

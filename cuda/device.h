@@ -60,9 +60,6 @@ void tsad_graph_free(tsad_graph *graph); /* NULL is fine; none of its launches m
 
 /* Callers' memory of the device: see tsad_policy_owns. */
 bool tsad_device_owns(int device_type, int device_id);
-tsad_status tsad_device_fetch(void *host, const void *device, size_t bytes, uintptr_t stream);
-tsad_status tsad_device_store(void *device, const void *host, size_t bytes, uintptr_t stream,
-                              bool waits);
 
 tsad_device_counts tsad_device_get_counts(void);
 void tsad_device_time(bool on);

@@ -89,6 +89,11 @@ static void layout_in(tsad_engine *e, space *s)
         size_t chunk = (size_t)m->horizon * (size_t)m->action_dim;
         e->place[i].noise = place_floats(s, (size_t)m->n_steps * chunk);
     }
+    for (int i = 0; i < e->n_gang; i++) {
+        size_t chunk = (size_t)m->horizon * (size_t)m->action_dim;
+        e->place[i].begins = place_floats(s, chunk);
+        e->place[i].finish = place_floats(s, 3 * chunk);
+    }
     e->in_bytes = s->used - from;
 }
 
@@ -395,7 +400,7 @@ static tsad_status cuda_put(tsad_queue *queue, int place, tsad_part part, int re
     int ld = tsad_pad(e->model->nets[part].registers[reg].channels);
     float *device = e->place[place].registers[part][reg] + (size_t)from.first * (size_t)ld;
     if (from.there) {
-        tsad_cuda_take(e, device, ld, &from);
+        tsad_cuda_take(e, place, device, ld, &from);
         return TSAD_OK;
     }
     float *staged = tsad_cuda_stage(e, device, sizeof(float) * (size_t)from.rows * (size_t)ld);
@@ -464,8 +469,6 @@ const tsad_backend tsad_cuda_backend = {.name = "cuda",
                                         .get = cuda_get,
                                         .get_array = cuda_get_array,
                                         .owns = tsad_device_owns,
-                                        .fetch = tsad_device_fetch,
-                                        .store = tsad_device_store,
                                         .unfit = tsad_cuda_unfit,
                                         .follow = tsad_cuda_follow,
                                         .precede = tsad_cuda_precede,

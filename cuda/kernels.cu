@@ -600,15 +600,55 @@ __global__ void __launch_bounds__(THREADS)
         atomicMin(p.fault, (unsigned long long)(p.index + at) << 32 | __float_as_uint(raw));
         x = NAN;
     }
+    x = p.base ? __fadd_rn(p.base[i], __fmul_rn(p.share, x)) : x;
     p.y[(size_t)t * (size_t)p.ldy + (size_t)c] = x;
+}
+
+/* a normalised number in raw units */
+__device__ float raw(const tsad_hand_over &p, float x, int c)
+{
+    x = p.scale ? (x - p.offset[c]) / p.scale[c] : x;
+    return p.shift ? x + p.shift[c] : x;
 }
 
 __device__ float handed_over(const tsad_hand_over &p, int i)
 {
-    int t = i / p.channels, c = i % p.channels;
-    float x = p.x[(size_t)t * (size_t)p.ldx + (size_t)c];
-    x = p.scale ? (x - p.offset[c]) / p.scale[c] : x;
-    return p.shift ? x + p.shift[c] : x;
+    int c = i % p.channels;
+    return raw(p, p.x[(size_t)(i / p.channels) * (size_t)p.ldx + (size_t)c], c);
+}
+
+__device__ float within_clip(const tsad_hand_over &p, float x, int c)
+{
+    float one = raw(p, -p.clip, c), other = raw(p, p.clip, c);
+    x = fminf(fmaxf(x, fminf(one, other)), fmaxf(one, other));
+    return fminf(fmaxf(x, -FLT_MAX), FLT_MAX);
+}
+
+__device__ float corrected(const tsad_hand_over &p, int i)
+{
+    float x = handed_over(p, i);
+    if (!p.move) {
+        return x;
+    }
+    float moved = p.gain ? x - p.expected[i] : 0;
+    x = __fadd_rn(x, __fmul_rn(p.gain ? p.gain[i] : 0, moved));
+    return within_clip(p, __fadd_rn(x, p.move[i]), i % p.channels);
+}
+
+__device__ float executed(const tsad_hand_over &p, int i)
+{
+    int t = i / p.channels;
+    float x = corrected(p, i);
+    if (p.smooths && t > 0 && t + 1 < p.rows) {
+        float before = corrected(p, i - p.channels), after = corrected(p, i + p.channels);
+        x = __fadd_rn(__fadd_rn(__fmul_rn(0.25f, before), __fmul_rn(0.5f, x)),
+                      __fmul_rn(0.25f, after));
+    }
+    if (p.lead == 0) {
+        return x;
+    }
+    x = __fadd_rn(x, __fmul_rn(p.lead, x - p.expected[i]));
+    return within_clip(p, x, i % p.channels);
 }
 
 /* one block */
@@ -623,7 +663,7 @@ __global__ void __launch_bounds__(THREADS)
     }
     wrong = block_sum(wrong, room);
     for (int i = (int)threadIdx.x; i < p.n * p.channels; i += THREADS) {
-        p.y[i] = wrong > 0 ? NAN : handed_over(p, p.first * p.channels + i);
+        p.y[i] = wrong > 0 ? NAN : executed(p, p.first * p.channels + i);
     }
 }
 

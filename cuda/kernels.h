@@ -116,15 +116,17 @@ typedef struct tsad_reused {
     int32_t gate;   /* where its gate is among the terms; -1: it has none */
 } tsad_reused;
 
-/* Rows of a caller's array, normalised: y = (x - shift) * scale + offset, rounded as the host
- * rounds. Beyond `limit` it is NaN, and *fault, memory of the host, becomes the least of itself and
- * (which of the caller's numbers this is) << 32 | the bits of x. */
+/* Rows of a caller's array, normalised: y = (x - shift) * scale + offset, or y = base + share * x,
+ * rounded as the host rounds. Where what is normalised of x is beyond `limit` y is NaN, and *fault,
+ * memory of the host, becomes the least of itself and (which of the caller's numbers this is) << 32
+ * | the bits of x. */
 typedef struct tsad_taking {
     const float *x;
     size_t ldx;
     int rows, channels;
     const float *scale, *offset, *shift; /* (channels); NULL: none */
-    float limit;
+    const float *base;                   /* (rows, channels); NULL: none */
+    float share, limit;
     float *y;
     int ldy;
     size_t index; /* of the first */
@@ -133,13 +135,19 @@ typedef struct tsad_taking {
 void tsad_launch_take(tsad_stream *stream, tsad_taking p);
 
 /* Rows first .. first + n of all of a register's, (x - offset) / scale + shift, to a caller's array
- * side by side; NaN if any of all rows' is not finite. */
+ * side by side; NaN if any of all rows' is not finite. What is made of them first is the host's in
+ * csrc/chunk.c, rounded alike: corrected by gain and move, weighed with their neighbours, ahead of
+ * what was expected by `lead` of the difference, within `clip`, normalised. */
 typedef struct tsad_hand_over {
     const float *x;
     int ldx, rows, channels;
     const float *scale, *offset, *shift; /* (channels); NULL: none */
     int first, n;
     float *y;
+    const float *expected, *gain, *move; /* (rows, channels); NULL: none. gain needs expected */
+    float lead;
+    bool smooths;
+    float clip;
 } tsad_hand_over;
 void tsad_launch_hand_over(tsad_stream *stream, tsad_hand_over p);
 

@@ -337,7 +337,7 @@ static void stage_noise(tsad_engine *e, const tsad_run *run, int place, int row_
                        .stride = (int)run->noise_step,
                        .given = TSAD_GIVEN_NOISE,
                        .index = run->noise_index + from};
-        tsad_cuda_take(e, device, (int)floats, &z);
+        tsad_cuda_take(e, place, device, (int)floats, &z);
         return;
     }
     float *staged =

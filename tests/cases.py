@@ -57,6 +57,7 @@ NETWORKS: dict[str, dict] = {
     "tiny_encoder": _tiny(n_cond_layers=2),
     "tiny_noncausal": _tiny(causal_attn=False),
     "tiny_long": _network(10, 2, 6, 2, n_layer=2, n_head=2, n_emb=16),
+    "tiny_now": _network(5, 1, 6, 2, n_layer=2, n_head=2, n_emb=16),
     "can": _network(10, 2, 137, 10),
     "transport": _network(10, 2, 274, 20),
     "pusht": _network(16, 2, 20, 2),

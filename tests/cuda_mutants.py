@@ -208,6 +208,35 @@ MUTANTS = [
         "stream: the event of the time before", D, "cudaEventRecord(event, before)", "cudaSuccess"
     ),
     Mutant("graph: with another call's copies", G, "key->in_from = e->in_from;", ""),
+    Mutant("take: nothing of the chunk before", K, "x = p.base ? ", "x = false ? "),
+    Mutant(
+        "take: the chunk before added in one",
+        K,
+        "__fadd_rn(p.base[i], __fmul_rn(p.share, x))",
+        "fmaf(p.share, x, p.base[i])",
+    ),
+    Mutant("hand over: not corrected", K, "if (!p.move) {", "if (true) {"),
+    Mutant("hand over: no gain", K, "__fmul_rn(p.gain ? p.gain[i] : 0, moved)", "0"),
+    Mutant("hand over: the first is expected", K, "x - p.expected[i] : 0", "x - p.expected[0] : 0"),
+    Mutant("hand over: the first one is moved too", K, "p.smooths && t > 0 &&", "p.smooths &&"),
+    Mutant("hand over: the last one is moved too", K, " && t + 1 < p.rows) {", ") {"),
+    Mutant("hand over: not weighed", K, "if (p.smooths &&", "if (false &&"),
+    Mutant(
+        "hand over: neighbours as they came", K, "before = corrected(p,", "before = handed_over(p,"
+    ),
+    Mutant("hand over: no lead", K, "if (p.lead == 0) {", "if (true) {"),
+    Mutant(
+        "hand over: beyond the clip",
+        K,
+        "x = fminf(fmaxf(x, fminf(one, other)), fmaxf(one, other));",
+        "",
+    ),
+    Mutant("caller: all begin with the first's", C, "e->place[place].begins", "e->place[0].begins"),
+    Mutant(
+        "caller: all are finished as the first", C, "e->place[place].finish", "e->place[0].finish"
+    ),
+    Mutant("caller: what finishes stays on the host", C, "tsad_cuda_upload(e);", "", 1),
+    Mutant("caller: gain and shift in one place", C, "there + 2 * n", "there + n"),
     Mutant(
         "blas: the weights' rows are as long as the inputs'", B, "w, outputs, x", "w, inputs, x"
     ),

@@ -18,6 +18,7 @@ import pytest
 import test_unet1d as unet
 from dlpack_maker import CUDA, Producer
 from policies import make_policy, noises, observations, save_policy, state
+from test_fit import made_up
 
 import tsad
 from tsad import Recorder, _core, device
@@ -160,7 +161,9 @@ def made(library: Any, family: str, **options: Any) -> Any:
             for part in ("scale", "offset", "shift")
         }
         return unet.make(shape, shape.weights(1), K=2, lanes=2, backend="cuda", **affine)
-    return make_policy(lanes=2, steps=2, backend="cuda", **options)
+    if (warm := options.pop("fitted", None)) is not None:
+        options |= {"fitted": made_up("tiny", "ddim", warm or None), "sampler": "ddim", "steps": 5}
+    return make_policy(**{"lanes": 2, "steps": 2, "backend": "cuda"} | options)
 
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -169,6 +172,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "warm start": ("transformer", {"sampler": "ddim", "warm_start": 1}),
     "pruner": ("transformer", {"pruner": True}),
     "lead": ("transformer", {"lead": 0.2, "smoothing": True}),
+    "smoothing": ("transformer", {"name": "tiny_now", "smoothing": True}),  # from action 0 on
+    "fitted": ("transformer", {"fitted": 0, "clip": True, "lead": 0.3}),
+    "fitted, warm": (
+        "transformer",
+        {"fitted": 3, "warm_start": 3, "clip": True, "lead": 0.5, "smoothing": True},
+    ),
 }
 
 
@@ -190,10 +199,12 @@ def check_places(library: Library, kind: str) -> None:
         whole = turn % 2 == 1
         noise = given_noise(here, ("drawn", "initial", "whole")[turn % 3], 10 + turn)
         obs = observations(here, turn)
+        if isinstance(here, tsad.SparsePolicy) and (here.warm_start or here.lead):
+            noise["executed"] = [turn % 5, 2]
         expected.append(here(obs, **noise, return_horizon=whole))
         there_obs = TorchArray(library, obs, library.own) if turn & 1 else obs
-        if turn & 2:
-            noise = {key: TorchArray(library, z, library.own) for key, z in noise.items()}
+        if turn & 2 and "noise" in noise:
+            noise["noise"] = TorchArray(library, noise["noise"], library.own)
         if turn & 4:
             out = TorchArray(library, np.zeros_like(expected[-1]), library.own)
             written.append(there(there_obs, **noise, out=out, return_horizon=whole))
@@ -329,9 +340,12 @@ def check_numbers(policy: Any, library: Library, what: str) -> None:
     name, at, value, message = WRONG_NUMBERS[what]
     obs, noise, out = fresh(policy)
     noise = noise[0] if name == "initial" else noise
-    (obs if name == "obs" else noise)[at] = value
+    given, lane = (obs if name == "obs" else noise), at[name == "noise"]
+    given[at] = value
     with pytest.raises(ValueError, match=message):
         policy(obs, noise=noise)
+    place = given[at[0]][lane] if name == "noise" else given[lane]  # what comes later is not said
+    place.reshape(-1)[np.ravel_multi_index(at[-2:], place.shape) :] = value
     good = fresh(policy)
     policy(good[0], noise=good[1])
     arrays = [TorchArray(library, x, library.own) for x in (obs, noise, out)]
@@ -340,7 +354,7 @@ def check_numbers(policy: Any, library: Library, what: str) -> None:
     assert [policy._stats(lane)["chunks"] for lane in (0, 1)] == [0, 0]
     assert policy(arrays[0], noise=arrays[1], out=arrays[2]) is arrays[2]
     bad = np.isnan(arrays[2].read(library.own)).all(axis=(1, 2))
-    assert bad.tolist() == [at[name == "noise"] == lane for lane in (0, 1)]
+    assert bad.tolist() == [lane == 0, lane == 1]
     with pytest.raises(ValueError, match=f"{message}.*; this is of the call before"):
         policy.reset()
     assert [policy._stats(lane)["chunks"] for lane in (0, 1)] == [0, 0]
@@ -356,15 +370,76 @@ def test_numbers_are_checked_there_too(
     check_numbers(policy, library, what)
 
 
+WRONG_SAMPLES: dict[str, tuple[Any, float, str]] = {
+    "sample": ((1, 2, 0), np.nan, r"sample: expected finite numbers, got nan at sample\[1, 2, 0\]"),
+    "sample, large": ((0, 1, 1), -2e12, r"sample: expected magnitudes up to 1e.12, got -2e.12 at "
+                      "denoising step 1, row 0, action 1, element 1"),
+    "obs": ((1, 0, 2), np.inf, r"obs: expected finite numbers, got inf at obs\[1, 0, 2\]"),
+}  # fmt: skip
+
+
+def check_network_alone(policy: Any, library: Library) -> None:
+    """`predict_noise` reads both there, after what their stream holds."""
+    for seed in range(2):
+        obs, sample = observations(policy, seed), noises(policy, seed)[0]
+        expected = policy.predict_noise(sample, 1, obs)
+        for there in (3, 2, 1):
+            given = [
+                TorchArray(library, x, library.own) if there & bit else x
+                for bit, x in ((1, sample), (2, obs))
+            ]
+            assert np.array_equal(policy.predict_noise(given[0], 1, given[1]), expected)
+        for what, (at, value, message) in WRONG_SAMPLES.items():
+            wrong = [sample.copy(), obs.copy()]
+            wrong[what == "obs"][at] = value
+            there_too = [TorchArray(library, x, library.own) for x in wrong]
+            for arrays in (wrong, there_too):
+                with pytest.raises(ValueError, match=message):
+                    policy.predict_noise(arrays[0], 1, arrays[1])
+            assert np.array_equal(policy.predict_noise(sample, 1, obs), expected)
+
+
+def test_the_network_alone_reads_there(policy: Any, library: Any, torch_stream: Any) -> None:
+    check_network_alone(policy, library)
+    library.capture(library.own, 1)
+    try:
+        with pytest.raises(RuntimeError, match="stream: expected one that takes work.*captured"):
+            there = TorchArray(library, observations(policy, 0), library.own)
+            policy.predict_noise(noises(policy, 0)[0], 1, there)
+    finally:
+        library.capture(library.own, 0)
+
+
+@pytest.mark.parametrize("kind", ["lead", "fitted, warm"])
+def test_what_is_made_of_actions_is_not_waited_for(
+    library: Any, torch_stream: Any, kind: str
+) -> None:
+    """One more copy in for each lane: what the chunk before has for its actions."""
+    policy = made(library, KINDS[kind][0], **KINDS[kind][1])
+    for turn in range(4):
+        obs, noise = observations(policy, turn), noises(policy, turn)
+        shape = (2, policy.n_action_steps, policy.action_dim)
+        arrays = [TorchArray(library, x, library.own) for x in (obs, noise)]
+        out = TorchArray(library, np.zeros(shape, np.float32), library.own)
+        before = device.counts()
+        policy(arrays[0], noise=arrays[1], out=out, executed=[turn, 1])
+        asked = device.counts().since(before)
+    begins = 2 if policy.warm_start else 0
+    assert (asked.waits, asked.graphs, asked.uploads) == (1, 1, begins + 2)  # of the call before
+    del policy  # what was executed is not the edge's any more
+    assert np.isfinite(out.read(library.own)).all()
+
+
 def check_there(path: str) -> None:
     """A little of everything: what a planted fault must not pass (cuda_mutants.py)."""
     library = Library(path)
     with current_stream(library):
-        for kind in ("unet", "warm start", "pruner"):
+        for kind in ("unet", "warm start", "pruner", "smoothing", "fitted", "fitted, warm"):
             check_places(library, kind)
         policy = make_policy(lanes=2, steps=2, backend="cuda")
         for what in ("obs", "obs, large", "noise, added", "noise, large"):
             check_numbers(policy, library, what)
+        check_network_alone(policy, library)
 
 
 def test_one_lane_without_its_axis(library: Any, torch_stream: Any) -> None:

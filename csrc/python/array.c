@@ -106,7 +106,7 @@ int edge_expect_finite(const char *name, const edge_view *view)
 {
     const uint32_t exponent = 0x7f800000u;
     const uint32_t *bits = view->data;
-    size_t n = edge_is_there(view) ? 0 : view->bytes / sizeof(float); /* there it looks itself */
+    size_t n = view->on_device ? 0 : view->bytes / sizeof(float); /* there it looks itself */
     uint32_t bad = 0;
     for (size_t i = 0; i < n; i++) { /* no branch: the compiler vectorises it */
         bad |= (uint32_t)((bits[i] & exponent) == exponent);
@@ -138,8 +138,7 @@ int edge_expect_finite(const char *name, const edge_view *view)
 int edge_expect_apart(const char *name, const edge_view *view, const char *other_name,
                       const edge_view *other)
 {
-    const char *a = view->there ? view->there : view->data;
-    const char *b = other->there ? other->there : other->data;
+    const char *a = view->data, *b = other->data;
     if (view->on_device != other->on_device || !a || !b || !view->bytes || !other->bytes ||
         a + view->bytes <= b || b + other->bytes <= a) {
         return 0;
@@ -278,7 +277,6 @@ void edge_return(edge_view *view)
         }
     }
     Py_XDECREF(view->owner);
-    Py_CLEAR(view->host);
     view->managed = NULL;
     view->owner = NULL;
     PyErr_Restore(type, value, trace);

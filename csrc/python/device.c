@@ -1,6 +1,5 @@
 /* device.c: arrays in the memory of the device that a policy runs on. They are borrowed like
- * others, and the device reads and writes them itself. What it can't pass through the host: read
- * after what the caller's stream holds, written as the last of it.
+ * others, and the device reads and writes them itself.
  */
 #include "array.h"
 
@@ -39,45 +38,4 @@ int edge_borrow_there(edge_policy *self, PyObject *object, const char *name, boo
                                 .find_stream = find_stream};
     return edge_borrow_on(self->state, object, name, EDGE_FLOAT32, writable,
                           device.is_there ? &device : NULL, view);
-}
-
-int edge_bring(edge_policy *self, edge_view *view, bool reads)
-{
-    void *data;
-    if (!view->on_device) {
-        return 0;
-    }
-    view->host = edge_new_array(EDGE_FLOAT32, view->n_dims, view->shape, &data);
-    if (!view->host) {
-        return -1;
-    }
-    view->there = view->data;
-    view->data = data;
-    if (!reads || !view->bytes) {
-        return 0;
-    }
-    tsad_status status;
-    Py_BEGIN_ALLOW_THREADS;
-    status = tsad_policy_fetch(self->policy, data, view->there, view->bytes, view->stream);
-    Py_END_ALLOW_THREADS;
-    if (status != TSAD_OK) {
-        edge_raise(status);
-    }
-    return status == TSAD_OK ? 0 : -1;
-}
-
-int edge_send(edge_policy *self, const edge_view *view)
-{
-    if (!view->there || !view->bytes) {
-        return 0;
-    }
-    tsad_status status;
-    Py_BEGIN_ALLOW_THREADS;
-    status = tsad_policy_store(self->policy, view->there, view->data, view->bytes, view->stream,
-                               !view->stream_is_known);
-    Py_END_ALLOW_THREADS;
-    if (status != TSAD_OK) {
-        edge_raise(status);
-    }
-    return status == TSAD_OK ? 0 : -1;
 }

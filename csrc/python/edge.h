@@ -59,19 +59,13 @@ typedef struct edge_view {
     int64_t shape[EDGE_MAX_DIMS];
     size_t bytes;
     bool read_only;
-    const char *kind; /* "numpy", "dlpack", "dlpack_versioned" */
-    char dtype[24];   /* "float32" */
-    PyObject *owner;  /* strong */
-    void *managed;    /* the DLPack struct to give back */
-    /* of memory of a device: until edge_bring `data` is there, too */
-    bool on_device, stream_is_known;
-    uintptr_t stream; /* the caller's; known: what the caller does next is on it */
-    void *there;
-    PyObject *host; /* strong: what `data` is of then */
+    const char *kind;                /* "numpy", "dlpack", "dlpack_versioned" */
+    char dtype[24];                  /* "float32" */
+    PyObject *owner;                 /* strong */
+    void *managed;                   /* the DLPack struct to give back */
+    bool on_device, stream_is_known; /* `data` is memory of a device */
+    uintptr_t stream;                /* the caller's; known: what the caller does next is on it */
 } edge_view;
-
-/* Is `data` memory of a device? */
-static inline bool edge_is_there(const edge_view *view) { return view->on_device && !view->there; }
 
 /* Borrow `object` or raise an exception that calls it `name`. */
 int edge_borrow(edge_state *state, PyObject *object, const char *name, edge_dtype dtype,
@@ -83,10 +77,6 @@ void edge_return(edge_view *view);
 /* Borrow a float32 array, which may also be where the policy runs. */
 int edge_borrow_there(edge_policy *self, PyObject *object, const char *name, bool writable,
                       edge_view *view);
-/* Make `data` memory of the host, with what is there if that is read. */
-int edge_bring(edge_policy *self, edge_view *view, bool reads);
-/* What was written to `data` goes there. */
-int edge_send(edge_policy *self, const edge_view *view);
 
 /* Does the view have this shape? A dimension of -1 accepts any size. */
 bool edge_has_shape(const edge_view *view, int n_dims, const int64_t *shape);

@@ -111,9 +111,6 @@ static int place_actions(edge_policy *self, chunk *c, PyObject *out)
         return edge_raise_shape("out", &c->out, 3 - skip, shape + skip,
                                 "allocate it with np.empty(shape, np.float32)");
     }
-    if (!tsad_policy_writes_actions(self->policy) && edge_bring(self, &c->out, false) < 0) {
-        return -1;
-    }
     c->actions = Py_NewRef(out);
     c->data = c->out.data;
     return edge_expect_apart("out", &c->out, "obs", &c->obs);
@@ -142,9 +139,6 @@ static int borrow_noise(edge_policy *self, chunk *c, PyObject *noise)
                                       "sample alone");
     }
     if (c->out.kind && edge_expect_apart("out", &c->out, "noise", &c->noise) < 0) {
-        return -1;
-    }
-    if (!tsad_policy_reads_noise(self->policy) && edge_bring(self, &c->noise, true) < 0) {
         return -1;
     }
     return edge_expect_finite("noise", &c->noise);
@@ -280,7 +274,7 @@ static int find_streams(const chunk *c, uintptr_t *streams)
     const edge_view *views[] = {&c->obs, &c->noise, &c->out};
     int n = 0;
     for (int i = 0; i < 3; i++) {
-        bool found = !edge_is_there(views[i]) || !views[i]->bytes;
+        bool found = !views[i]->on_device || !views[i]->bytes;
         for (int j = 0; j < n; j++) {
             found |= streams[j] == views[i]->stream;
         }
@@ -312,9 +306,9 @@ static int run(edge_policy *self, chunk *c)
         .actions = c->data,
         .whole_horizon = c->whole_horizon,
         .interrupt = &interrupt,
-        .obs_there = edge_is_there(&c->obs),
-        .noise_there = edge_is_there(&c->noise),
-        .actions_there = edge_is_there(&c->out),
+        .obs_there = c->obs.on_device,
+        .noise_there = c->noise.on_device,
+        .actions_there = c->out.on_device,
         .streams = streams,
         .n_streams = find_streams(c, streams),
         .bare = c->drop_axis,
@@ -348,7 +342,7 @@ PyObject *edge_policy_call(PyObject *object, PyObject *args, PyObject *kwargs)
     c.n_lanes = edge_parse_lanes(self, lanes);
     if (c.n_lanes < 0 || borrow_obs(self, &c, obs) < 0 || place_actions(self, &c, out) < 0 ||
         borrow_noise(self, &c, noise) < 0 || read_executed(self, &c, executed) < 0 ||
-        edge_expect_finite("obs", &c.obs) < 0 || run(self, &c) < 0 || edge_send(self, &c.out) < 0) {
+        edge_expect_finite("obs", &c.obs) < 0 || run(self, &c) < 0) {
         Py_CLEAR(c.actions);
     } else if (c.deferred) {
         keep(self, &c);
@@ -374,7 +368,6 @@ static int borrow_samples(edge_policy *self, PyObject *sample, PyObject *obs, ch
     int64_t obs_shape[3] = {c->n_lanes, info->n_obs_steps, info->obs_dim};
     if (borrow_numbers(self, c, obs, false) < 0 ||
         edge_expect_shape("obs", &c->obs, 3, obs_shape) < 0 ||
-        edge_bring(self, &c->noise, true) < 0 || edge_bring(self, &c->obs, true) < 0 ||
         edge_expect_finite("sample", &c->noise) < 0 || edge_expect_finite("obs", &c->obs) < 0) {
         return -1;
     }
@@ -400,11 +393,20 @@ PyObject *edge_policy_predict_noise(PyObject *object, PyObject *args, PyObject *
     if (borrow_samples(self, sample, obs, &c) < 0) {
         Py_CLEAR(c.actions);
     } else {
+        uintptr_t streams[3];
         edge_listener l = {0};
         tsad_interrupt interrupt = {edge_hear, &l};
+        tsad_call call = {.n_lanes = c.n_lanes,
+                          .obs = c.obs.data,
+                          .initial = c.noise.data,
+                          .actions = c.data,
+                          .interrupt = &interrupt,
+                          .obs_there = c.obs.on_device,
+                          .noise_there = c.noise.on_device,
+                          .streams = streams,
+                          .n_streams = find_streams(&c, streams)};
         l.thread = PyEval_SaveThread();
-        tsad_status status = tsad_policy_predict_noise(self->policy, c.n_lanes, c.noise.data, step,
-                                                       c.obs.data, c.data, &interrupt);
+        tsad_status status = tsad_policy_predict_noise(self->policy, &call, step);
         PyEval_RestoreThread(l.thread);
         if (edge_raise_or_explain(status) < 0) {
             Py_CLEAR(c.actions);

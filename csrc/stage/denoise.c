@@ -2,6 +2,7 @@
 #include "stage.h"
 
 #include <float.h>
+#include <string.h>
 
 /* remember when each slot was last written */
 static void note_writes(const tsad_policy *p, tsad_lane *lane)
@@ -25,8 +26,9 @@ static void note_writes(const tsad_policy *p, tsad_lane *lane)
     lane->stats.spent += lane->stats.cost;
 }
 
-/* the previous chunk as it looks after the actions executed since, with noise: (T, A) */
-static const float *warm_sample(const tsad_gang *g, int i, const float *noise)
+/* the previous chunk as it looks after the actions executed since, its share of a warm sample, with
+ * noise or, where that is NULL, without: (T, A) */
+static float *warm_sample(const tsad_gang *g, int i, const float *noise)
 {
     const tsad_policy *p = g->policy;
     const tsad_model *m = p->model;
@@ -36,7 +38,8 @@ static const float *warm_sample(const tsad_gang *g, int i, const float *noise)
         for (int a = 0; a < A; a++) {
             float x = m->action_shift ? raw[a] - m->action_shift[a] : raw[a];
             x = x * m->action_scale[a] + m->action_offset[a];
-            g->desk->sample[t * A + a] = p->signal * x + p->noise_share * noise[t * A + a];
+            x *= p->signal;
+            g->desk->sample[t * A + a] = noise ? x + p->noise_share * noise[t * A + a] : x;
         }
     }
     return g->desk->sample;
@@ -51,7 +54,8 @@ static tsad_status begin(const tsad_gang *g, int i)
     const float *start = call->initial ? call->initial + row * floats
                                        : call->noise + row * call->noise_lane +
                                              (size_t)g->steps->first * call->noise_step;
-    if (g->policy->warm_start && !tsad_gang_lane(g, i)->cold) {
+    bool warm = g->policy->warm_start && !tsad_gang_lane(g, i)->cold;
+    if (warm && !call->noise_there) {
         start = warm_sample(g, i, start);
     }
     const float *all = call->initial ? call->initial : call->noise;
@@ -62,6 +66,10 @@ static tsad_status begin(const tsad_gang *g, int i)
                       .there = call->noise_there,
                       .given = TSAD_GIVEN_NOISE,
                       .index = call->noise_there ? (size_t)(start - all) : 0};
+    if (warm && call->noise_there) {
+        rows.base = warm_sample(g, i, NULL);
+        rows.share = g->policy->noise_share;
+    }
     return m->backend->put(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows);
 }
 
@@ -75,16 +83,42 @@ static tsad_rows raw_actions(const tsad_model *m)
                        .shift = m->action_shift};
 }
 
+/* what the host makes of a chunk's actions when all lanes are done (chunk.c): false, nothing */
+static bool finish_of(const tsad_gang *g, int i, tsad_finish *finish)
+{
+    const tsad_policy *p = g->policy;
+    const tsad_lane *lane = tsad_gang_lane(g, i);
+    int T = p->model->horizon, A = p->model->action_dim;
+    bool corrects = p->corrected && !lane->cold, led = p->lead != 0 && lane->has_previous;
+    *finish = (tsad_finish){
+        .clip = p->own.sampler[(size_t)(p->own.n - 1) * TSAD_SAMPLER_COLUMNS + TSAD_SAMPLER_CLIP],
+        .gain = corrects && p->warm_start ? p->gain : NULL,
+        .shift = corrects ? p->shift : NULL,
+        .lead = led && !g->call->whole_horizon ? p->lead : 0,
+        .smoothing = p->smoothing && !g->call->whole_horizon};
+    if (finish->lead != 0 || (corrects && p->warm_start)) {
+        for (int t = 0; t < T; t++) {
+            memcpy(g->desk->sample + t * A, tsad_expected(p, g->call, g->rows[i], t),
+                   sizeof(float) * (size_t)A);
+        }
+        finish->expected = g->desk->sample;
+    }
+    return corrects || finish->lead != 0 || finish->smoothing;
+}
+
 /* the i-th lane's actions into the caller's memory of the device */
 static tsad_status hand_over(const tsad_gang *g, int i)
 {
     const tsad_model *m = g->policy->model;
     bool whole = g->call->whole_horizon;
+    tsad_finish finish;
+    bool finishes = finish_of(g, i, &finish);
     tsad_rows rows = raw_actions(m);
     rows.first = whole ? 0 : m->n_obs_steps - 1;
     rows.rows = whole ? m->horizon : m->n_action_steps;
     rows.data = g->call->actions + (size_t)(g->rows[i] * rows.rows) * (size_t)m->action_dim;
-    return m->backend->hand_over(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows);
+    return m->backend->hand_over(g->queue, i, TSAD_DENOISER, tsad_denoiser(m)->input, rows,
+                                 finishes ? &finish : NULL);
 }
 
 /* The i-th lane's normalised sample -> all actions in raw units. A slot that is not finite has made
