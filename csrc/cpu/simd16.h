@@ -3,6 +3,8 @@
  * as they come.
  */
 
+typedef short vp __attribute__((vector_size(4 * W))); /* W pairs in 16 bits */
+
 ALWAYS_INLINE vi load_pairs(const bool bytes, const void *from, size_t at)
 {
     if (bytes) {
