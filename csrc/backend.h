@@ -28,6 +28,18 @@ typedef enum tsad_sums_use { TSAD_NO_SUMS, TSAD_MAKE_SUMS, TSAD_HAVE_SUMS } tsad
 /* A caller's argument that may be on the device. */
 typedef enum tsad_given { TSAD_GIVEN_OBS, TSAD_GIVEN_NOISE, TSAD_N_GIVEN } tsad_given;
 
+/* What cells that a chunk computed differ by from the values that were in their slots, and that
+ * reuse would have taken: those of an earlier row, and those of the same cell in an earlier chunk.
+ * Sums of squares in units of 2^-BITS: whole numbers, as then the order of additions, and so who
+ * adds what, makes no difference. */
+enum { TSAD_AUDIT_BITS = 24 };
+enum { TSAD_AUDIT_STEP, TSAD_AUDIT_ROLLOUT, TSAD_N_AUDITS };
+typedef struct tsad_audit {
+    int32_t *known; /* (B) 1 + the row whose value an earlier chunk left in the slot, 0: none */
+    int32_t *wrote; /* (B) as it is for the next chunk */
+    int64_t apart[TSAD_N_AUDITS], size[TSAD_N_AUDITS];
+} tsad_audit;
+
 /* One lane's program on a queue; the i-th run of a call uses the queue's i-th set of registers. */
 typedef struct tsad_run {
     int lane; /* whose slots and arrays */
@@ -46,6 +58,7 @@ typedef struct tsad_run {
     const tsad_rule *rule;    /* NULL: none. Where a row looks, what is left of it may be */
     const tsad_program *rest; /* this program's */
     uint8_t *looked;          /* (rows) which of them were computed whole */
+    tsad_audit *audit;        /* NULL: nobody asks */
 } tsad_run;
 
 /* Rows of floats in a caller's memory. */
@@ -78,6 +91,7 @@ typedef struct tsad_backend {
     bool (*usable)(void);                   /* on this machine */
     bool for_tests;                         /* nobody is offered it */
     bool rules;                             /* knows rules of rows, in nets that are not wide */
+    bool audits;                            /* knows audits, in such nets without gates */
     tsad_status (*pack)(tsad_model *model); /* plain matrices -> packed; plain ones are freed */
     void (*unpack)(tsad_model *model);      /* frees what pack made; accepts half-packed models */
 

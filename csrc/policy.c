@@ -27,6 +27,8 @@ static void layout_lane(const tsad_policy *p, tsad_lane *lane, tsad_arena *arena
     lane->plan_steady = TSAD_CARVE(arena, uint8_t, cells);
     lane->looked = TSAD_CARVE(arena, uint8_t, K);
     lane->computed_at = TSAD_CARVE(arena, uint32_t, cells);
+    lane->audit.known = TSAD_CARVE(arena, int32_t, m->n_blocks);
+    lane->audit.wrote = TSAD_CARVE(arena, int32_t, m->n_blocks);
     layout_program(m, &lane->first, K, arena);
     layout_program(m, &lane->steady, K, arena);
     if (tsad_has_pruner(p)) {
@@ -267,6 +269,7 @@ void tsad_policy_reset(tsad_policy *p, int index)
     lane->chunk = lane->stats.chunks = 0;
     lane->stats.spent = 0;
     lane->sums_ready = false;
+    tsad_audit_forget(p, lane);
     lane->cold = p->warm_start;
     lane->has_previous = false;
 }
@@ -408,16 +411,22 @@ tsad_status tsad_policy_set_pruner(tsad_policy *p, double sparsity)
     return TSAD_OK;
 }
 
+/* whether branches are kept before a gate of their own */
+static bool is_gated(const tsad_net *net)
+{
+    bool gated = false;
+    for (int i = 0; i < net->n_nodes; i++) {
+        gated |= net->nodes[i].cache_point == TSAD_BEFORE_GATE;
+    }
+    return gated;
+}
+
 tsad_status tsad_policy_set_rule(tsad_policy *p, const tsad_rule *rule)
 {
     const tsad_model *m = p->model;
     const tsad_net *net = tsad_denoiser(m);
     int K = p->own.n, B = m->n_blocks;
-    bool gated = false;
-    for (int i = 0; i < net->n_nodes; i++) {
-        gated |= net->nodes[i].cache_point == TSAD_BEFORE_GATE;
-    }
-    if (!m->backend->rules || net->wide || gated || p->warm_start) {
+    if (!m->backend->rules || net->wide || is_gated(net) || p->warm_start) {
         return tsad_fail(TSAD_ARGUMENT, "planner: expected a CPU, the transformer of Diffusion "
                                         "Policy and no warm start, for a rule that decides within "
                                         "a chunk; choose another planner");
@@ -445,7 +454,31 @@ tsad_status tsad_policy_set_rule(tsad_policy *p, const tsad_rule *rule)
     return TSAD_OK;
 }
 
+tsad_status tsad_policy_set_audit(tsad_policy *p, int on)
+{
+    const tsad_net *net = tsad_denoiser(p->model);
+    if (on && (!p->model->backend->audits || net->wide || is_gated(net))) {
+        return tsad_fail(TSAD_ARGUMENT, "audit: expected a CPU and the transformer of Diffusion "
+                                        "Policy, for computed cells to be compared with what they "
+                                        "replace; leave it out");
+    }
+    p->audits = on != 0;
+    for (int i = 0; i < p->n_lanes; i++) {
+        tsad_audit_forget(p, &p->lanes[i]);
+    }
+    return TSAD_OK;
+}
+
 /* ---- facts ------------------------------------------------------------------------------- */
+
+void tsad_policy_get_audit(const tsad_policy *p, int lane, double *sums)
+{
+    const tsad_audit *audit = &p->lanes[lane].audit;
+    for (int kind = 0; kind < TSAD_N_AUDITS; kind++) {
+        sums[2 * kind] = ldexp((double)audit->apart[kind], -TSAD_AUDIT_BITS);
+        sums[2 * kind + 1] = ldexp((double)audit->size[kind], -TSAD_AUDIT_BITS);
+    }
+}
 
 void tsad_policy_get_plan(const tsad_policy *p, int lane, uint8_t *sources)
 {

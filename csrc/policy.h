@@ -35,6 +35,7 @@ typedef struct tsad_lane {
     bool keeps_sums, plan_is_new, sums_ready;
     tsad_sums_use sums_use; /* in the running chunk */
     tsad_planner_kind planner;
+    tsad_audit audit;
     tsad_lane_stats stats;
     const char *overflow; /* what of the running chunk is not finite, NULL: nothing */
 } tsad_lane;
@@ -63,6 +64,7 @@ struct tsad_policy {
     bool rollout_memory; /* the engine's slots hold K rows */
     double sparsity;     /* of the pruner's budget; < 0: argmax */
     tsad_rule rule;      /* of lanes that have one */
+    bool audits;         /* tsad_policy_set_audit */
     tsad_arena arena;
     tsad_lane *lanes; /* n_lanes */
     tsad_desk *desks; /* n_threads */

@@ -343,6 +343,14 @@ tsad_status tsad_policy_set_pruner(tsad_policy *policy, double sparsity);
 /* Let a rule decide in every chunk of every lane, each by itself; rollouts are forgotten. */
 tsad_status tsad_policy_set_rule(tsad_policy *policy, const tsad_rule *rule);
 
+/* From now on compare what chunks compute with the values that this replaces, and that reuse would
+ * have taken; refused where the backend can't. Lanes that remember rollouts are left out. */
+tsad_status tsad_policy_set_audit(tsad_policy *policy, int on);
+/* Of a lane's last chunk, (4): the sum of the squares of these differences and of the values
+ * computed, where the value was of an earlier step, then both where it was the same cell's in an
+ * earlier chunk. Zeros: none was there, or nobody asked. */
+void tsad_policy_get_audit(const tsad_policy *policy, int lane, double *sums);
+
 /* Would this call be refused? Of its noise what is there already; for callers who draw the rest. */
 tsad_status tsad_policy_check(const tsad_policy *policy, const tsad_call *call);
 /* Has the policy's device such memory? DLPack's numbers of it; no, on a CPU, whose memory is the

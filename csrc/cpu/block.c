@@ -179,9 +179,11 @@ static void modulate(const context *c, const tsad_node *node, float *x)
 }
 
 /* out register += branch, slot = branch */
-static void deliver(const context *c, const tsad_node *node, float *slot, const float *const *group,
-                    int n, size_t floats)
+static void deliver(const context *c, const tsad_op *op, const float *const *group, int n,
+                    size_t floats)
 {
+    const tsad_node *node = &c->net->nodes[op->node];
+    float *slot = op->dst >= 0 ? tsad_cpu_slot(c, op->dst) : NULL;
     float *x = reg(c, node->out);
     if (node->cache_point == TSAD_BEFORE_GATE) {
         int C = c->net->registers[node->out].channels, ld = tsad_pad(C);
@@ -205,6 +207,9 @@ static void deliver(const context *c, const tsad_node *node, float *slot, const 
     for (int piece = 0; piece < 3; piece++) {
         for (int g = 0; g < n; g++) {
             at[g] = group[g] + cut[piece];
+        }
+        if (piece == 1 && c->run->audit) {
+            tsad_cpu_audit(c, op, slot + from, at, n, from, to - from);
         }
         c->k->finish(x + cut[piece], piece == 1 ? slot + from : NULL, at, n,
                      cut[piece + 1] - cut[piece]);
@@ -295,8 +300,7 @@ void tsad_cpu_compute(const context *members, int n, const tsad_op *const *op)
         for (int g = 0; g < groups; g++) {
             group[g] = part[g * own] + (size_t)i * floats;
         }
-        float *slot = keeps ? tsad_cpu_slot(&members[i], op[i]->dst) : NULL;
-        deliver(&members[i], node, slot, group, groups, floats);
+        deliver(&members[i], op[i], group, groups, floats);
     }
     if (keeps) {
         w->write_epoch[node->block] = w->epoch;

@@ -277,6 +277,10 @@ static inline void tsad_cpu_share(const tsad_worker *w, size_t floats, size_t *f
 /* block.c: the same branch of n lanes, each with its own slot to keep it in; n > 1 on one thread
  * only */
 void tsad_cpu_compute(const context *members, int n, const tsad_op *const *op);
+/* audit.c: `floats` of a branch, from one on, the sum of n arrays, beside what its slot has until
+ * then; all pointers are to that one */
+void tsad_cpu_audit(const context *c, const tsad_op *op, const float *slot,
+                    const float *const *group, int n, size_t from, size_t floats);
 /* the gate (c_out) of a branch that is cached before it, in this row */
 const float *tsad_cpu_gate(const context *c, const tsad_node *node);
 
@@ -329,6 +333,7 @@ tsad_status tsad_cpu_see(tsad_eye *eye, const tsad_images *images, float *featur
     const tsad_cpu_backend symbol = {.base = {.name = label,                                       \
                                               .usable = usable_function,                           \
                                               .rules = true,                                       \
+                                              .audits = true,                                      \
                                               .pack = tsad_cpu_pack,                               \
                                               .unpack = tsad_cpu_unpack,                           \
                                               .open = tsad_cpu_open,                               \

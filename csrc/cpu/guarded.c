@@ -146,6 +146,7 @@ const tsad_cpu_backend tsad_cpu_guarded = {
              .usable = always,
              .for_tests = true,
              .rules = true,
+             .audits = true,
              .pack = tsad_cpu_pack,
              .unpack = tsad_cpu_unpack,
              .open = guarded_open,

@@ -34,6 +34,7 @@ typedef struct compiler {
     int32_t recent[TSAD_REMEMBERED]; /* additions whose sums a later row may add again, -1: none */
     int oldest;                      /* of them */
     int32_t again[TSAD_REMEMBERED];  /* the last row that does nothing but add this sum, -1: none */
+    bool computed[TSAD_MAX_BLOCKS];  /* by a row before, or this one */
 } compiler;
 
 /* One more slot for an addition: rollout slots first, each kind in the order of the blocks, and a
@@ -120,7 +121,10 @@ static void compile_row(compiler *c, const int32_t *slot, const uint8_t *sources
             emit(program, TSAD_OP_NODE, node->residual);
         }
         if (source == TSAD_COMPUTE) {
-            emit(program, TSAD_OP_COMPUTE, i)->dst = slot[node->block];
+            tsad_op *op = emit(program, TSAD_OP_COMPUTE, i);
+            op->dst = slot[node->block];
+            op->again = c->computed[node->block];
+            c->computed[node->block] = true;
         } else if (source != TSAD_SKIP) {
             if (!run) {
                 run = emit(program, gated ? TSAD_OP_GATED : TSAD_OP_ADD, i);

@@ -18,6 +18,7 @@ typedef enum tsad_op_kind {
 typedef struct tsad_op {
     uint8_t kind;
     uint8_t remember, repeat; /* ADD: 1 + the remembered sum to make, or to add instead; 0: none */
+    uint8_t again;            /* COMPUTE: an earlier row of the program computes it, too */
     int16_t node;
     int16_t n_src, n_rollout; /* ADD: the rollout slots come first */
     int32_t dst;

@@ -239,6 +239,8 @@ PyObject *edge_policy_set_plan(PyObject *self, PyObject *args, PyObject *kwargs)
 PyObject *edge_policy_set_plans(PyObject *self, PyObject *plans);
 PyObject *edge_policy_set_pruner(PyObject *self, PyObject *sparsity);
 PyObject *edge_policy_set_rule(PyObject *self, PyObject *args);
+PyObject *edge_policy_set_audit(PyObject *self, PyObject *on);
+PyObject *edge_policy_audit(PyObject *self, PyObject *lane);
 PyObject *edge_policy_get_plan(PyObject *self, PyObject *lane);
 PyObject *edge_policy_ages(PyObject *self, PyObject *lane);
 PyObject *edge_policy_stats(PyObject *self, PyObject *lane);

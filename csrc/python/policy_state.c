@@ -233,7 +233,34 @@ PyObject *edge_policy_set_rule(PyObject *object, PyObject *args)
     return status == TSAD_OK ? Py_NewRef(Py_None) : edge_raise(status);
 }
 
+PyObject *edge_policy_set_audit(PyObject *object, PyObject *on)
+{
+    edge_policy *self = (edge_policy *)object;
+    int value = PyObject_IsTrue(on);
+    if (value < 0 || edge_enter(self) < 0) {
+        return NULL;
+    }
+    tsad_status status = tsad_policy_set_audit(self->policy, value);
+    edge_leave(self);
+    return status == TSAD_OK ? Py_NewRef(Py_None) : edge_raise(status);
+}
+
 /* ---- what the last chunk did ---------------------------------------------------------------- */
+
+PyObject *edge_policy_audit(PyObject *object, PyObject *lane)
+{
+    edge_policy *self = (edge_policy *)object;
+    double sums[4] = {0};
+    if (edge_enter(self) < 0) {
+        return NULL;
+    }
+    int index = edge_parse_lane(self, lane);
+    if (index >= 0) {
+        tsad_policy_get_audit(self->policy, index, sums);
+    }
+    edge_leave(self);
+    return index < 0 ? NULL : Py_BuildValue("(dddd)", sums[0], sums[1], sums[2], sums[3]);
+}
 
 /* (K, B) of a lane: its plan as uint8, or the ages of its rollout slots as uint32 */
 static PyObject *cells(PyObject *object, PyObject *lane, edge_dtype dtype)

@@ -401,6 +401,11 @@ static PyMethodDef policy_methods[] = {
      "_set_pruner($self, sparsity, /)\n--\n\nLet the pruner plan; sparsity -1: its own argmax."},
     {"_set_rule", edge_policy_set_rule, METH_VARARGS,
      "_set_rule($self, blocks, threshold, most, polynomial, /)\n--\n\nLet a rule of rows decide."},
+    {"_set_audit", edge_policy_set_audit, METH_O,
+     "_set_audit($self, on, /)\n--\n\nCompare what is computed with what it replaces."},
+    {"_audit", edge_policy_audit, METH_O,
+     "_audit($self, lane, /)\n--\n\nOf the last chunk: squares of differences and of values, to "
+     "earlier steps, then to earlier chunks."},
     {"_get_plan", edge_policy_get_plan, METH_O,
      "_get_plan($self, lane, /)\n--\n\nThe last executed plan of a lane, uint8 (K, B)."},
     {"_ages", edge_policy_ages, METH_O,

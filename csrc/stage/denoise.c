@@ -21,6 +21,7 @@ static void note_writes(const tsad_policy *p, tsad_lane *lane)
     if (lane->planner == TSAD_ROW_RULE) {
         tsad_plan_by_rule(p, lane);
     }
+    tsad_audit_end(p, lane);
     lane->chunk++;
     lane->stats.chunks = lane->chunk;
     lane->stats.spent += lane->stats.cost;
@@ -153,7 +154,7 @@ tsad_status tsad_denoise(const tsad_gang *g)
     const tsad_call *call = g->call;
     tsad_run runs[TSAD_GANG] = {0};
     for (int i = 0; i < g->n; i++) {
-        const tsad_lane *lane = tsad_gang_lane(g, i);
+        tsad_lane *lane = tsad_gang_lane(g, i);
         const float *noise = call->noise ? call->noise + (size_t)g->rows[i] * call->noise_lane +
                                                (size_t)g->steps->first * call->noise_step
                                          : NULL;
@@ -169,6 +170,7 @@ tsad_status tsad_denoise(const tsad_gang *g)
                              .noise_step = call->noise_step,
                              .noise_there = noise && call->noise_there && !call->initial,
                              .noise_index = noise ? (size_t)(noise - call->noise) : 0};
+        runs[i].audit = tsad_audit_begin(g->policy, lane);
         if (lane->planner == TSAD_ROW_RULE) {
             runs[i].rule = &g->policy->rule;
             runs[i].rest = &lane->steady;

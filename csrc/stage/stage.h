@@ -43,6 +43,11 @@ void tsad_plan_by_rule(const tsad_policy *p, tsad_lane *lane);
 void tsad_sums_begin(tsad_lane *lane, bool room);
 /* After tsad_plan: whether this chunk makes them, has them, or goes without. */
 void tsad_sums_choose(tsad_lane *lane);
+/* audit.c: its slots hold nothing to compare with; what the chunk that begins is to note its
+ * differences in, NULL: nowhere; what the slots hold after it. */
+void tsad_audit_forget(const tsad_policy *p, tsad_lane *lane);
+tsad_audit *tsad_audit_begin(const tsad_policy *p, tsad_lane *lane);
+void tsad_audit_end(const tsad_policy *p, tsad_lane *lane);
 /* Runs the lanes' programs from noise to actions, which wait in the policy's memory; of a gang that
  * is deferred they are on the device until tsad_emit. */
 tsad_status tsad_denoise(const tsad_gang *g);

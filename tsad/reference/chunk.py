@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tsad.reference.audit import Audit
 from tsad.reference.dpt import embed
 from tsad.reference.families import family_of
 from tsad.reference.layers import Array, Compute, Network, Tensors
@@ -30,6 +31,7 @@ def denoise(
     sources: Sources,
     rollout: Rollout,
     rule: Rule | None = None,
+    audit: Audit | None = None,
 ) -> Array:
     """One chunk: the final sample (T, action_dim), normalised.
 
@@ -37,7 +39,7 @@ def denoise(
     action_dim), ``sources`` (K, B). ``rollout[k, b]`` holds the value that cell had when it was
     last computed in this episode; it is read and written here. Only computing writes, and it
     writes all three caches. A ``rule`` decides instead of the plan, all `COMPUTE`, into which what
-    it came to is written.
+    it came to is written. An ``audit`` sees what is computed.
     """
     family = family_of(network)
     types = family.block_types(network)
@@ -59,6 +61,8 @@ def denoise(
         if source == COMPUTE:
             computed = compute()
             last_of_type[types[b]] = last_of_block[b] = rollout[k, b] = computed
+            if audit is not None:
+                audit.computed(k, b, computed)
             return computed
         if source == REUSE_TYPE and types[b] in last_of_type:
             return last_of_type[types[b]]
@@ -71,6 +75,8 @@ def denoise(
         name = family.block_names(network)[b]
         raise ValueError(_unreadable(k, b, name, types[b], int(source)))
 
+    if audit is not None:
+        audit.begin()
     x: Array = noise[0]
     last, older = np.zeros_like(x), np.zeros_like(x)  # x0 of the last two rows
     for k in range(len(sources)):

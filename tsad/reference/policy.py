@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from tsad.fitted import Fitted
+from tsad.reference.audit import Audit
 from tsad.reference.chunk import Rollout, Sources, corrected, denoise
 from tsad.reference.families import family_of
 from tsad.reference.layers import Array, Network
@@ -76,12 +77,14 @@ class ReferencePolicy:
         self._rollouts: list[Rollout] = [{} for _ in range(lanes)]
         self._first = [True] * lanes
         self.ruled: list[Sources] = []
+        self.audits = [Audit() for _ in range(lanes)]
 
     def reset(self, lanes: ArrayLike | None = None) -> None:
         """Start of an episode for all lanes or the listed ones: earlier rollouts are forgotten."""
         for lane in lane_numbers(lanes, self.lanes):
             self._rollouts[lane] = {}
             self._first[lane] = True
+            self.audits[lane] = Audit()
 
     def encode(self, obs: ArrayLike) -> Array:
         """What conditions every step, (K, ...), of one raw observation (n_obs_steps, obs_dim)."""
@@ -123,15 +126,16 @@ class ReferencePolicy:
         first chunk after a reset; None is dense. ``starts`` (L, T, action_dim), normalised, is what
         warm chunks start from, for what is fitted. ``rules``, new ones, one per row, decide instead
         of plans, in first chunks, too; what they come to is in ``ruled``, (K, B) each. ``lanes``:
-        which lanes the L rows are; None is all. Raises ``ValueError`` for wrong shapes and for a
-        plan that reads a value that does not exist; then no lane has changed.
+        which lanes the L rows are; None is all. Afterwards ``audits`` by lane has what its computed
+        cells differ by from the values they replace. Raises ``ValueError`` for wrong shapes and for
+        a plan that reads a value that does not exist; then no lane has changed.
         """
         rows = lane_numbers(lanes, self.lanes)
         obs, noise = np.asarray(obs), np.asarray(noise, self.dtype)
         self._check("obs", obs, (len(rows), self.network["n_obs_steps"], self.network["obs_dim"]))
         sample_shape = (self.network["horizon"], self.network["action_dim"])
         self._check("noise", noise, (self.num_inference_steps, len(rows), *sample_shape))
-        results, rollouts, ruled = [], [], []
+        results, rollouts, ruled, audits = [], [], [], []
         for i, lane in enumerate(rows):
             memory = self.encode(obs[i])
             dense = np.zeros((self.num_inference_steps, len(self.blocks)), np.uint8)
@@ -147,11 +151,13 @@ class ReferencePolicy:
                 sources = self._sources("plan_sources", plan_sources, i)
             rollout = dict(self._rollouts[lane])
             about = self._w, self.network, self.sampler, memory, noise[:, i]
-            x = denoise(*about, sources, rollout, rule)
+            audits.append(self.audits[lane].copy())
+            x = denoise(*about, sources, rollout, rule, audits[-1])
             results.append(self._corrected(x, None if starts is None else starts[i]))
             rollouts.append(rollout if rule is None else {})
-        for lane, rollout in zip(rows, rollouts, strict=True):
+        for lane, rollout, audit in zip(rows, rollouts, audits, strict=True):
             self._rollouts[lane] = rollout
+            self.audits[lane] = audit
             self._first[lane] = False
         self.ruled = ruled
         actions = self.raw_actions(np.reshape(results, (len(rows), *sample_shape)))
