@@ -48,10 +48,9 @@ import tsad  # noqa: E402
 from tsad import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, REUSE_TYPE, Plan, planners  # noqa: E402
 from tsad.commands.common import table  # noqa: E402
 from tsad.files import write_atomically, write_json  # noqa: E402
-from tsad.plan import SOURCE_NAMES  # noqa: E402
+from tsad.plan import SOURCE_NAMES, plan_sha256  # noqa: E402
 from tsad.planners.base import budget, full, make_plan  # noqa: E402
 from tsad.planners.search import ChunkError, Found, Search  # noqa: E402
-from tsad.setting import plan_sha256  # noqa: E402
 from tsad.sim.observations import read_observations  # noqa: E402
 from tsad.sim.recording import (  # noqa: E402
     Recorded,

@@ -3,6 +3,9 @@
     tsad collect pusht --out recorded --first-seed 7000 --episodes 16 --sampler ddim --steps 16
     tsad fit pusht --data recorded --out guard --guard
     python bench/guard.py guard/guard.npz --episodes 50 --first-seed 20700 --out guard.json
+    tsad fit pusht --data recorded --out audit --guard --audit --sampler ddim --steps 16 \\
+        --spacing trailing --warm-start 8 --plan 10000000 --precision int16
+    python bench/guard.py audit/guard.npz --watch --episodes 50 --first-seed 20720 --out watch.json
 
 Every seed is played undisturbed and with each disturbance, which begins at a step of the episode
 that follows from its seed: noise on the block's keypoints from then on, a block that is pushed
@@ -13,6 +16,9 @@ missing (the last is seen again). Each with the guard and without, along the sam
 first alarm after it, of those detected at all. ``false``: alarms of chunks before it, and of
 undisturbed episodes. ``passes``: of a chunk on average; an alarm costs all steps. Push-T's goal is
 no part of what this policy sees, so a goal that moves can't be told.
+
+``--watch``: alarms are noted and nothing is done about them, so that the change of observation and
+the audit of what is computed are told of the very same episodes: what either detects, and both.
 """
 
 from __future__ import annotations
@@ -20,13 +26,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import tsad
+from tsad.guard import Bound
 from tsad.setting import Setting
 from tsad.sim.pusht import PushT
 from tsad.sim.rollout import Chunk, rollouts
@@ -78,6 +85,71 @@ class Disturbed(PushT):
             obs = self.seen
         self.seen = obs
         return step._replace(obs=obs)
+
+
+WATCHERS = ("observation", "audit", "either")
+
+
+def watch(policy: Any, kind: str, seeds: range) -> dict[str, Any]:
+    """What each watcher says of the episodes of a kind: shares, and the episodes that they are."""
+    table = Disturbed(kind)
+    calm, disturbed = 0, 0
+    false, detected = dict.fromkeys(WATCHERS, 0), dict.fromkeys(WATCHERS, 0)
+    delays: dict[str, list[int]] = {name: [] for name in WATCHERS}
+    for seed in seeds:
+        at: list[int] = []
+        said: dict[str, list[bool]] = {name: [] for name in WATCHERS}
+
+        def note(chunk: Chunk, at: list[int] = at, said: dict[str, list[bool]] = said) -> None:
+            stats = policy.stats["guard"]
+            value, (out,) = stats["statistic"][0], policy._flagged
+            seen = value is not None and not value <= stats["bound"]
+            for name, alarm in zip(WATCHERS, (seen, out, seen or out), strict=True):
+                said[name].append(alarm)
+            at.append(table.steps)
+
+        list(rollouts(policy, [table], [seed], on_chunk=note))
+        begins = table.begins if kind != "none" else 10**9
+        calm += sum(step < begins for step in at[1:])
+        later = [i for i, step in enumerate(at) if step >= begins]
+        disturbed += bool(later)
+        for name, alarms in said.items():
+            false[name] += sum(a for step, a in zip(at, alarms, strict=True) if step < begins)
+            detected[name] += any(alarms[i] for i in later[:2])
+            delays[name] += [at[i] - begins for i in later if alarms[i]][:1]
+    table.close()
+    return {
+        name: {
+            "episodes": len(seeds),
+            "detected": detected[name] / disturbed if disturbed else None,
+            "ever": len(delays[name]) / disturbed if disturbed else None,
+            "delay": float(np.mean(delays[name])) if delays[name] else None,
+            "false": false[name] / max(calm, 1),
+        }
+        for name in WATCHERS
+    }
+
+
+def watched(args: argparse.Namespace, seeds: range) -> None:
+    """Report what is detected."""
+    print("| disturbance |", " | ".join(f"{n}: detected | delay | false" for n in WATCHERS), "|")
+    print("| --- |" + " ---: |" * 3 * len(WATCHERS))
+    rows: dict[str, Any] = {}
+    for kind in args.kinds:
+        rows[kind] = watch(loaded(args.guard, restart=False), kind, seeds)
+        cells = [
+            f"{show(r['detected'], '.0%')} | {show(r['delay'], '.1f')} | {r['false']:.1%}"
+            for r in rows[kind].values()
+        ]
+        print(f"| {kind} |", " | ".join(cells), "|", flush=True)
+        write(args, seeds, rows)
+
+
+def write(args: argparse.Namespace, seeds: range, rows: dict[str, Any]) -> None:
+    """The report as far as it goes."""
+    if args.out is not None:
+        facts = {"seeds": [seeds[0], seeds[-1]], "machine": platform.machine(), "rows": rows}
+        args.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 @dataclass
@@ -135,11 +207,11 @@ def play(policy: Any, kind: str, seeds: range, guarded: bool) -> Found:
     return found
 
 
-def loaded(guard: Path | None) -> Any:
+def loaded(guard: Path | Bound | None, *, restart: bool = True) -> Any:
     """The setting's policy, with the guard or without."""
     policy = tsad.load("pusht", threads=1, **ONE_PASS.options())
     ONE_PASS.apply(policy)
-    return policy if guard is None else tsad.Guard(policy, guard)
+    return policy if guard is None else tsad.Guard(policy, guard, restart=restart)
 
 
 def show(x: float | None, kind: str) -> str:
@@ -156,9 +228,14 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--first-seed", type=int, default=20700)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--watch", action="store_true", help="only note alarms: see above")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     seeds = range(args.first_seed, args.first_seed + args.episodes)
+    if args.watch:
+        watched(args, seeds)
+        return
+    bound = Bound.read(args.guard)
     head = "| disturbance | detected | delay, steps | false | passes | score | without a guard |"
     print(head, "| --- |" + " ---: |" * 6, sep="\n")
     rows: dict[str, Any] = {}
@@ -166,15 +243,16 @@ def main() -> None:
         with_guard = play(loaded(args.guard), kind, seeds, True).summary((1.0, 16.0))
         without = play(loaded(None), kind, seeds, False).summary((1.0, 16.0))
         rows[kind] = {"guarded": with_guard, "plain": without}
+        if bound.audit is not None:
+            alone = loaded(replace(bound, audit=None))
+            rows[kind]["without audit"] = play(alone, kind, seeds, True).summary((1.0, 16.0))
         g = with_guard
         print(
             f"| {kind} | {show(g['detected'], '.0%')} | {show(g['delay'], '.1f')} "
             f"| {g['false']:.1%} | {g['passes']:.2f} | {g['score']:.3f} | {without['score']:.3f} |",
             flush=True,
         )
-        if args.out is not None:
-            facts = {"seeds": [seeds[0], seeds[-1]], "machine": platform.machine(), "rows": rows}
-            args.out.write_text(json.dumps(facts, indent=1) + "\n")
+        write(args, seeds, rows)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ import tsad  # noqa: E402
 from tsad import REUSE_STEP, REUSE_TYPE, SKIP, Plan, planners  # noqa: E402
 from tsad.commands.common import files_sha256, table  # noqa: E402
 from tsad.files import write_json  # noqa: E402
+from tsad.plan import plan_sha256  # noqa: E402
 from tsad.planners.search import ChunkError  # noqa: E402
-from tsad.setting import plan_sha256  # noqa: E402
 from tsad.sim.frontier import rank_correlation  # noqa: E402
 from tsad.sim.observations import read_observations  # noqa: E402
 from tsad.sim.recording import names_of, pick  # noqa: E402

@@ -38,8 +38,8 @@ from tsad import Plan, sim  # noqa: E402
 from tsad.arrays import read_any_json  # noqa: E402
 from tsad.commands.common import table  # noqa: E402
 from tsad.files import write_json  # noqa: E402
+from tsad.plan import plan_sha256  # noqa: E402
 from tsad.planners import Turns  # noqa: E402
-from tsad.setting import plan_sha256  # noqa: E402
 from tsad.sim.observations import read_observations  # noqa: E402
 from tsad.sim.results import compare_all  # noqa: E402
 from tsad.statistics import proportion_interval  # noqa: E402

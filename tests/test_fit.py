@@ -20,10 +20,11 @@ import tsad
 from tsad import Plan, _core
 from tsad.fitted import Fitted, coefficients_of, rows_of
 from tsad.load import weights_sha256
+from tsad.plan import plan_sha256
 from tsad.presets import Preset, model_sha256, save_presets
 from tsad.reference import LeadReference, ReferencePolicy, WarmReference
 from tsad.samplers import make_sampler, tail
-from tsad.setting import Setting, plan_sha256, steady_sha256
+from tsad.setting import Setting, steady_sha256
 
 KINDS = ("ddpm", "ddim", "dpmsolver++")
 

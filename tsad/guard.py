@@ -5,12 +5,17 @@ last two actions executed. What it is off by, in units of what it is off by on r
 the statistic: a mean of squares, 1 on average of what it was fitted on. Noise, a sensor that stands
 still and a jump break what holds between the numbers of an observation, and raise it; so does
 whatever was not recorded. It detects; it proves nothing.
+
+Beside it there may be an audit: what a chunk computes is compared with the values that this
+replaces, and that reuse would have taken (`tsad.reference.audit`). How far they are apart costs
+next to nothing to know, and is known after the chunk; there are bounds to either side.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +30,7 @@ from tsad import _core, planners
 from tsad.arrays import parse_header, read_npz
 from tsad.files import path_text
 from tsad.image_policy import ImagePolicy
+from tsad.plan import REUSE_ROLLOUT, plan_sha256
 from tsad.policy import SparsePolicy
 
 FORMAT, FORMAT_VERSION = "tsad-guard", 1
@@ -34,8 +40,8 @@ FLOOR = 3e-4  # an observation, normalised, is known no better
 _RIDGE, _FOLDS = 1e-4, 5
 _TABLES = ("predict", "whiten", "bound")
 _OWN = frozenset(
-    ("policy", "bound", "alarms", "_knows_actions", "_seen", "_said", "_chunks", "_alarms",
-     "_statistic")
+    ("policy", "bound", "alarms", "restart", "_knows_actions", "_seen", "_said", "_chunks",
+     "_alarms", "_statistic", "_flagged", "_audited", "_audit_alarms")
 )  # fmt: skip
 
 Floats = NDArray[np.float64]
@@ -51,12 +57,16 @@ class Bound:
         whiten: (Y, Y) makes independent numbers of variance 1/Y of what it is off by.
         bound: (), of the statistic.
         metadata: what it was made of.
+        audit: (2, 2), the least and the most that the relative differences of an audit may be, to
+            earlier steps and to earlier chunks, NaN of a kind that there was none of; None: there
+            is no audit.
     """
 
     predict: Floats
     whiten: Floats
     bound: Floats
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    audit: Floats | None = None
 
     def statistic(self, before: Floats, after: Floats) -> Floats:
         """(N,) of rows (N, X) and (N, Y)."""
@@ -68,6 +78,7 @@ class Bound:
     def sha256(self) -> str:
         """Of the numbers that decide."""
         numbers = b"".join(getattr(self, name).tobytes() for name in _TABLES)
+        numbers += b"" if self.audit is None else self.audit.tobytes()
         return hashlib.sha256(numbers).hexdigest()
 
     def to_bytes(self) -> bytes:
@@ -75,6 +86,7 @@ class Bound:
         header = {"format": FORMAT, "version": FORMAT_VERSION, "metadata": dict(self.metadata)}
         stream = BytesIO()
         arrays = {name: getattr(self, name) for name in _TABLES}
+        arrays |= {} if self.audit is None else {"audit": self.audit}
         np.savez_compressed(stream, header=np.array(json.dumps(header)), **arrays)
         return stream.getvalue()
 
@@ -95,7 +107,10 @@ class Bound:
             if square != (Y, Y) or single != () or not all(np.isfinite(t).all() for t in tables):
                 raise ValueError(f"shapes {(X, Y)}, {square}, {single}, or numbers not finite")
             predict, whiten, bound = tables
-            return cls(predict, whiten, bound, dict(header["metadata"]))
+            audit = np.asarray(arrays["audit"], np.float64) if "audit" in arrays else None
+            if audit is not None and audit.shape != (2, 2):
+                raise ValueError(f"audit of shape {audit.shape}")
+            return cls(predict, whiten, bound, dict(header["metadata"]), audit)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: not a guard of this version ({error}); make it anew: tsad fit --guard"
@@ -135,6 +150,7 @@ def measure(
     *,
     quantile: float = QUANTILE,
     metadata: Mapping[str, Any] | None = None,
+    audit: bool = False,
 ) -> Bound:
     """Fit the model on successive chunks, and the bound on episodes that it was not fitted on.
 
@@ -143,7 +159,9 @@ def measure(
         episodes: observations (C, n_obs_steps, obs_dim) and the actions executed between them,
             (C, n_action_steps, action_dim), raw units; None where they are not known.
         quantile: of the statistic on recorded chunks, which is the bound: 0.99 has false alarms on
-            one chunk of a hundred.
+            one chunk of a hundred. Of an audit as many lie within its bounds, of each kind.
+        audit: run the policy, of one lane and set as it is to run, along the episodes for an audit;
+            it is reset.
 
     ``ValueError``: fewer than `LEAST_PAIRS` pairs of successive chunks, or of one episode alone.
     """
@@ -171,7 +189,84 @@ def measure(
     bound = np.quantile(np.concatenate(found), quantile)
     facts = {"pairs": count, "episodes": len(pairs), "quantile": quantile, **(metadata or {})}
     facts["knows_actions"] = any(actions is not None for _, actions in episodes)
-    return Bound(*_fit(pairs), np.asarray(bound), facts)
+    within = None
+    if audit:
+        within = _audit_bounds(policy, episodes, quantile)
+        facts["audit"] = audit_facts(policy)
+    return Bound(*_fit(pairs), np.asarray(bound), facts, within)
+
+
+def audit_facts(policy: SparsePolicy) -> dict[str, Any]:
+    """What an audit is of: other steps or plans have other differences."""
+    plans = policy._plans
+    return {
+        "sampler": policy.config["scheduler"]["type"],
+        "num_inference_steps": policy.config["scheduler"]["num_inference_steps"],
+        "timestep_spacing": policy.config["scheduler"]["timestep_spacing"],
+        "warm_start": policy.warm_start,
+        "plan_sha256": None if plans is None else plan_sha256(plans[0]),
+    }
+
+
+def audited(policy: Any, lane: int) -> Floats:
+    """(2,) of a lane's last chunk: relative root mean squares to earlier steps, to earlier chunks.
+
+    NaN where no cell was compared.
+    """
+    apart_step, step, apart_chunk, chunk = policy._audit(lane)
+    found: Floats = np.full(2, np.nan)
+    for kind, (apart, size) in enumerate(((apart_step, step), (apart_chunk, chunk))):
+        if size > 0:
+            found[kind] = math.sqrt(apart / size)
+    return found
+
+
+def _audit_bounds(policy: Any, episodes: Sequence[Episode], quantile: float) -> Floats:
+    """What is within the bounds of `measure`: (2, 2)."""
+    _check_audit(policy)
+    policy._set_audit(True)
+    found = []
+    for number, (obs, _) in enumerate(episodes):
+        policy.reset(seed=number)
+        for i, seen in enumerate(obs):
+            policy(np.ascontiguousarray(seen[None], np.float32))
+            if i:
+                found.append(audited(policy, 0))
+    policy._set_audit(False)
+    policy.reset()
+    bounds = np.full((2, 2), np.nan)
+    for kind, values in enumerate(np.array(found).T):
+        known = values[np.isfinite(values)]
+        if len(known) >= LEAST_PAIRS:
+            bounds[kind] = np.quantile(known, [(1 - quantile) / 2, (1 + quantile) / 2])
+    if np.isnan(bounds).all():
+        raise ValueError(
+            "plan: expected one that computes cells again, or the same ones in every chunk, for an "
+            "audit; there is nothing to compare"
+        )
+    return bounds
+
+
+def _check_audit(policy: Any) -> None:
+    """ValueError where an audit says nothing: values of earlier chunks stay where they were."""
+    plans = policy._plans
+    if plans is None or any((plan.sources == REUSE_ROLLOUT).any() for plan in plans):
+        raise ValueError(
+            "guard: its audit expects plans that read no rollouts, and no pruner; set such a plan, "
+            "or make the guard without --audit"
+        )
+
+
+def _fits_audit(policy: SparsePolicy, bound: Bound) -> None:
+    """ValueError if an audit's bounds were recorded of another setting."""
+    wanted, found = bound.metadata.get("audit", {}), audit_facts(policy)
+    for name, value in wanted.items():
+        if name in found and found[name] != value:
+            raise ValueError(
+                f"guard: its audit was recorded with {name} {value!r}, and this policy has "
+                f"{found[name]!r}; set the policy so first, or make it for this one: tsad fit "
+                "--guard --audit"
+            )
 
 
 class Guard:
@@ -187,16 +282,26 @@ class Guard:
     after `reset`, and its chunk is dense, all steps from noise. The first chunk of an episode has
     nothing before it. Expected is that as many actions are executed of a chunk as were where the
     bound was recorded. ``stats["guard"]``: ``chunks`` compared and ``alarms`` since it was made,
-    ``statistic`` of the last call by row (None: not compared), and ``bound``.
+    ``statistic`` of the last call by row (None: not compared), and ``bound``. Of a bound with an
+    audit also ``audit``, of the last call by row the relative differences to earlier steps and to
+    earlier chunks, ``audit_alarms`` and ``audit_bound``; an alarm of the audit comes with a chunk,
+    and the lane starts anew before the next one.
 
     Args:
         policy: a `tsad.SparsePolicy` that sees numbers.
         bound: a `Bound`, or the file of one (``tsad fit --guard``).
+        restart: whether lanes start anew; else alarms are counted, and that is all.
 
     Raises ``ValueError``, ``TypeError`` or ``OSError`` naming the argument.
     """
 
-    def __init__(self, policy: SparsePolicy, bound: Bound | str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        policy: SparsePolicy,
+        bound: Bound | str | os.PathLike[str],
+        *,
+        restart: bool = True,
+    ) -> None:
         if isinstance(policy, ImagePolicy):
             raise ValueError("policy: expected one that sees numbers, got one that sees images")
         if not isinstance(policy, SparsePolicy):
@@ -215,12 +320,17 @@ class Guard:
                 f"guard: expected one of {Y} observed numbers, {policy.action_dim} of an action, "
                 f"shape {shape}, got {own.predict.shape}; make it for this policy: tsad fit --guard"
             )
-        self.policy, self.bound = policy, own
+        if own.audit is not None:
+            _fits_audit(policy, own)
+            policy._set_audit(True)
+        self.policy, self.bound, self.restart = policy, own, restart
         self._knows_actions = bool(own.metadata.get("knows_actions", True))
         self._seen: list[Floats | None] = [None] * policy.lanes  # (1, Y)
         self._said: list[NDArray[Any] | None] = [None] * policy.lanes
-        self._chunks = self._alarms = 0
+        self._chunks = self._alarms = self._audit_alarms = 0
         self._statistic: list[float | None] = []
+        self._flagged = [False] * policy.lanes  # by the audit of the chunk before
+        self._audited: list[list[float | None]] = []
         self.alarms: list[bool] = []
         """Of the last call, by row."""
 
@@ -246,12 +356,18 @@ class Guard:
     @property
     def stats(self) -> dict[str, Any]:
         """The policy's, and ``guard``."""
-        guard = {
+        guard: dict[str, Any] = {
             "chunks": self._chunks,
             "alarms": self._alarms,
             "statistic": self._statistic,
             "bound": float(self.bound.bound),
         }
+        if self.bound.audit is not None:
+            guard |= {
+                "audit": self._audited,
+                "audit_alarms": self._audit_alarms,
+                "audit_bound": self.bound.audit.tolist(),
+            }
         return {**self.policy.stats, "guard": guard}
 
     def reset(self, lanes: Any = None, seed: Any = None) -> None:
@@ -260,6 +376,13 @@ class Guard:
         self.policy.reset(lanes=lanes, seed=seed)
         for lane in rows:
             self._seen[lane] = self._said[lane] = None
+            self._flagged[lane] = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's policy knows of no audit yet."""
+        self.__dict__.update(state)
+        if self.bound.audit is not None:
+            self.policy._set_audit(True)
 
     def __call__(
         self,
@@ -277,6 +400,8 @@ class Guard:
                 f"planner: expected plans or the pruner under a guard, which lets lanes begin "
                 f"densely, got {policy.planner!r}; set policy.planner = 'uniform' or a plan"
             )
+        if self.bound.audit is not None:
+            _check_audit(policy)
         rows = policy._lanes(lanes)
         given = policy._side_by_side(obs, len(rows)) if isinstance(obs, dict) else obs
         raw = _core._copy(given, "obs").reshape(len(rows), -1)
@@ -291,7 +416,12 @@ class Guard:
         alarms = [value is not None and not value <= self.bound.bound for value in statistic]
         options |= {"lanes": rows, "return_horizon": return_horizon}
         options |= {} if executed is None else {"executed": executed}
-        late = [lane for lane, alarm in zip(rows, alarms, strict=True) if alarm]
+        late = [
+            lane
+            for lane, alarm in zip(rows, alarms, strict=True)
+            if self.restart and (alarm or self._flagged[lane])
+        ]
+        begun = [self._seen[lane] is not None and lane not in late for lane in rows]
         actions = self._run(obs, late, options)
         said = _core._copy(actions, "actions").reshape(len(rows), -1, policy.action_dim)
         if return_horizon:
@@ -300,9 +430,27 @@ class Guard:
         for row, lane in enumerate(rows):
             self._seen[lane], self._said[lane] = seen[row][None], said[row][None]
         self._chunks += sum(value is not None for value in statistic)
-        self._alarms += len(late)
-        self.alarms, self._statistic = alarms, statistic
+        self._alarms += sum(alarms)
+        self._statistic = statistic
+        self.alarms = [
+            flag or alarm for flag, alarm in zip(self._audit(rows, begun), alarms, strict=True)
+        ]
         return actions
+
+    def _audit(self, rows: list[int], begun: list[bool]) -> list[bool]:
+        """Whether what each lane's chunk computed is out of bounds, of those that went on."""
+        bounds = self.bound.audit
+        if bounds is None:
+            return [False] * len(rows)
+        found = [audited(self.policy, lane) for lane in rows]
+        for values, lane, goes_on in zip(found, rows, begun, strict=True):
+            # what is NaN is not out of bounds
+            out = ((values < bounds[:, 0]) | (values > bounds[:, 1])).any()
+            self._flagged[lane] = bool(goes_on and out)
+        self._audited = [[None if math.isnan(x) else float(x) for x in row] for row in found]
+        flags = [self._flagged[lane] for lane in rows]
+        self._audit_alarms += sum(flags)
+        return flags
 
     def _compared(self, lane: int, seen: Floats, executed: int) -> float | None:
         before, said = self._seen[lane], self._said[lane]

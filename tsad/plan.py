@@ -8,6 +8,7 @@ nothing. The rules are those of the core (csrc/plan/plan_core.h), which checks e
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -390,3 +391,11 @@ def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
             "lists and dicts"
         ) from error
     return copy
+
+
+def plan_sha256(plan: Plan) -> str:
+    """SHA-256 of what a plan does."""
+    digest = hashlib.sha256(repr(plan.sources.shape).encode() + plan.sources.tobytes())
+    if plan.first is not None:
+        digest.update(plan.first.sources.tobytes())
+    return digest.hexdigest()

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tsad.fitted import Fitted
 from tsad.guard import Bound, Guard
-from tsad.plan import Plan
+from tsad.plan import Plan, plan_sha256
 from tsad.planners import RowRule
 from tsad.planners.files import plan_of
 from tsad.rule import Alternate, Rule, rule_dict, rule_of
@@ -216,14 +215,6 @@ class Setting:
         # At sparsity 0 every planner is dense: one name, so that such runs go on with each other.
         planner = "dense" if policy.sparsity == 0 else planner_name(policy)
         return {"planner": planner, "sparsity": policy.sparsity, "plan_sha256": None}
-
-
-def plan_sha256(plan: Plan) -> str:
-    """SHA-256 of what a plan does."""
-    digest = hashlib.sha256(repr(plan.sources.shape).encode() + plan.sources.tobytes())
-    if plan.first is not None:
-        digest.update(plan.first.sources.tobytes())
-    return digest.hexdigest()
 
 
 def steady_sha256(policy: SparsePolicy) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,8 @@ Where actions are recorded, too, a warm start begins where they led: best record
 with tsad.Recorder, or any with as many actions executed.
 
 --guard makes a bound instead, for tsad.Guard and tsad eval --guard: how far an observation may be
-from what the one before and the actions in between lead to expect."""
+from what the one before and the actions in between lead to expect. --audit adds how far what a
+chunk computes may be from the values that this replaces, of the setting as it runs."""
 
 EPILOG = """\
 examples:
@@ -77,6 +79,7 @@ examples:
   tsad fit pusht --data recorded --preset fast --updates 500 --out fast
   tsad fit pusht --data recorded --sampler ddim --steps 8 --warm-start 4 --updates 0 --out bias
   tsad fit pusht --data recorded --out guard --guard
+  tsad fit pusht --data recorded --out guard --guard --audit --preset one_pass
   tsad eval pusht --settings warm/settings.json --out played --seeds 200         then see"""
 
 OPTIONS: tuple[tuple[str, Any, str], ...] = (
@@ -134,6 +137,12 @@ def add_parser(subparsers: Any) -> None:
         dest="only_guard",
         action="store_true",
         help="only make DIR/guard.npz: what an observation may be, after the one before",
+    )
+    guard.add_argument(
+        "--audit",
+        action="store_true",
+        help="and bound what computed cells differ by from the values that they replace, of the "
+        "setting above as it runs along the recorded observations",
     )
     guard.add_argument(
         "--quantile",
@@ -231,17 +240,22 @@ def _guard(args: argparse.Namespace, out: Path) -> int:
     """Write the bound of what observations may be."""
     from tsad.guard import measure
 
-    policy = load_policy(args.source, args, name="POLICY", lanes=1)
+    setting = setting_of(vars(args), args.source)
+    policy = load_policy(args.source, args, name="POLICY", lanes=1, setting=setting)
+    configure(policy, setting)
     rows = []
     for episode in recorded(args, policy):
         ((_, _, executed),) = _windows(args, policy, [episode], 1, 0, whole=True)
         rows.append((episode.obs, executed))
     facts = {"files_sha256": policy_facts(policy, args.source)["files_sha256"]}
-    with named(("quantile",), "--data", data="--data"):
-        bound = measure(policy, rows, quantile=args.quantile, metadata=facts)
+    with named(("quantile", "audit", "plan"), "--data", data="--data", guard="--audit"):
+        bound = measure(policy, rows, quantile=args.quantile, metadata=facts, audit=args.audit)
     make_folder(out)
     write_atomically(out / GUARD_FILE, bound.to_bytes())
     found = {**bound.metadata, "bound": float(bound.bound), "out": str(out / GUARD_FILE)}
+    if bound.audit is not None:
+        pairs = [[None if math.isnan(x) else x for x in row] for row in bound.audit.tolist()]
+        found["audit_bounds"] = dict(zip(("steps", "chunks"), pairs, strict=True))
     if args.json:
         print(json.dumps(found))
         return 0
@@ -250,6 +264,11 @@ def _guard(args: argparse.Namespace, out: Path) -> int:
         f"{out / GUARD_FILE}: of {found['pairs']} pairs of successive chunks, {args.quantile:.4g} "
         f"lie below {found['bound']:.3g}{known}"
     )
+    for name, (low, high) in found.get("audit_bounds", {}).items():
+        if low is not None:
+            print(
+                f"what is computed differs from that of earlier {name} by {low:.3g} to {high:.3g}"
+            )
     return 0
 
 

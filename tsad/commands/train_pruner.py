@@ -169,8 +169,8 @@ def _make(args: argparse.Namespace, settings: PrunerSettings) -> PrunerTrainer:
     import tsad
     from tsad.families import as_transformer
     from tsad.load import read_policy
+    from tsad.plan import plan_sha256
     from tsad.planners.files import read_plan
-    from tsad.setting import plan_sha256
     from tsad.sim.recording import names_of, pick
     from tsad.training.pruner import PrunerTrainer
 
