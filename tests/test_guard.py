@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +174,120 @@ def test_a_guard_around_a_rule_is_refused(bound: Bound) -> None:
     turns: Any = tsad.planners.Turns(policy, plan, plan, every=2)
     with pytest.raises(TypeError, match=r"policy: expected one of tsad\.load, got Turns"):
         Guard(turns, bound)
+
+
+# ---- the audit
+
+
+def one_row(**options: Any) -> Any:
+    """A policy whose chunks compute one row: the same cells in every chunk."""
+    policy = make(**options)
+    policy.plan = tsad.planners.from_steps(policy, "1000")
+    return policy
+
+
+@pytest.fixture(scope="module")
+def audited_bound() -> Bound:
+    policy = one_row()
+    return measure(policy, drifting(policy, 8, 40), quantile=0.9, audit=True)
+
+
+def test_bounds_of_an_audit_are_quantiles(audited_bound: Bound, tmp_path: Path) -> None:
+    policy, found = one_row(), []
+    policy._set_audit(True)
+    for number, (obs, _) in enumerate(drifting(policy, 8, 40)):
+        policy.reset(seed=number)
+        for i, seen in enumerate(obs):
+            policy(seen[None])
+            _, nothing, apart, size = policy._audit(0)
+            assert nothing == 0 and (size > 0) == (i > 0)
+            found += [np.sqrt(apart / size)] if i else []
+    bounds = audited_bound.audit
+    assert bounds is not None and np.isnan(bounds[0]).all()
+    np.testing.assert_allclose(bounds[1], np.quantile(found, [0.05, 0.95]))
+    path = tmp_path / "guard.npz"
+    path.write_bytes(audited_bound.to_bytes())
+    same = Bound.read(path)
+    np.testing.assert_array_equal(same.audit, bounds)
+    assert same.sha256 == audited_bound.sha256
+    bare = Bound(same.predict, same.whiten, same.bound, same.metadata)
+    assert bare.sha256 != same.sha256 and same.metadata["audit"]["warm_start"] is None
+
+
+def test_an_audit_lets_the_next_chunk_start_anew(audited_bound: Bound) -> None:
+    nothing = np.array([[np.nan, np.nan], [0.0, 1e-9]])  # whatever is compared is out of bounds
+    tight = replace(audited_bound, bound=np.array(1e9), audit=nothing)
+    plain, dense, watched = one_row(), make(), Guard(one_row(), tight, restart=False)
+    guarded = Guard(one_row(), tight)
+    seen = []
+    for chunk in range(6):
+        obs, noise = observations(guarded, chunk), noises(guarded, chunk)
+        got, wanted = guarded(obs, noise=noise), plain(obs, noise=noise)
+        np.testing.assert_array_equal(watched(obs, noise=noise), wanted)
+        if chunk in (2, 5):  # after an alarm; then there is nothing before, then a dense chunk
+            wanted = dense(obs, noise=noise)
+        np.testing.assert_array_equal(got, wanted)
+        seen.append(guarded.alarms[0])
+        assert watched.alarms == [chunk > 0]
+    assert seen == [False, True, False, False, True, False]
+    stats = guarded.stats["guard"]
+    assert stats["audit_alarms"] == 2 and stats["alarms"] == 0
+    assert stats["audit"][0][0] > 0 and stats["audit"][0][1] is None  # of a dense chunk, anew
+    assert stats["audit_bound"] == [[None, None], [0, 1e-9]]
+    assert watched.stats["guard"]["audit_alarms"] == 5
+    guarded.reset()
+    guarded(observations(guarded, 0))
+    assert guarded.alarms == [False]
+
+
+def test_copies_of_a_guard_audit_too(audited_bound: Bound) -> None:
+    guarded = Guard(one_row(), replace(audited_bound, bound=np.array(1e9)))
+    for twin in (copy.copy(guarded), copy.deepcopy(guarded)):
+        assert isinstance(twin, Guard)  # deepcopy used to give the policy without its guard
+        for chunk in range(2):
+            twin(observations(twin, chunk))
+        assert twin.stats["guard"]["audit"][0][1] > 0
+
+
+def test_where_an_audit_says_nothing_it_is_refused(audited_bound: Bound) -> None:
+    with pytest.raises(ValueError, match="guard: its audit was recorded with plan_sha256"):
+        Guard(make(), audited_bound)
+    with pytest.raises(ValueError, match="guard: its audit was recorded with warm_start None"):
+        Guard(make(warm_start=4), audited_bound)
+    policy = one_row()
+    guarded = Guard(policy, audited_bound)
+    sources = policy.plan.sources.copy()
+    sources[2] = tsad.REUSE_ROLLOUT
+    policy.plan = Plan(sources)
+    with pytest.raises(ValueError, match="its audit expects plans that read no rollouts"):
+        guarded(observations(policy, 0))
+    data = drifting(policy, 8, 40)
+    with pytest.raises(ValueError, match="its audit expects plans that read no rollouts"):
+        measure(policy, data, audit=True)
+    policy.reset()
+    policy.plan = Plan(np.full_like(sources, tsad.SKIP))
+    with pytest.raises(ValueError, match="plan: expected one that computes cells again"):
+        measure(policy, data, audit=True)
+
+
+def test_fit_and_eval_with_an_audit(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sim.simulators, "_REGISTRY", dict(sim.simulators._REGISTRY))
+    sim.register("table", "fakes:Table")
+    folder = save_policy(tmp_path / "p")
+    policy = tsad.load(folder)
+    obs = np.random.default_rng(0).normal(size=(120, policy.n_obs_steps, policy.obs_dim))
+    np.savez(tmp_path / "data.npz", obs=obs, episode_ends=np.arange(12, 121, 12))
+    setting = ["--sampler", "ddim", "--steps", "4", "--plan", "1000"]
+    words = ["fit", folder, "--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "out")]
+    code, text, err = run(capsys, *words, *setting, "--guard", "--audit")
+    assert code == 0 and "computed values differ from those of earlier chunks by" in text, err
+    file = str(tmp_path / "out" / "guard.npz")
+    play = ["eval", "table", "--policy", folder, "--seeds", "4", "--guard", file, "--json"]
+    results = []
+    for more in (["--lanes", "2"], ["--jobs", "2"]):
+        code, text, err = run(capsys, *play, *setting, *more)
+        assert code == 0, err
+        results.append([e["guarded"] for e in json.loads(text)["episodes"]])
+    assert results[0] == results[1]
+    code, _, err = run(capsys, *play, "--sampler", "ddim", "--steps", "4")
+    assert code == 2 and "argument --guard: its audit was recorded with plan_sha256" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -108,3 +109,13 @@ def test_what_is_refused() -> None:
         Turns(policy, plan, Plan(sources), every=2)
     with pytest.raises(ValueError, match="plan: expected 8 steps x 6 blocks"):
         Turns(policy, Plan(np.zeros((2, 6), np.uint8)), plan, every=2)
+
+
+def test_a_copy_takes_turns_too() -> None:
+    """A deep copy used to be the policy alone."""
+    policy = make(every=2)
+    policy(observations(policy, 0))
+    for twin in (copy.deepcopy(policy), copy.copy(policy)):
+        assert isinstance(twin, Turns) and twin.cost == policy.cost
+        twin.reset(seed=0)
+        assert turns_of(twin, 4) == [True, False, True, False]

@@ -221,6 +221,11 @@ def audited(policy: Any, lane: int) -> Floats:
     return found
 
 
+def _known(numbers: Floats) -> list[list[float | None]]:
+    """Rows for people; None of what is not known."""
+    return [[None if math.isnan(x) else x for x in row] for row in numbers.tolist()]
+
+
 def _audit_bounds(policy: Any, episodes: Sequence[Episode], quantile: float) -> Floats:
     """What is within the bounds of `measure`: (2, 2)."""
     _check_audit(policy)
@@ -335,7 +340,7 @@ class Guard:
         """Of the last call, by row."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "policy":  # of one not made yet
+        if name == "policy" or name.startswith("__"):  # of one not made yet; of protocols
             raise AttributeError(name)
         return getattr(self.policy, name)
 
@@ -366,7 +371,7 @@ class Guard:
             guard |= {
                 "audit": self._audited,
                 "audit_alarms": self._audit_alarms,
-                "audit_bound": self.bound.audit.tolist(),
+                "audit_bound": _known(self.bound.audit),
             }
         return {**self.policy.stats, "guard": guard}
 
@@ -447,7 +452,7 @@ class Guard:
             # what is NaN is not out of bounds
             out = ((values < bounds[:, 0]) | (values > bounds[:, 1])).any()
             self._flagged[lane] = bool(goes_on and out)
-        self._audited = [[None if math.isnan(x) else float(x) for x in row] for row in found]
+        self._audited = _known(np.reshape(found, (-1, 2)))
         flags = [self._flagged[lane] for lane in rows]
         self._audit_alarms += sum(flags)
         return flags

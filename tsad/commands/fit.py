@@ -266,9 +266,7 @@ def _guard(args: argparse.Namespace, out: Path) -> int:
     )
     for name, (low, high) in found.get("audit_bounds", {}).items():
         if low is not None:
-            print(
-                f"what is computed differs from that of earlier {name} by {low:.3g} to {high:.3g}"
-            )
+            print(f"computed values differ from those of earlier {name} by {low:.3g} to {high:.3g}")
     return 0
 
 

@@ -85,7 +85,7 @@ class Turns:
         return every, share
 
     def __getattr__(self, name: str) -> Any:
-        if name == "policy":  # of one not made yet
+        if name == "policy" or name.startswith("__"):  # of one not made yet; of protocols
             raise AttributeError(name)
         return getattr(self.policy, name)
 
