@@ -23,7 +23,7 @@ FLOORS = (
     "_extras _program arrays attributes busy device files scope section statistics",  # files, words
     "families config checkpoint samplers fitted plan plot",  # what a policy and a plan are
     "planners reference",  # the method
-    "setting presets policy image_policy cameras precision trust convert guard",  # what runs
+    "setting rule presets policy image_policy cameras precision trust convert guard",  # what runs
     "load",
     "sim training recorder plot.frontier",  # episodes and data
     "tsad lerobot evaluation",  # what users import, and what commands do
