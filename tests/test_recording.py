@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import config, random_tensors
 from command_line import run
-from policies import make_policy
+from policies import make_policy, save_policy
 
 from tsad import reference, sim
 from tsad.reference import dpt
@@ -195,3 +195,28 @@ def test_collect(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
     ):
         code, _, err = run(capsys, *command, *extra)
         assert code == 2 and message in err
+
+
+def test_collect_in_processes(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """What is recorded does not depend on who plays."""
+    monkeypatch.setattr(sim.simulators, "_REGISTRY", dict(sim.simulators._REGISTRY))
+    sim.register("table", "fakes:Table")
+    words = ["collect", "table", "--policy", save_policy(tmp_path / "p"), "--sampler", "ddim"]
+    words += ["--steps", "2", "--spacing", "trailing", "--episodes"]
+    for name, more in (("here", ["5", "--lanes", "2"]), ("there", ["3", "--jobs", "2"])):
+        code, _, err = run(capsys, *words, *more, "--out", str(tmp_path / name))
+        assert code == 0, err
+    code, out, err = run(capsys, *words, "5", "--jobs", "8", "--out", str(tmp_path / "there"))
+    assert code == 0 and "5 episodes, 2 of them new" in out, err
+    for number in range(5):
+        one, other = (
+            np.load(recording.episode_path(tmp_path / name, number)) for name in ("here", "there")
+        )
+        assert set(one) == set(other)
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+    failing = [*words, "8", "--jobs", "2", "--out", str(tmp_path / "lost")]
+    sim.register("broken", "fakes:BrokenTable")
+    failing[1] = "broken"
+    code, _, err = run(capsys, *failing)
+    assert code == 1 and "three legs" in err and "episodes are kept" in err

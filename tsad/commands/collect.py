@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +15,10 @@ from tsad.commands.common import (
     UsageError,
     add_policy_options,
     add_simulator,
+    add_workers,
     argument,
     check_simulator,
+    experiment_of,
     files_sha256,
     load_policy,
     natural,
@@ -21,12 +26,15 @@ from tsad.commands.common import (
     positive_int,
     seed_range,
 )
-from tsad.evaluation.play import check_policy, playing, simulator_settings
+from tsad.evaluation import jobs
+from tsad.evaluation.play import Experiment, check_policy, playing, simulator_settings
 from tsad.evaluation.progress import EpisodeProgress
 from tsad.files import output_folder
+from tsad.setting import Setting
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
+    from tsad.sim.parallel import Recording
 
 DESCRIPTION = """\
 Play seeded episodes with the dense policy and record the observation and the actions of every
@@ -41,6 +49,7 @@ EPILOG = """\
 examples:
   tsad collect pusht --out recorded                          8 episodes, about 300 chunks, 0.1 MB
   tsad collect pusht --out recorded --episodes 40 --lanes 8  32 more
+  tsad collect pusht --out recorded --episodes 200 --jobs 8  in eight processes
   tsad collect pusht --out mine --policy runs/mine --sampler ddim --steps 16
   tsad collect --simulator robot:make --policy runs/mine --out mine    robot.py, of your own"""
 
@@ -73,43 +82,58 @@ def add_parser(subparsers: Any) -> None:
         metavar="L",
         help="environments stepped together (default: 4)",
     )
+    add_workers(parser)
     add_policy_options(parser)
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
     parser.set_defaults(run=run)
 
 
 def _record(
-    policy: SparsePolicy, simulator: str, lanes: int, todo: list[int], out: Path, total: int
+    policy: SparsePolicy, experiment: Experiment, setting: Setting, todo: list[int], out: Path
 ) -> None:
-    import numpy as np
-
-    from tsad import sim
+    """Play the seeds that are left, here or by workers, and keep each episode as it ends."""
     from tsad.sim.recording import save_episode
 
-    environments = [sim.make(simulator) for _ in range(min(lanes, len(todo)))]
-    chunks: dict[int, list[Any]] = {seed: [] for seed in todo}  # of the episodes under way
+    kept = experiment.seeds - len(todo)
+    max_steps = check_policy(experiment.simulator, policy, own=experiment.own)
+    longest = -(-max_steps // policy.n_action_steps)
+    label = f"{experiment.simulator}, recording"
+    progress = EpisodeProgress(experiment.seeds, label, longest=longest, done=kept)
+    workers = jobs.workers_of(replace(experiment, seeds=len(todo)), policy)
+    if workers is None:
+        played = _here(policy, experiment, todo, progress.chunks)
+    else:
+        played = jobs.play(
+            workers, policy, experiment, setting, todo, {}, progress.chunks, record=True
+        )
 
-    def keep(chunk: sim.Chunk) -> None:
-        seen = chunk.obs
-        if isinstance(seen, dict):
-            seen = policy._side_by_side(seen, len(chunk.seeds))
-        for seed, obs, actions in zip(chunk.seeds, seen, chunk.actions, strict=True):
-            chunks[seed].append((obs, actions))
-        progress.chunks(len(chunk.seeds))
+    def said() -> str:
+        return f"{kept} episodes are kept; the same command goes on"
 
-    kept = total - len(todo)
-    longest = -(-environments[0].max_steps // policy.n_action_steps)
-    progress = EpisodeProgress(total, f"{simulator}, recording", longest=longest, done=kept)
+    with playing(said), contextlib.closing(played), progress:
+        for episode, obs, actions in played:
+            facts = {"score": episode.score, "success": episode.success}
+            save_episode(out, episode.seed, obs, actions, **facts)
+            kept += 1
+            progress.episode(episode.chunks, f"{episode.chunks} chunks, score {episode.score:.2f}")
+
+
+def _here(
+    policy: SparsePolicy,
+    experiment: Experiment,
+    todo: list[int],
+    on_chunks: Callable[[int], None],
+) -> Generator[Recording, None, None]:
+    """The episodes of `todo`, played by this process."""
+    from tsad import sim
+    from tsad.sim.parallel import Chunks
+
+    lanes = min(experiment.lanes, len(todo))
+    environments = [sim.make(experiment.simulator) for _ in range(lanes)]
+    keep = Chunks(policy, lambda chunk: on_chunks(len(chunk.seeds)))
     try:
-        with playing(lambda: f"{kept} episodes are kept; the same command goes on"), progress:
-            for episode in sim.rollouts(policy, environments, todo, on_chunk=keep):
-                obs, actions = map(np.stack, zip(*chunks.pop(episode.seed), strict=True))
-                facts = {"score": episode.score, "success": episode.success}
-                save_episode(out, episode.seed, obs, actions, **facts)
-                kept += 1
-                progress.episode(
-                    episode.chunks, f"{episode.chunks} chunks, score {episode.score:.2f}"
-                )
+        for episode in sim.rollouts(policy, environments, todo, on_chunk=keep):
+            yield keep.recording(episode)
     finally:
         for environment in environments:
             environment.close()
@@ -142,7 +166,9 @@ def run(args: argparse.Namespace) -> int:
         have = recording.open_collection(out, settings)
     todo = [seed for seed in seeds if seed not in set(have)]
     if todo:
-        _record(policy, args.simulator, args.lanes, todo, out, len(seeds))
+        args.seeds, args.overwrite = args.episodes, False
+        experiment = experiment_of(args, resume=True)
+        _record(policy, experiment, Setting.of(vars(args)), todo, out)
     _, episodes = recording.read_collection(out)
     scores = [float(recording.read_episode(out, e.number, "score")) for e in episodes]
     summary: dict[str, Any] = {

@@ -12,7 +12,6 @@ from tsad.setting import Setting
 if TYPE_CHECKING:
     from tsad import SparsePolicy
     from tsad.evaluation.play import Experiment
-    from tsad.sim.rollout import Episode
 
 
 class Workers(NamedTuple):
@@ -54,10 +53,12 @@ def play(
     todo: list[int],
     options: Mapping[str, Any],
     on_chunks: Callable[[int], None],
-) -> Generator[Episode, None, None]:
+    *,
+    record: bool = False,
+) -> Generator[Any, None, None]:
     """The episodes of `todo`, by workers that do as `policy` would; `options` of `rollouts`.
 
-    `on_chunks` is told how many chunks more were played.
+    `on_chunks` is told how many chunks more were played. `record`: each as a `parallel.Recording`.
     """
     from tsad import sim
     from tsad.load import bundled
@@ -74,5 +75,6 @@ def play(
         device=experiment.device,
         options=options,
         identity=parallel.identity(policy, sim.facts(experiment.simulator).packages),
+        record=record,
     )
     return parallel.play(work, todo, workers.jobs, ray=workers.ray, on_chunks=on_chunks)

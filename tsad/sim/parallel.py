@@ -18,7 +18,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tsad._extras import package_versions, require, version
 from tsad.load import load
@@ -26,11 +29,19 @@ from tsad.setting import Setting
 from tsad.sim.rollout import Chunk, Episode, rollouts
 from tsad.sim.simulators import describe
 
-# Of a batch of seeds: its episodes, or what went wrong.
-Outcome = list[Episode] | str
+# Of a batch of seeds: its episodes, or recordings of them, or what went wrong.
+Outcome = list[Any] | str
 Outcomes = Generator[Outcome, None, None]
 
 TELL_SECONDS = 0.5
+
+
+class Recording(NamedTuple):
+    """An episode with what was seen, (C, n_obs_steps, obs_dim), and said at each chunk."""
+
+    episode: Episode
+    obs: NDArray[np.float32]
+    actions: NDArray[np.float32]
 
 
 class WorkerError(RuntimeError):
@@ -47,6 +58,7 @@ class Work:
         setting: how the policy runs.
         options: keyword arguments of `tsad.sim.rollouts`.
         identity: `identity` of the caller's policy: workers with another would give other results.
+        record: give each episode as a `Recording`.
     """
 
     simulator: str
@@ -57,11 +69,34 @@ class Work:
     device: str = "cpu"
     options: Mapping[str, Any] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
+    record: bool = False
 
 
 def identity(policy: Any, packages: Sequence[str]) -> dict[str, str]:
     """What must be equal wherever the same results are wanted: versions, and the kernels' path."""
     return {"tsad": version(), "backend": policy.backend, **package_versions(packages)}
+
+
+class Chunks:
+    """An `on_chunk` that keeps what was seen and said, of the episodes under way."""
+
+    def __init__(self, policy: Any, then: Callable[[Chunk], None] | None = None) -> None:
+        self._policy, self._then = policy, then
+        self._kept: dict[int, list[tuple[Any, Any]]] = {}
+
+    def __call__(self, chunk: Chunk) -> None:
+        seen = chunk.obs
+        if isinstance(seen, dict):
+            seen = self._policy._side_by_side(seen, len(chunk.seeds))
+        for seed, obs, actions in zip(chunk.seeds, seen, chunk.actions, strict=True):
+            self._kept.setdefault(seed, []).append((obs, actions))
+        if self._then is not None:
+            self._then(chunk)
+
+    def recording(self, episode: Episode) -> Recording:
+        """That of an episode that has just ended."""
+        obs, actions = map(np.stack, zip(*self._kept.pop(episode.seed), strict=True))
+        return Recording(episode, obs, actions)
 
 
 class Player:
@@ -79,8 +114,10 @@ class Player:
             if self._policy is None:
                 self._load()
             environments = self._environments[: len(seeds)]
-            options = {**self._work.options, "on_chunk": self.on_chunk}
-            return list(rollouts(self._policy, environments, seeds, **options))
+            kept = Chunks(self._policy, self.on_chunk) if self._work.record else None
+            options = {**self._work.options, "on_chunk": self.on_chunk if kept is None else kept}
+            played = rollouts(self._policy, environments, seeds, **options)
+            return list(played) if kept is None else [kept.recording(e) for e in played]
         except Exception as error:
             return f"in the episodes {seeds}: {describe(error)}"
 
@@ -115,8 +152,10 @@ def play(
     *,
     ray: bool = False,
     on_chunks: Callable[[int], None] | None = None,
-) -> Generator[Episode, None, None]:
+) -> Generator[Any, None, None]:
     """As `tsad.sim.rollouts`, in `jobs` processes; `close` it to end them before its end.
+
+    It yields episodes, or a `Recording` of each (`Work.record`).
 
     Episodes come in an order that depends on the workers; those of a batch, as many as a worker
     has lanes, together. With `ray` the processes are actors of the Ray cluster that `ray_cpus`
