@@ -98,35 +98,48 @@ ALWAYS_INLINE vf gelu_tanh(vf x)
     return times_sigmoid(x, x * V_FMA(square, V_SET1(0.0713548163f), V_SET1(1.59576912f)));
 }
 
+ALWAYS_INLINE vf relu(vf x) { return select_vf(x < V_SET1(0.0f), V_SET1(0.0f), x); } /* NaN stays */
+ALWAYS_INLINE vf silu(vf x) { return times_sigmoid(x, x); }
+
 ALWAYS_INLINE vf activate(vf x, tsad_activation act)
 {
     switch (act) {
     case TSAD_GELU:
         return gelu(x);
     case TSAD_RELU:
-        return select_vf(x < V_SET1(0.0f), V_SET1(0.0f), x); /* NaN stays */
+        return relu(x);
     case TSAD_MISH:
         return mish(x);
     case TSAD_GELU_TANH:
         return gelu_tanh(x);
     case TSAD_SILU:
-        return times_sigmoid(x, x);
+        return silu(x);
     default:
         return x;
     }
 }
 
+#define ACTIVATE_ALL(name, function)                                                               \
+    case name:                                                                                     \
+        for (int t = 0; t < rows; t++, y += ldy) {                                                 \
+            for (int i = 0; i < vectors; i++) {                                                    \
+                store(y + i * W, function(load(y + i * W)));                                       \
+            }                                                                                      \
+        }                                                                                          \
+        break
+
 /* What a tile has just written, `vectors` of each row. Not within the tiles, every one of which
  * would hold all activations: a minute of gcc and a megabyte. */
 static void activate_tile(float *y, int ldy, int rows, int vectors, tsad_activation act)
 {
-    if (act == TSAD_LINEAR_ONLY) {
-        return;
-    }
-    for (int t = 0; t < rows; t++, y += ldy) {
-        for (int i = 0; i < vectors; i++) {
-            store(y + i * W, activate(load(y + i * W), act));
-        }
+    switch (act) {
+        ACTIVATE_ALL(TSAD_GELU, gelu);
+        ACTIVATE_ALL(TSAD_RELU, relu);
+        ACTIVATE_ALL(TSAD_MISH, mish);
+        ACTIVATE_ALL(TSAD_GELU_TANH, gelu_tanh);
+        ACTIVATE_ALL(TSAD_SILU, silu);
+    default:
+        break;
     }
 }
 
