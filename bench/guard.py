@@ -136,7 +136,7 @@ def watched(args: argparse.Namespace, seeds: range) -> None:
     print("| --- |" + " ---: |" * 3 * len(WATCHERS))
     rows: dict[str, Any] = {}
     for kind in args.kinds:
-        rows[kind] = watch(loaded(args.guard, restart=False), kind, seeds)
+        rows[kind] = watch(loaded(args.guard, plan=args.plan, restart=False), kind, seeds)
         cells = [
             f"{show(r['detected'], '.0%')} | {show(r['delay'], '.1f')} | {r['false']:.1%}"
             for r in rows[kind].values()
@@ -207,10 +207,11 @@ def play(policy: Any, kind: str, seeds: range, guarded: bool) -> Found:
     return found
 
 
-def loaded(guard: Path | Bound | None, *, restart: bool = True) -> Any:
+def loaded(guard: Path | Bound | None, *, plan: str | None = None, restart: bool = True) -> Any:
     """The setting's policy, with the guard or without."""
-    policy = tsad.load("pusht", threads=1, **ONE_PASS.options())
-    ONE_PASS.apply(policy)
+    setting = ONE_PASS if plan is None else replace(ONE_PASS, plan=plan)
+    policy = tsad.load("pusht", threads=1, **setting.options())
+    setting.apply(policy)
     return policy if guard is None else tsad.Guard(policy, guard, restart=restart)
 
 
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=20700)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--watch", action="store_true", help="only note alarms: see above")
+    parser.add_argument("--plan", help="of --watch, a step mask of eight (default: 10000000)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     seeds = range(args.first_seed, args.first_seed + args.episodes)
