@@ -92,7 +92,8 @@ def sweep(document: dict[str, Any], *, success: bool = False) -> str:
             head += [what, "95 %", "95 %, all together"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name, row in document["rows"].items():
-        cells = [name, f"{row['passes']:.4g}", f"{row['score']['mean']:.3f}"]
+        digits = 1 if "most_passes" in row else 0  # an average, where a rule decides
+        cells = [name, f"{row['passes']:.{digits}f}", f"{row['score']['mean']:.3f}"]
         cells += [f"{row['success']['mean']:.3f}"]
         for found in compared:
             cells += differences(found["rows"].get(name))
