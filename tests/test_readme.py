@@ -410,6 +410,52 @@ def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
     assert [row["name"] for row in settings] == list(document["rows"])
 
 
+def test_rules_beside_evenly_spaced_steps() -> None:
+    """The table is that of the committed results, a row for each pair."""
+    document = json.loads((RESULTS / "2026-11-30-pusht-rules.json").read_text())
+    rows, pairs = document["rows"], document["pairs"]
+    text = read("results.md").partition("**In closed loop** each rule")[2].partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| DD")]
+    names = {"first-block cache": "fbcache", "TeaCache": "teacache"}
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        steps, rule, threshold = re.match(r"(\S+), (.+) (\S+)$", cells[0]).groups()  # type: ignore[union-attr]
+        one = f"{steps.lower()}-{names[rule]}-{threshold}"
+        (pair,) = (name for name in pairs if name.startswith(f"{one} to "))
+        other = pair.partition(" to ")[2]
+        row, even, found = rows[one], rows[other], pairs[pair]["score"]
+        low, high = found["interval95"]
+        assert cells[1:] == [
+            *(f"{row[key]:.1f}" for key in ("passes", "most_passes")),
+            *(f"{row[key]['mean']:.{n}f}" for key, n in (("score", 3), ("success", 2))),
+            f"{even['passes']:.0f}",
+            *(f"{even[key]['mean']:.{n}f}" for key, n in (("score", 3), ("success", 2))),
+            f"{found['mean_difference']:+.3f} ({low:+.3f} to {high:+.3f})",
+        ]
+    assert len(lines) == 7
+    settings = json.loads((ROOT / "bench" / "frontier" / "rules.json").read_text())
+    assert [row["name"] for row in settings] == list(rows)
+
+
+def test_what_the_audit_of_a_guard_sees() -> None:
+    document = json.loads((RESULTS / "2026-11-30-pusht-guard-audit.json").read_text())
+
+    def cells(kind: str) -> str:
+        found = document["rows"][kind]
+        parts = [kind]
+        for name in ("observation", "audit", "either"):
+            row = found[name]
+            parts.append("" if row["detected"] is None else f"{row['detected']:.0%}")
+            if name != "either":
+                parts.append("" if row["delay"] is None else f"{row['delay']:.1f}")
+            parts.append(f"{row['false']:.1%}")
+        return re.sub(" +", " ", "| " + " | ".join(parts) + " |")
+
+    text = read("results.md").partition("**Does the audit see more?**")[2]
+    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [re.sub(" +", " ", line) for line in lines] == [cells(kind) for kind in document["rows"]]
+
+
 def test_what_a_lead_keeps() -> None:
     document = json.loads((RESULTS / "2026-11-29-pusht-lead.json").read_text())
     led = document["compared_with_lead"]["rows"]
