@@ -151,6 +151,57 @@ static void path(wino_in16)(const int16_t *x, size_t row, size_t ld, int channel
     }
 }
 
+enum { GROUP = 16 }; /* TSAD_NORM_GROUP */
+
+static void path(group_sums)(const float *x, int width, size_t ld, float mean, bool squares,
+                             float *sum)
+{
+    vf s[GROUP / W], centre = V_SET1(mean);
+#pragma GCC unroll 4
+    for (int j = 0; j < GROUP / W; j++) {
+        s[j] = V_SET1(0.0f);
+    }
+    for (int i = 0; i < width; i++, x += ld) {
+#pragma GCC unroll 4
+        for (int j = 0; j < GROUP / W; j++) {
+            vf v = load(x + j * W) - centre;
+            s[j] += squares ? v * v : v;
+        }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < GROUP / W; j++) {
+        store(sum + j * W, s[j]);
+    }
+}
+
+ALWAYS_INLINE uint32_t highest(vi bits)
+{
+    int found = 0;
+    for (int i = 0; i < W; i++) {
+        found = bits[i] > found ? bits[i] : found;
+    }
+    return (uint32_t)found;
+}
+
+static uint32_t path(group_row)(const tsad_norm_row *r)
+{
+    vi most = {0};
+    const float *x = r->x;
+    float *y = r->y;
+    for (int i = 0; i < r->width; i++, x += r->ldx, y += r->ldy) {
+#pragma GCC unroll 4
+        for (int j = 0; j < GROUP; j += W) {
+            vf v = (load(x + j) - V_SET1(r->mean)) * load(r->gain + j) + load(r->shift + j);
+            v = r->residual ? v + load(y + j) : v;
+            v = r->relu ? activate(v, TSAD_RELU) : v;
+            store(y + j, v);
+            vi bits = (vi)v & ((vi){0} + INT32_MAX);
+            most = (vi)select_vf(bits > most, (vf)bits, (vf)most);
+        }
+    }
+    return highest(most);
+}
+
 /* two roundings, as plain C's: the product's, and the sum's to an integer */
 static void path(to16)(const float *x, size_t n, float scale, int16_t *to)
 {
@@ -171,9 +222,5 @@ static uint32_t path(most)(float *const *row, size_t at, int rows, int n)
             most = (vi)select_vf(bits > most, (vf)bits, (vf)most);
         }
     }
-    int found = 0;
-    for (int i = 0; i < W; i++) {
-        found = most[i] > found ? most[i] : found;
-    }
-    return (uint32_t)found;
+    return highest(most);
 }

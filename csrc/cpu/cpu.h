@@ -125,6 +125,15 @@ typedef struct tsad_wino_out {
     bool residual, relu; /* added to what is in y */
 } tsad_wino_out;
 
+/* A group's channels in a row of an image: (x - mean) gain + shift, and y where it is added. */
+typedef struct tsad_norm_row {
+    const float *x, *gain, *shift;
+    float *y, mean;
+    int width;
+    size_t ldx, ldy;
+    bool residual, relu;
+} tsad_norm_row;
+
 typedef struct tsad_kernels {
     int panel, tile; /* columns; pixels */
     /* y (rows, n_out) = activation(x (rows, n_in) W + bias) */
@@ -153,6 +162,10 @@ typedef struct tsad_kernels {
     /* wino_in of numbers in 16 bits, which come to four times as much at most */
     void (*wino_in16)(const int16_t *x, size_t row, size_t ld, int channels, int16_t *v,
                       size_t plane);
+    /* of TSAD_NORM_GROUP channels: the sums over a row's pixels, or of squared distances from the
+     * mean; a row, and the bits of its largest magnitude as `most` has them */
+    void (*group_sums)(const float *x, int width, size_t ld, float mean, bool squares, float *sum);
+    uint32_t (*group_row)(const tsad_norm_row *r);
     /* n numbers, a multiple of TSAD_LANE, times scale, to the nearest integer */
     void (*to16)(const float *x, size_t n, float scale, int16_t *to);
     /* the bits of the largest magnitude of n numbers, a multiple of the panel, of each row; those

@@ -208,19 +208,17 @@ static void pool_task(const tsad_eye *e, const tsad_grid_node *node, int task)
     }
 }
 
-/* what a group of channels does in a row of pixels */
-static void sum_row(const float *x, int width, int ld, float mean, bool squares, double *total)
+/* what a group of channels comes to in a row of pixels */
+static double sum_row(const tsad_kernels *k, const float *x, int width, int ld, float mean,
+                      bool squares)
 {
-    float sum[TSAD_NORM_GROUP] = {0};
-    for (int i = 0; i < width; i++, x += ld) {
-        for (int c = 0; c < TSAD_NORM_GROUP; c++) {
-            float v = x[c] - mean;
-            sum[c] += squares ? v * v : v;
-        }
-    }
+    float sum[TSAD_NORM_GROUP];
+    double total = 0;
+    k->group_sums(x, width, (size_t)ld, mean, squares, sum);
     for (int c = 0; c < TSAD_NORM_GROUP; c++) {
-        *total += sum[c];
+        total += (double)sum[c];
     }
+    return total;
 }
 
 /* A group of an image's channels. */
@@ -228,42 +226,37 @@ static void norm_task(const tsad_eye *e, const tsad_grid_node *node, int task)
 {
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     int groups = in->channels / TSAD_NORM_GROUP, image = task / groups;
+    const tsad_kernels *k = e->kernels;
     size_t first = (size_t)(task % groups) * TSAD_NORM_GROUP;
     const float *x = tsad_eye_image(e, node->in, image) + first;
     double total = 0, count = (double)in->height * in->width * TSAD_NORM_GROUP;
     for (int i = 0; i < in->height; i++) {
-        sum_row(x + (size_t)i * tsad_grid_row(in), in->width, in->ld, 0, false, &total);
+        total += sum_row(k, x + (size_t)i * tsad_grid_row(in), in->width, in->ld, 0, false);
     }
     float mean = (float)(total / count);
     total = 0;
     for (int i = 0; i < in->height; i++) {
-        sum_row(x + (size_t)i * tsad_grid_row(in), in->width, in->ld, mean, true, &total);
+        total += sum_row(k, x + (size_t)i * tsad_grid_row(in), in->width, in->ld, mean, true);
     }
     float scale = tsad_norm_scale((float)(total / count), 1e-5f), gain[TSAD_NORM_GROUP];
     const float *shift = e->convs[node - e->vision->nodes].bias + first;
     for (int c = 0; c < TSAD_NORM_GROUP; c++) {
         gain[c] = e->convs[node - e->vision->nodes].w[first + (size_t)c] * scale;
     }
-    bool residual = node->residual >= 0;
-    int32_t largest[TSAD_NORM_GROUP] = {0}, most = 0;
+    tsad_norm_row r = {.mean = mean, .gain = gain, .shift = shift, .width = in->width};
+    r.ldx = (size_t)in->ld;
+    r.ldy = (size_t)out->ld;
+    r.residual = node->residual >= 0;
+    r.relu = node->relu;
+    uint32_t most = 0;
     for (int i = 0; i < in->height; i++) {
-        const float *from = x + (size_t)i * tsad_grid_row(in);
-        float *to = tsad_eye_image(e, node->out, image) + (size_t)i * tsad_grid_row(out) + first;
-        for (int j = 0; j < in->width; j++, from += in->ld, to += out->ld) {
-            for (int c = 0; c < TSAD_NORM_GROUP; c++) {
-                float v = (from[c] - mean) * gain[c] + shift[c];
-                v += residual ? to[c] : 0;
-                to[c] = node->relu && v < 0 ? 0 : v; /* NaN stays */
-                int32_t bits = tsad_magnitude(to[c]);
-                largest[c] = bits > largest[c] ? bits : largest[c];
-            }
-        }
-    }
-    for (int c = 0; c < TSAD_NORM_GROUP; c++) {
-        most = largest[c] > most ? largest[c] : most;
+        r.x = x + (size_t)i * tsad_grid_row(in);
+        r.y = tsad_eye_image(e, node->out, image) + (size_t)i * tsad_grid_row(out) + first;
+        uint32_t row = k->group_row(&r);
+        most = row > most ? row : most;
     }
     if (tsad_is_watched(e, node)) {
-        tsad_watch(e, node, image, (uint32_t)most);
+        tsad_watch(e, node, image, most);
     }
 }
 

@@ -336,6 +336,38 @@ static void ref_wino_out(const tsad_wino_out *t)
     }
 }
 
+enum { GROUP = 16 }; /* TSAD_NORM_GROUP */
+
+static void ref_group_sums(const float *x, int width, size_t ld, float mean, bool squares,
+                           float *sum)
+{
+    for (int c = 0; c < GROUP; c++) {
+        sum[c] = 0;
+        for (int i = 0; i < width; i++) {
+            float v = x[(size_t)i * ld + (size_t)c] - mean;
+            sum[c] += squares ? v * v : v;
+        }
+    }
+}
+
+static uint32_t ref_group_row(const tsad_norm_row *r)
+{
+    uint32_t most = 0, bits;
+    for (int i = 0; i < r->width; i++) {
+        const float *x = r->x + (size_t)i * r->ldx;
+        float *y = r->y + (size_t)i * r->ldy;
+        for (int c = 0; c < GROUP; c++) {
+            float v = (x[c] - r->mean) * r->gain[c] + r->shift[c];
+            v = r->residual ? v + y[c] : v;
+            y[c] = r->relu && v < 0 ? 0 : v; /* NaN stays */
+            memcpy(&bits, y + c, sizeof bits);
+            bits &= INT32_MAX;
+            most = bits > most ? bits : most;
+        }
+    }
+    return most;
+}
+
 static void ref_to16(const float *x, size_t n, float scale, int16_t *to)
 {
     for (size_t i = 0; i < n; i++) {
@@ -373,6 +405,8 @@ const tsad_kernels tsad_ref_kernels = {.panel = PANEL,
                                        .conv16 = ref_conv16,
                                        .wino_in16 = ref_wino_in16,
                                        .wino_out = ref_wino_out,
+                                       .group_sums = ref_group_sums,
+                                       .group_row = ref_group_row,
                                        .to16 = ref_to16,
                                        .most = ref_most};
 
