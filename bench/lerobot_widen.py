@@ -42,5 +42,5 @@ def widen(narrow: nn.Module, wide: nn.Module, generator: torch.Generator) -> Non
 def shares(shape: torch.Size, dim: int, times: int, generator: torch.Generator) -> Tensor:
     """What each of ``times`` neighbours along ``dim`` counts; together 1."""
     grouped = (*shape[:dim], shape[dim] // times, times, *shape[dim + 1 :])
-    drawn = SPREAD * torch.randn(grouped, generator=generator)
+    drawn = SPREAD * torch.randn(grouped, generator=generator, dtype=torch.float64)
     return (1 / times + drawn - drawn.mean(dim + 1, keepdim=True)).reshape(shape)
