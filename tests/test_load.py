@@ -107,6 +107,20 @@ def test_planner_and_dial_can_be_given(tmp_path: Path) -> None:
             tsad.load(folder, **wrong)
 
 
+def test_a_planner_of_ones_own_can_be_given(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "with", pruner=True)
+    own, rule = tsad.planners.uniform_sparse, tsad.planners.RowRule("fbcache", 0.4)
+    policy = tsad.load(folder, planner=own, sparsity=0.5)
+    assert policy.planner is own and policy.sparsity == 0.5
+    assert tsad.load(folder, planner=own).sparsity == 0.0
+    policy = tsad.load(folder, planner=rule)
+    assert policy.planner is rule and policy.sparsity is None
+    with pytest.raises(ValueError, match="sparsity: expected None, as RowRule"):
+        tsad.load(folder, planner=rule, sparsity=0.5)
+    with pytest.raises(ValueError, match="planner: got RowRule.* but the preset 'fast'"):
+        tsad.load("pusht", planner=rule, preset="fast")
+
+
 def test_a_pruner_that_is_not_the_default_waits_to_be_chosen(tmp_path: Path) -> None:
     """Then the dial is that of a policy without any, to the bit, at any dial."""
     folder, without = a_folder(tmp_path / "with", pruner=True), a_folder(tmp_path / "without")

@@ -8,7 +8,7 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -45,6 +45,7 @@ from tsad.setting import MAX_LEAD, MAX_REUSE, VISION_PRECISIONS, Setting
 if TYPE_CHECKING:
     from tsad import _core
     from tsad.convert import Converted
+    from tsad.planners import Planner
 
 PRECISIONS = {
     "cpu": ("auto", "float32", "int16", "int8"),
@@ -67,7 +68,7 @@ def load(
     num_inference_steps: int | None = None,
     timestep_spacing: str | None = None,
     preset: str | None = None,
-    planner: str | None = None,
+    planner: str | Planner | None = None,
     sparsity: float | None = None,
     warm_start: int | None = None,
     lead: float | None = None,
@@ -106,8 +107,9 @@ def load(
     actions a chunk returns. An argument that says otherwise is refused, as nobody measured the
     mixture; afterwards the policy's plan and dial are yours.
 
-    ``planner`` and ``sparsity`` set the attributes of that name: who turns the dial, and how far.
-    The planner "pruner" without a number decides by its own scores.
+    ``planner`` and ``sparsity`` set the attributes of that name: who turns the dial, a name or a
+    `Planner` of your own, and how far. The planner "pruner" without a number decides by its own
+    scores, a `tsad.planners.RowRule` by its threshold.
 
     ``warm_start=N`` denoises a chunk from the one before it, in the last N steps alone; the first
     one after a reset runs all. Tell the policy how many actions you execute (`SparsePolicy`).
@@ -151,7 +153,7 @@ def load(
         num_inference_steps=num_inference_steps,
         timestep_spacing=timestep_spacing,
         precision=None if precision == "auto" else precision,
-        planner=planner,
+        planner=cast("str | None", planner),  # of a callable only that there is one is asked
         sparsity=sparsity,
         warm_start=warm_start,
         lead=_within("lead", lead, MAX_LEAD, "0.1 to 0.3 is usual, and tsad tune chooses one"),
@@ -235,6 +237,10 @@ def load(
             raise
         except ValueError as error:
             raise ValueError(f"preset: {preset!r} does not fit this policy: {error}") from error
+    elif callable(planner):
+        policy.planner = planner
+        if sparsity is not None:
+            policy.sparsity = sparsity
     elif planner is not None or sparsity is not None:
         replace(setting, fitted=None).apply(policy)  # whose plan is to be set afterwards
     place = str(source) if source in bundled() else os.path.abspath(source)
