@@ -410,6 +410,32 @@ def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
     assert [row["name"] for row in settings] == list(document["rows"])
 
 
+@pytest.mark.parametrize("level", ["95", "90"])
+def test_what_looking_gains_in_closed_loop(level: str) -> None:
+    """The tables of the bundled pruner are those of the committed results."""
+    rows = json.loads((RESULTS / "2026-11-30-pusht-pruner-loop.json").read_text())["summary"]
+    text = read("results.md").partition(f"| {level} % left out")[2].partition("\n\n")[0]
+    lines = text.splitlines()[2:]
+    for line, row in zip(lines, rows[f"{level}%"].values(), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        between = []
+        for of in ("score", "success"):
+            found = row.get(f"pruner_less_this_{of}")
+            if found is None:
+                between.append("")
+                continue
+            low, high = found["simultaneous"]
+            between.append(f"{found['mean_difference']:+.3f} ({low:+.3f} to {high:+.3f})")
+        assert cells[1:] == [
+            f"{row['cost'] * 100:.2f} %",
+            f"{row['most'] * 100:.1f} %",
+            f"{row['score']:.3f}",
+            f"{row['success']:.3f}",
+            *between,
+        ]
+        assert row["episodes"] == 166
+
+
 def test_rules_beside_evenly_spaced_steps() -> None:
     """The table is that of the committed results, a row for each pair."""
     document = json.loads((RESULTS / "2026-11-30-pusht-rules.json").read_text())
