@@ -87,10 +87,11 @@ def test_of_a_pruner_too(pruner: dict[str, Any]) -> None:
         ({"sampler": 1}, TypeError, "describe: unknown key 'sampler'"),
         ({"pruner": 3}, TypeError, "pruner: expected a dict or None"),
         ({"pruner": {"hidden": 2**31 - 1}}, ValueError, "hidden: expected 0 to 1048576"),
-        (
+        pytest.param(
             {"family": "dit", "hidden_dim": 65536, "n_layers": 8192, "n_heads": 1},
             ValueError,
             "more terms than 2147483647",
+            marks=pytest.mark.slow,  # a minute with the sanitizers
         ),
     ],
 )
