@@ -162,9 +162,8 @@ def turned(row: dict[str, Any]) -> dict[str, Any]:
 
 def lines_of(found: dict[str, Any]) -> list[list[str]]:
     """The table for people."""
-    ends = ["95 % together"]
-    head = ["rule", "episodes", "cost", "most", "score", "pruner - this", *ends]
-    lines = [[*head, "success", "pruner - this", *ends]]
+    beside = ["pruner - this", "95 % together"]
+    lines = [["rule", "episodes", "cost", "most", "score", *beside, "success", *beside]]
     for name, row in found.items():
         line = [name, str(row["episodes"]), f"{row['cost']:.2%}", f"{row['most']:.2%}"]
         for of in ("score", "success"):

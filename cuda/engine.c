@@ -1,7 +1,6 @@
 /* engine.c: the memory of a policy on a GPU, one allocation for everything of fixed size and one
  * for the branch outputs (slots), and what goes in and out of it.
  */
-#include "blas.h"
 #include "cuda.h"
 #include "clock.h"
 

@@ -1,6 +1,5 @@
 /* plugin.c: this library's door to the core that loads it (csrc/plugin.c), and the core's few
  * functions that the files here call. */
-#include "blas.h"
 #include "cuda.h"
 #include "clock.h"
 #include "plugin.h"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,10 +257,17 @@ DECIDED = [
 ]
 
 
+def short_fits(monkeypatch: Any, **settings: int) -> None:
+    """Fits take these settings for the usual ones."""
+    from tsad.training import fit
+
+    monkeypatch.setattr(fit, "FitSettings", partial(fit.FitSettings, **settings))
+
+
 def test_pruners_rules_and_fitted_samplers(capsys: Any, folder: Path, monkeypatch: Any) -> None:
     """They are played, told by what they cost, chosen, kept, and loaded as what they are."""
     pytest.importorskip("torch")
-    monkeypatch.setattr(tune, "FIT", {"steps": 2, "chunks": 4, "draws": 2, "batch": 2})
+    short_fits(monkeypatch, steps=2, chunks=4, draws=2, batch=2)
     policy, recorded = str(folder / "policy"), str(folder / "recorded2")
     collect = ["collect", "pusht", "--policy", policy, "--out", recorded, "--episodes", "2"]
     assert run(capsys, *collect, "--sampler", "ddim", "--steps", "2")[0] == 0
@@ -312,7 +320,7 @@ def test_pruners_rules_and_fitted_samplers(capsys: Any, folder: Path, monkeypatc
 
 def test_what_can_not_be_fitted_is_said(capsys: Any, folder: Path, monkeypatch: Any) -> None:
     pytest.importorskip("torch")
-    monkeypatch.setattr(tune, "FIT", {"steps": 2, "chunks": 4, "draws": 2})
+    short_fits(monkeypatch, steps=2, chunks=4, draws=2)
     grid, data = folder / "few.json", folder / "single.npz"
     grid.write_text(json.dumps([DECIDED[0], DECIDED[4]]))
     np.savez(data, obs=np.full((4, 2, 20), 256, np.float32))  # single chunks: nothing before them

@@ -221,7 +221,7 @@ def audited(policy: Any, lane: int) -> Floats:
     return found
 
 
-def _known(numbers: Floats) -> list[list[float | None]]:
+def known(numbers: Floats) -> list[list[float | None]]:
     """Rows for people; None of what is not known."""
     return [[None if math.isnan(x) else x for x in row] for row in numbers.tolist()]
 
@@ -371,7 +371,7 @@ class Guard:
             guard |= {
                 "audit": self._audited,
                 "audit_alarms": self._audit_alarms,
-                "audit_bound": _known(self.bound.audit),
+                "audit_bound": known(self.bound.audit),
             }
         return {**self.policy.stats, "guard": guard}
 
@@ -452,7 +452,7 @@ class Guard:
             # what is NaN is not out of bounds
             out = ((values < bounds[:, 0]) | (values > bounds[:, 1])).any()
             self._flagged[lane] = bool(goes_on and out)
-        self._audited = _known(np.reshape(found, (-1, 2)))
+        self._audited = known(np.reshape(found, (-1, 2)))
         flags = [self._flagged[lane] for lane in rows]
         self._audit_alarms += sum(flags)
         return flags

@@ -8,7 +8,7 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -153,7 +153,7 @@ def load(
         num_inference_steps=num_inference_steps,
         timestep_spacing=timestep_spacing,
         precision=None if precision == "auto" else precision,
-        planner=cast("str | None", planner),  # of a callable only that there is one is asked
+        planner=planner,
         sparsity=sparsity,
         warm_start=warm_start,
         lead=_within("lead", lead, MAX_LEAD, "0.1 to 0.3 is usual, and tsad tune chooses one"),
@@ -237,10 +237,6 @@ def load(
             raise
         except ValueError as error:
             raise ValueError(f"preset: {preset!r} does not fit this policy: {error}") from error
-    elif callable(planner):
-        policy.planner = planner
-        if sparsity is not None:
-            policy.sparsity = sparsity
     elif planner is not None or sparsity is not None:
         replace(setting, fitted=None).apply(policy)  # whose plan is to be set afterwards
     place = str(source) if source in bundled() else os.path.abspath(source)
@@ -471,8 +467,8 @@ def _within(name: str, value: Any, most: float, advice: str) -> float | None:
 
 
 def _vision_precision(value: Any) -> str | None:
-    if value is None or value in VISION_PRECISIONS:
-        return None if value is None else str(value)
+    if value is None or (isinstance(value, str) and value in VISION_PRECISIONS):
+        return value
     raise ValueError(
         f"vision_precision: expected one of {', '.join(map(repr, VISION_PRECISIONS))}, got "
         f"{value!r}; choose one of these (it is the image encoders', precision the network's)"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tsad.fitted import Fitted
 from tsad.guard import Bound, Guard
 from tsad.plan import Plan, plan_sha256
-from tsad.planners import RowRule
+from tsad.planners import Planner, RowRule
 from tsad.planners.files import plan_of
 from tsad.rule import Alternate, Rule, rule_dict, rule_of
 
@@ -76,7 +76,7 @@ class Setting:
     reuse_images: float | None = None
     vision_precision: str | None = None
     guard: Bound | Path | str | None = None
-    planner: str | None = None
+    planner: str | Planner | None = None
     sparsity: float | None = None
     plan: Plan | Path | str | None = None
     rule: Rule | None = None
@@ -162,10 +162,10 @@ class Setting:
         else:
             if self.planner is not None:
                 policy.planner = self.planner
-            if self.planner == "pruner" and self.sparsity is None:
-                policy.sparsity = None
-            else:
-                policy.sparsity = 0.0 if self.sparsity is None else self.sparsity
+            dial = self.sparsity
+            if dial is None and not (self.planner == "pruner" or isinstance(self.planner, RowRule)):
+                dial = 0.0
+            policy.sparsity = dial
         _check_plan(self.load_fitted(), policy)
 
     def key(self, policy: SparsePolicy) -> dict[str, Any]:

@@ -151,7 +151,7 @@ static void path(wino_in16)(const int16_t *x, size_t row, size_t ld, int channel
     }
 }
 
-enum { GROUP = 16 }; /* TSAD_NORM_GROUP */
+enum { GROUP = TSAD_NORM_GROUP };
 
 static void path(group_sums)(const float *x, int width, size_t ld, float mean, bool squares,
                              float *sum)

@@ -7,10 +7,12 @@
 #pragma once
 
 #include "../activate.h"
+#include "../vision.h"
 #include "worker.h"
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -133,6 +135,14 @@ typedef struct tsad_norm_row {
     size_t ldx, ldy;
     bool residual, relu;
 } tsad_norm_row;
+
+/* The bits of |x|, in the order of magnitude; NaN's are the largest. */
+static inline uint32_t tsad_magnitude(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & INT32_MAX;
+}
 
 typedef struct tsad_kernels {
     int panel, tile; /* columns; pixels */

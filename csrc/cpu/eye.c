@@ -113,14 +113,14 @@ static void layout_memory(tsad_eye *e, tsad_arena *arena)
 static void round_pixels(tsad_eye *e)
 {
     const tsad_vision *v = e->vision;
-    int32_t most = 0;
+    uint32_t most = 0;
     float unit;
     for (int i = 0; i < 2 * v->grids[0].channels; i++) {
         float end = (i % 2 ? 256.0f : -1.0f) / 255.0f * v->scale[i / 2] + v->offset[i / 2];
-        int32_t bits = tsad_magnitude(end);
+        uint32_t bits = tsad_magnitude(end);
         most = bits > most ? bits : most;
     }
-    e->pixel_scale = tsad_image_scale((uint32_t)most, &unit);
+    e->pixel_scale = tsad_image_scale(most, &unit);
     for (int i = 0; i < e->gang; i++) {
         e->units[i] = unit;
     }

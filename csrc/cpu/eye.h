@@ -6,8 +6,6 @@
 #include "../vision.h"
 #include "cpu.h"
 
-#include <string.h>
-
 /* Weights of a convolution in panels of output channels, (panels, kernel, run, panel): a row of the
  * window is `run` inputs that lie beside each other. */
 typedef struct tsad_conv {
@@ -99,14 +97,6 @@ static inline int16_t tsad_round_pixel(const tsad_eye *e, float x)
 {
     float v = x * e->pixel_scale;
     return (int16_t)lrintf(fminf(fmaxf(v, -INT16_MAX), INT16_MAX));
-}
-
-/* The bits of |x|, in the order of magnitude; NaN's are the largest. */
-static inline int32_t tsad_magnitude(float x)
-{
-    int32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits & INT32_MAX;
 }
 
 /* The scale and the unit of an image, by the bits of its largest magnitude. */

@@ -1,4 +1,4 @@
-/* grid16.c: the nodes of an image encoder in 16 bits. tsad/reference/resnet.py says what they
+/* grid16.c: the nodes of an image encoder in 16 bits. tsad/reference/conv16.py says what they
  * compute, and this the same bits, on every path.
  *
  * Nothing can overflow: inputs are at most INPUT in magnitude, weights of a channel come to at most

@@ -3,7 +3,6 @@
 #include "cpu.h"
 
 #include <math.h>
-#include <string.h>
 
 enum { PANEL = 16, TILE = 4 };
 
@@ -336,12 +335,10 @@ static void ref_wino_out(const tsad_wino_out *t)
     }
 }
 
-enum { GROUP = 16 }; /* TSAD_NORM_GROUP */
-
 static void ref_group_sums(const float *x, int width, size_t ld, float mean, bool squares,
                            float *sum)
 {
-    for (int c = 0; c < GROUP; c++) {
+    for (int c = 0; c < TSAD_NORM_GROUP; c++) {
         sum[c] = 0;
         for (int i = 0; i < width; i++) {
             float v = x[(size_t)i * ld + (size_t)c] - mean;
@@ -352,16 +349,15 @@ static void ref_group_sums(const float *x, int width, size_t ld, float mean, boo
 
 static uint32_t ref_group_row(const tsad_norm_row *r)
 {
-    uint32_t most = 0, bits;
+    uint32_t most = 0;
     for (int i = 0; i < r->width; i++) {
         const float *x = r->x + (size_t)i * r->ldx;
         float *y = r->y + (size_t)i * r->ldy;
-        for (int c = 0; c < GROUP; c++) {
+        for (int c = 0; c < TSAD_NORM_GROUP; c++) {
             float v = (x[c] - r->mean) * r->gain[c] + r->shift[c];
             v = r->residual ? v + y[c] : v;
             y[c] = r->relu && v < 0 ? 0 : v; /* NaN stays */
-            memcpy(&bits, y + c, sizeof bits);
-            bits &= INT32_MAX;
+            uint32_t bits = tsad_magnitude(y[c]);
             most = bits > most ? bits : most;
         }
     }
@@ -377,11 +373,10 @@ static void ref_to16(const float *x, size_t n, float scale, int16_t *to)
 
 static uint32_t ref_most(float *const *row, size_t at, int rows, int n)
 {
-    uint32_t most = 0, bits;
+    uint32_t most = 0;
     for (int r = 0; r < rows; r++) {
         for (int i = 0; i < n; i++) {
-            memcpy(&bits, row[r] + at + i, sizeof bits);
-            bits &= INT32_MAX;
+            uint32_t bits = tsad_magnitude(row[r][at + (size_t)i]);
             most = bits > most ? bits : most;
         }
     }

@@ -5,7 +5,8 @@
  * (of four vectors), vs (W int16), DOT16(own, sum, w, x): sum += the products of pairs of int16, W
  * pairs at once, HAS_DOT16 whether this CPU has an instruction of its own for that (own),
  * WIDEN(from): W pairs of int8 there as int16, and path(name), which prefixes symbols; OWN_DOTS16,
- * where defined, is dots16 for one panel with that instruction.
+ * where defined, is dots16 for one panel with that instruction, OWN_CONV16 a convolution's sums by
+ * hand (conv16.h).
  *
  * The matrix product is a tile of up to MAX_ROWS rows by one panel of two vectors: every weight
  * is loaded once for all rows, in the order in which it lies in memory. It is fetched 16 KB ahead
@@ -98,46 +99,44 @@ ALWAYS_INLINE vf gelu_tanh(vf x)
     return times_sigmoid(x, x * V_FMA(square, V_SET1(0.0713548163f), V_SET1(1.59576912f)));
 }
 
-ALWAYS_INLINE vf relu(vf x) { return select_vf(x < V_SET1(0.0f), V_SET1(0.0f), x); } /* NaN stays */
-ALWAYS_INLINE vf silu(vf x) { return times_sigmoid(x, x); }
-
 ALWAYS_INLINE vf activate(vf x, tsad_activation act)
 {
     switch (act) {
     case TSAD_GELU:
         return gelu(x);
     case TSAD_RELU:
-        return relu(x);
+        return select_vf(x < V_SET1(0.0f), V_SET1(0.0f), x); /* NaN stays */
     case TSAD_MISH:
         return mish(x);
     case TSAD_GELU_TANH:
         return gelu_tanh(x);
     case TSAD_SILU:
-        return silu(x);
+        return times_sigmoid(x, x);
     default:
         return x;
     }
 }
 
-#define ACTIVATE_ALL(name, function)                                                               \
-    case name:                                                                                     \
+#define ACTIVATE_ALL(act)                                                                          \
+    case act:                                                                                      \
         for (int t = 0; t < rows; t++, y += ldy) {                                                 \
             for (int i = 0; i < vectors; i++) {                                                    \
-                store(y + i * W, function(load(y + i * W)));                                       \
+                store(y + i * W, activate(load(y + i * W), act));                                  \
             }                                                                                      \
         }                                                                                          \
         break
 
 /* What a tile has just written, `vectors` of each row. Not within the tiles, every one of which
- * would hold all activations: a minute of gcc and a megabyte. */
+ * would hold all activations: a minute of gcc and a megabyte. A loop for each, or it would be
+ * chosen anew for every vector. */
 static void activate_tile(float *y, int ldy, int rows, int vectors, tsad_activation act)
 {
     switch (act) {
-        ACTIVATE_ALL(TSAD_GELU, gelu);
-        ACTIVATE_ALL(TSAD_RELU, relu);
-        ACTIVATE_ALL(TSAD_MISH, mish);
-        ACTIVATE_ALL(TSAD_GELU_TANH, gelu_tanh);
-        ACTIVATE_ALL(TSAD_SILU, silu);
+        ACTIVATE_ALL(TSAD_GELU);
+        ACTIVATE_ALL(TSAD_RELU);
+        ACTIVATE_ALL(TSAD_MISH);
+        ACTIVATE_ALL(TSAD_GELU_TANH);
+        ACTIVATE_ALL(TSAD_SILU);
     default:
         break;
     }

@@ -65,10 +65,9 @@ With --out every finished episode is on disk at once, and --resume goes on after
 --settings FILE plays many settings over the same seeds: a JSON list of objects with a "name" and
 any of "sampler", "steps", "spacing", "sparsity", "planner", "plan", "precision", "n_action_steps",
 "noise", "preset", "realtime", "latency", "warm_start", "lead", "smoothing", "fitted", "guard",
-"disturb", "reuse_images",
-"vision_precision", "rule". Then --out is a folder with a file per setting; the same command
-goes on with what is missing. The first is the baseline of all; the intervals hold for all rows
-together.
+"disturb", "reuse_images", "vision_precision", "rule". Then --out is a folder with a file per
+setting; the same command goes on with what is missing. The first is the baseline of all; the
+intervals hold for all rows together.
 Rows that are the first but for a lead and smoothing are dense with a lead: the best of them is a
 second baseline, which rows with a lead are to be judged by, as a lead helps whatever is executed.
 

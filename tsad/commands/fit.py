@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,7 +237,7 @@ def _trainer(
 
 def _guard(args: argparse.Namespace, out: Path) -> int:
     """Write the bound of what observations may be."""
-    from tsad.guard import measure
+    from tsad.guard import known, measure
 
     setting = setting_of(vars(args), args.source)
     policy = load_policy(args.source, args, name="POLICY", lanes=1, setting=setting)
@@ -254,15 +253,14 @@ def _guard(args: argparse.Namespace, out: Path) -> int:
     write_atomically(out / GUARD_FILE, bound.to_bytes())
     found = {**bound.metadata, "bound": float(bound.bound), "out": str(out / GUARD_FILE)}
     if bound.audit is not None:
-        pairs = [[None if math.isnan(x) else x for x in row] for row in bound.audit.tolist()]
-        found["audit_bounds"] = dict(zip(("steps", "chunks"), pairs, strict=True))
+        found["audit_bounds"] = dict(zip(("steps", "chunks"), known(bound.audit), strict=True))
     if args.json:
         print(json.dumps(found))
         return 0
-    known = "" if found["knows_actions"] else "; what was executed is not known of them"
+    unsaid = "" if found["knows_actions"] else "; what was executed is not known of them"
     print(
         f"{out / GUARD_FILE}: of {found['pairs']} pairs of successive chunks, {args.quantile:.4g} "
-        f"lie below {found['bound']:.3g}{known}"
+        f"lie below {found['bound']:.3g}{unsaid}"
     )
     for name, (low, high) in found.get("audit_bounds", {}).items():
         if low is not None:

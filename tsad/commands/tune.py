@@ -54,7 +54,6 @@ RESULT, PICTURE = "tune.json", "tune.png"
 # and of forty settings the luckiest is taken.
 LEAST_SEEDS = 30
 ERRORS = ("action_rms", "distance")
-FIT: dict[str, Any] = {}  # settings of fits, where they are not the usual ones
 DESCRIPTION = f"""\
 Plays a policy with many settings over the same seeds, times each afterwards, and shows the
 frontier: the least loss at every time. The first setting, dense, is what all are compared with.
@@ -267,7 +266,7 @@ def _fit(sweep: Sweep, rows: dict[str, Any], out: Path, args: argparse.Namespace
     for name in few_passes(sweep, rows):
         folder = out / f"{name}-fitted"
         try:
-            fit_setting(words, sweep.trials()[name].setting, FitSettings(**FIT), folder)
+            fit_setting(words, sweep.trials()[name].setting, FitSettings(), folder)
         except UsageError as error:
             failed[name] = str(error)
             continue
