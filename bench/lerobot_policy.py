@@ -158,7 +158,7 @@ class Training:
         steps, inside = windows(ends, HORIZON, N_OBS_STEPS, N_ACTION_STEPS)
         self.steps, self.padded = torch.from_numpy(steps), torch.from_numpy(~inside)
 
-    def batch(self) -> dict[str, Tensor]:
+    def chosen(self) -> Tensor:
         """The windows of this step: a pure function of the step, so that resuming is simple."""
         n, size = len(self.steps), self.settings["batch"]
         chosen, at, end = [], self.step * size, (self.step + 1) * size
@@ -166,7 +166,11 @@ class Training:
             order = np.random.default_rng([self.settings["seed"], at // n]).permutation(n)
             chosen.append(order[at % n :][: end - at])
             at += len(chosen[-1])
-        index = torch.from_numpy(np.concatenate(chosen))
+        return torch.from_numpy(np.concatenate(chosen))
+
+    def batch(self) -> dict[str, Tensor]:
+        """What LeRobot's loss takes, of this step's windows."""
+        index = self.chosen()
         steps = self.steps[index]
         seen = steps[:, :N_OBS_STEPS]
         batch = {key: self.frames[key][seen] for key in (STATE, ENV)}
@@ -176,7 +180,7 @@ class Training:
         """One optimiser step."""
         lr = learning_rate(self.settings, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate", 1.0)  # a part may learn at a rate of its own
         loss, _ = self.policy.forward(self.batch())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
