@@ -318,6 +318,18 @@ def test_pruners_rules_and_fitted_samplers(capsys: Any, folder: Path, monkeypatc
         assert "waits to be asked: planner='pruner'" in text
 
 
+@pytest.mark.parametrize("argument", ["--data", "--observations"])
+def test_recordings_are_read_before_many_policies_are_loaded(
+    capsys: Any, monkeypatch: Any, tmp_path: Path, argument: str
+) -> None:
+    monkeypatch.delattr(tune, "Sweep")
+    out = tmp_path / "out"
+    words = ["tune", "pusht", "--policy", "pusht", "--out", str(out)]
+    code, _, err = run(capsys, *words, argument, str(tmp_path / "nowhere"))
+    assert code == 2 and f"argument {argument}: " in err and "nothing is" in err
+    assert not out.exists()
+
+
 def test_what_can_not_be_fitted_is_said(capsys: Any, folder: Path, monkeypatch: Any) -> None:
     pytest.importorskip("torch")
     short_fits(monkeypatch, steps=2, chunks=4, draws=2)

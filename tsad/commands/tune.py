@@ -34,7 +34,7 @@ from tsad.commands.common import (
     table,
 )
 from tsad.commands.plan import recorded
-from tsad.evaluation.errors import SINGLE
+from tsad.evaluation.errors import SINGLE, most_windows, recorded_windows
 from tsad.evaluation.grid import LEADS, default_grid
 from tsad.evaluation.judging import best, choose, compare, few_passes, shown_offline
 from tsad.evaluation.sweep import (
@@ -445,13 +445,18 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     out = _check(args)
     folder = Path()
-    if args.settings is None:
-        with argument("--policy"):
-            settings = default_grid(
-                load_policy(policy_source(args), args, name="--policy", lanes=1)
-            )
-    else:
+    if args.settings is not None:
         check_source(args)
+    with argument("--policy"):
+        policy = load_policy(policy_source(args), args, name="--policy", lanes=1)
+    # what was recorded is refused now, not after hours
+    if args.observations is not None:
+        recorded_windows(args.observations, policy, most_windows(args.draws))
+    if args.data is not None:
+        recorded(argparse.Namespace(source=policy_source(args), data=args.data), policy)
+    if args.settings is None:
+        settings = default_grid(policy)
+    else:
         settings, folder = read_settings(args.settings), Path(args.settings).resolve().parent
     # a run of anything else does not replace the result: its times would be lost
     run_of = {"simulator": args.simulator, "files_sha256": files_sha256(policy_source(args))}
@@ -460,9 +465,6 @@ def run(args: argparse.Namespace) -> int:
         check_result(out, (RESULT, PICTURE), run_of, overwrite=args.overwrite)
     experiment = experiment_of(args, resume=True)
     sweep = Sweep(experiment, settings, folder, out, words=vars(args))
-    if args.data is not None:  # refused now, not after hours
-        words = argparse.Namespace(source=policy_source(args), data=args.data)
-        recorded(words, sweep.load(sweep.first))
     sweep.measure(args.observations, args.draws)
     own_grid = args.settings is None
     for name, trial in sweep.trials().items() if args.simulator is None else ():
