@@ -52,7 +52,7 @@ def _flags(emulate: bool, sanitize: bool) -> list[str]:
     if sanitize:
         flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         return [*flags, "-fno-omit-frame-pointer"]
-    return [*flags, "-O1", "-g1"] if emulate else [*flags, "-O3", "-DNDEBUG"]
+    return [*flags, "-O2", "-g1"] if emulate else [*flags, "-O3", "-DNDEBUG"]
 
 
 def commands(

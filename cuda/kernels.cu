@@ -153,15 +153,16 @@ template <typename Arguments> void issue(tsad_stream *stream, const tsad_held &h
     stream->asked->launches++;
     tsad_stream_begin(stream);
     tsad_stream_note(stream,
-                     cudaLaunchKernel(reinterpret_cast<void (*)(Tracks<Arguments>)>(
+                     cudaLaunchKernel(reinterpret_cast<void (*)(tsad_given<Tracks<Arguments>>)>(
                                           const_cast<void *>(held.kernel)),
                                       grid, held.block, list, held.bytes, stream->cuda),
                      held.name);
 }
 
 template <typename Arguments>
-void launch(tsad_stream *stream, void (*kernel)(Tracks<Arguments>), const Arguments &p, dim3 grid,
-            dim3 block, size_t floats, const char *name, tsad_issue_fn how = issue<Arguments>)
+void launch(tsad_stream *stream, void (*kernel)(tsad_given<Tracks<Arguments>>), const Arguments &p,
+            dim3 grid, dim3 block, size_t floats, const char *name,
+            tsad_issue_fn how = issue<Arguments>)
 {
     static_assert(sizeof(Tracks<Arguments>) <= sizeof tsad_held::arguments, "room for them");
     hold(stream, how, reinterpret_cast<const void *>(kernel), &p, sizeof p, grid, block, floats,
@@ -230,7 +231,7 @@ __device__ void fetch_rows(const tsad_product &p, const float *from_x, int row, 
 
 template <typename Weight>
 __global__ void __launch_bounds__(WARP *SLICES)
-    product_kernel(const __grid_constant__ Tracks<tsad_product> tracks)
+    product_kernel(const __grid_constant__ tsad_given<Tracks<tsad_product>> tracks)
 {
     unsigned batch = blockIdx.z % (unsigned)tracks.track[0].batches;
     const tsad_product &p = tracks.track[blockIdx.z / (unsigned)tracks.track[0].batches];
@@ -290,7 +291,7 @@ struct Joined {
 
 /* a block a row */
 __global__ void __launch_bounds__(THREADS)
-    gather_kernel(const __grid_constant__ Tracks<Joined> tracks)
+    gather_kernel(const __grid_constant__ tsad_given<Tracks<Joined>> tracks)
 {
     const Joined &joined = tracks.track[blockIdx.z];
     const tsad_product &p = joined.p;
@@ -311,7 +312,7 @@ __global__ void __launch_bounds__(THREADS)
 
 /* a thread a number */
 __global__ void __launch_bounds__(THREADS)
-    finish_kernel(const __grid_constant__ Tracks<Joined> tracks)
+    finish_kernel(const __grid_constant__ tsad_given<Tracks<Joined>> tracks)
 {
     const Joined &joined = tracks.track[blockIdx.z];
     const tsad_product &p = joined.p;
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(THREADS)
 
 /* a block a row */
 __global__ void __launch_bounds__(THREADS)
-    layernorm_kernel(const __grid_constant__ Tracks<tsad_layernorm> tracks)
+    layernorm_kernel(const __grid_constant__ tsad_given<Tracks<tsad_layernorm>> tracks)
 {
     const tsad_layernorm &p = tracks.track[blockIdx.z];
     TSAD_SHARED(float, room, THREADS / WARP);
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(THREADS)
 
 /* a block a group: some channels of all rows */
 __global__ void __launch_bounds__(THREADS)
-    groupnorm_kernel(const __grid_constant__ Tracks<tsad_groupnorm> tracks)
+    groupnorm_kernel(const __grid_constant__ tsad_given<Tracks<tsad_groupnorm>> tracks)
 {
     const tsad_groupnorm &p = tracks.track[blockIdx.z];
     TSAD_SHARED(float, room, THREADS / WARP);
@@ -388,7 +389,7 @@ __device__ float dot(const float *a, const float *turn_a, const float *b, const 
 
 /* a block a token and head; shared: a weight a token */
 __global__ void __launch_bounds__(THREADS)
-    attention_kernel(const __grid_constant__ Tracks<tsad_attention> tracks)
+    attention_kernel(const __grid_constant__ tsad_given<Tracks<tsad_attention>> tracks)
 {
     const tsad_attention &p = tracks.track[blockIdx.z];
     TSAD_DYNAMIC(weight);
@@ -430,7 +431,7 @@ __device__ const float *token_of(const tsad_cross_attention &p, int s)
 
 /* a block a row; shared: a weight a head and token */
 __global__ void __launch_bounds__(THREADS)
-    cross_attention_kernel(const __grid_constant__ Tracks<tsad_cross_attention> tracks)
+    cross_attention_kernel(const __grid_constant__ tsad_given<Tracks<tsad_cross_attention>> tracks)
 {
     const tsad_cross_attention &p = tracks.track[blockIdx.z];
     TSAD_DYNAMIC(weight);
@@ -487,7 +488,7 @@ __device__ float sum_of(const tsad_sum &p, size_t at, int c)
 }
 
 __global__ void __launch_bounds__(THREADS)
-    addition_kernel(const __grid_constant__ Tracks<tsad_addition> tracks)
+    addition_kernel(const __grid_constant__ tsad_given<Tracks<tsad_addition>> tracks)
 {
     const tsad_addition &p = tracks.track[blockIdx.z];
     int i = (int)(blockIdx.x * THREADS + threadIdx.x), c = i % p.channels;
@@ -499,7 +500,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 __global__ void __launch_bounds__(THREADS)
-    copy_kernel(const __grid_constant__ Tracks<tsad_copy> tracks)
+    copy_kernel(const __grid_constant__ tsad_given<Tracks<tsad_copy>> tracks)
 {
     const tsad_copy &p = tracks.track[blockIdx.z];
     int i = (int)(blockIdx.x * THREADS + threadIdx.x), t = i / p.channels, c = i % p.channels;
@@ -529,7 +530,7 @@ __device__ float updated(const tsad_update &p, int t, int c, float e)
 }
 
 __global__ void __launch_bounds__(THREADS)
-    update_kernel(const __grid_constant__ Tracks<tsad_update> tracks)
+    update_kernel(const __grid_constant__ tsad_given<Tracks<tsad_update>> tracks)
 {
     const tsad_update &p = tracks.track[blockIdx.z];
     int i = (int)(blockIdx.x * THREADS + threadIdx.x), t = i / p.channels, c = i % p.channels;
@@ -540,7 +541,7 @@ __global__ void __launch_bounds__(THREADS)
 
 /* a block a token; shared: its row, then its output, which becomes the next sample */
 __global__ void __launch_bounds__(THREADS)
-    tail_kernel(const __grid_constant__ Tracks<tsad_tail> tracks)
+    tail_kernel(const __grid_constant__ tsad_given<Tracks<tsad_tail>> tracks)
 {
     const tsad_tail &p = tracks.track[blockIdx.z];
     TSAD_DYNAMIC(row);
@@ -586,7 +587,7 @@ __global__ void __launch_bounds__(THREADS)
 /* ---- callers' arrays --------------------------------------------------------------------- */
 
 __global__ void __launch_bounds__(THREADS)
-    take_kernel(const __grid_constant__ Tracks<tsad_taking> tracks)
+    take_kernel(const __grid_constant__ tsad_given<Tracks<tsad_taking>> tracks)
 {
     const tsad_taking &p = tracks.track[blockIdx.z];
     int i = (int)(blockIdx.x * THREADS + threadIdx.x), t = i / p.channels, c = i % p.channels;
@@ -653,7 +654,7 @@ __device__ float executed(const tsad_hand_over &p, int i)
 
 /* one block */
 __global__ void __launch_bounds__(THREADS)
-    hand_over_kernel(const __grid_constant__ Tracks<tsad_hand_over> tracks)
+    hand_over_kernel(const __grid_constant__ tsad_given<Tracks<tsad_hand_over>> tracks)
 {
     const tsad_hand_over &p = tracks.track[blockIdx.z];
     TSAD_SHARED(float, room, THREADS / WARP);
@@ -671,7 +672,7 @@ __global__ void __launch_bounds__(THREADS)
 
 /* a block a row of y; shared: a weight a head and token */
 __global__ void __launch_bounds__(THREADS)
-    prune_query_kernel(const __grid_constant__ Tracks<tsad_prune_query> tracks)
+    prune_query_kernel(const __grid_constant__ tsad_given<Tracks<tsad_prune_query>> tracks)
 {
     const tsad_prune_query &p = tracks.track[blockIdx.z];
     TSAD_DYNAMIC(weight);
@@ -755,7 +756,7 @@ void tsad_launch_product(tsad_stream *stream, tsad_product p)
 {
     dim3 grid(blocks_of((size_t)p.n_out, WARP), blocks_of((size_t)p.rows, ROWS),
               (unsigned)p.batches);
-    void (*kernel)(Tracks<tsad_product>) = product_kernel<float>;
+    void (*kernel)(tsad_given<Tracks<tsad_product>>) = product_kernel<float>;
     kernel = p.precision == TSAD_FLOAT16 ? product_kernel<Float16> : kernel;
     kernel = p.precision == TSAD_BFLOAT16 ? product_kernel<BFloat16> : kernel;
     launch(stream, kernel, p, grid, dim3(WARP, SLICES), 0, "product", issue_product);

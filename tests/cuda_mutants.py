@@ -284,6 +284,13 @@ MUTANTS = [
     Mutant("finish: no bias", K, "p.bias ? p.bias[o] + sum : sum", "sum"),
     Mutant("finish: the next column", K, "finish(p, 0, i / p.n_out, o,", "finish(p, 0, o, o,"),
     Mutant(
+        "shuffle: by two threads of a warp",
+        K,
+        "for (int lanes = WARP / 2;",
+        "if (threadIdx.x % WARP < 2) { __shfl_xor_sync(ALL, v, 1); }\n"
+        "    for (int lanes = WARP / 2;",
+    ),
+    Mutant(
         "graph: a failed capture takes what was to be copied", G, "            e->in_to = to;\n", ""
     ),
     Mutant(

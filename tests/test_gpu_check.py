@@ -63,6 +63,19 @@ def test_what_was_found_is_said_and_kept(capsys: Any, cuda: str, few: None, tmp_
     assert code == 1 and "--overwrite" in error  # nothing is lost
 
 
+def test_settings_of_the_environment_are_followed_and_said(
+    capsys: Any, cuda: str, few: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TSAD_CUDA_GRAPHS", "0")
+    out = tmp_path / "found.json"
+    code, said, _ = check(capsys, "--out", str(out), "--only", "benchmark")
+    assert code == 0 and "TSAD_CUDA_GRAPHS=0: what is checked" in said
+    found = json.loads(out.read_text())
+    (row,) = found["parts"]["benchmark"]
+    assert row["graphs"] == 0 and row["launches"] == row["kernels"] > 1
+    assert found["settings"]["TSAD_CUDA_GRAPHS"] == "0"
+
+
 def test_what_differs_is_a_failure(
     capsys: Any, cuda: str, few: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,15 +101,15 @@ void ask(cudaStream_t stream, std::function<const char *()> what);
 bool holds(const void *at, size_t bytes); /* in an array of the device */
 /* what a stream captures will be no graph; false: it captures nothing */
 bool spoil_capture(cudaStream_t stream);
-float warp_read(float value, unsigned lane); /* what thread `lane` of the warp gave */
+float warp_exchange(float value, unsigned lanes); /* with thread `own lane ^ lanes` of the warp */
 void *shared(int line, size_t bytes);
 float *dynamic();
 
 } // namespace emulate
 
 template <typename Arguments>
-cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void **arguments,
-                             size_t shared, cudaStream_t stream)
+cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments &), dim3 grid, dim3 block,
+                             void **arguments, size_t shared, cudaStream_t stream)
 {
     Arguments copy = *static_cast<Arguments *>(arguments[0]);
     return emulate::launch([kernel, copy] { kernel(copy); }, grid, block, shared, stream);
@@ -152,6 +152,5 @@ static inline float __fmul_rn(float a, float b) { return a * b; }
 
 static inline float __shfl_xor_sync(unsigned, float value, int lanes)
 {
-    unsigned own = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
-    return emulate::warp_read(value, (own % 32) ^ (unsigned)lanes);
+    return emulate::warp_exchange(value, (unsigned)lanes);
 }

@@ -51,10 +51,11 @@ constexpr unsigned WARP = 32;
 
 uint64_t next_random()
 {
-    static uint64_t state = [] {
+    static uint64_t state = 0;
+    if (state == 0) { /* the first time: it never is again */
         const char *seed = getenv("TSAD_EMULATE_SEED");
-        return 0x9e3779b97f4a7c15u * (1 + strtoull(seed ? seed : "0", nullptr, 10));
-    }();
+        state = 0x9e3779b97f4a7c15u * (1 + strtoull(seed ? seed : "0", nullptr, 10));
+    }
     state ^= state << 13;
     state ^= state >> 7;
     state ^= state << 17;
@@ -73,8 +74,6 @@ bool is_poisoned(const char *at, size_t bytes)
 }
 
 /* ---- a block ----------------------------------------------------------------------------- */
-
-enum class State { fresh, ready, at_barrier, at_shuffle, done };
 
 #ifdef __x86_64__
 /* What a call keeps is on the fiber's stack, so where that ends is all there is to remember.
@@ -138,27 +137,42 @@ struct Fiber {
 };
 
 struct Thread {
-    State state = State::fresh;
-    Fiber *fiber = nullptr;
-    unsigned shuffles = 0; /* whose values are in the warp's two rooms in turn */
+    Fiber *fiber = nullptr; /* none: it has not begun */
+    unsigned shuffles = 0;
+    unsigned lanes = 0; /* what it waits for in a shuffle: 0: nothing */
+    float value = 0;    /* what it gives there, and then what it gets */
+};
+
+struct Warp {
+    unsigned size = 0, rank = 0; /* where it is in the block's order */
+    unsigned n_runnable = 0;
+    unsigned shuffles = 0, most_shuffles = 0; /* of its threads together, of one */
+    unsigned char runnable[WARP] = {};        /* threads of it, in any order */
+};
+
+struct Shared {
+    int line;
+    size_t bytes;
+    std::unique_ptr<char[]> at;
 };
 
 /* All of a block while it runs; one at a time in the process. */
 struct Block {
     const std::function<void()> *body;
-    dim3 shape;
+    std::vector<dim3> places; /* of threads */
     std::vector<Thread> threads;
-    std::vector<std::vector<unsigned>> runnable; /* of each warp, in any order */
-    std::vector<unsigned> favourites;            /* warps, the one that runs ahead first; or none */
+    std::vector<Warp> warps;
+    std::vector<unsigned> order; /* warps, the one that runs ahead first */
+    uint32_t active;             /* bits: warps of this order that have a thread that can go on */
+    bool runs_ahead;             /* the first of them goes on, else any */
     std::vector<Fiber *> idle;
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<std::unique_ptr<char[]>> stacks;
-    std::vector<float> values; /* (2, threads) given to shuffles */
-    std::map<int, std::pair<std::unique_ptr<char[]>, size_t>> shared;
-    std::unique_ptr<char[]> dynamic;
-    size_t dynamic_bytes = 0;
+    std::vector<Shared> shared;
+    std::vector<char> dynamic; /* and GUARD bytes */
     Fiber scheduler, *current_fiber = nullptr, *last_fiber = nullptr;
-    unsigned current = 0, left = 0;
+    unsigned current = 0, at_barrier = 0, left = 0;
+    int first = -1; /* a thread that is to begin */
     const char *fault = nullptr;
 };
 
@@ -176,9 +190,8 @@ void switch_to(Fiber *to)
 
 void place_thread(unsigned i)
 {
-    dim3 s = block.shape;
     block.current = i;
-    threadIdx = dim3(i % s.x, i / s.x % s.y, i / (s.x * s.y));
+    threadIdx = block.places[i];
 }
 
 void fiber_main();
@@ -204,44 +217,58 @@ Fiber *idle_fiber()
     return fiber;
 }
 
-/* all who wait where the last one has come */
-void release(unsigned from, unsigned to, State state)
+/* all of a warp can go on */
+void release(Warp &warp)
 {
-    for (unsigned i = from; i < to; i++) {
-        if (block.threads[i].state != state) {
-            return;
-        }
+    for (unsigned i = 0; i < warp.size; i++) {
+        warp.runnable[i] = (unsigned char)i;
     }
-    for (unsigned i = from; i < to; i++) {
-        block.threads[i].state = State::ready;
-        block.runnable[i / WARP].push_back(i);
+    warp.n_runnable = warp.size;
+    block.active |= 1u << warp.rank;
+}
+
+/* one that waited */
+void release(unsigned i)
+{
+    Warp &warp = block.warps[i / WARP];
+    warp.runnable[warp.n_runnable++] = (unsigned char)(i % WARP);
+    block.active |= 1u << warp.rank;
+}
+
+constexpr const char *LEFT_OUT =
+    "threads wait at a barrier or a shuffle that others of the block have left out";
+
+/* A shuffle is of all of a warp, but nobody waits there for more than the one whose value it is. */
+void check_shuffles()
+{
+    for (const Warp &warp : block.warps) {
+        if (warp.shuffles != warp.size * warp.most_shuffles) {
+            block.fault = LEFT_OUT;
+        }
     }
 }
 
-/* A warp that can go on: any, or the one that is to run ahead; -1: there is none. */
-int choose_warp()
-{
-    size_t n = block.runnable.size(), first = next_random() % n;
-    for (size_t i = 0; i < n; i++) {
-        size_t warp = block.favourites.empty() ? (first + i) % n : block.favourites[i];
-        if (!block.runnable[warp].empty()) {
-            return (int)warp;
-        }
-    }
-    return -1;
-}
+/* of 32 random bits */
+unsigned below(unsigned n, uint64_t bits) { return (unsigned)((uint32_t)bits * (uint64_t)n >> 32); }
 
-/* The next thread, any of such a warp; -1: there is none. */
+/* The next thread, any of any warp, or of the one that is to run ahead; -1: there is none. */
 int choose()
 {
-    int warp = block.fault ? -1 : choose_warp();
-    if (warp < 0) {
+    if (block.fault || !block.active) {
         return -1;
     }
-    std::vector<unsigned> &from = block.runnable[(size_t)warp];
-    std::swap(from[next_random() % from.size()], from.back());
-    unsigned i = from.back();
-    from.pop_back();
+    uint64_t bits = next_random();
+    unsigned rank = block.runs_ahead ? 0 : below((unsigned)block.warps.size(), bits >> 32);
+    uint32_t from = block.active >> rank;
+    rank = from ? rank + (unsigned)__builtin_ctz(from) : (unsigned)__builtin_ctz(block.active);
+    unsigned number = block.order[rank];
+    Warp &warp = block.warps[number];
+    unsigned char &chosen = warp.runnable[below(warp.n_runnable, bits)];
+    unsigned i = number * WARP + chosen;
+    chosen = warp.runnable[--warp.n_runnable];
+    if (warp.n_runnable == 0) {
+        block.active &= ~(1u << rank);
+    }
     return (int)i;
 }
 
@@ -249,9 +276,7 @@ void run_fresh(unsigned i)
 {
     place_thread(i);
     block.threads[i].fiber = block.current_fiber;
-    block.threads[i].state = State::ready;
     (*block.body)();
-    block.threads[i].state = State::done;
     block.left--;
 }
 
@@ -259,8 +284,9 @@ void fiber_main()
 {
     ARRIVE(block.current_fiber, block.last_fiber);
     for (;;) { /* new threads one after the other, until one that waits is to go on */
-        int i = choose();
-        if (i >= 0 && block.threads[(unsigned)i].state == State::fresh) {
+        int i = block.first >= 0 ? block.first : choose();
+        block.first = -1;
+        if (i >= 0 && !block.threads[(unsigned)i].fiber) {
             run_fresh((unsigned)i);
             continue;
         }
@@ -279,67 +305,84 @@ void pause()
     }
     if (i < 0) {
         switch_to(&block.scheduler);
-    } else if (block.threads[(unsigned)i].state == State::fresh) {
-        block.runnable[(unsigned)i / WARP].push_back(
-            (unsigned)i); /* a fiber that is free chooses anew */
-        switch_to(idle_fiber());
+    } else if (Fiber *fiber = block.threads[(unsigned)i].fiber) {
+        switch_to(fiber);
     } else {
-        switch_to(block.threads[(unsigned)i].fiber);
+        block.first = i;
+        switch_to(idle_fiber());
     }
     place_thread(own);
 }
 
 const char *check_shared()
 {
-    for (const auto &entry : block.shared) {
-        if (!is_poisoned(entry.second.first.get() + entry.second.second, GUARD)) {
+    for (const Shared &array : block.shared) {
+        if (!is_poisoned(array.at.get() + array.bytes, GUARD)) {
             return "a write past the end of shared memory";
         }
     }
-    if (!is_poisoned(block.dynamic.get() + block.dynamic_bytes, GUARD)) {
+    if (!is_poisoned(block.dynamic.data() + block.dynamic.size() - GUARD, GUARD)) {
         return "a write past the end of dynamic shared memory";
     }
     return nullptr;
 }
 
-/* why it failed; NULL: it did not */
-const char *run_block(const std::function<void()> &body, dim3 shape, size_t shared)
+/* what is the same for all blocks of a launch */
+void begin_launch(const std::function<void()> &body, dim3 shape, size_t shared)
 {
     unsigned n = shape.x * shape.y * shape.z;
     block.body = &body;
-    block.shape = shape;
-    block.threads.assign(n, Thread());
-    block.values.assign(2 * (size_t)n, 0);
-    block.runnable.assign((n + WARP - 1) / WARP, {});
+    block.places.resize(n);
     for (unsigned i = 0; i < n; i++) {
-        block.runnable[i / WARP].push_back(i);
+        block.places[i] = dim3(i % shape.x, i / shape.x % shape.y, i / (shape.x * shape.y));
     }
-    /* in every other block warps run as far ahead as they can: threads that are all equally slow
-     * hide barriers that are missing */
-    block.favourites.resize(next_random() % 2 ? block.runnable.size() : 0);
-    for (unsigned i = 0; i < block.favourites.size(); i++) {
-        block.favourites[i] = i;
-        std::swap(block.favourites[i], block.favourites[next_random() % (i + 1)]);
+    block.dynamic.resize(shared + GUARD);
+    block.shared.clear(); /* its lines are another kernel's */
+}
+
+/* In every other block warps run as far ahead as they can: threads that are all equally slow hide
+ * barriers that are missing. */
+void begin_warps(unsigned n)
+{
+    block.warps.assign((n + WARP - 1) / WARP, Warp());
+    block.order.resize(block.warps.size());
+    block.runs_ahead = next_random() % 2 != 0;
+    for (unsigned i = 0; i < block.order.size(); i++) {
+        block.order[i] = i;
+        std::swap(block.order[i], block.order[next_random() % (i + 1)]);
     }
-    for (auto &entry : block.shared) {
-        memset(entry.second.first.get(), POISON, entry.second.second + GUARD);
+    for (unsigned i = 0; i < block.order.size(); i++) {
+        Warp &warp = block.warps[block.order[i]];
+        warp.rank = i;
+        warp.size = std::min(WARP, n - block.order[i] * WARP);
+        release(warp);
     }
-    block.dynamic_bytes = shared;
-    block.dynamic.reset(new char[shared + GUARD]);
-    memset(block.dynamic.get(), POISON, shared + GUARD);
+}
+
+/* why it failed; NULL: it did not */
+const char *run_block()
+{
+    unsigned n = (unsigned)block.places.size();
+    block.threads.assign(n, Thread());
+    block.active = 0;
+    block.at_barrier = 0;
+    begin_warps(n);
+    for (const Shared &array : block.shared) {
+        memset(array.at.get(), POISON, array.bytes + GUARD);
+    }
+    memset(block.dynamic.data(), POISON, block.dynamic.size());
     block.left = n;
+    block.first = -1;
     block.fault = nullptr;
     block.current_fiber = &block.scheduler;
     switch_to(idle_fiber());
     if (block.fault || block.left > 0) {
         /* threads that wait keep their fibers: these are not used again */
-        const char *fault = block.fault ? block.fault
-                                        : "threads wait at a barrier or a shuffle that others of "
-                                          "the block have left out";
         block.idle.clear();
-        return fault;
+        return block.fault ? block.fault : LEFT_OUT;
     }
-    return check_shared();
+    check_shuffles();
+    return block.fault ? block.fault : check_shared();
 }
 
 /* ---- memory ------------------------------------------------------------------------------ */
@@ -827,12 +870,12 @@ cudaError_t emulate::launch(std::function<void()> thread, dim3 grid, dim3 shape,
             order[i] = i;
             std::swap(order[i], order[next_random() % (i + 1)]);
         }
-        block.shared.clear(); /* its keys are another kernel's */
+        begin_launch(thread, shape, shared);
         gridDim = grid;
         blockDim = shape;
         for (unsigned i : order) {
             blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y));
-            const char *fault = run_block(thread, shape, shared);
+            const char *fault = run_block();
             if (fault) {
                 return fault;
             }
@@ -844,37 +887,51 @@ cudaError_t emulate::launch(std::function<void()> thread, dim3 grid, dim3 shape,
 
 void __syncthreads()
 {
-    block.threads[block.current].state = State::at_barrier;
-    release(0, (unsigned)block.threads.size(), State::at_barrier);
+    if (++block.at_barrier == block.threads.size()) {
+        block.at_barrier = 0;
+        check_shuffles();
+        for (Warp &warp : block.warps) {
+            release(warp);
+        }
+    }
     pause();
 }
 
-float emulate::warp_read(float value, unsigned lane)
+float emulate::warp_exchange(float value, unsigned lanes)
 {
-    unsigned own = block.current, n = (unsigned)block.threads.size(), first = own / WARP * WARP;
-    unsigned end = std::min(first + WARP, n);
+    unsigned own = block.current, other = own ^ lanes;
+    Warp &warp = block.warps[own / WARP];
     Thread &thread = block.threads[own];
-    size_t room = (size_t)(thread.shuffles++ % 2) * n;
-    block.values[room + own] = value;
-    thread.state = State::at_shuffle;
-    release(first, end, State::at_shuffle);
-    pause();
-    if (first + lane >= end) {
+    if (lanes == 0 || lanes >= WARP || other >= block.threads.size()) {
         block.fault = "a shuffle from a thread that is not there";
         return NAN;
     }
-    return block.values[room + first + lane];
+    warp.shuffles++;
+    warp.most_shuffles = std::max(warp.most_shuffles, ++thread.shuffles);
+    Thread &partner = block.threads[other];
+    if (partner.lanes == lanes && partner.shuffles == thread.shuffles) {
+        std::swap(value, partner.value);
+        partner.lanes = 0;
+        release(other);
+        return value;
+    }
+    thread.value = value;
+    thread.lanes = lanes;
+    pause();
+    return thread.value;
 }
 
 void *emulate::shared(int line, size_t bytes)
 {
-    auto &entry = block.shared[line];
-    if (!entry.first) {
-        entry.first.reset(new char[bytes + GUARD]);
-        entry.second = bytes;
-        memset(entry.first.get(), POISON, bytes + GUARD);
+    for (const Shared &array : block.shared) {
+        if (array.line == line) {
+            return array.at.get();
+        }
     }
-    return entry.first.get();
+    block.shared.push_back({line, bytes, std::unique_ptr<char[]>(new char[bytes + GUARD])});
+    char *at = block.shared.back().at.get();
+    memset(at, POISON, bytes + GUARD);
+    return at;
 }
 
-float *emulate::dynamic() { return reinterpret_cast<float *>(block.dynamic.get()); }
+float *emulate::dynamic() { return reinterpret_cast<float *>(block.dynamic.data()); }

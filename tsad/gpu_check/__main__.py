@@ -38,6 +38,7 @@ examples:
 exit codes: 0 all agrees, 1 something does not, or there is no GPU, 2 wrong use, 130 interrupted"""
 
 PARTS = ("conformance", "sanitizer", "benchmark", "peers")
+SETTINGS = ("TSAD_CUDA_GRAPHS", "TSAD_CUDA_BLAS")  # of the environment: they change what is checked
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 SANITIZER_FOUND = 86  # its exit status then, and nobody else's
 
@@ -86,6 +87,7 @@ class Session:
             "emulated": self.emulated,
             "driver": None if self.emulated else _driver(),
             "system": platform.platform(),
+            "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
             "parts": self.found,
         }
 
@@ -193,6 +195,10 @@ def report(document: dict[str, Any]) -> str:
     lines = [f"{document['gpu']}, tsad {document['tsad']}"]
     if document["emulated"]:
         lines.append("emulated on the CPU: this says nothing of a GPU, and there are no times")
+    for name, value in document["settings"].items():
+        lines.append(
+            f"{name}={value}: what is checked and timed is not what others have without it"
+        )
     for part, rows in document["parts"].items():
         cells = [["", "", *(["p50 ms", "p99 ms", "device ms", "of the floor"])]]
         if part in ("conformance", "sanitizer"):
@@ -223,7 +229,6 @@ def run(args: argparse.Namespace) -> int:
     cuda = device.cuda()
     if cuda.absent is not None:
         raise RuntimeError(f"there is no GPU to check: {cuda.absent}")
-    os.environ.pop("TSAD_CUDA_GRAPHS", None)  # what is checked is what users have
     os.environ["TSAD_TRUST"] = "1"  # it is asked here at length, and has to be said
     session = Session(args, cuda.name)
     chosen = [part for part in args.only or PARTS if part not in (args.skip or ())]
