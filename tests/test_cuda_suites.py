@@ -1,5 +1,8 @@
-"""Tests of the engine and of its edge that name no backend, with all their policies on the
-emulated GPU: those that take seconds there. tests/cuda_everywhere.py runs any others."""
+"""Suites of the engine, of its edge, of plans and of policies, with all their policies on the
+emulated GPU. tests/cuda_everywhere.py says how, and what of them is skipped there.
+
+Always those that take seconds; `pytest -m long tests/test_cuda_suites.py` runs all.
+"""
 
 from __future__ import annotations
 
@@ -9,48 +12,74 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from cuda_library import SANITIZED, need_compiler
 
-TESTS = {
-    "test_engine.py": (
-        "test_lanes_that_finish_at_different_times",
-        "test_rollout_slots_know_their_age",
-        "test_a_rollout_plan_set_in_mid_episode_is_refused",
-        "test_memory_is_a_short_ring_until_a_plan_reuses_rollouts",
-        "test_the_pruner_plans_every_chunk_as_the_reference",
-    ),
-    "test_edge.py": (
-        "test_out_is_written_in_place_and_returned",
-        "test_shapes_of_the_contract",
-        "test_a_seed_per_lane",
-        "test_lanes_that_are_not_listed_stay_untouched",
-        "test_reset_without_a_seed_continues_the_stream",
-        "test_the_initial_sample_alone",
-        "test_predict_noise_touches_no_state",
-    ),
-    "test_lanes.py": ("test_a_call_of_nobody_takes_and_gives_empty_arrays",),
-    "test_bad_input.py": tuple(
-        f"test_a_bad_call_is_refused_and_changes_nothing[{name}]"
-        for name in ("float64", "rank 4", "misaligned", "noise of other steps", "out read-only",
-                     "out over noise", "a failing producer", "unknown keyword")
-    ),
-}  # fmt: skip
+FOLDER = Path(__file__).parent
+OFTEN = (
+    *("test_sums.py", "test_engine.py", "test_edge.py", "test_bad_input.py", "test_warm.py"),
+    *("test_overflow.py", "test_setting.py"),
+)
+LONG = (
+    *("threads_share_the_pruners_steps", "several_threads", "gangs_of_lanes", "or_lanes and odd"),
+    *("thousand_random_plans", "another_thread", "second_thread", "one_model_run_in_threads"),
+    *("long_episodes and 2-cuda", "good_calls", "test_load", "tail_is_what_diffusers"),
+    *("bundled_policy", "call_that_overflows", "large_numbers"),
+)
+WHOLE = {  # how many pass at least
+    "test_sums.py": 6,
+    "test_engine.py": 40,
+    "test_edge.py": 50,
+    "test_bad_input.py": 101,
+    "test_warm.py": 67,
+    "test_overflow.py": 31,
+    "test_plan.py": 30,
+    "test_plans_of_families.py": 5,
+    "test_setting.py": 3,
+    "test_settings.py": 116,
+    "test_lanes.py": 181,
+    "test_lead.py": 42,
+    "test_samplers.py": 1,
+    "test_dit.py": 1,
+    "test_dit_policy.py": 36,
+    "test_unet1d.py": 1,
+    "test_unet1d_policy.py": 6,
+    "test_nodes.py": 1,
+    "test_planners.py": 1,
+}
 
 
-def test_policies_that_name_no_backend_run_on_it(emulated_cuda: str) -> None:
+def run_there(library: str, *arguments: str) -> tuple[int, str]:
+    """pytest's arguments; how many passed, where none failed, and what it said."""
     need_compiler()
-    folder = Path(__file__).parent
-    nodes = [f"{folder / file}::{name}" for file, names in TESTS.items() for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    paths = os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, "-p", "cuda_everywhere", *(nodes if not SANITIZED else nodes[1:4])],
-        env={**os.environ, "TSAD_CPU": "cuda", "TSAD_CUDA_LIBRARY": emulated_cuda,
-             "PYTHONPATH": paths},
+        [*command, "-p", "cuda_everywhere", *arguments],
+        env={**os.environ, "TSAD_CPU": "cuda", "TSAD_CUDA_LIBRARY": library, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        cwd=folder.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        cwd=FOLDER.parent,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= (3 if SANITIZED else 25), done.stdout[-500:]
+    return int(passed[1]) if passed else 0, done.stdout
+
+
+def test_what_takes_seconds_runs_on_it(emulated_cuda: str) -> None:
+    if SANITIZED:
+        names = "finish_at_different_times or know_their_age or mid_episode"
+        passed, said = run_there(emulated_cuda, "tests/test_engine.py", "-k", names)
+        assert passed >= 3, said[-500:]
+        return
+    files = [f"tests/{name}" for name in OFTEN]
+    passed, said = run_there(emulated_cuda, *files, "-k", f"not ({' or '.join(LONG)})")
+    assert passed >= 200, said[-500:]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_suite_runs_on_it(name: str, emulated_cuda: str) -> None:
+    passed, said = run_there(emulated_cuda, f"tests/{name}", "--durations=5")
+    print(said)
+    assert passed >= WHOLE[name], said[-2000:]
