@@ -9,6 +9,7 @@
 
 enum { TSAD_MAX_GRIDS = 24, TSAD_MAX_GRID_NODES = 128 };
 enum { TSAD_NORM_GROUP = 16 }; /* channels of a GroupNorm's group */
+enum { TSAD_POOL = 3 };        /* side of the max pooling's window */
 
 /* Numbers over rows and columns of pixels, a pixel's channels beside each other; around them a
  * border of zeros. */

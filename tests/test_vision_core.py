@@ -49,6 +49,18 @@ CASES = {
         Encoder(height=40, width=40, channels=1, scale=(2.0,), offset=(-1.0,), temperature=2.5),
         2,
     ),
+    "large windows": (  # of the first convolution and of the last
+        Encoder(
+            height=40,
+            width=36,
+            channels=13,
+            keypoints=300,
+            features=3,
+            scale=(2.0,) * 13,
+            offset=(-1.0,) * 13,
+        ),
+        1,
+    ),
 }
 
 

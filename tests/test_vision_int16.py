@@ -55,7 +55,7 @@ def test_every_path_makes_the_same_trunk(case: str) -> None:
         np.testing.assert_allclose(other, first, atol=2e-6 * np.abs(first).max())
 
 
-@pytest.mark.parametrize("case", ["lerobot", "96", "34", "small", "one pixel"])
+@pytest.mark.parametrize("case", ["lerobot", "96", "34", "small", "one pixel", "large windows"])
 def test_the_reference_is_the_core(case: str) -> None:
     encoder, n = CASES[case]
     images = pixels(encoder, n)
@@ -93,18 +93,21 @@ def test_bits_depend_on_neither_threads_nor_company(backend: str, norm: str) -> 
 
 def largest_sums(weight: Any, signed: bool) -> int:
     """The largest that a window's part can come to, on the way to its sum as well."""
-    rows = np.moveaxis(weight, 1, 3).reshape(len(weight), weight.shape[-1], -1)
-    _, integers = conv16.round_weights(rows, signed)
+    rows = np.moveaxis(weight, 1, 3).reshape(len(weight), -1)
+    _, integers = conv16.round_weights(rows, weight.shape[1], signed)
     most = 0
-    for rows_in, inputs in conv16.parts(*rows.shape[1:]):
-        part = integers[:, rows_in, inputs].reshape(len(rows), -1)
+    for at in conv16.parts(rows.shape[1], weight.shape[1]):
+        part = integers[:, at]
         sides = np.maximum(part, 0).sum(1), np.maximum(-part, 0).sum(1)
         most = max(most, int((sum(sides) if signed else np.maximum(*sides)).max()))
     return most * conv16.INPUT
 
 
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("shape", [(5, 3, 7, 7), (4, 64, 3, 3), (4, 512, 3, 3), (3, 256, 1, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 3, 7, 7), (4, 64, 3, 3), (4, 128, 3, 3), (4, 512, 3, 3), (3, 256, 1, 1), (3, 13, 7, 7)],
+)
 def test_no_sum_passes_32_bits(shape: Any, signed: bool) -> None:
     rng = np.random.default_rng(0)
     for weight in (rng.standard_normal(shape), np.ones(shape), rng.uniform(0, 1, shape) ** 8):

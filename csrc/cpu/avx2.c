@@ -51,6 +51,7 @@ static inline __attribute__((always_inline)) void totals8(const vf v[4], float o
                               "2:\n\t"                                                             \
                               "vmovdqu (%[w]), %%ymm12\n\t"                                        \
                               "vmovdqu 32(%[w]), %%ymm13\n\t"                                      \
+                              "prefetcht1 8192(%[w])\n\t"                                          \
                               "prefetcht0 1024(%[w])\n\t" MADD_##M "add $64, %[w]\n\t"             \
                                                                    "inc %[i]\n\t"                  \
                                                                    "jnz 2b\n\t"                    \

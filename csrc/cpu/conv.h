@@ -76,6 +76,18 @@ static void path(conv)(const tsad_tile *t)
     }
 }
 
+static void path(pool)(const float *const *x, int n, int channels, float *y)
+{
+    for (int c = 0; c < channels; c += W) {
+        vf most = load(x[0] + c);
+        for (int i = 1; i < n; i++) {
+            vf v = load(x[i] + c);
+            most = select_vf((v > most) | (v != v), v, most);
+        }
+        store(y + c, most);
+    }
+}
+
 /* ---- Winograd, F(2x2, 3x3) ------------------------------------------------------------------ */
 
 static void path(wino_in)(const float *x, size_t row, size_t ld, int channels, float *v,

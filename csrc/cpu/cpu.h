@@ -176,6 +176,8 @@ typedef struct tsad_kernels {
      * mean; a row, and the bits of its largest magnitude as `most` has them */
     void (*group_sums)(const float *x, int width, size_t ld, float mean, bool squares, float *sum);
     uint32_t (*group_row)(const tsad_norm_row *r);
+    /* y = the largest of n pixels' channels, a multiple of TSAD_LANE; NaN stays */
+    void (*pool)(const float *const *x, int n, int channels, float *y);
     /* n numbers, a multiple of TSAD_LANE, times scale, to the nearest integer */
     void (*to16)(const float *x, size_t n, float scale, int16_t *to);
     /* the bits of the largest magnitude of n numbers, a multiple of the panel, of each row; those

@@ -11,7 +11,7 @@ enum { MAX_GANG = 8, GANG_BYTES = 16 << 20, ASK_NS = 100000000 };
 
 /* ---- weights ------------------------------------------------------------------------------- */
 
-/* torch's (c_out, c_in, kernel, kernel) to (panels, kernel, kernel * c_in, panel) */
+/* torch's (c_out, c_in, kernel, kernel) to (panels, kernel, kernel, c_in, panel) */
 static void pack_conv(const tsad_eye *e, const tsad_grid_node *node, float *w)
 {
     int panel = e->kernels->panel, kernel = node->kernel;
@@ -39,10 +39,15 @@ static void layout_weights(const tsad_eye *e, tsad_arena *arena)
         int c_in = v->grids[node->in].channels, c_out = v->grids[node->out].channels;
         int panel = e->kernels->panel, panels = (c_out + panel - 1) / panel;
         tsad_conv *c = &e->convs[i];
-        *c = (tsad_conv){.run = node->kernel * c_in, .panels = panels};
+        *c = (tsad_conv){.lines = node->kernel, .run = node->kernel * c_in, .panels = panels};
+        c->by_pixels = node->kernel * c->run > TSAD_WINDOW;
+        if (c->by_pixels) {
+            c->lines *= node->kernel;
+            c->run = c_in;
+        }
         size_t columns = (size_t)panels * (size_t)panel;
         c->wino = !norm && tsad_wino_fits(e, node);
-        size_t rows = norm ? 1 : (size_t)node->kernel * (size_t)c->run;
+        size_t rows = norm ? 1 : (size_t)c->lines * (size_t)c->run;
         rows = c->wino ? 16 * (size_t)c_in : rows;
         float *w = TSAD_CARVE(arena, float, node->rounded ? 0 : rows * columns);
         float *bias = TSAD_CARVE(arena, float, columns);
@@ -82,7 +87,7 @@ static void layout_memory(tsad_eye *e, tsad_arena *arena)
     e->units = TSAD_CARVE(arena, float, v->n_grids * e->gang);
     e->most = TSAD_CARVE(arena, atomic_uint, v->n_nodes * e->gang);
     e->bytes16 = TSAD_CARVE(arena, int16_t, v->grids[0].channels * 256);
-    e->scratch = TSAD_CARVE(arena, float *, e->n_threads);
+    e->scratch = TSAD_CARVE(arena, tsad_scratch, e->n_threads);
     size_t room = 0;
     for (int i = 0; i < v->n_nodes; i++) {
         size_t floats = tsad_wino_scratch(e, &v->nodes[i]);
@@ -91,7 +96,7 @@ static void layout_memory(tsad_eye *e, tsad_arena *arena)
     for (int i = 0; i < e->n_threads; i++) {
         float *own = TSAD_CARVE(arena, float, room);
         if (e->scratch) {
-            e->scratch[i] = own;
+            e->scratch[i].data = own;
         }
     }
     for (int i = 0; i < v->n_grids; i++) {
@@ -287,6 +292,7 @@ static void lead(tsad_look *l)
         phase p = phase_of(l, number);
         int tasks = tsad_eye_tasks(l->eye, p.node, p.images);
         atomic_store_explicit(&crew->done, 0, memory_order_relaxed);
+        crew->turn++;
         atomic_store_explicit(&crew->ticket, (unsigned long long)number << 32,
                               memory_order_release);
         for (bool over; run_one(l, 0, &over);) {

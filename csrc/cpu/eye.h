@@ -6,19 +6,21 @@
 #include "../vision.h"
 #include "cpu.h"
 
-/* Weights of a convolution in panels of output channels, (panels, kernel, run, panel): a row of the
- * window is `run` inputs that lie beside each other. */
+/* Weights of a convolution in panels of output channels, (panels, lines, run, panel). A line is
+ * `run` inputs that lie beside each other: a row of the window, or, of a large one, a pixel. */
 typedef struct tsad_conv {
     const float *w, *bias; /* bias: padded, zeros where there is none */
-    int run, panels;
+    int lines, run, panels;
+    bool by_pixels;
     bool wino; /* winograd.c: w is (panels, 16, c_in, panel) */
-    /* in 16 bits, in the place of w: (panels, kernel, pairs of a run, panel, 2), and the units of
+    /* in 16 bits, in the place of w: (panels, lines, pairs of a run, panel, 2), and the units of
      * the channels, padded; Winograd's (panels, 16, pairs of c_in, panel, 2), (panels, 16, panel)
      */
     const int16_t *q;
     const float *unit;
 } tsad_conv;
 
+enum { TSAD_WINDOW = 576 };    /* numbers of a window from which on it is large */
 enum { TSAD_WINO_PART = 256 }; /* input channels that are summed in integers */
 
 /* Where the threads of a call find their next task. */
@@ -27,7 +29,15 @@ typedef struct tsad_crew {
      */
     _Alignas(64) atomic_ullong ticket;
     _Alignas(64) atomic_int done; /* tasks of this phase */
+    unsigned turn;                /* this phase, of all calls */
 } tsad_crew;
+
+/* A thread's own: what it made of its last task's strip serves for the strip's other panels. */
+typedef struct tsad_scratch {
+    _Alignas(64) float *data;
+    unsigned turn; /* in which it was made, */
+    int strip;     /* and of which */
+} tsad_scratch;
 
 struct tsad_eye {
     const tsad_vision *vision;
@@ -38,12 +48,12 @@ struct tsad_eye {
     float **grids;    /* (n_grids) pixel (0, 0) of image 0 */
     float *bytes;     /* (channels, 256) what the trunk sees of a byte */
     /* in 16 bits: */
-    int16_t **grids16; /* (n_grids) as grids; NULL: it has none */
-    float *units;      /* (n_grids, gang) what 1 stands for in an image */
-    atomic_uint *most; /* (n_nodes, gang) the bits of the largest magnitude made, of an image */
-    float pixel_scale; /* what the trunk sees of a pixel times this is an integer */
-    int16_t *bytes16;  /* (channels, 256) */
-    float **scratch;   /* (n_threads) */
+    int16_t **grids16;     /* (n_grids) as grids; NULL: it has none */
+    float *units;          /* (n_grids, gang) what 1 stands for in an image */
+    atomic_uint *most;     /* (n_nodes, gang) the bits of the largest magnitude made, of an image */
+    float pixel_scale;     /* what the trunk sees of a pixel times this is an integer */
+    int16_t *bytes16;      /* (channels, 256) */
+    tsad_scratch *scratch; /* (n_threads) */
     tsad_crew *crew;
 };
 
@@ -65,6 +75,20 @@ static inline float *tsad_eye_image(const tsad_eye *e, int grid, int image)
  * from pixel (0, 0) of image 0. */
 void tsad_place_pixels(const tsad_eye *e, const tsad_grid_node *node, int begin, int end,
                        ptrdiff_t *x, ptrdiff_t *y);
+/* Which rows and columns of those pixels' windows lie in the image: bits. */
+typedef struct tsad_inside {
+    uint8_t rows, columns;
+} tsad_inside;
+void tsad_look_inside(const tsad_eye *e, const tsad_grid_node *node, int begin, int end,
+                      tsad_inside *pixel);
+/* Those of n pixels that have pixel `line` of their windows in the image, and how many they are. */
+int tsad_which_see(const tsad_grid_node *node, int line, const tsad_inside *pixel, int n,
+                   int *which);
+/* A panel's sums before and after all parts of a large window. */
+void tsad_begin_sums(const tsad_eye *e, const tsad_grid_node *node, float *const *y, int n,
+                     size_t at);
+void tsad_end_sums(const tsad_eye *e, const tsad_grid_node *node, float *const *y, int n,
+                   size_t at);
 /* n pixels in tiles as equal as can be */
 void tsad_run_tiles(const tsad_kernels *k, tsad_tile t, int n);
 /* what strip i of n has of so many pixels, in whole tiles */

@@ -3,7 +3,7 @@
  */
 #include "eye.h"
 
-enum { BLOCK = 576 }; /* inputs that go through all of them before the next, with their weights */
+enum { BLOCK = 256 }; /* inputs that go through all tiles before the next, with their weights */
 enum { BAND = 16 };   /* rows of an image that a task puts */
 
 /* ---- image --------------------------------------------------------------------------------- */
@@ -131,11 +131,106 @@ void tsad_which_task(const tsad_eye *e, const tsad_grid_node *node, int images, 
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     const tsad_conv *c = &e->convs[node - e->vision->nodes];
     int strips = tsad_strips_of(e->kernels, out, images);
-    size_t weights = (size_t)(node->kernel * c->run * e->kernels->panel) * (size_t)strips;
+    size_t weights = (size_t)(c->lines * c->run * e->kernels->panel) * (size_t)strips;
     /* which to stay with from task to task: what is read again, weights or pixels, is the less */
     bool stay = weights > tsad_grid_floats(in) * (size_t)images;
     *strip = stay ? task % strips : task / c->panels;
     *panel = stay ? task / strips : task % c->panels;
+}
+
+/* bits of those of n places from `first` on that are in an image of this size */
+static uint8_t bits_inside(int first, int n, int size)
+{
+    unsigned bits = 0;
+    for (int i = 0; i < n; i++) {
+        bits |= (unsigned)(first + i >= 0 && first + i < size) << i;
+    }
+    return (uint8_t)bits;
+}
+
+void tsad_look_inside(const tsad_eye *e, const tsad_grid_node *node, int begin, int end,
+                      tsad_inside *pixel)
+{
+    const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
+    int row = begin / out->width % out->height, column = begin % out->width;
+    for (int p = begin; p < end; p++) {
+        int top = row * node->stride - node->pad, left = column * node->stride - node->pad;
+        *pixel++ = (tsad_inside){bits_inside(top, node->kernel, in->height),
+                                 bits_inside(left, node->kernel, in->width)};
+        if (++column == out->width) {
+            column = 0;
+            row = row + 1 < out->height ? row + 1 : 0;
+        }
+    }
+}
+
+int tsad_which_see(const tsad_grid_node *node, int line, const tsad_inside *pixel, int n,
+                   int *which)
+{
+    int row = line / node->kernel, column = line % node->kernel, found = 0;
+    for (int i = 0; i < n; i++) {
+        which[found] = i;
+        found += pixel[i].rows >> row & pixel[i].columns >> column & 1;
+    }
+    return found;
+}
+
+void tsad_begin_sums(const tsad_eye *e, const tsad_grid_node *node, float *const *y, int n,
+                     size_t at)
+{
+    const float *bias = e->convs[node - e->vision->nodes].bias + at;
+    for (int i = 0; i < n; i++) {
+        for (int o = 0; o < e->kernels->panel; o++) {
+            y[i][at + (size_t)o] = bias[o] + (node->residual >= 0 ? y[i][at + (size_t)o] : 0);
+        }
+    }
+}
+
+void tsad_end_sums(const tsad_eye *e, const tsad_grid_node *node, float *const *y, int n, size_t at)
+{
+    for (int i = 0; i < n && node->relu; i++) {
+        for (size_t o = at; o < at + (size_t)e->kernels->panel; o++) {
+            y[i][o] = y[i][o] < 0 ? 0 : y[i][o]; /* NaN stays */
+        }
+    }
+}
+
+/* A large window, pixel by pixel of it, for those outputs that have that pixel in the image: of a
+ * map of 3 x 3 that is 49 of 81, whose weights are most of a small image's. */
+static void conv_by_pixels(const tsad_eye *e, const tsad_grid_node *node, tsad_strip s, tsad_tile t,
+                           const float *const *x, float *const *y)
+{
+    const tsad_grid *in = &e->vision->grids[node->in];
+    const tsad_conv *c = &e->convs[node - e->vision->nodes];
+    const float *seen[TSAD_STRIP + TSAD_MAX_TILE];
+    float *to[TSAD_STRIP + TSAD_MAX_TILE];
+    tsad_inside inside[TSAD_STRIP + TSAD_MAX_TILE];
+    int which[TSAD_STRIP + TSAD_MAX_TILE], n = s.end - s.begin;
+    tsad_look_inside(e, node, s.begin, s.end, inside);
+    tsad_begin_sums(e, node, y, n, t.at);
+    t.x = seen;
+    t.y = to;
+    t.rows = 1;
+    t.bias = NULL;
+    t.residual = t.relu = false;
+    for (int line = 0; line < c->lines; line++) {
+        int found = tsad_which_see(node, line, inside, n, which);
+        for (int i = 0; i < found; i++) {
+            seen[i] = x[which[i]];
+            to[i] = y[which[i]];
+        }
+        size_t skip = (size_t)(line / node->kernel) * tsad_grid_row(in) +
+                      (size_t)(line % node->kernel * in->ld);
+        int parts = found > e->kernels->tile ? tsad_over(c->run, BLOCK) : 1;
+        for (int part = 0; part < parts; part++) {
+            int first = part * c->run / parts;
+            t.n = (part + 1) * c->run / parts - first;
+            t.skip = skip + (size_t)first;
+            tsad_run_tiles(e->kernels, t, found);
+            t.w += t.n * e->kernels->panel;
+        }
+    }
+    tsad_end_sums(e, node, y, n, t.at);
 }
 
 static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task)
@@ -144,7 +239,7 @@ static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images,
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     const tsad_conv *c = &e->convs[node - e->vision->nodes];
     int pixels = images * out->height * out->width, strip, panel;
-    size_t window = (size_t)node->kernel * (size_t)c->run, columns = (size_t)k->panel;
+    size_t window = (size_t)c->lines * (size_t)c->run, columns = (size_t)k->panel;
     tsad_which_task(e, node, images, task, &strip, &panel);
     tsad_strip s = tsad_strip_of(k, pixels, strip, tsad_strips_of(k, out, images));
     ptrdiff_t from[TSAD_STRIP + TSAD_MAX_TILE], to[TSAD_STRIP + TSAD_MAX_TILE];
@@ -155,24 +250,18 @@ static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images,
         x[i] = e->grids[node->in] + from[i];
         y[i] = e->grids[node->out] + to[i];
     }
-
-    int parts = tsad_over(c->run, BLOCK), rows = parts > 1 ? 1 : BLOCK / c->run;
     tsad_tile t = {.x = x, .y = y, .ld = tsad_grid_row(in), .at = (size_t)panel * columns};
+    t.w = c->w + (size_t)panel * window * columns;
+    if (c->by_pixels) {
+        conv_by_pixels(e, node, s, t, x, y);
+        return;
+    }
+    t.rows = c->lines;
+    t.n = c->run;
     t.bias = c->bias + t.at;
     t.residual = node->residual >= 0;
-    t.w = c->w + (size_t)panel * window * columns;
-    for (int row = 0; row < node->kernel; row += rows) {
-        t.rows = row + rows < node->kernel ? rows : node->kernel - row;
-        for (int part = 0; part < parts; part++) {
-            int first = part * c->run / parts;
-            t.n = (part + 1) * c->run / parts - first;
-            t.skip = (size_t)row * t.ld + (size_t)first;
-            t.relu = node->relu && row + rows >= node->kernel && part == parts - 1;
-            tsad_run_tiles(k, t, s.end - s.begin);
-            t.bias = NULL;
-            t.w += (size_t)t.rows * (size_t)t.n * columns;
-        }
-    }
+    t.relu = node->relu;
+    tsad_run_tiles(k, t, s.end - s.begin);
 }
 
 /* ---- the others ---------------------------------------------------------------------------- */
@@ -191,17 +280,14 @@ static void pool_task(const tsad_eye *e, const tsad_grid_node *node, int task)
         int left = column * node->stride - node->pad, right = left + node->kernel;
         left = left < 0 ? 0 : left;
         right = right > in->width ? in->width : right;
+        const float *seen[TSAD_POOL * TSAD_POOL];
+        int n = 0;
         for (int i = top; i < bottom; i++) {
             for (int j = left; j < right; j++) {
-                const float *from = x + (size_t)i * tsad_grid_row(in) + (size_t)j * (size_t)ld;
-                if (i == top && j == left) {
-                    memcpy(y, from, sizeof(float) * (size_t)ld);
-                }
-                for (int c = 0; c < ld; c++) { /* NaN stays */
-                    y[c] = from[c] > y[c] || from[c] != from[c] ? from[c] : y[c];
-                }
+                seen[n++] = x + (size_t)i * tsad_grid_row(in) + (size_t)j * (size_t)ld;
             }
         }
+        e->kernels->pool(seen, n, ld, y);
     }
     if (tsad_is_watched(e, node)) {
         tsad_watch(e, node, image, e->kernels->most(&made, 0, 1, out->width * out->ld));

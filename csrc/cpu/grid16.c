@@ -9,77 +9,56 @@
 #include "eye.h"
 
 enum { INPUT = 8191, COLUMN = INT32_MAX / INPUT };
-enum { PART = 576 };             /* inputs of a part */
 enum { ROUND_FLOATS = 1 << 13 }; /* of a rounding's task, about */
 
 /* ---- weights ------------------------------------------------------------------------------- */
 
-/* A window in parts: some of its rows, or a part of one. */
-typedef struct window {
-    int kernel, run;
-    int parts, rows; /* of a row, and at once */
-} window;
-
-static window window_of(const tsad_grid_node *node, int run)
+/* weight i of an output channel's window, of torch's (c_in, kernel, kernel) */
+static double weight_at(const float *w, int c_in, int kernel, int i)
 {
-    window w = {.kernel = node->kernel, .run = run, .parts = tsad_over(run, PART), .rows = 1};
-    if (w.parts == 1) {
-        w.rows = PART / run < node->kernel ? PART / run : node->kernel;
-    }
-    return w;
+    return (double)w[(size_t)(i % c_in) * (size_t)(kernel * kernel) + (size_t)(i / c_in)];
 }
 
-/* weight i of a row of an output channel's window, of torch's (c_in, kernel, kernel) */
-static double weight_at(const float *w, int c_in, int kernel, int row, int i)
-{
-    return (double)w[((size_t)(i % c_in) * (size_t)kernel + (size_t)row) * (size_t)kernel +
-                     (size_t)(i / c_in)];
-}
-
-/* What 1 stands for: no part's weights come to more than COLUMN. */
-static float unit_of(window w, const float *weight, int c_in, bool is_signed)
+/* What 1 stands for: no part's weights, a window's or one of its pixel's, come to more than COLUMN.
+ */
+static float unit_of(const tsad_conv *conv, const float *weight, int c_in, int kernel,
+                     bool is_signed)
 {
     double largest = 0, unit = 0;
-    for (int row = 0; row < w.kernel; row += w.rows) {
-        int end = row + w.rows < w.kernel ? row + w.rows : w.kernel;
-        for (int part = 0; part < w.parts; part++) {
-            int first = part * w.run / w.parts, last = (part + 1) * w.run / w.parts;
-            double above = 0, below = 0;
-            for (int r = row; r < end; r++) {
-                for (int i = first; i < last; i++) {
-                    double v = weight_at(weight, c_in, w.kernel, r, i);
-                    above += v > 0 ? v : 0;
-                    below -= v < 0 ? v : 0;
-                    largest = fabs(v) > largest ? fabs(v) : largest;
-                }
-            }
-            double most = above > below ? above : below;
-            most = is_signed ? above + below : most;
-            most /= COLUMN - (end - row) * (last - first) / 2.0; /* rounding adds 1/2 to each */
-            unit = most > unit ? most : unit;
+    int window = conv->lines * conv->run, size = conv->by_pixels ? conv->run : window;
+    for (int first = 0; first < window; first += size) {
+        double above = 0, below = 0;
+        for (int i = first; i < first + size; i++) {
+            double v = weight_at(weight, c_in, kernel, i);
+            above += v > 0 ? v : 0;
+            below -= v < 0 ? v : 0;
+            largest = fabs(v) > largest ? fabs(v) : largest;
         }
+        double most = above > below ? above : below;
+        most = is_signed ? above + below : most;
+        most /= COLUMN - size / 2.0; /* rounding adds 1/2 to each */
+        unit = most > unit ? most : unit;
     }
     unit = largest / TSAD_LARGEST > unit ? largest / TSAD_LARGEST : unit;
     return (float)(unit * (1 + 1e-6)); /* float32's rounding included */
 }
 
-/* (panels, kernel, pairs, panel, 2) */
-static void pack16(const tsad_eye *e, const tsad_grid_node *node, window w, int16_t *q, float *unit)
+/* (panels, lines, pairs, panel, 2) */
+static void pack16(const tsad_eye *e, const tsad_grid_node *node, const tsad_conv *c, int16_t *q,
+                   float *unit)
 {
     int panel = e->kernels->panel, c_out = e->vision->grids[node->out].channels;
-    int c_in = e->vision->grids[node->in].channels;
-    size_t pairs = (size_t)tsad_over(w.run, 2), inputs = (size_t)(w.kernel * w.kernel * c_in);
+    int c_in = e->vision->grids[node->in].channels, window = c->lines * c->run;
+    size_t pairs = (size_t)tsad_over(c->run, 2);
     for (int o = 0; o < c_out; o++) {
-        const float *weight = node->weight + (size_t)o * inputs;
-        unit[o] = unit_of(w, weight, c_in, node->in == 0);
-        int16_t *to = q + (size_t)(o / panel * w.kernel) * pairs * (size_t)panel * 2;
-        for (int row = 0; row < w.kernel; row++) {
-            for (int i = 0; i < w.run; i++) {
-                size_t pair = (size_t)row * pairs + (size_t)i / 2;
-                double v = weight_at(weight, c_in, w.kernel, row, i);
-                to[(pair * (size_t)panel + (size_t)(o % panel)) * 2 + (size_t)i % 2] =
-                    (int16_t)(unit[o] > 0 ? lrint(v / (double)unit[o]) : 0);
-            }
+        const float *weight = node->weight + (size_t)o * (size_t)window;
+        unit[o] = unit_of(c, weight, c_in, node->kernel, node->in == 0);
+        int16_t *to = q + (size_t)(o / panel * c->lines) * pairs * (size_t)panel * 2;
+        for (int i = 0; i < window; i++) {
+            size_t pair = (size_t)(i / c->run) * pairs + (size_t)(i % c->run) / 2;
+            double v = weight_at(weight, c_in, node->kernel, i);
+            to[(pair * (size_t)panel + (size_t)(o % panel)) * 2 + (size_t)(i % c->run) % 2] =
+                (int16_t)(unit[o] > 0 ? lrint(v / (double)unit[o]) : 0);
         }
     }
 }
@@ -130,8 +109,8 @@ static void pack_wino16(const tsad_eye *e, const tsad_grid_node *node, int16_t *
 void tsad_conv16_carve(const tsad_eye *e, const tsad_grid_node *node, tsad_arena *arena,
                        tsad_conv *c)
 {
-    size_t columns = (size_t)c->panels * (size_t)e->kernels->panel, rows = (size_t)node->kernel;
-    rows *= (size_t)tsad_over(c->run, 2) * 2;
+    size_t columns = (size_t)c->panels * (size_t)e->kernels->panel;
+    size_t rows = (size_t)c->lines * (size_t)tsad_over(c->run, 2) * 2;
     if (c->wino) {
         rows = 16 * (size_t)e->vision->grids[node->in].channels;
     }
@@ -141,7 +120,7 @@ void tsad_conv16_carve(const tsad_eye *e, const tsad_grid_node *node, tsad_arena
         if (c->wino) {
             pack_wino16(e, node, q, unit);
         } else {
-            pack16(e, node, window_of(node, c->run), q, unit);
+            pack16(e, node, c, q, unit);
         }
         c->q = q;
         c->unit = unit;
@@ -237,6 +216,41 @@ void tsad_watch_panel(const tsad_eye *e, const tsad_grid_node *node, float *cons
     }
 }
 
+/* as grid.c's, of which each part is a sum */
+static void conv16_by_pixels(const tsad_eye *e, const tsad_grid_node *node, tsad_strip s,
+                             tsad_tile16 t)
+{
+    enum { MOST = TSAD_STRIP + TSAD_MAX_TILE };
+    const tsad_grid *in = &e->vision->grids[node->in];
+    const tsad_conv *c = &e->convs[node - e->vision->nodes];
+    const int16_t *seen[MOST], *const *x = t.x;
+    float *to[MOST], *const *y = t.y, units[MOST];
+    const float *unit = t.units;
+    tsad_inside inside[MOST];
+    int which[MOST], n = s.end - s.begin;
+    tsad_look_inside(e, node, s.begin, s.end, inside);
+    tsad_begin_sums(e, node, y, n, t.at);
+    t.x = seen;
+    t.y = to;
+    t.units = units;
+    t.rows = 1;
+    t.bias = NULL;
+    t.residual = t.relu = false;
+    for (int line = 0; line < c->lines; line++) {
+        int found = tsad_which_see(node, line, inside, n, which);
+        for (int i = 0; i < found; i++) {
+            seen[i] = x[which[i]];
+            to[i] = y[which[i]];
+            units[i] = unit[which[i]];
+        }
+        t.skip = (size_t)(line / node->kernel) * tsad_grid_row(in) +
+                 (size_t)(line % node->kernel * in->ld);
+        tsad_run_tiles16(e->kernels, t, found);
+        t.w += t.pairs * e->kernels->panel * 2;
+    }
+    tsad_end_sums(e, node, y, n, t.at);
+}
+
 void tsad_conv16_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task)
 {
     enum { MOST = TSAD_STRIP + TSAD_MAX_TILE };
@@ -258,25 +272,20 @@ void tsad_conv16_task(const tsad_eye *e, const tsad_grid_node *node, int images,
         units[i] = e->units[node->in * e->gang + image[i]];
     }
 
-    window w = window_of(node, c->run);
     size_t columns = (size_t)k->panel, pairs = (size_t)tsad_over(c->run, 2);
     tsad_tile16 t = {.x = x, .y = y, .units = units, .ld = tsad_grid_row(in)};
     t.at = (size_t)panel * columns;
     t.bias = c->bias + t.at;
     t.unit = c->unit + t.at;
     t.residual = node->residual >= 0;
-    t.w = c->q + (size_t)(panel * node->kernel) * pairs * columns * 2;
-    for (int row = 0; row < node->kernel; row += w.rows) {
-        t.rows = row + w.rows < node->kernel ? w.rows : node->kernel - row;
-        for (int part = 0; part < w.parts; part++) {
-            int first = part * c->run / w.parts;
-            t.pairs = tsad_over((part + 1) * c->run / w.parts - first, 2);
-            t.skip = (size_t)row * t.ld + (size_t)first;
-            t.relu = node->relu && row + w.rows >= node->kernel && part == w.parts - 1;
-            tsad_run_tiles16(k, t, n);
-            t.bias = NULL;
-            t.w += (size_t)(t.rows * t.pairs) * columns * 2;
-        }
+    t.relu = node->relu;
+    t.rows = c->lines;
+    t.pairs = (int)pairs;
+    t.w = c->q + (size_t)(panel * c->lines) * pairs * columns * 2;
+    if (c->by_pixels) {
+        conv16_by_pixels(e, node, s, t);
+    } else {
+        tsad_run_tiles16(k, t, n);
     }
     if (tsad_is_watched(e, node)) {
         tsad_watch_panel(e, node, y, image, n, t.at);

@@ -269,6 +269,17 @@ static void ref_conv(const tsad_tile *t)
     }
 }
 
+static void ref_pool(const float *const *x, int n, int channels, float *y)
+{
+    for (int c = 0; c < channels; c++) {
+        float most = x[0][c];
+        for (int i = 1; i < n; i++) {
+            most = x[i][c] > most || x[i][c] != x[i][c] ? x[i][c] : most;
+        }
+        y[c] = most;
+    }
+}
+
 static void ref_conv16(const tsad_tile16 *t)
 {
     for (int p = 0; p < t->pixels; p++) {
@@ -400,6 +411,7 @@ const tsad_kernels tsad_ref_kernels = {.panel = PANEL,
                                        .conv16 = ref_conv16,
                                        .wino_in16 = ref_wino_in16,
                                        .wino_out = ref_wino_out,
+                                       .pool = ref_pool,
                                        .group_sums = ref_group_sums,
                                        .group_row = ref_group_row,
                                        .to16 = ref_to16,

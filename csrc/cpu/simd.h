@@ -680,5 +680,6 @@ static const tsad_kernels path(kernels) = {.panel = PANEL,
                                            .group_row = path(group_row),
                                            .to16 = path(to16),
                                            .most = path(most),
+                                           .pool = path(pool),
                                            .wino_in = path(wino_in),
                                            .wino_out = path(wino_out)};

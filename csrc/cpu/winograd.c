@@ -1,11 +1,11 @@
 /* winograd.c: 3x3 convolutions of stride 1 by Winograd's F(2x2, 3x3): 4x4 inputs and the weights
  * are transformed (additions alone, and halves), multiplied number by number over the channels, and
  * transformed to 2x2 outputs. 4 products an output and channel for 9; the weights are 16 for 9, so
- * that only grids of many pixels gain.
+ * that the smallest grids don't gain.
  */
 #include "eye.h"
 
-enum { LEAST_AREA = 100, LEAST_AREA_16 = 30 }; /* pixels of an image from where on it gains */
+enum { LEAST_AREA = 30 };           /* pixels of an image from where on it gains */
 enum { STRIP = 48, FLOATS = 3072 }; /* outputs, four at a time, of a task; and times channels */
 enum { TASKS = 16 };                /* for these, panels of a strip are tasks of their own */
 
@@ -13,8 +13,7 @@ bool tsad_wino_fits(const tsad_eye *e, const tsad_grid_node *node)
 {
     const tsad_grid *out = &e->vision->grids[node->out];
     return (e->kernels->wino_in || node->rounded) && node->kind == TSAD_GRID_CONV &&
-           node->kernel == 3 && node->stride == 1 &&
-           out->height * out->width >= (node->rounded ? LEAST_AREA_16 : LEAST_AREA);
+           node->kernel == 3 && node->stride == 1 && out->height * out->width >= LEAST_AREA;
 }
 
 /* of a strip, at most */
@@ -142,6 +141,17 @@ static void watch(const tsad_eye *e, const tsad_grid_node *node, const share *s,
     tsad_watch_panel(e, node, y, of, n, at);
 }
 
+/* whether this thread has yet to transform the inputs of a strip; its scratch is that strip's now
+ */
+static bool is_new(const tsad_eye *e, int rank, int strip)
+{
+    tsad_scratch *own = &e->scratch[rank];
+    bool has = own->turn == e->crew->turn && own->strip == strip;
+    own->turn = e->crew->turn;
+    own->strip = strip;
+    return !has;
+}
+
 static void wino16_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task,
                         int rank)
 {
@@ -153,7 +163,8 @@ static void wino16_task(const tsad_eye *e, const tsad_grid_node *node, int image
     tsad_strip strip = tsad_strip_of(k, s.fours, task / s.groups, s.strips);
     size_t n = (size_t)(strip.end - strip.begin), channels = (size_t)in->channels;
     size_t columns = (size_t)k->panel;
-    float *m = e->scratch[rank];
+    bool fresh = is_new(e, rank, task / s.groups);
+    float *m = e->scratch[rank].data;
     int16_t *v = (int16_t *)(m + 16 * n * columns);
     const int16_t *x[MOST];
     float *y[MOST], units[MOST];
@@ -164,8 +175,10 @@ static void wino16_task(const tsad_eye *e, const tsad_grid_node *node, int image
         x[i] = v + i * channels;
         y[i] = m + i * columns;
         units[i] = e->units[node->in * e->gang + image[i]];
-        k->wino_in16(e->grids16[node->in] + place[i], tsad_grid_row(in), (size_t)in->ld,
-                     in->channels, v + i * channels, n * channels);
+        if (fresh) {
+            k->wino_in16(e->grids16[node->in] + place[i], tsad_grid_row(in), (size_t)in->ld,
+                         in->channels, v + i * channels, n * channels);
+        }
     }
     place_fours(&s, out, strip, false, place, image);
     int group = task % s.groups;
@@ -207,7 +220,8 @@ void tsad_wino_task(const tsad_eye *e, const tsad_grid_node *node, int images, i
     tsad_strip strip = tsad_strip_of(k, s.fours, task / s.groups, s.strips);
     size_t n = (size_t)(strip.end - strip.begin), channels = (size_t)in->channels;
     size_t columns = (size_t)k->panel;
-    float *v = e->scratch[rank], *m = v + 16 * n * channels;
+    bool fresh = is_new(e, rank, task / s.groups);
+    float *v = e->scratch[rank].data, *m = v + 16 * n * channels;
     const float *x[STRIP + TSAD_MAX_TILE];
     float *y[STRIP + TSAD_MAX_TILE];
     for (size_t i = 0; i < n; i++) {
@@ -217,8 +231,10 @@ void tsad_wino_task(const tsad_eye *e, const tsad_grid_node *node, int images, i
                             top * (ptrdiff_t)tsad_grid_row(in) + left * in->ld;
         x[i] = v + i * channels;
         y[i] = m + i * columns;
-        k->wino_in(from, tsad_grid_row(in), (size_t)in->ld, in->channels, v + i * channels,
-                   n * channels);
+        if (fresh) {
+            k->wino_in(from, tsad_grid_row(in), (size_t)in->ld, in->channels, v + i * channels,
+                       n * channels);
+        }
     }
     int group = task % s.groups;
     int end = (int)((int64_t)(group + 1) * c->panels / s.groups);

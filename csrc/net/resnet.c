@@ -205,7 +205,7 @@ tsad_status tsad_net_resnet(const tsad_vision_spec *spec, tsad_vision *v)
     TSAD_TRY(add_conv_norm(&b, "conv1", "bn1", image, stem, stem, -1, 7, 2, true));
     int at = add_grid_after(&b, stem, 3, 2, STEM, HALO);
     tsad_grid_node *pool = add_node(&b, TSAD_GRID_MAXPOOL, stem, at);
-    pool->kernel = 3;
+    pool->kernel = TSAD_POOL;
     pool->stride = 2;
     pool->pad = 1;
     add_rounding(&b, at);

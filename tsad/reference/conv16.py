@@ -3,10 +3,11 @@
 A convolution's input has one unit an image, the largest magnitude in it / `INPUT`, and its weights
 one an output channel; both are rounded to the nearest integer, half to even. A window's sum is made
 in parts (`parts`), each exact in 32 bits; times both units they are added as floats to the bias, in
-order. No part's sum, nor any on the way to it, is beyond 2^31 - 1: inputs are at most `INPUT` in
-magnitude, and a unit of weights is so large that in each part they come to at most `COLUMN`
-together (`round_weights`); INPUT * COLUMN < 2^31. Behind a ReLU inputs are not negative, so that
-positive and negative weights each may come to that much.
+order. What lies beyond the image is zeros, whose parts add nothing and may be left out. No part's
+sum, nor any on the way to it, is beyond 2^31 - 1: inputs are at most `INPUT` in magnitude, and a
+unit of weights is so large that in each part they come to at most `COLUMN` together
+(`round_weights`); INPUT * COLUMN < 2^31. Behind a ReLU inputs are not negative, so that positive
+and negative weights each may come to that much.
 
 3x3 convolutions of stride 1 over `WINOGRAD_AREA` pixels or more are Winograd's F(2x2, 3x3): inputs
 are transformed as integers, exactly, and come to `TIMES` as much in each of 16 places, which 16
@@ -44,19 +45,18 @@ def direct(
     out_dim, channels, side, _ = weight.shape
     signed = most is not None
     unit, integers = round_images(x, most)
-    rows = np.moveaxis(weight, 1, 3).reshape(out_dim, side, side * channels)
-    units, weights = round_weights(rows, signed)
+    rows = np.moveaxis(weight, 1, 3).reshape(out_dim, side * side * channels)
+    units, weights = round_weights(rows, channels, signed)
     seen = windows(np.pad(integers, around(side // 2)), side, stride)
     seen = seen.transpose(0, 2, 3, 4, 5, 1)  # (N, H', W', side, side, C)
-    seen = seen.reshape(*seen.shape[:4], side * channels).astype(np.float64)
+    seen = seen.reshape(*seen.shape[:3], side * side * channels).astype(np.float64)
     y = np.zeros((*seen.shape[:3], out_dim), x.dtype)
     if bias is not None:
         y = y + bias
     if start is not None:
         y = y + np.moveaxis(start, 1, -1)
-    for rows_in, inputs in parts(side, side * channels):
-        here = weights[:, rows_in, inputs].reshape(out_dim, -1)
-        sums = seen[..., rows_in, inputs].reshape(*seen.shape[:3], -1) @ here.T  # exact
+    for part in parts(rows.shape[1], channels):
+        sums = seen[..., part] @ weights[:, part].T  # exact
         y = y + sums.astype(x.dtype) * (unit[:, None, None, None] * units.astype(x.dtype))
     return np.moveaxis(y, -1, 1)
 
@@ -106,35 +106,29 @@ def round_images(x: Array, most: float | None) -> tuple[Array, Array]:
     return unit, np.rint(x * scale[:, None, None, None])
 
 
-def parts(side: int, run: int) -> list[tuple[slice, slice]]:
-    """How a window of `side` rows of `run` numbers is summed: rows, and numbers of each.
-
-    Some rows, if they have `PART` numbers at most, else parts of a row.
-    """
-    n = -(-run // PART)
-    if n == 1:
-        rows = PART // run
-        return [(slice(at, min(at + rows, side)), slice(0, run)) for at in range(0, side, rows)]
-    columns = [slice(i * run // n, (i + 1) * run // n) for i in range(n)]
-    return [(slice(row, row + 1), part) for row in range(side) for part in columns]
+def parts(n: int, channels: int) -> list[slice]:
+    """How a window of n numbers is summed: whole, or, with more than `PART`, pixel by pixel."""
+    size = n if n <= PART else channels
+    assert size <= PART
+    return [slice(at, at + size) for at in range(0, n, size)]
 
 
-def round_weights(rows: Array, signed: bool) -> tuple[Array, Array]:
-    """Units (c_out) and integers of weights (c_out, side, run), for inputs of one sign or of both.
+def round_weights(rows: Array, channels: int, signed: bool) -> tuple[Array, Array]:
+    """Units (c_out) and integers of weights (c_out, n), for inputs of one sign or of both.
 
-    Rounding adds 1/2 at most to each of a part's n weights. So a unit is at least (the sum of their
-    magnitudes, or of those of either sign) / (COLUMN - n / 2), and the largest / `LARGEST`; a
-    millionth more, for float32's rounding of it.
+    Rounding adds 1/2 at most to each of a part's weights. So a unit is at least (the sum of their
+    magnitudes, or of those of either sign) / (COLUMN - a half of their number), and the largest /
+    `LARGEST`; a millionth more, for float32's rounding of it.
     """
     wide = rows.astype(np.float64)
     sums, most_of = [], []
-    for rows_in, inputs in parts(*rows.shape[1:]):
-        part = wide[:, rows_in, inputs].reshape(len(rows), -1)
+    for at in parts(rows.shape[1], channels):
+        part = wide[:, at]
         above, below = np.maximum(part, 0).sum(1), np.maximum(-part, 0).sum(1)
         sums.append(above + below if signed else np.maximum(above, below))
         most_of.append(COLUMN - part.shape[1] / 2)
-    units = _units(wide.reshape(len(rows), -1), sums, most_of)
-    return units, _integers(wide, units[:, None, None])
+    units = _units(wide, sums, most_of)
+    return units, _integers(wide, units[:, None])
 
 
 def _units(wide: Array, sums: list[Array], most: list[float]) -> Array:
