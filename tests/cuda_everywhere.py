@@ -24,6 +24,8 @@ NOT_HERE = {
     "test_a_hundred_thousand_chunks_do_not_grow": "hours",
     "test_no_allocation_while_a_chunk_runs": "a process of its own, of a CPU",
     "test_workers_keep_off_the_callers_core": "a process of its own, of a CPU",
+    "test_facts": "asks which CPU it is",
+    "test_registers_that_are_not_alive_together_share_memory": "asks what a thread takes",
     "test_every_command_takes_the_policy": "tsad tune tries a CPU's integers",
     "test_a_bad_call_is_refused_and_changes_nothing[cuda]": "no bad call",
     "test_a_bad_call_is_refused_and_changes_nothing[out on another device]": "no bad call",
