@@ -304,9 +304,10 @@ def policy_config(features: dict[str, Any], down_dims: Sequence[int]) -> Any:
 
 def learning_rate(settings: dict[str, Any], step: int) -> float:
     """Linear warm-up, then half a cosine to 0 at the last step."""
-    if step < WARMUP:
-        return float(settings["lr"] * (step + 1) / WARMUP)
-    done = (step - WARMUP) / max(1, settings["steps"] - WARMUP)
+    warmup = settings.get("warmup", WARMUP)  # states of before it could be chosen have none
+    if step < warmup:
+        return float(settings["lr"] * (step + 1) / warmup)
+    done = (step - warmup) / max(1, settings["steps"] - warmup)
     return float(settings["lr"] * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
@@ -323,7 +324,8 @@ def train(args: argparse.Namespace, kind: type[Training] = Training, **more: Any
             raise SystemExit(f"{args.out}: has a training; --resume goes on with it")
         args.out.mkdir(parents=True, exist_ok=True)
         settings = {"steps": args.steps or STEPS, "lr": args.lr, "batch": args.batch}
-        settings |= {"seed": args.seed, "down_dims": list(args.down_dims), **more}
+        settings |= {"warmup": args.warmup, "seed": args.seed}
+        settings |= {"down_dims": list(args.down_dims), **more}
         training = kind(args.data, args.out, settings)
     training.fit(args.save_minutes, args.keep_every)
 
@@ -357,6 +359,7 @@ def add_training(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("--steps", type=int, help=f"default {STEPS}; may grow with --resume")
     fit.add_argument("--batch", type=int, default=64)
     fit.add_argument("--lr", type=float, default=1e-4)
+    fit.add_argument("--warmup", type=int, default=WARMUP, help="steps in which the rate rises")
     fit.add_argument("--seed", type=int, default=0)
     fit.add_argument(
         "--down-dims",
