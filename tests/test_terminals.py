@@ -73,6 +73,19 @@ def test_without_a_unit_a_share_is_shown(capsys: Any, monkeypatch: Any) -> None:
     assert said == "train: 7%, 0 s, step 7\ntrain: 100%, 0 s, step 99\n"
 
 
+def test_a_log_says_nothing_of_brief_work_that_is_brief(capsys: Any, monkeypatch: Any) -> None:
+    with Progress(2, "loading", unit="settings", brief=True) as progress:
+        progress.update("one")
+        progress.update("two")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(Progress, "LOG_SECONDS", 0.0)
+    with Progress(2, "loading", unit="settings", brief=True) as progress:
+        progress.update("one")
+        progress.update("two")
+    lines = "loading: 1 of 2 settings (50%), 0 s, one\nloading: 2 of 2 settings, 0 s, two\n"
+    assert capsys.readouterr().err == lines
+
+
 # ---- where it goes
 
 

@@ -13,12 +13,16 @@ from typing import Any
 class Progress:
     """A progress bar on standard error; in a log file, a line now and then.
 
-    Without a ``unit`` the share of ``total`` is shown, and no count.
+    Without a ``unit`` the share of ``total`` is shown, and no count. Of ``brief`` work a log says
+    nothing before it has taken long.
     """
 
     LOG_SECONDS, BAR_SECONDS = 15.0, 0.1
 
-    def __init__(self, total: int, label: str, *, unit: str, done: int = 0) -> None:
+    def __init__(
+        self, total: int, label: str, *, unit: str, done: int = 0, brief: bool = False
+    ) -> None:
+        self._brief = brief
         self.total, self.label, self.unit, self.done = total, label, unit, done
         self._note, self._part = "", 0.0
         self._begin = self._said = time.monotonic()
@@ -72,7 +76,7 @@ class Progress:
     def _show(self) -> None:
         now, ready = time.monotonic(), self.done >= self.total
         wait = self.LOG_SECONDS if self._bar is None else self.BAR_SECONDS
-        if now - self._said < wait and not ready:
+        if now - self._said < wait and (self._brief or not ready):
             return
         self._said = now
         position = min(self.done + self._part, self.total)

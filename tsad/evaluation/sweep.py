@@ -187,12 +187,15 @@ class Sweep:
         """Further rows."""
         from tsad import sim
 
-        for row in settings:
-            name, own = row["name"], self._trial(row)
-            realtime.check(own.realtime, own.latency, f"--settings: {name}: latency")
-            self._trials[name], self._settings[name] = own, row
-            with argument(f"--settings: {name}"):
-                sim.check_executed(self.load(name), own.setting.n_action_steps)
+        # a second for each of a large policy
+        with Progress(len(settings), "loading", unit="settings", brief=True) as progress:
+            for row in settings:
+                name, own = row["name"], self._trial(row)
+                realtime.check(own.realtime, own.latency, f"--settings: {name}: latency")
+                self._trials[name], self._settings[name] = own, row
+                with argument(f"--settings: {name}"):
+                    sim.check_executed(self.load(name), own.setting.n_action_steps)
+                progress.update(name)
 
     def _trial(self, row: Mapping[str, Any]) -> Trial:
         """What a row says, and what it leaves to the words."""
