@@ -154,6 +154,26 @@ def test_the_policy_that_sees() -> None:
     said("images.md", r"these seeds alone: (\S+), success (\S+), where", *means)
 
 
+def test_images_disturbed_and_encoders_in_16_bits() -> None:
+    page = read("images.md")
+    kinds = [results(page, f"{kind}-40") for kind in ("pixels-disturbed", "pixels-together")]
+    compared = kinds[0]["compared"]["rows"]
+    for row, name in zip(rows(page, "images | score"), kinds[0]["rows"], strict=True):
+        means = [kind["rows"][name][of]["mean"] for kind in kinds for of in ("score", "success")]
+        for written, value in zip((*row[1:3], *row[4:6]), means, strict=True):
+            same(written, value)
+        if name in compared:
+            low, high = compared[name]["simultaneous"]
+            known = (compared[name]["mean_difference"], low, high)
+            for written, value in zip(numbers(row[3]), known, strict=True):
+                same(written, value)
+    report = results(page, "vision-500")
+    (score,), (success,) = (report[k]["rows"].values() for k in ("compared", "compared_success"))
+    for one, words in ((score, r"16 bits, (\S+) \((\S+) to (\S+)\); success"),
+                       (success, r"and 0.430, (\S+) \((\S+) to (\S+)\) \(`tsad")):  # fmt: skip
+        said("images.md", words, one["mean_difference"], *one["simultaneous"])
+
+
 def test_the_policy_of_lerobot_that_comes_along() -> None:
     document = results(read("lerobot.md"), "corners-500")
     settings = json.loads((ROOT / "bench" / "frontier" / "pusht_corners.json").read_text())
