@@ -63,10 +63,10 @@ class Arm:
         self.seed, self.chunk, self.spent = seed, 0, []
         self.random = np.random.default_rng([seed, 18])
 
-    def __call__(self, obs: Any, *, lanes: Any) -> Any:
+    def __call__(self, obs: Any, *, lanes: Any, **options: Any) -> Any:
         if self.choose is not None:
             self.policy.plan = self.choose(self, obs[0])
-        actions = self.policy(obs, lanes=lanes)
+        actions = self.policy(obs, lanes=lanes, **options)
         self.spent.append(self.policy.plan.cost)
         self.chunk += 1
         return actions
