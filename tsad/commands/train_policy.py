@@ -40,7 +40,11 @@ held-out episodes are those of the first file.
 Training ends with --minutes or --steps, its learning rate then being 0: by the clock, so a busy
 machine gets its decay too (time in which the process is stopped doesn't count). Ctrl-C saves;
 --resume goes on, on a CPU and by --steps to the bit as if there had been no stop. It runs on the
-GPU that torch sees (bfloat16, compiled), else on the CPU."""
+GPU that torch sees (bfloat16, compiled), else on the CPU.
+
+--warm-start fine-tunes --init for few passes: a share of the windows begins with the policy's own
+chunk before, as chunks of tsad.load(DIR, warm_start=N, sampler="ddim", num_inference_steps=16,
+timestep_spacing="trailing") do, and learns what was demonstrated from there, in one pass."""
 
 EPILOG = """\
 examples:
@@ -50,6 +54,8 @@ examples:
   tsad train-policy demos.npz --out policy --steps 100000 --batch 1024 --lr 1e-3    on a GPU
   tsad train-policy demos.npz more.npz --shares 0.6 0.4 --out policy --init old --horizon 10 \\
       --minutes 60                                                 old weights, two sets of data
+  tsad train-policy demos.npz --init policy --warm-start 8 --lr 1e-4 --minutes 20 \\
+      --out policy-warm                                            for fewer passes: a fine-tune
   tsad eval pusht --policy policy                                  then see what it is good for"""
 
 
@@ -74,6 +80,8 @@ SETTINGS: Options = (
     ("val-episodes", natural, "held out: the last ones of the first file (default: 6)"),
     ("seed", natural, "of weights, order and noise (default: 0)"),
     ("init", str, "start from the weights and normaliser of this tsad folder"),
+    ("warm-start", positive_int, "with --init: fine-tune for chunks N of 16 steps from the end"),
+    ("warm-share", number, "of the windows that begin so (default: 0.5)"),
 )
 CHOICES = ("prediction-type", "shares", "coverage", "precision", "count-padding")
 NAMES = (*(name for name, _, _ in SETTINGS), *CHOICES)
@@ -148,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
         "minutes": round(trainer.seconds / 60, 2),
         "val_loss": trainer.curve[-1].val_loss if trainer.curve else None,
         "x0_error": trainer.curve[-1].x0_error if trainer.curve else None,
+        "warm_error": trainer.curve[-1].warm_error if trainer.curve else None,
     }
     if args.json:
         print(json.dumps(summary))

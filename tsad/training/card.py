@@ -20,6 +20,7 @@ _SETTINGS = {
     "val_episodes": "episodes held out",
     "seed": "seed",
     "init": "started from",
+    "warm_start": "fine-tuned for a warm start, steps of 16 from the end",
 }
 
 
@@ -72,13 +73,16 @@ def model_card(name: str, config: PolicyConfig, *, held_out: bool) -> str:
         f"{training['seconds'] / 60:.0f} minutes on {training['hardware']}, "
         f"PyTorch {training['torch']}.",
         "",
-        *_table([("", ""), *((v, str(training[k])) for k, v in _SETTINGS.items() if training[k])]),
+        *_table(
+            [("", ""), *((v, str(training[k])) for k, v in _SETTINGS.items() if training.get(k))]
+        ),
         "",
         f"Loss and root-mean-square error of the clean actions (units of the action) on {probe}, "
         "by noise level, fifths of the time steps from clean to noisy:",
         "",
         *_curve(facts["curve"]),
         "",
+        *_warm(training, facts["curve"]),
         "## What it can't do",
         "",
         "- The error above isn't success in closed loop, which isn't measured here (`tsad eval`).",
@@ -86,6 +90,21 @@ def model_card(name: str, config: PolicyConfig, *, held_out: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _warm(training: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a fine-tune on warm starts is, if it is one."""
+    if not training.get("warm_start"):
+        return []
+    first, last = curve[0], curve[-1]
+    return [
+        f"{training['warm_share']:.0%} of the windows began with its own chunk before, as chunks "
+        f"of `warm_start={training['warm_start']}` of 16 steps of DDIM do (trailing spacing); one "
+        f"pass from there erred by {first['warm_error']:.3g} at step {first['step']}, by "
+        f"{last['warm_error']:.3g} at step {last['step']}. The weights are others than those it "
+        "started from, so what is known of that policy is not known of this one.",
+        "",
+    ]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

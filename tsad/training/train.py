@@ -4,7 +4,8 @@ The loss is the squared error of the predicted noise, weighted by SNR(t)^-p. Wit
 comes from the last, almost clean steps, where it can't fall; p = 1 is the squared error of the
 clean actions. With sample prediction the same weighting is written in terms of the sample. Time
 steps are stratified over a batch. Actions past the end of an episode, which nobody demonstrated,
-don't count unless ``count_padding``.
+don't count unless ``count_padding``. With ``warm_start`` a share of the windows begins with the
+network's own chunk before (`tsad.training.warm`).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from tsad.training.running import (
     learning_rate,
     move_average,
 )
+from tsad.training.warm import STEPS, WarmStarts, before_windows, spread
 
 CARD_FILE = "README.md"
 NOISE_BINS = 5
@@ -82,6 +84,8 @@ class Settings:
     coverage: tuple[tuple[float, float], ...] = ()
     precision: str = "auto"
     init: str = ""
+    warm_start: int = 0  # none
+    warm_share: float = 0.5  # of the windows
 
     def __post_init__(self) -> None:
         checks = budget_checks(self) | {
@@ -89,9 +93,19 @@ class Settings:
             "shares": (all(s > 0 for s in self.shares), "numbers above 0"),
             "coverage": (all(0 <= a < b <= 1 for a, b in self.coverage), "pairs 0 <= a < b <= 1"),
             "precision": (self.precision in PRECISIONS, " or ".join(PRECISIONS)),
+            "warm_start": (
+                0 <= self.warm_start <= STEPS,
+                f"an integer from 1 to {STEPS}, or 0: none",
+            ),
+            "warm_share": (0 < self.warm_share < 1, "a number in (0, 1)"),
             "prediction_type": (self.prediction_type in ("epsilon", "sample"), "epsilon or sample"),
         }
         check_settings(self, checks)
+        if self.warm_start and not self.init:
+            raise ValueError(
+                f"warm_start: got {self.warm_start} without init, expected both: the chunk before "
+                "is the policy's own; train one, then fine-tune it"
+            )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Settings:
@@ -140,6 +154,8 @@ class _Data:
     action: Tensor
     steps: Tensor
     counts: Tensor
+    before: Tensor
+    goes_on: Tensor
     edges: NDArrayF
 
     @classmethod
@@ -151,7 +167,9 @@ class _Data:
         normalizer: NormalizerConfig,
         device: torch.device,
     ) -> _Data:
-        steps, inside, weights, start = [], [], [], 0
+        steps, inside = [], []
+        before, goes_on = [], []
+        weights, start = [], 0
         sizes = (settings.horizon, settings.n_obs_steps, settings.n_action_steps)
         bands = settings.coverage or [None] * len(parts)
         for part, share, band in zip(
@@ -164,6 +182,10 @@ class _Data:
                 index, within = index[chosen], within[chosen]
                 if not len(index):
                     raise DataError(f"{part.name}: no window's coverage is in {band}; widen it")
+            latest = index[:, settings.n_obs_steps - 1]
+            earlier, there = before_windows(latest, part.ends, *sizes[1:])
+            before.append(earlier + start)
+            goes_on.append(there)
             steps.append(index + start)
             inside.append(within | settings.count_padding)
             weights.append(np.full(len(index), share / len(index) if share else 1.0))
@@ -176,6 +198,8 @@ class _Data:
             torch.from_numpy(action).to(device),
             torch.from_numpy(np.concatenate(steps)).to(device),
             torch.from_numpy(np.concatenate(inside)).to(device, torch.float32),
+            torch.from_numpy(np.concatenate(before)).to(device),
+            torch.from_numpy(np.concatenate(goes_on)).to(device),
             np.cumsum(weight / weight.sum()),
         )
 
@@ -193,7 +217,10 @@ NDArrayF = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass
 class Report:
-    """A line of the curve. ``x0_error``: RMS of the clean actions by noise level, raw units."""
+    """A line of the curve. ``x0_error``: RMS of the clean actions by noise level, raw units.
+
+    ``warm_error``: of those that one pass makes of the chunk before, if that is trained.
+    """
 
     step: int
     seconds: float
@@ -201,11 +228,13 @@ class Report:
     train_loss: float
     val_loss: float
     x0_error: list[float] = field(default_factory=list)
+    warm_error: float | None = None
 
     def text(self) -> str:
         """For people."""
         errors = " ".join(f"{e:.3g}" for e in self.x0_error)
-        return f"loss {self.train_loss:.4g}, held out {self.val_loss:.4g}, x0 error {errors}"
+        warm = "" if self.warm_error is None else f", warm {self.warm_error:.3g}"
+        return f"loss {self.train_loss:.4g}, held out {self.val_loss:.4g}, x0 error {errors}{warm}"
 
 
 class Trainer(Training[Report]):
@@ -241,6 +270,11 @@ class Trainer(Training[Report]):
         self.random = torch.Generator().manual_seed(settings.seed)
         self.signal = signal_shares(settings.scheduler()).to(self.device)
         self.weights = step_weights(self.signal.cpu(), settings).to(self.device)
+        self.warm = (
+            WarmStarts(settings.scheduler(), settings.warm_start, settings.n_action_steps)
+            if settings.warm_start
+            else None
+        )
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self.compiled = self.device.type == "cuda" and compile
         self._forward: Callable[..., Tensor] = (
@@ -307,6 +341,11 @@ class Trainer(Training[Report]):
         build = _Data.build
         self.data = build(parts, self.settings.shares, self.settings, normalizer, self.device)
         probe = held_out or first
+        if self.settings.warm_start and not self.data.goes_on.any():
+            raise ValueError(
+                f"warm_start: no episode of {first.name} goes on for the "
+                f"{self.settings.n_action_steps} steps of a chunk; expected longer ones"
+            )
         self.probe_is_held_out = held_out is not None
         every = replace(self.settings, coverage=())
         self.probe = build([probe], (), every, normalizer, self.device)
@@ -325,17 +364,36 @@ class Trainer(Training[Report]):
         return torch.cat(parts)
 
     def _run(
-        self, net: Callable[..., Tensor], data: _Data, index: Tensor, t: Tensor, noise: Tensor
+        self,
+        net: Callable[..., Tensor],
+        data: _Data,
+        index: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        starts: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, noisy actions and clean actions of windows, (batch, horizon, action_dim) each."""
+        """Output, noisy actions and clean actions of windows, (batch, horizon, action_dim) each.
+
+        ``starts``: what rows have noise added to in place of the clean actions, and which rows.
+        """
         steps = data.steps[index.to(self.device)]
         t, noise = t.to(self.device), noise.to(self.device)
         clean, obs = data.action[steps], data.obs[steps[:, : self.settings.n_obs_steps]]
-        share = self.signal[t][:, None, None]
-        noisy = share.sqrt() * clean + (1 - share).sqrt() * noise
+        share, base = self.signal[t][:, None, None], clean
+        if starts is not None:
+            base = clean.clone()
+            base[starts[1]] = starts[0]
+        noisy = share.sqrt() * base + (1 - share).sqrt() * noise
         with self._reduced():
             output = net(noisy, t, obs)
         return output.float(), noisy, clean
+
+    def _starts(self, data: _Data, index: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
+        """Of the windows that ``rows`` picks; ``noise`` is what the chunks before begin with."""
+        assert self.warm is not None
+        obs = data.obs[data.before[index.to(self.device)[rows]]]
+        with self._reduced():
+            return self.warm(self.ema, obs, noise.to(self.device)[rows])
 
     @contextmanager
     def _reduced(self) -> Iterator[None]:
@@ -364,9 +422,16 @@ class Trainer(Training[Report]):
         t = ((torch.arange(s.batch) + shift) / s.batch * k).long() % k
         shape = (s.batch, s.horizon, self.config.network.action_dim)
         noise = torch.randn(shape, generator=self.random)
+        starts = None
+        if self.warm is not None:
+            rows = spread(s.batch, s.warm_share).to(self.device)
+            rows &= self.data.goes_on[index.to(self.device)]
+            t = torch.where(rows.cpu(), self.warm.timestep, t)
+            first = torch.randn(shape, generator=self.random)
+            starts = self._starts(self.data, index, rows, first), rows
         self.net.train()
-        output, _, clean = self._run(self._forward, self.data, index, t, noise)
-        target = noise if s.prediction_type == "epsilon" else clean
+        output, noisy, clean = self._run(self._forward, self.data, index, t, noise, starts)
+        target = self._target(noisy, clean, noise, t, starts is not None)
         loss = self._loss(output, target, self.data.counts[index.to(self.device)], t)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -375,6 +440,17 @@ class Trainer(Training[Report]):
         keep = min(s.ema, 1 - (1 + self.step) ** -_EMA_POWER)
         move_average(self.ema.parameters(), self.net.parameters(), keep)
         return value
+
+    def _target(
+        self, noisy: Tensor, clean: Tensor, noise: Tensor, t: Tensor, started: bool
+    ) -> Tensor:
+        """What the network should say: the clean actions, or the noise that leads to them."""
+        if self.settings.prediction_type != "epsilon":
+            return clean
+        if not started:
+            return noise
+        share = self.signal[t.to(self.device)][:, None, None]
+        return (noisy - share.sqrt() * clean) / (1 - share).sqrt()
 
     @torch.no_grad()
     def evaluate(self) -> Report:
@@ -388,22 +464,31 @@ class Trainer(Training[Report]):
         noise = torch.randn(shape, generator=fixed)
         output, noisy, clean = self._run(self.ema, self.probe, index, t, noise)
         counts = self.probe.counts[index.to(self.device)]
+        squares = self._squares(output, noisy, clean, t) * counts
+        level = (t * NOISE_BINS // k).to(self.device)
+        rms = [_root(squares[level == b], counts[level == b]) for b in range(NOISE_BINS)]
+        target = self._target(noisy, clean, noise, t, False)
+        loss = float(self._loss(output, target, counts, t))
+        rate = learning_rate(s, self.step, self.fraction)
+        report = Report(self.step, round(self.seconds, 1), rate, self.average_loss, loss, rms)
+        if self.warm is not None:
+            rows = self.probe.goes_on[index.to(self.device)]
+            first, t = torch.randn(shape, generator=fixed), torch.full_like(t, self.warm.timestep)
+            starts = self._starts(self.probe, index, rows, first), rows
+            output, noisy, clean = self._run(self.ema, self.probe, index, t, noise, starts)
+            squares = self._squares(output, noisy, clean, t) * counts
+            report.warm_error = _root(squares[rows], counts[rows])
+        return report
+
+    def _squares(self, output: Tensor, noisy: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+        """(batch, horizon): of the errors of the clean actions that an output says, raw units."""
         guess = output
-        if s.prediction_type == "epsilon":
+        if self.settings.prediction_type == "epsilon":
             share = self.signal[t.to(self.device)][:, None, None]
             guess = (noisy - (1 - share).sqrt() * output) / share.sqrt()
         scale = torch.tensor(self.config.normalizer.action.scale, device=self.device)
         # clipped as the sampler clips it: else the noisiest steps, divided by almost 0, say nothing
-        squares = ((guess.clamp(-1, 1) - clean) / scale).square().mean(2) * counts
-        level = (t * NOISE_BINS // k).to(self.device)
-        rms = [
-            float((squares[level == b].sum() / counts[level == b].sum().clamp(min=1)).sqrt())
-            for b in range(NOISE_BINS)
-        ]
-        target = noise if s.prediction_type == "epsilon" else clean
-        loss = float(self._loss(output, target, counts, t))
-        rate = learning_rate(s, self.step, self.fraction)
-        return Report(self.step, round(self.seconds, 1), rate, self.average_loss, loss, rms)
+        return ((guess.clamp(-1, 1) - clean) / scale).square().mean(2)
 
     def state(self) -> dict[str, Any]:
         """Everything that a training goes on from."""
@@ -469,6 +554,11 @@ def longer(positions: np.ndarray[Any, Any], horizon: int) -> np.ndarray[Any, Any
     """
     missing = horizon - positions.shape[1]
     return np.concatenate([positions, np.repeat(positions[:, -1:], missing, axis=1)], axis=1)
+
+
+def _root(squares: Tensor, counts: Tensor) -> float:
+    """Of their mean, of those that count."""
+    return float((squares.sum() / counts.sum().clamp(min=1)).sqrt())
 
 
 def thin(curve: Sequence[Report], most: int = 25) -> list[Report]:
