@@ -102,9 +102,9 @@ def sweep(document: dict[str, Any], *, success: bool = False) -> str:
 
 
 def add_pairs(document: dict[str, Any], file: Path, pairs: list[list[str]]) -> None:
-    """Two rows of a sweep compared, from the files of their episodes, which lie beside it."""
+    """Two rows compared, from the files of their episodes: beside a sweep, or ../OTHER/ROW."""
     for one, other in pairs:
-        episodes, baseline = (read_results(file.with_name(f"{x}.json"))[1] for x in (one, other))
+        episodes, baseline = (read_results(file.parent / f"{x}.json")[1] for x in (one, other))
         found = compare(episodes, baseline)
         document.setdefault("pairs", {})[f"{one} to {other}"] = found
         for what in ("score", "success"):
@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> int:
         nargs=2,
         action="append",
         metavar="ROW",
-        help="of a sweep: compare the first row with the second, too, and write it into the file",
+        help="of a sweep: compare the first row with the second, which may be of another "
+        "(../OTHER/ROW), and write it into the file",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture instead")
     args = parser.parse_args(argv)
