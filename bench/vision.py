@@ -10,7 +10,8 @@ same ones; before anything is timed each one's features are compared with float6
 turns, some passes each, in rounds; reported are the fastest round and the median of rounds. The
 peers get float32 planes, ours uint8 as a camera gives them. The floor in the same run: the larger
 of the multiply-adds at the rate that all threads reach from registers, and the weights read once;
-of our 16 bits, at the rate of products of 16-bit integers, and of half the bytes.
+of our 16 bits, at the rate of products of 16-bit integers, and of half the bytes, or, with weights
+of 8 bits, a quarter.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def bench(size: tuple[int, int], n: int, args: argparse.Namespace) -> dict[str, 
     contenders = peers(encoder, weights, planes, args.peers, args.threads)
     visions = {
         name: _core.Vision(weights, threads=args.threads, precision=name, **encoder.arguments())
-        for name in ("float32", "int16")
+        for name in ("float32", "int16", "int8")
     }
     vision = visions["float32"]
     out = np.empty((n, vision.features), np.float32)
@@ -159,7 +160,10 @@ def bench(size: tuple[int, int], n: int, args: argparse.Namespace) -> dict[str, 
     peak = Roofline.best(peaks)
     work = n * multiply_adds(encoder)
     least = floor(work, 4 * parameters, peak)
-    floors = {"tsad int16": floor(work, 2 * parameters, peak, work)}
+    floors = {
+        f"tsad {name}": floor(work, size * parameters, peak, work)
+        for name, size in (("int16", 2), ("int8", 1))
+    }
     rows = {}
     for name, values in times.items():
         share = floors.get(name, least)["ms"] / min(values)
@@ -175,7 +179,7 @@ def bench(size: tuple[int, int], n: int, args: argparse.Namespace) -> dict[str, 
         )
     print(
         f"  floor: {least['compute_ms']:.2f} ms of arithmetic, {least['memory_ms']:.2f} of "
-        f"weights; in 16 bits {floors['tsad int16']['compute_ms']:.2f} of arithmetic"
+        f"weights; of integers {floors['tsad int16']['compute_ms']:.2f} of arithmetic"
     )
     for name, own in visions.items():
         print(f"  ours keeps {(own.weight_bytes + own._bytes) / 1e6:.0f} MB in {name}")
@@ -185,14 +189,17 @@ def bench(size: tuple[int, int], n: int, args: argparse.Namespace) -> dict[str, 
         "parameters": parameters,
         "multiply_adds": n * multiply_adds(encoder),
         "largest_feature": float(np.abs(expected).max()),
-        "bytes": {"weights": vision.weight_bytes, "rest": vision._bytes},
-        "bytes_int16": {
-            "weights": visions["int16"].weight_bytes,
-            "rest": visions["int16"]._bytes,
+        **{
+            "bytes" if name == "float32" else f"bytes_{name}": {
+                "weights": own.weight_bytes,
+                "rest": own._bytes,
+            }
+            for name, own in visions.items()
         },
         "peak": peak,
         "floor": least,
         "floor_int16": floors["tsad int16"],
+        "floor_int8": floors["tsad int8"],
         "contenders": rows,
     }
 

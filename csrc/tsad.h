@@ -402,7 +402,7 @@ typedef struct tsad_vision_spec {
     /* (channels) the trunk sees pixel * scale + offset, of pixels from 0 to 1 */
     const float *scale, *offset;
     int relu; /* after the linear layer */
-    int bits; /* 32, or 16: the trunk's convolutions multiply integers */
+    int bits; /* 32; 16: the trunk's convolutions multiply integers; 8: their weights are bytes */
     int n_threads;
     const char *backend; /* as a model's */
     const tsad_tensor *tensors;

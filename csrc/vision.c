@@ -29,8 +29,8 @@ static tsad_status check_spec(const tsad_vision_spec *s)
                          "depth: expected 18 or 34, got %d; deeper ResNets have other blocks",
                          s->depth);
     }
-    if (s->bits != 32 && s->bits != 16) {
-        return tsad_fail(TSAD_ARGUMENT, "bits: expected 32 or 16, got %d; correct it", s->bits);
+    if (s->bits != 32 && s->bits != 16 && s->bits != 8) {
+        return tsad_fail(TSAD_ARGUMENT, "bits: expected 32, 16 or 8, got %d; correct it", s->bits);
     }
     TSAD_TRY(tsad_check_numbers("scale", s->scale, (size_t)s->channels));
     return tsad_check_numbers("offset", s->offset, (size_t)s->channels);

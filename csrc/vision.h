@@ -33,7 +33,8 @@ typedef struct tsad_grid_node {
     int in, out;
     int residual; /* grid, -1: none */
     int kernel, stride, pad;
-    bool relu, rounded; /* rounded: a CONV of `in` and weights in 16 bits */
+    bool relu;
+    bool rounded, bytes; /* a CONV of `in` and weights in 16 bits; of weights in 8 */
     /* CONV: torch's (c_out, c_in, kernel, kernel) and (c_out) or NULL; NORM: gain and shift (c).
      * Borrowed from the specification: NULL once they are packed. */
     const float *weight, *bias;

@@ -582,7 +582,7 @@ int main(int argc, char **argv)
         test_paths(TSAD_FLOAT32, 1e-5f);
         test_paths(TSAD_INT16, 1e-4f);
         test_paths(TSAD_INT8, 1e-4f);
-        check(encoders_are_near_ref(), "image encoders equal ref in float32 and in 16 bits");
+        check(encoders_are_near_ref(), "image encoders equal ref in float32, in 16 and in 8 bits");
         pthread_t threads[2];
         for (int i = 0; i < 2; i++) {
             pthread_create(&threads[i], NULL, hammer, model);

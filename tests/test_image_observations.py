@@ -487,27 +487,31 @@ def test_the_bound_is_kept_and_checked(folder: Path) -> None:
         tsad.load("pusht", reuse_images=2)
 
 
-def test_the_encoders_precision_is_kept_and_checked(folder: Path) -> None:
-    half = tsad.load(folder, vision_precision="int16", sampler="ddim", num_inference_steps=2)
+@pytest.mark.parametrize(("precision", "bound"), [("int16", 5e-3), ("int8", 6e-2)])
+def test_the_encoders_precision_is_kept_and_checked(
+    folder: Path, precision: str, bound: float
+) -> None:
+    half = tsad.load(folder, vision_precision=precision, sampler="ddim", num_inference_steps=2)
     whole = load(folder)
-    assert (half.vision_precision, whole.vision_precision) == ("int16", "float32")
+    assert (half.vision_precision, whole.vision_precision) == (precision, "float32")
     assert half.precision == whole.precision == "float32"
     obs = observed(half)
     right, found = whole.encode(obs), half.encode(obs)
     images = right[:, : -3 - 4] if found.shape == right.shape else right
-    assert 0 < np.abs(found - right).max() <= 5e-3 * np.abs(images).max()
+    assert 0 < np.abs(found - right).max() <= bound * np.abs(images).max()
     assert half.stats["weight_bytes"] < whole.stats["weight_bytes"]
     for twin in (copy.copy(half), pickle.loads(pickle.dumps(half))):
-        assert twin.vision_precision == "int16"
+        assert twin.vision_precision == precision
         np.testing.assert_array_equal(twin.encode(obs), found)
-    setting = Setting.of({"vision_precision": "int16"})
-    assert setting.options()["vision_precision"] == "int16"
-    assert setting.key(half)["vision_precision"] == "int16"
+    setting = Setting.of({"vision_precision": precision})
+    assert setting.options()["vision_precision"] == precision
+    assert setting.key(half)["vision_precision"] == precision
     assert "vision_precision" not in Setting(vision_precision="float32").key(whole)
-    with pytest.raises(ValueError, match="vision_precision: expected one of 'float32', 'int16'"):
-        tsad.load(folder, vision_precision="int8")
+    named = "vision_precision: expected one of 'float32', 'int16', 'int8', got 'int4'"
+    with pytest.raises(ValueError, match=named):
+        tsad.load(folder, vision_precision="int4")
     with pytest.raises(ValueError, match="vision_precision: expected None, .* sees no images"):
-        tsad.load("pusht", vision_precision="int16")
+        tsad.load("pusht", vision_precision=precision)
 
 
 def test_a_preset_has_the_encoders_precision(

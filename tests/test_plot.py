@@ -183,3 +183,7 @@ def test_names_of_the_frontier_can_be_read() -> None:
         "DDIM, the last 8 of 16 steps, 1 pass, trailing spacing"
     )
     assert names["ddim-8-warm-4-4-actions"] == "DDIM, the last 4 of 8 steps, 4 of 8 actions"
+    document["settings"]["ddpm-100"] |= {"precision": "int8", "vision_precision": "int8"}
+    assert plot_frontier.words(document, "ddpm-100") == (
+        "DDPM, 100 steps, 8 bits, images in 8 bits"
+    )

@@ -247,7 +247,7 @@ BAD_ARGUMENTS = {
     "relu": ("yes", "relu: expected an integer, got 'yes'"),
     "threads": (0, "threads: expected 1 to 64, got 0"),
     "backend": ("tpu", "backend 'tpu' is unknown"),
-    "precision": ("int8", "precision: expected 'float32' or 'int16', got 'int8'"),
+    "precision": ("int4", "precision: expected 'float32', 'int16' or 'int8', got 'int4'"),
     "tensors": ([1], "tensors: expected a dict"),
     "colour": (1, "Vision: unknown key 'colour'"),
 }

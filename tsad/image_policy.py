@@ -37,8 +37,8 @@ class ImagePolicy(SparsePolicy):
 
     An array is taken too: observations whose images are features already, as `encode` makes them
     and as `tsad.Recorder` keeps them. The encoders run on the CPU, whatever the policy's device, in
-    ``vision_precision``: float32, whatever the policy's precision, or "int16" if `tsad.load` was
-    told so.
+    ``vision_precision``: float32, whatever the policy's precision, or "int16" or "int8" if
+    `tsad.load` was told so.
     """
 
     __slots__ = ("_alone", "_reuse", "_cameras", "_images", "_milliseconds", "_rows", "_seen")
@@ -134,7 +134,7 @@ class ImagePolicy(SparsePolicy):
 
     @property
     def vision_precision(self) -> str:
-        """The image encoders', "float32" or "int16"."""
+        """The image encoders', "float32", "int16" or "int8"."""
         return self._cameras.precision
 
     @property

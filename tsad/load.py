@@ -125,9 +125,10 @@ def load(
     within it an image takes the features of one that was encoded (`ImagePolicy`). Fewer are encoded
     then, and actions are others; docs/images.md has what that saves and costs.
 
-    ``vision_precision``, of these, is ``"float32"``, the default, or ``"int16"``: their encoders
-    multiply 16-bit integers, faster and with half the weights' memory, and features are others by
-    some thousandths (docs/images.md). ``precision``, and ``error_bound``, are the network's alone.
+    ``vision_precision``, of these, is ``"float32"``, the default, ``"int16"`` or ``"int8"``: their
+    encoders multiply 16-bit integers, faster and with half the weights' memory, and features are
+    others by some thousandths; or, with a quarter of it, weights of 8 bits, and by some hundredths
+    (docs/images.md). ``precision``, and ``error_bound``, are the network's alone.
 
     ``fitted`` is what `tsad fit` found for these weights, sampler, steps and warm start, a file or
     a `tsad.fitted.Fitted`. It is of one plan, to be set afterwards; a preset has both.

@@ -16,7 +16,7 @@ SCOPE = {
     "networks": Row(
         "Diffusion Policy's transformer (time_as_cond, obs_as_cond) and UNet (obs_as_global_cond), "
         "LeRobot's UNet and DiT; for images their ResNet-18 or 34 with spatial softmax",
-        "other vision encoders (CLIP, ResNet-50: give their features as observations), in 8 bits",
+        "other vision encoders (CLIP, ResNet-50: give their features as observations)",
     ),
     "checkpoints": Row(
         "Diffusion Policy's .ckpt (transformer, UNet, hybrid image), LeRobot folders (diffusion, "

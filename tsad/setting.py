@@ -43,7 +43,7 @@ RULED = {
 MOVED = ("lead", "smoothing")  # what is made of the actions that are executed
 MAX_LEAD = 10.0  # TSAD_MAX_LEAD in csrc/tsad.h
 MAX_REUSE = 255.0  # levels of a pixel: everything
-VISION_PRECISIONS = ("float32", "int16")
+VISION_PRECISIONS = ("float32", "int16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)

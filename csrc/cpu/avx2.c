@@ -4,6 +4,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #include <immintrin.h>
+#include <stdbool.h>
 
 typedef float vf __attribute__((vector_size(32)));
 typedef int vi __attribute__((vector_size(32)));
@@ -43,37 +44,42 @@ static inline __attribute__((always_inline)) void totals8(const vf v[4], float o
 #define ZERO_YMM(n) "vpxor %%ymm" #n ", %%ymm" #n ", %%ymm" #n "\n\t"
 #define KEEP_YMM(n) "vmovdqa %%ymm" #n ", 32*" #n "(%[sum])\n\t"
 #define EACH_12(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11)
-#define MADD_LOOP(M)                                                                               \
+#define MADD_LOOP(M, load, half, both)                                                             \
+    __asm__ volatile(                                                                              \
+        EACH_12(ZERO_YMM) "1:\n\t"                                                                 \
+                          "mov %[first], %[i]\n"                                                   \
+                          "2:\n\t" load " (%[w]), %%ymm12\n\t" load " " half "(%[w]), %%ymm13\n\t" \
+                          "prefetcht1 8192(%[w])\n\t"                                              \
+                          "prefetcht0 1024(%[w])\n\t" MADD_##M "add $" both ", %[w]\n\t"           \
+                                                               "inc %[i]\n\t"                      \
+                                                               "jnz 2b\n\t"                        \
+                                                               "add %[ld], %[x0]\n\t"              \
+                                                               "add %[ld], %[x1]\n\t"              \
+                                                               "add %[ld], %[x2]\n\t"              \
+                                                               "add %[ld], %[x3]\n\t"              \
+                                                               "add %[ld], %[x4]\n\t"              \
+                                                               "add %[ld], %[x5]\n\t"              \
+                                                               "dec %[rows]\n\t"                   \
+                                                               "jnz 1b\n\t" EACH_12(KEEP_YMM)      \
+        : [w] "+r"(w), [x0] "+r"(x0), [x1] "+r"(x1), [x2] "+r"(x2), [x3] "+r"(x3), [x4] "+r"(x4),  \
+          [x5] "+r"(x5), [rows] "+r"(rows), [i] "=&r"(i)                                           \
+        : [ld] "r"(ld), [first] "r"(first), [sum] "r"(sum)                                         \
+        : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",  \
+          "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15")
+
+#define MADD_BOTH(M)                                                                               \
     case M:                                                                                        \
-        __asm__ volatile(                                                                          \
-            EACH_12(ZERO_YMM) "1:\n\t"                                                             \
-                              "mov %[first], %[i]\n"                                               \
-                              "2:\n\t"                                                             \
-                              "vmovdqu (%[w]), %%ymm12\n\t"                                        \
-                              "vmovdqu 32(%[w]), %%ymm13\n\t"                                      \
-                              "prefetcht1 8192(%[w])\n\t"                                          \
-                              "prefetcht0 1024(%[w])\n\t" MADD_##M "add $64, %[w]\n\t"             \
-                                                                   "inc %[i]\n\t"                  \
-                                                                   "jnz 2b\n\t"                    \
-                                                                   "add %[ld], %[x0]\n\t"          \
-                                                                   "add %[ld], %[x1]\n\t"          \
-                                                                   "add %[ld], %[x2]\n\t"          \
-                                                                   "add %[ld], %[x3]\n\t"          \
-                                                                   "add %[ld], %[x4]\n\t"          \
-                                                                   "add %[ld], %[x5]\n\t"          \
-                                                                   "dec %[rows]\n\t"               \
-                                                                   "jnz 1b\n\t" EACH_12(KEEP_YMM)  \
-            : [w] "+r"(w), [x0] "+r"(x0), [x1] "+r"(x1), [x2] "+r"(x2), [x3] "+r"(x3),             \
-              [x4] "+r"(x4), [x5] "+r"(x5), [rows] "+r"(rows), [i] "=&r"(i)                        \
-            : [ld] "r"(ld), [first] "r"(first), [sum] "r"(sum)                                     \
-            : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",      \
-              "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");               \
+        MADD_LOOP(M, "vmovdqu", "32", "64");                                                       \
+        break;                                                                                     \
+    case 8 * M:                                                                                    \
+        MADD_LOOP(M, "vpmovsxbw", "16", "32");                                                     \
         break
 
 /* sum: (6, 2) vectors, of which the first M pixels' are made; x: of M pixels, M of them in bytes */
-static inline __attribute__((always_inline)) void madd_dots(const int M, const short *const *x,
-                                                            size_t skip, size_t row, size_t rows,
-                                                            int pairs, const short *w, vi *sum)
+static inline __attribute__((always_inline)) void madd_dots(const bool bytes, const int M,
+                                                            const short *const *x, size_t skip,
+                                                            size_t row, size_t rows, int pairs,
+                                                            const void *w, vi *sum)
 {
     size_t ld = row * sizeof **x;
     ptrdiff_t first = -(ptrdiff_t)pairs, i;
@@ -82,13 +88,13 @@ static inline __attribute__((always_inline)) void madd_dots(const int M, const s
                 *x3 = x[M > 3 ? 3 : 0] + skip + 2 * pairs;
     const short *x4 = x[M > 4 ? 4 : 0] + skip + 2 * pairs,
                 *x5 = x[M > 5 ? 5 : 0] + skip + 2 * pairs;
-    switch (M) {
-        MADD_LOOP(1);
-        MADD_LOOP(2);
-        MADD_LOOP(3);
-        MADD_LOOP(4);
-        MADD_LOOP(5);
-        MADD_LOOP(6);
+    switch (bytes ? 8 * M : M) {
+        MADD_BOTH(1);
+        MADD_BOTH(2);
+        MADD_BOTH(3);
+        MADD_BOTH(4);
+        MADD_BOTH(5);
+        MADD_BOTH(6);
     default:
         break;
     }
@@ -106,8 +112,9 @@ static inline __attribute__((always_inline)) void madd_dots(const int M, const s
 /* gcc 12 widens halves and joins them: four instructions in place of one */
 #define WIDEN(from) ((vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(from))))
 #define HAS_DOT16 false
-#define OWN_CONV16(M, t, sum)                                                                      \
-    madd_dots(M, (t)->x, (t)->skip, (t)->ld, (size_t)(t)->rows, (t)->pairs, (t)->w, sum)
+#define OWN_CONV16(bytes, M, t, sum)                                                               \
+    madd_dots(bytes, M, (t)->x, (t)->skip, (t)->ld, (size_t)(t)->rows, (t)->pairs,                 \
+              (bytes) ? (const void *)(t)->w.q8 : (const void *)(t)->w.q, sum)
 #define path(name) avx2_##name
 #include "simd.h"
 #pragma GCC pop_options

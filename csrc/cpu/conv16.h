@@ -1,11 +1,13 @@
-/* conv16.h: a tile of a convolution in 16 bits; included by simd.h. As conv.h's, by pairs of
- * inputs; its sums are integers, and what is made of them is rounded as plain C rounds it: no fused
- * multiply-add.
+/* conv16.h: a tile of a convolution in 16 bits, weights of 8 widened as they come; included by
+ * simd.h. As conv.h's, by pairs of inputs; its sums are integers, and what is made of them is
+ * rounded as plain C rounds it: no fused multiply-add.
  */
 
-ALWAYS_INLINE void conv16_sums(const bool own, const int M, const tsad_tile16 *t, vi *out)
+ALWAYS_INLINE void conv16_sums(const bool own, const bool bytes, const int M, const tsad_tile16 *t,
+                               vi *out)
 {
     (void)own; /* on a path without an instruction of its own */
+    const size_t size = bytes ? 1 : 2;
     vi sum[MAX_ROWS][2];
     const int16_t *x[MAX_ROWS];
 #pragma GCC unroll 16
@@ -13,11 +15,11 @@ ALWAYS_INLINE void conv16_sums(const bool own, const int M, const tsad_tile16 *t
         x[p] = t->x[p] + t->skip;
         sum[p][0] = sum[p][1] = (vi){0};
     }
-    const int16_t *w = t->w;
+    const char *w = bytes ? (const char *)t->w.q8 : (const char *)t->w.q;
     for (int r = 0; r < t->rows; r++) {
-        for (int i = 0; i < t->pairs; i++, w += 2 * PANEL) {
-            vi w0 = load_pairs(false, w, 0), w1 = load_pairs(false, w, 2 * W);
-            __builtin_prefetch((const char *)w + NEAR_AHEAD, 0, 3);
+        for (int i = 0; i < t->pairs; i++, w += 2 * PANEL * size) {
+            vi w0 = load_pairs(bytes, w, 0), w1 = load_pairs(bytes, w, 2 * W);
+            __builtin_prefetch(w + NEAR_AHEAD, 0, 3);
 #pragma GCC unroll 16
             for (int p = 0; p < M; p++) {
                 int pair;
@@ -64,14 +66,15 @@ ALWAYS_INLINE void conv16_store(const int M, const begun from, const tsad_tile16
     }
 }
 
-ALWAYS_INLINE void conv16_pixels(const bool own, const int M, const tsad_tile16 *t)
+ALWAYS_INLINE void conv16_pixels(const bool own, const bool bytes, const int M,
+                                 const tsad_tile16 *t)
 {
     vi sum[MAX_ROWS * 2];
 #ifdef OWN_CONV16
     (void)own;
-    OWN_CONV16(M, t, sum);
+    OWN_CONV16(bytes, M, t, sum);
 #else
-    conv16_sums(own, M, t, sum);
+    conv16_sums(own, bytes, M, t, sum);
 #endif
     if (t->fresh) {
         conv16_store(M, FROM_ZERO, t, sum);
@@ -86,10 +89,10 @@ ALWAYS_INLINE void conv16_pixels(const bool own, const int M, const tsad_tile16 
 
 #define CONV16(M)                                                                                  \
     case M:                                                                                        \
-        conv16_pixels(own, M, t);                                                                  \
+        conv16_pixels(own, bytes, M, t);                                                           \
         break
 
-ALWAYS_INLINE void conv16_any(const bool own, const tsad_tile16 *t)
+ALWAYS_INLINE void conv16_any(const bool own, const bool bytes, const tsad_tile16 *t)
 {
     switch (t->pixels) {
         CONV16(1);
@@ -113,10 +116,15 @@ ALWAYS_INLINE void conv16_any(const bool own, const tsad_tile16 *t)
 
 static void path(conv16)(const tsad_tile16 *t)
 {
-    if (HAS_DOT16) {
-        conv16_any(true, t);
+    bool own = HAS_DOT16;
+    if (own && t->w.q8) {
+        conv16_any(true, true, t);
+    } else if (own) {
+        conv16_any(true, false, t);
+    } else if (t->w.q8) {
+        conv16_any(false, true, t);
     } else {
-        conv16_any(false, t);
+        conv16_any(false, false, t);
     }
 }
 

@@ -99,8 +99,20 @@ typedef struct tsad_tile {
 
 enum { TSAD_MAX_TILE = 12 };
 
-/* The same of inputs and weights in 16 bits: the sums, exact, times both units are added to what
- * the floats start from. */
+/* Weights in 16 bits, or in 8: one of the two. */
+typedef struct tsad_weights16 {
+    const int16_t *q;
+    const int8_t *q8;
+} tsad_weights16;
+
+/* those from number `at` on */
+static inline tsad_weights16 tsad_weights_from(tsad_weights16 w, size_t at)
+{
+    return w.q8 ? (tsad_weights16){.q8 = w.q8 + at} : (tsad_weights16){.q = w.q + at};
+}
+
+/* The same of inputs in 16 bits, and of weights that are integers: the sums, exact, times both
+ * units are added to what the floats start from. */
 typedef struct tsad_tile16 {
     int pixels;
     const int16_t *const *x;
@@ -109,7 +121,7 @@ typedef struct tsad_tile16 {
     float *const *y;
     size_t at;
     int rows, pairs;   /* of inputs in a row */
-    const int16_t *w;  /* (rows, pairs, panel, 2) */
+    tsad_weights16 w;  /* (rows, pairs, panel, 2) */
     const float *unit; /* (panel) */
     const float *bias; /* as a tile's, */
     bool residual, relu;

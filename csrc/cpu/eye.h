@@ -13,10 +13,11 @@ typedef struct tsad_conv {
     int lines, run, panels;
     bool by_pixels;
     bool wino; /* winograd.c: w is (panels, 16, c_in, panel) */
-    /* in 16 bits, in the place of w: (panels, lines, pairs of a run, panel, 2), and the units of
-     * the channels, padded; Winograd's (panels, 16, pairs of c_in, panel, 2), (panels, 16, panel)
+    /* in 16 bits or 8, in the place of w: (panels, lines, pairs of a run, panel, 2), and the units
+     * of the channels, padded; Winograd's (panels, 16, pairs of c_in, panel, 2), (panels, 16,
+     * panel)
      */
-    const int16_t *q;
+    tsad_weights16 q;
     const float *unit;
 } tsad_conv;
 

@@ -19,10 +19,27 @@ static double weight_at(const float *w, int c_in, int kernel, int i)
     return (double)w[(size_t)(i % c_in) * (size_t)(kernel * kernel) + (size_t)(i / c_in)];
 }
 
+/* Weights as they are packed: of one of the two. */
+typedef struct packing {
+    int16_t *q;
+    int8_t *q8;
+    int largest;
+} packing;
+
+static void put_weight(const packing *p, size_t at, double v, float unit)
+{
+    long q = unit > 0 ? lrint(v / (double)unit) : 0;
+    if (p->q8) {
+        p->q8[at] = (int8_t)q;
+    } else {
+        p->q[at] = (int16_t)q;
+    }
+}
+
 /* What 1 stands for: no part's weights, a window's or one of its pixel's, come to more than COLUMN.
  */
 static float unit_of(const tsad_conv *conv, const float *weight, int c_in, int kernel,
-                     bool is_signed)
+                     bool is_signed, int most_of_one)
 {
     double largest = 0, unit = 0;
     int window = conv->lines * conv->run, size = conv->by_pixels ? conv->run : window;
@@ -39,32 +56,31 @@ static float unit_of(const tsad_conv *conv, const float *weight, int c_in, int k
         most /= COLUMN - size / 2.0; /* rounding adds 1/2 to each */
         unit = most > unit ? most : unit;
     }
-    unit = largest / TSAD_LARGEST > unit ? largest / TSAD_LARGEST : unit;
+    unit = largest / most_of_one > unit ? largest / most_of_one : unit;
     return (float)(unit * (1 + 1e-6)); /* float32's rounding included */
 }
 
 /* (panels, lines, pairs, panel, 2) */
-static void pack16(const tsad_eye *e, const tsad_grid_node *node, const tsad_conv *c, int16_t *q,
-                   float *unit)
+static void pack16(const tsad_eye *e, const tsad_grid_node *node, const tsad_conv *c,
+                   const packing *to, float *unit)
 {
     int panel = e->kernels->panel, c_out = e->vision->grids[node->out].channels;
     int c_in = e->vision->grids[node->in].channels, window = c->lines * c->run;
     size_t pairs = (size_t)tsad_over(c->run, 2);
     for (int o = 0; o < c_out; o++) {
         const float *weight = node->weight + (size_t)o * (size_t)window;
-        unit[o] = unit_of(c, weight, c_in, node->kernel, node->in == 0);
-        int16_t *to = q + (size_t)(o / panel * c->lines) * pairs * (size_t)panel * 2;
+        unit[o] = unit_of(c, weight, c_in, node->kernel, node->in == 0, to->largest);
+        size_t first = (size_t)(o / panel * c->lines) * pairs;
         for (int i = 0; i < window; i++) {
-            size_t pair = (size_t)(i / c->run) * pairs + (size_t)(i % c->run) / 2;
-            double v = weight_at(weight, c_in, node->kernel, i);
-            to[(pair * (size_t)panel + (size_t)(o % panel)) * 2 + (size_t)(i % c->run) % 2] =
-                (int16_t)(unit[o] > 0 ? lrint(v / (double)unit[o]) : 0);
+            size_t pair = first + (size_t)(i / c->run) * pairs + (size_t)(i % c->run) / 2;
+            size_t at = (pair * (size_t)panel + (size_t)(o % panel)) * 2 + (size_t)(i % c->run) % 2;
+            put_weight(to, at, weight_at(weight, c_in, node->kernel, i), unit[o]);
         }
     }
 }
 
 /* What 1 stands for in place k of an output channel: as unit_of. */
-static float wino_unit_of(const float *weight, int c_in, size_t k)
+static float wino_unit_of(const float *weight, int c_in, size_t k, int most_of_one)
 {
     static const int times[4] = {1, 2, 1, 1};
     int column = INT32_MAX / (INPUT * times[k / 4] * times[k % 4]);
@@ -81,12 +97,13 @@ static float wino_unit_of(const float *weight, int c_in, size_t k)
         most /= column - (last - first) / 2.0;
         unit = most > unit ? most : unit;
     }
-    unit = largest / TSAD_LARGEST > unit ? largest / TSAD_LARGEST : unit;
+    unit = largest / most_of_one > unit ? largest / most_of_one : unit;
     return (float)(unit * (1 + 1e-6));
 }
 
 /* (panels, 16, pairs, panel, 2); units (panels, 16, panel) */
-static void pack_wino16(const tsad_eye *e, const tsad_grid_node *node, int16_t *q, float *unit)
+static void pack_wino16(const tsad_eye *e, const tsad_grid_node *node, const packing *to,
+                        float *unit)
 {
     size_t panel = (size_t)e->kernels->panel;
     size_t c_in = (size_t)e->vision->grids[node->in].channels;
@@ -95,12 +112,11 @@ static void pack_wino16(const tsad_eye *e, const tsad_grid_node *node, int16_t *
         const float *weight = node->weight + o * c_in * 9;
         for (size_t k = 0; k < 16; k++) {
             size_t place = o / panel * 16 + k;
-            float u = wino_unit_of(weight, (int)c_in, k);
+            float u = wino_unit_of(weight, (int)c_in, k, to->largest);
             unit[place * panel + o % panel] = u;
             for (size_t c = 0; c < c_in; c++) {
-                double v = tsad_wino_weight(weight + c * 9, k);
-                q[(place * c_in / 2 + c / 2) * panel * 2 + o % panel * 2 + c % 2] =
-                    (int16_t)(u > 0 ? lrint(v / (double)u) : 0);
+                size_t at = (place * c_in / 2 + c / 2) * panel * 2 + o % panel * 2 + c % 2;
+                put_weight(to, at, tsad_wino_weight(weight + c * 9, k), u);
             }
         }
     }
@@ -114,15 +130,20 @@ void tsad_conv16_carve(const tsad_eye *e, const tsad_grid_node *node, tsad_arena
     if (c->wino) {
         rows = 16 * (size_t)e->vision->grids[node->in].channels;
     }
-    int16_t *q = TSAD_CARVE(arena, int16_t, rows *columns);
+    packing to = {.largest = node->bytes ? TSAD_LARGEST_8 : TSAD_LARGEST};
+    if (node->bytes) {
+        to.q8 = TSAD_CARVE(arena, int8_t, rows *columns);
+    } else {
+        to.q = TSAD_CARVE(arena, int16_t, rows *columns);
+    }
     float *unit = TSAD_CARVE(arena, float, columns *(c->wino ? 16 : 1));
-    if (q) {
+    if (unit) {
         if (c->wino) {
-            pack_wino16(e, node, q, unit);
+            pack_wino16(e, node, &to, unit);
         } else {
-            pack16(e, node, c, q, unit);
+            pack16(e, node, c, &to, unit);
         }
-        c->q = q;
+        c->q = (tsad_weights16){.q = to.q, .q8 = to.q8};
         c->unit = unit;
     }
 }
@@ -246,7 +267,7 @@ static void conv16_by_pixels(const tsad_eye *e, const tsad_grid_node *node, tsad
         t.skip = (size_t)(line / node->kernel) * tsad_grid_row(in) +
                  (size_t)(line % node->kernel * in->ld);
         tsad_run_tiles16(e->kernels, t, found);
-        t.w += t.pairs * e->kernels->panel * 2;
+        t.w = tsad_weights_from(t.w, (size_t)(t.pairs * e->kernels->panel * 2));
     }
     tsad_end_sums(e, node, y, n, t.at);
 }
@@ -281,7 +302,7 @@ void tsad_conv16_task(const tsad_eye *e, const tsad_grid_node *node, int images,
     t.relu = node->relu;
     t.rows = c->lines;
     t.pairs = (int)pairs;
-    t.w = c->q + (size_t)(panel * c->lines) * pairs * columns * 2;
+    t.w = tsad_weights_from(c->q, (size_t)(panel * c->lines) * pairs * columns * 2);
     if (c->by_pixels) {
         conv16_by_pixels(e, node, s, t);
     } else {

@@ -284,12 +284,15 @@ static void ref_conv16(const tsad_tile16 *t)
 {
     for (int p = 0; p < t->pixels; p++) {
         int32_t sum[PANEL] = {0};
-        const int16_t *w = t->w;
+        size_t at = 0;
+        const int16_t *w = t->w.q;
+        const int8_t *w8 = t->w.q8;
         for (int r = 0; r < t->rows; r++) {
             const int16_t *x = t->x[p] + t->skip + (size_t)r * t->ld;
             for (int i = 0; i < t->pairs; i++, x += 2) {
-                for (int o = 0; o < PANEL; o++, w += 2) {
-                    sum[o] += x[0] * w[0] + x[1] * w[1];
+                for (int o = 0; o < PANEL; o++, at += 2) {
+                    int w0 = w8 ? w8[at] : w[at], w1 = w8 ? w8[at + 1] : w[at + 1];
+                    sum[o] += x[0] * w0 + x[1] * w1;
                 }
             }
         }

@@ -185,7 +185,7 @@ static void wino16_task(const tsad_eye *e, const tsad_grid_node *node, int image
     int end = (int)((int64_t)(group + 1) * c->panels / s.groups);
     for (int panel = (int)((int64_t)group * c->panels / s.groups); panel < end; panel++) {
         tsad_tile16 t = {.x = x, .y = y, .units = units, .rows = 1};
-        t.w = c->q + (size_t)panel * 16 * channels * columns;
+        t.w = tsad_weights_from(c->q, (size_t)panel * 16 * channels * columns);
         for (size_t i = 0; i < 16; i++) {
             t.unit = c->unit + ((size_t)panel * 16 + i) * columns;
             t.at = i * n * columns;
@@ -196,7 +196,7 @@ static void wino16_task(const tsad_eye *e, const tsad_grid_node *node, int image
                 t.skip = i * n * channels + (size_t)first;
                 tsad_run_tiles16(k, t, (int)n);
                 t.fresh = false;
-                t.w += (size_t)t.pairs * 2 * columns;
+                t.w = tsad_weights_from(t.w, (size_t)t.pairs * 2 * columns);
             }
         }
         put_out(e, node, &s, strip, (tsad_wino_out){.m = m, .plane = n * columns}, panel);

@@ -8,7 +8,8 @@
  * layer1.0.bn1, layer2.0.downsample and downsample_norm), then pool.weight, pool.bias,
  * pool.temperature (), out.weight, out.bias. Sums of a convolution start from the identity, where
  * no GroupNorm stands between: the two grids of a layer are enough, and a third with GroupNorm.
- * With 16 bits the trunk's convolutions are rounded, and what they read is, once for all of them.
+ * With 16 bits, or 8, the trunk's convolutions are rounded, and what they read is, once for all of
+ * them.
  */
 #include "../vision.h"
 #include "net.h"
@@ -96,6 +97,7 @@ static tsad_status add_conv(builder *b, const char *name, int in, int out, int k
     (*node)->stride = stride;
     (*node)->pad = kernel / 2;
     (*node)->rounded = b->v->grids[in].rounded;
+    (*node)->bytes = b->spec->bits == 8 && in > 0; /* the first's are few, and see the pixels */
     TSAD_TRY(take(b, name, "weight", false, 4, shape, &(*node)->weight));
     return take(b, name, "bias", !needs_bias, 1, &c_out, &(*node)->bias);
 }
@@ -122,7 +124,7 @@ static tsad_status add_conv_norm(builder *b, const char *conv, const char *norm,
 /* What the node before made is read by the trunk's convolutions. */
 static void add_rounding(builder *b, int grid)
 {
-    if (b->spec->bits == 16) {
+    if (b->spec->bits < 32) {
         b->v->grids[grid].rounded = true;
         add_node(b, TSAD_GRID_ROUND, grid, grid);
     }
@@ -164,7 +166,7 @@ static tsad_status add_head(builder *b, int at)
     tsad_grid_node *node;
     int logits = add_grid_after(b, at, 1, 1, s->n_keypoints, 0);
     TSAD_TRY(add_conv(b, "pool", at, logits, 1, 1, true, &node));
-    node->rounded = false; /* keypoints are sharp, and this is little work */
+    node->rounded = node->bytes = false; /* keypoints are sharp, and this is little work */
     int points = add_grid(b, 1, 1, 2 * s->n_keypoints, 0);
     node = add_node(b, TSAD_GRID_KEYPOINTS, logits, points);
     const float *temperature;
@@ -200,7 +202,7 @@ tsad_status tsad_net_resnet(const tsad_vision_spec *spec, tsad_vision *v)
     }
     int image = add_grid(&b, spec->height, spec->width, spec->channels, 3);
     v->grids[image].ld = spec->channels;
-    v->grids[image].rounded = spec->bits == 16;
+    v->grids[image].rounded = spec->bits < 32;
     int stem = add_grid_after(&b, image, 7, 2, STEM, 0);
     TSAD_TRY(add_conv_norm(&b, "conv1", "bn1", image, stem, stem, -1, 7, 2, true));
     int at = add_grid_after(&b, stem, 3, 2, STEM, HALO);

@@ -55,9 +55,9 @@ static int read_choices(PyObject *kw, tsad_vision_spec *spec)
                      norm);
         return -1;
     }
-    spec->bits = strcmp(precision, "int16") == 0 ? 16 : 32;
+    spec->bits = strcmp(precision, "int16") == 0 ? 16 : strcmp(precision, "int8") == 0 ? 8 : 32;
     if (spec->bits == 32 && strcmp(precision, "float32") != 0) {
-        PyErr_Format(PyExc_ValueError, "precision: expected 'float32' or 'int16', got '%s'",
+        PyErr_Format(PyExc_ValueError, "precision: expected 'float32', 'int16' or 'int8', got '%s'",
                      precision);
         return -1;
     }
@@ -384,7 +384,8 @@ PyDoc_STRVAR(
     "to 1, and zeros around that.\n"
     "relu: whether one follows the linear layer.\n"
     "precision: 'int16' rounds the trunk's weights, and what its convolutions read, to 16 bits;\n"
-    "their products are exact, and the rest is float32.");
+    "their products are exact, and the rest is float32; 'int8' rounds weights to 8 bits, but for\n"
+    "the first convolution's.");
 
 static PyType_Slot slots[] = {
     {Py_tp_doc, (void *)vision_doc},

@@ -18,6 +18,7 @@ FAMILIES = {
     "both": ("^", "#009E73", "fewer steps and sparse plan"),
     "warm": ("v", "#CC79A7", "warm start"),
 }
+BITS = {"int16": "16 bits", "int8": "8 bits"}
 SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpmsolver++": "DPM-Solver++"}
 LOSSES = (-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # marks of the axis
 LINEAR = 0.1  # losses up to here are drawn to scale, those beyond by their logarithm
@@ -45,16 +46,16 @@ def words(document: Mapping[str, Any], name: str) -> str:
         parts.append(f"{row['passes']:.2g} pass{'' if row['passes'] == 1 else 'es'}")
     if setting.get("spacing"):
         parts.append(f"{setting['spacing']} spacing")
-    if setting.get("precision") == "int16":
-        parts.append("16 bits")
+    if setting.get("precision") in BITS:
+        parts.append(BITS[setting["precision"]])
     if setting.get("smoothing"):
         parts.append("smoothed")
     if setting.get("lead"):
         parts.append(f"lead {setting['lead']:g}")
     if setting.get("reuse_images"):
         parts.append(f"images within {setting['reuse_images']:g} reused")
-    if setting.get("vision_precision") == "int16":
-        parts.append("images in 16 bits")
+    if setting.get("vision_precision") in BITS:
+        parts.append(f"images in {BITS[setting['vision_precision']]}")
     executed, all_ = (
         document["rows"][n].get("n_action_steps") for n in (name, document["baseline"])
     )

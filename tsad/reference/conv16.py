@@ -1,4 +1,4 @@
-"""The image encoder's convolutions in 16 bits: products of integers, and their sums, are exact.
+"""The image encoder's convolutions in 16 bits, and with weights of 8: products of integers, exact.
 
 A convolution's input has one unit an image, the largest magnitude in it / `INPUT`, and its weights
 one an output channel; both are rounded to the nearest integer, half to even. A window's sum is made
@@ -14,6 +14,9 @@ are transformed as integers, exactly, and come to `TIMES` as much in each of 16 
 bits hold; transformed weights are rounded with a unit for each place, a sum's parts have
 `WINOGRAD_PART` channels at most, and no sum is beyond 2^31 - 1 for the same reason.
 
+With 8 bits a weight is -127 to 127 of its unit, and nothing else is another: inputs have 16, the
+sums their parts.
+
 Everything is (images, channels, height, width), in the dtype of the weights.
 """
 
@@ -25,7 +28,8 @@ from tsad.reference.layers import Array
 
 INPUT = 8191
 COLUMN = (2**31 - 1) // INPUT
-LARGEST = 32767
+LARGEST = {16: 32767, 8: 127}
+"""Of a weight in so many bits."""
 PART = 576
 WINOGRAD_AREA = 30
 WINOGRAD_PART = 256
@@ -39,14 +43,14 @@ _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 def direct(
     x: Array, weight: Array, bias: Array | None, stride: int, most: float | None,
-    start: Array | None,
+    start: Array | None, bits: int = 16,
 ) -> Array:  # fmt: skip
-    """A convolution in 16 bits (N, c_out, H', W')."""
+    """A convolution (N, c_out, H', W') of inputs in 16 bits and weights in `bits`."""
     out_dim, channels, side, _ = weight.shape
     signed = most is not None
     unit, integers = round_images(x, most)
     rows = np.moveaxis(weight, 1, 3).reshape(out_dim, side * side * channels)
-    units, weights = round_weights(rows, channels, signed)
+    units, weights = round_weights(rows, channels, signed, bits)
     seen = windows(np.pad(integers, around(side // 2)), side, stride)
     seen = seen.transpose(0, 2, 3, 4, 5, 1)  # (N, H', W', side, side, C)
     seen = seen.reshape(*seen.shape[:3], side * side * channels).astype(np.float64)
@@ -61,7 +65,9 @@ def direct(
     return np.moveaxis(y, -1, 1)
 
 
-def winograd(x: Array, weight: Array, bias: Array | None, start: Array | None) -> Array:
+def winograd(
+    x: Array, weight: Array, bias: Array | None, start: Array | None, bits: int = 16
+) -> Array:
     """A 3x3 convolution by Winograd's F(2x2, 3x3): of integers, but for its last additions."""
     (n, channels, height, width), out_dim = x.shape, len(weight)
     down, across = -(-height // 2), -(-width // 2)
@@ -76,13 +82,14 @@ def winograd(x: Array, weight: Array, bias: Array | None, start: Array | None) -
     for k in range(16):
         most = TIMES[k // 4] * TIMES[k % 4] * INPUT
         wide = [u[:, a:b, k] for a, b in zip(edges, edges[1:], strict=False)]
-        units = _units(u[..., k], [np.abs(part).sum(1) for part in wide],
-                          [(2**31 - 1) // most - part.shape[1] / 2 for part in wide])  # fmt: skip
+        sums = [np.abs(part).sum(1) for part in wide]
+        limits = [(2**31 - 1) // most - part.shape[1] / 2 for part in wide]
+        units = _units(u[..., k], sums, limits, bits)
         total = np.zeros((n, down * across, out_dim), x.dtype)
         for a, b in zip(edges, edges[1:], strict=False):
-            sums = v[:, a:b, k] @ _integers(u[:, a:b, k], units[:, None]).T
-            exact = sums.reshape(total.shape).astype(x.dtype)
-            total = total + exact * (unit[:, None, None] * units.astype(x.dtype))
+            exact = v[:, a:b, k] @ _integers(u[:, a:b, k], units[:, None]).T
+            scaled = exact.reshape(total.shape).astype(x.dtype)
+            total = total + scaled * (unit[:, None, None] * units.astype(x.dtype))
         m[..., k] = total.reshape(n, down, across, out_dim)
     m = m.reshape(n, down, across, out_dim, 4, 4)
     s = [m[..., 0, :] + m[..., 1, :] + m[..., 2, :], m[..., 1, :] - m[..., 2, :] - m[..., 3, :]]
@@ -113,12 +120,12 @@ def parts(n: int, channels: int) -> list[slice]:
     return [slice(at, at + size) for at in range(0, n, size)]
 
 
-def round_weights(rows: Array, channels: int, signed: bool) -> tuple[Array, Array]:
+def round_weights(rows: Array, channels: int, signed: bool, bits: int = 16) -> tuple[Array, Array]:
     """Units (c_out) and integers of weights (c_out, n), for inputs of one sign or of both.
 
     Rounding adds 1/2 at most to each of a part's weights. So a unit is at least (the sum of their
     magnitudes, or of those of either sign) / (COLUMN - a half of their number), and the largest /
-    `LARGEST`; a millionth more, for float32's rounding of it.
+    `LARGEST` of the bits; a millionth more, for float32's rounding of it.
     """
     wide = rows.astype(np.float64)
     sums, most_of = [], []
@@ -127,13 +134,13 @@ def round_weights(rows: Array, channels: int, signed: bool) -> tuple[Array, Arra
         above, below = np.maximum(part, 0).sum(1), np.maximum(-part, 0).sum(1)
         sums.append(above + below if signed else np.maximum(above, below))
         most_of.append(COLUMN - part.shape[1] / 2)
-    units = _units(wide, sums, most_of)
+    units = _units(wide, sums, most_of, bits)
     return units, _integers(wide, units[:, None])
 
 
-def _units(wide: Array, sums: list[Array], most: list[float]) -> Array:
+def _units(wide: Array, sums: list[Array], most: list[float], bits: int) -> Array:
     """Of weights (c_out, n) whose parts come to these sums, and may come to `most` units."""
-    unit = np.abs(wide).max(1) / LARGEST
+    unit = np.abs(wide).max(1) / LARGEST[bits]
     for total, limit in zip(sums, most, strict=True):
         unit = np.maximum(unit, total / limit)
     units: Array = (unit * (1 + 1e-6)).astype(np.float32)

@@ -6,7 +6,8 @@ linear layer and a ReLU. Everything is (images, channels, height, width), in the
 weights; ``w`` is an encoder's tensors by the names of `tsad.families.resnet`.
 
 In 16 bits (``bits=16``) the trunk's convolutions are those of `tsad.reference.conv16`, and all
-else, the head included, is as it was.
+else, the head included, is as it was. With ``bits=8`` they are the same, their weights in 8 bits,
+but for the first one's, which are few and see the pixels.
 """
 
 from __future__ import annotations
@@ -94,25 +95,24 @@ def center_crop(x: Array, size: Size) -> Array:
 def trunk(
     w: Tensors, encoder: EncoderConfig, x: Array, bits: int = 32, most: float | None = None
 ) -> Array:
-    """(N, 512, h, w), each a 32nd of what is seen, rounded up. most: of x, with 16 bits."""
-    rounded = bits == 16
-    x = relu(convolve(x, w, "conv1", "bn1", stride=2, rounded=rounded, most=most))
+    """(N, 512, h, w), each a 32nd of what is seen, rounded up. most: of x, if it is rounded."""
+    x = relu(convolve(x, w, "conv1", "bn1", 2, max(bits, 16), most=most))
     x = max_pool(x)
     for layer, blocks in enumerate(BLOCKS[encoder.type], 1):
         for i in range(blocks):
             stride = 2 if layer > 1 and i == 0 else 1
-            x = block(x, w, f"layer{layer}.{i}", stride, rounded)
+            x = block(x, w, f"layer{layer}.{i}", stride, bits)
     return x
 
 
-def block(x: Array, w: Tensors, name: str, stride: int, rounded: bool = False) -> Array:
+def block(x: Array, w: Tensors, name: str, stride: int, bits: int = 32) -> Array:
     """Two convolutions beside the input, or beside a 1x1 convolution of it."""
-    y = relu(convolve(x, w, f"{name}.conv1", f"{name}.bn1", stride=stride, rounded=rounded))
+    y = relu(convolve(x, w, f"{name}.conv1", f"{name}.bn1", stride, bits))
     if f"{name}.downsample.weight" in w:
-        x = convolve(x, w, f"{name}.downsample", f"{name}.downsample_norm", stride, rounded)
-    # sums of 16 bits start from the identity, as those of the core do
-    start = x if rounded and f"{name}.bn2.weight" not in w else None
-    y = convolve(y, w, f"{name}.conv2", f"{name}.bn2", rounded=rounded, start=start)
+        x = convolve(x, w, f"{name}.downsample", f"{name}.downsample_norm", stride, bits)
+    # sums of integers start from the identity, as those of the core do
+    start = x if bits < 32 and f"{name}.bn2.weight" not in w else None
+    y = convolve(y, w, f"{name}.conv2", f"{name}.bn2", bits=bits, start=start)
     return relu(y if start is not None else x + y)
 
 
@@ -122,22 +122,23 @@ def convolve(
     name: str,
     norm: str,
     stride: int = 1,
-    rounded: bool = False,
+    bits: int = 32,
     *,
     most: float | None = None,
     start: Array | None = None,
 ) -> Array:
     """Zeros around, half a window; then the bias of a folded norm, or the GroupNorm.
 
-    rounded: in 16 bits; `most` is then the largest magnitude of x, if it is none of its own, and
-    `start` is added before.
+    bits: of the weights; below 32 x is rounded to 16 bits, `most` is the largest magnitude of x, if
+    it is none of its own, and `start` is added before.
     """
     weight = w[f"{name}.weight"]
     out_dim, _, side, _ = weight.shape
-    if rounded and side == 3 and stride == 1 and x.shape[-2] * x.shape[-1] >= conv16.WINOGRAD_AREA:
-        y = conv16.winograd(x, weight, w.get(f"{name}.bias"), start)
-    elif rounded:
-        y = conv16.direct(x, weight, w.get(f"{name}.bias"), stride, most, start)
+    area = x.shape[-2] * x.shape[-1]
+    if bits < 32 and side == 3 and stride == 1 and area >= conv16.WINOGRAD_AREA:
+        y = conv16.winograd(x, weight, w.get(f"{name}.bias"), start, bits)
+    elif bits < 32:
+        y = conv16.direct(x, weight, w.get(f"{name}.bias"), stride, most, start, bits)
     else:
         view = windows(np.pad(x, around(side // 2)), side, stride)
         rows = np.moveaxis(view, 1, 3)  # (N, H', W', C, side, side)
