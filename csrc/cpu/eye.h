@@ -76,20 +76,6 @@ static inline float *tsad_eye_image(const tsad_eye *e, int grid, int image)
  * from pixel (0, 0) of image 0. */
 void tsad_place_pixels(const tsad_eye *e, const tsad_grid_node *node, int begin, int end,
                        ptrdiff_t *x, ptrdiff_t *y);
-/* Which rows and columns of those pixels' windows lie in the image: bits. */
-typedef struct tsad_inside {
-    uint8_t rows, columns;
-} tsad_inside;
-void tsad_look_inside(const tsad_eye *e, const tsad_grid_node *node, int begin, int end,
-                      tsad_inside *pixel);
-/* Those of n pixels that have pixel `line` of their windows in the image, and how many they are. */
-int tsad_which_see(const tsad_grid_node *node, int line, const tsad_inside *pixel, int n,
-                   int *which);
-/* A panel's sums before and after all parts of a large window. */
-void tsad_begin_sums(const tsad_eye *e, const tsad_grid_node *node, float *const *y, int n,
-                     size_t at);
-void tsad_end_sums(const tsad_eye *e, const tsad_grid_node *node, float *const *y, int n,
-                   size_t at);
 /* n pixels in tiles as equal as can be */
 void tsad_run_tiles(const tsad_kernels *k, tsad_tile t, int n);
 /* what strip i of n has of so many pixels, in whole tiles */
@@ -98,8 +84,32 @@ typedef struct tsad_strip {
 } tsad_strip;
 tsad_strip tsad_strip_of(const tsad_kernels *k, int pixels, int i, int n);
 
-/* pixels of a convolution's task: their windows stay in the L2 cache */
-enum { TSAD_STRIP = 96 };
+/* pixels of a convolution's task: their windows stay in the L2 cache; and with a last tile */
+enum { TSAD_STRIP = 96, TSAD_MOST = TSAD_STRIP + TSAD_MAX_TILE };
+
+/* Which rows and columns of a pixel's window lie in the image: bits. */
+typedef struct tsad_inside {
+    uint8_t rows, columns;
+} tsad_inside;
+
+/* A strip's outputs of a panel while a large window is gone through, pixel by pixel of it. */
+typedef struct tsad_sight {
+    int n;
+    size_t at;       /* the panel */
+    float *const *y; /* (n) */
+    tsad_inside inside[TSAD_MOST];
+    /* the outputs that have the window's present pixel in the image, and where that pixel lies,
+     * from a window's first number */
+    int found, which[TSAD_MOST];
+    float *to[TSAD_MOST];
+    size_t skip;
+} tsad_sight;
+
+/* Begins a panel's sums; goes to pixel `line` of the window; ends the sums. */
+void tsad_begin_sight(const tsad_eye *e, const tsad_grid_node *node, tsad_strip s, float *const *y,
+                      size_t at, tsad_sight *sight);
+void tsad_see_line(const tsad_eye *e, const tsad_grid_node *node, int line, tsad_sight *sight);
+void tsad_end_sight(const tsad_eye *e, const tsad_grid_node *node, const tsad_sight *sight);
 /* A convolution's tasks: `strips` strips of pixels by the panels. */
 int tsad_strips_of(const tsad_kernels *k, const tsad_grid *out, int images);
 void tsad_which_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task,

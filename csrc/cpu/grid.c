@@ -148,12 +148,12 @@ static uint8_t bits_inside(int first, int n, int size)
     return (uint8_t)bits;
 }
 
-void tsad_look_inside(const tsad_eye *e, const tsad_grid_node *node, int begin, int end,
-                      tsad_inside *pixel)
+static void look_inside(const tsad_eye *e, const tsad_grid_node *node, tsad_strip s,
+                        tsad_inside *pixel)
 {
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
-    int row = begin / out->width % out->height, column = begin % out->width;
-    for (int p = begin; p < end; p++) {
+    int row = s.begin / out->width % out->height, column = s.begin % out->width;
+    for (int p = s.begin; p < s.end; p++) {
         int top = row * node->stride - node->pad, left = column * node->stride - node->pad;
         *pixel++ = (tsad_inside){bits_inside(top, node->kernel, in->height),
                                  bits_inside(left, node->kernel, in->width)};
@@ -164,73 +164,73 @@ void tsad_look_inside(const tsad_eye *e, const tsad_grid_node *node, int begin, 
     }
 }
 
-int tsad_which_see(const tsad_grid_node *node, int line, const tsad_inside *pixel, int n,
-                   int *which)
-{
-    int row = line / node->kernel, column = line % node->kernel, found = 0;
-    for (int i = 0; i < n; i++) {
-        which[found] = i;
-        found += pixel[i].rows >> row & pixel[i].columns >> column & 1;
-    }
-    return found;
-}
-
-void tsad_begin_sums(const tsad_eye *e, const tsad_grid_node *node, float *const *y, int n,
-                     size_t at)
+void tsad_begin_sight(const tsad_eye *e, const tsad_grid_node *node, tsad_strip s, float *const *y,
+                      size_t at, tsad_sight *sight)
 {
     const float *bias = e->convs[node - e->vision->nodes].bias + at;
-    for (int i = 0; i < n; i++) {
+    sight->n = s.end - s.begin;
+    sight->at = at;
+    sight->y = y;
+    look_inside(e, node, s, sight->inside);
+    for (int i = 0; i < sight->n; i++) {
         for (int o = 0; o < e->kernels->panel; o++) {
             y[i][at + (size_t)o] = bias[o] + (node->residual >= 0 ? y[i][at + (size_t)o] : 0);
         }
     }
 }
 
-void tsad_end_sums(const tsad_eye *e, const tsad_grid_node *node, float *const *y, int n, size_t at)
+void tsad_see_line(const tsad_eye *e, const tsad_grid_node *node, int line, tsad_sight *sight)
 {
-    for (int i = 0; i < n && node->relu; i++) {
-        for (size_t o = at; o < at + (size_t)e->kernels->panel; o++) {
-            y[i][o] = y[i][o] < 0 ? 0 : y[i][o]; /* NaN stays */
+    const tsad_grid *in = &e->vision->grids[node->in];
+    int row = line / node->kernel, column = line % node->kernel, found = 0;
+    for (int i = 0; i < sight->n; i++) {
+        sight->which[found] = i;
+        sight->to[found] = sight->y[i];
+        found += sight->inside[i].rows >> row & sight->inside[i].columns >> column & 1;
+    }
+    sight->found = found;
+    sight->skip = (size_t)row * tsad_grid_row(in) + (size_t)(column * in->ld);
+}
+
+void tsad_end_sight(const tsad_eye *e, const tsad_grid_node *node, const tsad_sight *sight)
+{
+    size_t end = sight->at + (size_t)e->kernels->panel;
+    for (int i = 0; i < sight->n && node->relu; i++) {
+        float *y = sight->y[i];
+        for (size_t o = sight->at; o < end; o++) {
+            y[o] = y[o] < 0 ? 0 : y[o]; /* NaN stays */
         }
     }
 }
 
 /* A large window, pixel by pixel of it, for those outputs that have that pixel in the image: of a
  * map of 3 x 3 that is 49 of 81, whose weights are most of a small image's. */
-static void conv_by_pixels(const tsad_eye *e, const tsad_grid_node *node, tsad_strip s, tsad_tile t,
-                           const float *const *x, float *const *y)
+static void conv_by_pixels(const tsad_eye *e, const tsad_grid_node *node, tsad_strip s, tsad_tile t)
 {
-    const tsad_grid *in = &e->vision->grids[node->in];
     const tsad_conv *c = &e->convs[node - e->vision->nodes];
-    const float *seen[TSAD_STRIP + TSAD_MAX_TILE];
-    float *to[TSAD_STRIP + TSAD_MAX_TILE];
-    tsad_inside inside[TSAD_STRIP + TSAD_MAX_TILE];
-    int which[TSAD_STRIP + TSAD_MAX_TILE], n = s.end - s.begin;
-    tsad_look_inside(e, node, s.begin, s.end, inside);
-    tsad_begin_sums(e, node, y, n, t.at);
+    const float *const *x = t.x, *seen[TSAD_MOST];
+    tsad_sight sight;
+    tsad_begin_sight(e, node, s, t.y, t.at, &sight);
     t.x = seen;
-    t.y = to;
+    t.y = sight.to;
     t.rows = 1;
     t.bias = NULL;
     t.residual = t.relu = false;
     for (int line = 0; line < c->lines; line++) {
-        int found = tsad_which_see(node, line, inside, n, which);
-        for (int i = 0; i < found; i++) {
-            seen[i] = x[which[i]];
-            to[i] = y[which[i]];
+        tsad_see_line(e, node, line, &sight);
+        for (int i = 0; i < sight.found; i++) {
+            seen[i] = x[sight.which[i]];
         }
-        size_t skip = (size_t)(line / node->kernel) * tsad_grid_row(in) +
-                      (size_t)(line % node->kernel * in->ld);
-        int parts = found > e->kernels->tile ? tsad_over(c->run, BLOCK) : 1;
+        int parts = sight.found > e->kernels->tile ? tsad_over(c->run, BLOCK) : 1;
         for (int part = 0; part < parts; part++) {
             int first = part * c->run / parts;
             t.n = (part + 1) * c->run / parts - first;
-            t.skip = skip + (size_t)first;
-            tsad_run_tiles(e->kernels, t, found);
+            t.skip = sight.skip + (size_t)first;
+            tsad_run_tiles(e->kernels, t, sight.found);
             t.w += t.n * e->kernels->panel;
         }
     }
-    tsad_end_sums(e, node, y, n, t.at);
+    tsad_end_sight(e, node, &sight);
 }
 
 static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task)
@@ -242,9 +242,9 @@ static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images,
     size_t window = (size_t)c->lines * (size_t)c->run, columns = (size_t)k->panel;
     tsad_which_task(e, node, images, task, &strip, &panel);
     tsad_strip s = tsad_strip_of(k, pixels, strip, tsad_strips_of(k, out, images));
-    ptrdiff_t from[TSAD_STRIP + TSAD_MAX_TILE], to[TSAD_STRIP + TSAD_MAX_TILE];
-    const float *x[TSAD_STRIP + TSAD_MAX_TILE];
-    float *y[TSAD_STRIP + TSAD_MAX_TILE];
+    ptrdiff_t from[TSAD_MOST], to[TSAD_MOST];
+    const float *x[TSAD_MOST];
+    float *y[TSAD_MOST];
     tsad_place_pixels(e, node, s.begin, s.end, from, to);
     for (int i = 0; i < s.end - s.begin; i++) {
         x[i] = e->grids[node->in] + from[i];
@@ -253,7 +253,7 @@ static void conv_task(const tsad_eye *e, const tsad_grid_node *node, int images,
     tsad_tile t = {.x = x, .y = y, .ld = tsad_grid_row(in), .at = (size_t)panel * columns};
     t.w = c->w + (size_t)panel * window * columns;
     if (c->by_pixels) {
-        conv_by_pixels(e, node, s, t, x, y);
+        conv_by_pixels(e, node, s, t);
         return;
     }
     t.rows = c->lines;

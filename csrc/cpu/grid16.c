@@ -241,50 +241,43 @@ void tsad_watch_panel(const tsad_eye *e, const tsad_grid_node *node, float *cons
 static void conv16_by_pixels(const tsad_eye *e, const tsad_grid_node *node, tsad_strip s,
                              tsad_tile16 t)
 {
-    enum { MOST = TSAD_STRIP + TSAD_MAX_TILE };
-    const tsad_grid *in = &e->vision->grids[node->in];
     const tsad_conv *c = &e->convs[node - e->vision->nodes];
-    const int16_t *seen[MOST], *const *x = t.x;
-    float *to[MOST], *const *y = t.y, units[MOST];
+    const int16_t *const *x = t.x, *seen[TSAD_MOST];
     const float *unit = t.units;
-    tsad_inside inside[MOST];
-    int which[MOST], n = s.end - s.begin;
-    tsad_look_inside(e, node, s.begin, s.end, inside);
-    tsad_begin_sums(e, node, y, n, t.at);
+    float units[TSAD_MOST];
+    tsad_sight sight;
+    tsad_begin_sight(e, node, s, t.y, t.at, &sight);
     t.x = seen;
-    t.y = to;
+    t.y = sight.to;
     t.units = units;
     t.rows = 1;
     t.bias = NULL;
     t.residual = t.relu = false;
     for (int line = 0; line < c->lines; line++) {
-        int found = tsad_which_see(node, line, inside, n, which);
-        for (int i = 0; i < found; i++) {
-            seen[i] = x[which[i]];
-            to[i] = y[which[i]];
-            units[i] = unit[which[i]];
+        tsad_see_line(e, node, line, &sight);
+        for (int i = 0; i < sight.found; i++) {
+            seen[i] = x[sight.which[i]];
+            units[i] = unit[sight.which[i]];
         }
-        t.skip = (size_t)(line / node->kernel) * tsad_grid_row(in) +
-                 (size_t)(line % node->kernel * in->ld);
-        tsad_run_tiles16(e->kernels, t, found);
+        t.skip = sight.skip;
+        tsad_run_tiles16(e->kernels, t, sight.found);
         t.w = tsad_weights_from(t.w, (size_t)(t.pairs * e->kernels->panel * 2));
     }
-    tsad_end_sums(e, node, y, n, t.at);
+    tsad_end_sight(e, node, &sight);
 }
 
 void tsad_conv16_task(const tsad_eye *e, const tsad_grid_node *node, int images, int task)
 {
-    enum { MOST = TSAD_STRIP + TSAD_MAX_TILE };
     const tsad_kernels *k = e->kernels;
     const tsad_grid *in = &e->vision->grids[node->in], *out = &e->vision->grids[node->out];
     const tsad_conv *c = &e->convs[node - e->vision->nodes];
     int pixels = images * out->height * out->width, strip, panel;
     tsad_which_task(e, node, images, task, &strip, &panel);
     tsad_strip s = tsad_strip_of(k, pixels, strip, tsad_strips_of(k, out, images));
-    ptrdiff_t from[MOST], to[MOST];
-    const int16_t *x[MOST];
-    float *y[MOST], units[MOST];
-    int image[MOST], n = s.end - s.begin;
+    ptrdiff_t from[TSAD_MOST], to[TSAD_MOST];
+    const int16_t *x[TSAD_MOST];
+    float *y[TSAD_MOST], units[TSAD_MOST];
+    int image[TSAD_MOST], n = s.end - s.begin;
     tsad_place_pixels(e, node, s.begin, s.end, from, to);
     for (int i = 0; i < n; i++) {
         x[i] = e->grids16[node->in] + from[i];
