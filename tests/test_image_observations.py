@@ -514,8 +514,9 @@ def test_the_encoders_precision_is_kept_and_checked(
         tsad.load("pusht", vision_precision=precision)
 
 
+@pytest.mark.parametrize("precision", ["int16", "int8"])
 def test_a_preset_has_the_encoders_precision(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], precision: str
 ) -> None:
     preset = Preset(
         name="half",
@@ -524,17 +525,17 @@ def test_a_preset_has_the_encoders_precision(
         num_inference_steps=2,
         timestep_spacing="leading",
         precision="float32",
-        vision_precision="int16",
+        vision_precision=precision,
     )
-    assert "images in int16" in preset.words()
+    assert f"images in {precision}" in preset.words()
     save_presets(folder, [(preset, None)])
     try:
         policy = tsad.load(folder, preset="half")
-        assert policy.vision_precision == "int16"
-        assert tsad.load(folder, preset="half", vision_precision="int16") is not None
+        assert policy.vision_precision == precision
+        assert tsad.load(folder, preset="half", vision_precision=precision) is not None
         with pytest.raises(ValueError, match="vision_precision: got 'float32', but the preset"):
             tsad.load(folder, preset="half", vision_precision="float32")
         code, out, _ = run(capsys, "info", str(folder))
-        assert code == 0 and "folded, float32, " in out and "images in int16" in out
+        assert code == 0 and "folded, float32, " in out and f"images in {precision}" in out
     finally:
         (folder / "presets.json").unlink()

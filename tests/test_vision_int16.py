@@ -191,8 +191,8 @@ def test_its_weights_take_about_half_and_a_quarter() -> None:
 def test_a_trained_policys_features_and_actions() -> None:
     """Of the bundled policy that sees, on what its simulator shows: far nearer than random ones.
 
-    Measured: features within 5e-5, with weights of 8 bits 6e-4; actions of 0 to 512 within 0.03 and
-    0.5 in ten steps of DDIM.
+    Measured: features within 4.9e-5, with weights of 8 bits 6.5e-4; actions of 0 to 512 within 0.03
+    and 0.5 in ten steps of DDIM, the latter in one image, in the others 0.07.
     """
     pytest.importorskip("gym_pusht")
     import tsad
@@ -203,7 +203,7 @@ def test_a_trained_policys_features_and_actions() -> None:
         tsad.load("pusht_pixels", sampler="ddim", num_inference_steps=10, vision_precision=name)
         for name in ("float32", *BITS)
     )
-    for seed in (100000, 100004, 100007):
+    for seed in range(100000, 100012):
         seen = world.reset(seed)
         obs: dict[str, Any] = {
             "observation.image": np.stack([np.asarray(seen["observation.image"])] * 2),
