@@ -97,6 +97,25 @@ def test_images_beside_their_peers() -> None:
     said("README.md", r"a 96 x 96 image (\S+) ms \((\S+), (\S+)\)\.", *medians)
 
 
+def test_an_encoder_with_weights_of_8_bits() -> None:
+    cases = results(read("lerobot.md"), "vision-int8")["cases"]
+    ours = [[c["contenders"][f"tsad {n}"] for c in cases] for n in ("float32", "int16", "int8")]
+    for row, all_ in zip(rows(read("lerobot.md"), "ms, in turns"), ours, strict=True):
+        for written, one in zip(row[1:], all_, strict=True):
+            same(written, one["ms"]["median"])
+    ratios = [a["ms"]["median"] / b["ms"]["median"] for a, b in zip(*ours[1:], strict=True)]
+    said(
+        "lerobot.md",
+        r"is (\S+) to (\S+) times faster than in 16 bits with the small images and (\S+) to (\S+) "
+        r"times with",
+        min(ratios[:4]), max(ratios[:4]), min(ratios[4:]), max(ratios[4:]),
+    )  # fmt: skip
+    weights = [case["bytes_int8"]["weights"] / 1e6 for case in (cases[0], cases[-1])]
+    far = [100 * b["error"] / c["largest_feature"] for b, c in zip(ours[2], cases, strict=True)]
+    said("lerobot.md", r"Weights are (\d+) to (\d+) MB; features are within (\S+) %", *weights,
+         max(far))  # fmt: skip
+
+
 def test_whole_chunks_of_lerobots_networks() -> None:
     page = read("lerobot.md")
     settings = json.loads((ROOT / "bench" / "frontier" / "few_passes.json").read_text())
@@ -133,22 +152,21 @@ def test_whole_chunks_of_lerobots_networks() -> None:
 
 def test_the_policy_that_sees() -> None:
     page, card = read("images.md"), (ROOT / "tsad/assets/pusht_pixels/README.md").read_text()
-    document = results(page, "pixels-500")
+    document = results(page, "vision-500")
     found = rows(page, "`pusht_pixels`, 500 episodes")
     assert rows(card, "`pusht_pixels`, 500 episodes") == found
     for row, result in zip(found, document["rows"].values(), strict=True):
         facts = (result["passes"], result["score"]["mean"], result["success"]["mean"])
         for written, value in zip(row[1:], facts, strict=True):
             same(written, value)
-    (warm,) = document["compared"]["rows"].values()
-    low, high = warm["simultaneous"]
+    fast = list(document["rows"])[-1]
+    score, success = (document[k]["rows"][fast] for k in ("compared", "compared_success"))
     said(
         "images.md",
-        r"difference is (\S+) \((\S+) to (\S+)\)\.",
-        warm["mean_difference"],
-        low,
-        high,
-    )
+        r"`fast` is (\S+) \((\S+) to (\S+)\) in score and (\S+) \((\S+) to (\S+)\) in\s+success",
+        score["mean_difference"], *score["simultaneous"],
+        success["mean_difference"], *success["simultaneous"],
+    )  # fmt: skip
     dense = results(page, "ddpm100-100")["rows"]["ddpm-100"]
     means = (dense["score"]["mean"], dense["success"]["mean"])
     said("images.md", r"these seeds alone: (\S+), success (\S+), where", *means)
@@ -167,11 +185,12 @@ def test_images_disturbed_and_encoders_in_16_bits() -> None:
             known = (compared[name]["mean_difference"], low, high)
             for written, value in zip(numbers(row[3]), known, strict=True):
                 same(written, value)
-    report = results(page, "vision-500")
-    (score,), (success,) = (report[k]["rows"].values() for k in ("compared", "compared_success"))
-    for one, words in ((score, r"16 bits, (\S+) \((\S+) to (\S+)\); success"),
-                       (success, r"and 0.430, (\S+) \((\S+) to (\S+)\) \(`tsad")):  # fmt: skip
-        said("images.md", words, one["mean_difference"], *one["simultaneous"])
+    played = list(results(page, "vision-500")["rows"].values())[1:]
+    said(
+        "images.md",
+        r"score (\S+) with float32 encoders and (\S+) with 16 bits; success (\S+) and (\S+)\s",
+        *(row[of]["mean"] for of in ("score", "success") for row in played),
+    )
 
 
 def test_the_policy_of_lerobot_that_comes_along() -> None:
