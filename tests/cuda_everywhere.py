@@ -4,26 +4,41 @@ tests of every backend are tests of this one.
 TSAD_CUDA_LIBRARY=$PWD/emulated.so TSAD_CPU=cuda python -m pytest -p cuda_everywhere tests/...
 
 A thread of the emulated GPU is slow: the widest networks are narrower here, with the same blocks,
-and what only a CPU can do is skipped.
+some suites find a small policy where the bundled one is, and what only a CPU can do is skipped.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import sys
+from collections.abc import Generator, Iterator
 
 import cases
 import pytest
 
 from tsad import _core
+from tsad.checkpoint import read_folder, write_folder
+from tsad.config import PolicyConfig
+from tsad.load import policy_folder
 
 NARROWER = {"odd": 48, "blockpush": 32}
-REFUSED = ("got a CPU's integers", "planner: expected a CPU")
+SMALLER = {"n_layer": 2, "n_head": 2, "n_emb": 16}
+"""The bundled policy, with random weights, and its shape, in these suites, which ask of it that
+chunks take a while."""
+SUITES = ("test_interrupts", "test_observations", "test_plan_errors")
+SOON = 60
+"""Seconds: what is under way of a call ends before the call does, and takes its time here."""
+REFUSED = ("got a CPU's integers", "planner: expected a CPU", "audit: expected a CPU")
 """What a GPU does not do, and says."""
 NOT_HERE = {
     "test_a_hundred_thousand_chunks_do_not_grow": "hours",
     "test_no_allocation_while_a_chunk_runs": "a process of its own, of a CPU",
     "test_workers_keep_off_the_callers_core": "a process of its own, of a CPU",
+    "test_one_long_chunk": "a chunk of a fixed plan is one graph, which nobody stops",
+    "test_the_same_observations_give_the_same_plans": "searches and sweeps thousands of chunks",
+    "test_images": "image encoders are a CPU's",
+    "test_a_command_that_has_just_begun": "a process of its own, of a CPU",
+    "test_the_script_that_has_just_begun": "a process of its own, of a CPU",
     "test_facts": "asks which CPU it is",
     "test_registers_that_are_not_alive_together_share_memory": "asks what a thread takes",
     "test_every_command_takes_the_policy": "tsad tune tries a CPU's integers",
@@ -34,6 +49,32 @@ NOT_HERE = {
 _core._load_backend(os.environ["TSAD_CUDA_LIBRARY"])
 for name, width in NARROWER.items():
     cases.NETWORKS[name]["n_emb"] = width
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bundled_policy_is_small(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """In `SUITES`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ in SUITES:
+            folder = tmp_path_factory.mktemp("bundled")
+            policy = policy_folder("pusht")
+            assert policy is not None
+            config = read_folder(policy)[0].to_dict()
+            network = config["network"] | SMALLER
+            config = {key: config[key] for key in ("format", "format_version", "normalizer")} | {
+                "network": network,
+                "scheduler": config["scheduler"] | {"prediction_type": "sample"},
+                "cost": config["cost"] | {"blocks": list(cases.block_costs(network))},
+            }
+            weights = cases.random_tensors(network, 0)
+            write_folder(folder / "pusht", PolicyConfig.from_dict(config), weights)
+            patch.setattr(sys.modules["tsad.load"], "_ASSETS", folder)
+            patch.setitem(cases.NETWORKS, "pusht", cases.NETWORKS["pusht"] | SMALLER)
+        if hasattr(request.module, "SOON"):
+            patch.setattr(request.module, "SOON", SOON)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)
