@@ -1,4 +1,4 @@
-/* half.h: floats in 16 bits, rounded to the nearest, ties to even. */
+/* half.h: floats in 16 bits, or of TF32's 19, rounded to the nearest, ties to even. */
 #pragma once
 
 #include "base.h"
@@ -45,10 +45,20 @@ static inline float tsad_from_bfloat16(uint16_t half)
     return x;
 }
 
+static inline float tsad_to_tf32(float x) /* which is finite */
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0xfff + (bits >> 13 & 1)) & ~UINT32_C(0x1fff);
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 /* as it would be read from there */
 static inline float tsad_through_half(float x, tsad_precision to)
 {
     return to == TSAD_FLOAT16    ? tsad_from_float16(tsad_to_float16(x))
            : to == TSAD_BFLOAT16 ? tsad_from_bfloat16(tsad_to_bfloat16(x))
+           : to == TSAD_TF32     ? tsad_to_tf32(x)
                                  : x;
 }

@@ -105,13 +105,16 @@ typedef struct tsad_tensor {
  * a row; products and sums are exact integers. TSAD_INT8: the same with 8-bit weights where a
  * matrix is large: half as many bytes to read. TSAD_FLOAT16, TSAD_BFLOAT16: weights rounded to
  * that, products and sums in float32: a GPU's. A CPU rounds them as well and keeps them in float32:
- * it says what is right. */
+ * it says what is right. TSAD_TF32: weights stay as they are; a GPU's library rounds them and what
+ * meets them to 10 bits of mantissa where it multiplies. A CPU rounds the weights alone: what that
+ * costs says how much the GPU's may. */
 typedef enum tsad_precision {
     TSAD_FLOAT32,
     TSAD_INT16,
     TSAD_INT8,
     TSAD_FLOAT16,
-    TSAD_BFLOAT16
+    TSAD_BFLOAT16,
+    TSAD_TF32
 } tsad_precision;
 
 #define TSAD_SAMPLER_COLUMNS 9 /* a b r c d f g h q: see tsad/samplers.py */

@@ -21,6 +21,7 @@ struct Library {
     int (*destroy)(Handle);
     int (*set_stream)(Handle, cudaStream_t);
     int (*set_workspace)(Handle, void *, size_t);
+    int (*set_math)(Handle, int);
     int (*property)(int, int *);
     const char *(*words)(int);
     int (*multiply)(Handle, int, int, int, int, int, const float *, const float *, int,
@@ -53,8 +54,8 @@ const char *tsad_blas_load(const char *path)
     } wanted[] = {
         {"cublasCreate_v2", &found.create},        {"cublasDestroy_v2", &found.destroy},
         {"cublasSetStream_v2", &found.set_stream}, {"cublasSetWorkspace_v2", &found.set_workspace},
-        {"cublasGetProperty", &found.property},    {"cublasGetStatusString", &found.words},
-        {"cublasSgemm_v2", &found.multiply},
+        {"cublasSetMathMode", &found.set_math},    {"cublasGetProperty", &found.property},
+        {"cublasGetStatusString", &found.words},   {"cublasSgemm_v2", &found.multiply},
     };
     void *opened = dlopen(path, RTLD_NOW | RTLD_LOCAL); /* never closed: streams may have it */
     if (!opened) {
@@ -148,16 +149,23 @@ const tsad_blas_room *tsad_blas_room_of(const tsad_stream *stream)
     return stream->blas ? &stream->blas->room : nullptr;
 }
 
-/* cuBLAS counts columns first: what it takes for (outputs, rows) are our rows of outputs. */
+/* cuBLAS counts columns first: what it takes for (outputs, rows) are our rows of outputs. The mode
+ * of its handle, of which the host alone knows, is for this product: the next may be of a matrix
+ * that stays float32. */
 void tsad_blas_multiply(tsad_stream *stream, const float *x, int ldx, const float *w, int rows,
-                        int inputs, int outputs, float *y)
+                        int inputs, int outputs, float *y, bool tf32)
 {
-    enum { AS_IT_IS = 0 };
+    enum { AS_IT_IS = 0, DEFAULT_MATH = 0, TF32_TENSOR_OP_MATH = 3 };
     const float one = 1, zero = 0;
     stream->asked->launches++;
     tsad_stream_begin(stream);
-    int status = library.multiply(stream->blas->handle, AS_IT_IS, AS_IT_IS, outputs, rows, inputs,
-                                  &one, w, outputs, x, ldx, &zero, y, outputs);
+    Handle handle = stream->blas->handle;
+    int status = tf32 ? library.set_math(handle, TF32_TENSOR_OP_MATH) : 0;
+    status = status == 0 ? library.multiply(handle, AS_IT_IS, AS_IT_IS, outputs, rows, inputs, &one,
+                                            w, outputs, x, ldx, &zero, y, outputs)
+                         : status;
+    int after = tf32 ? library.set_math(handle, DEFAULT_MATH) : 0;
+    status = status == 0 ? after : status;
     if (status != 0) {
         tsad_stream_note(stream, cudaErrorUnknown, library.words(status));
     }

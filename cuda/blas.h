@@ -1,5 +1,6 @@
 /* blas.h: NVIDIA's cuBLAS, for products of many rows, where it is here: found at run time and never
- * linked, so that the same library does without it. float32 in, float32 summed.
+ * linked, so that the same library does without it. float32 in, float32 summed; multiplied as such,
+ * or rounded to TF32 first.
  */
 #pragma once
 
@@ -33,7 +34,7 @@ const tsad_blas_room *tsad_blas_room_of(const tsad_stream *stream); /* NULL: it 
 
 /* y (rows, outputs) = x (rows, inputs), its rows ldx apart, times w (inputs, outputs) */
 void tsad_blas_multiply(tsad_stream *stream, const float *x, int ldx, const float *w, int rows,
-                        int inputs, int outputs, float *y);
+                        int inputs, int outputs, float *y, bool tf32);
 
 #ifdef __cplusplus
 }

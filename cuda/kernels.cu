@@ -707,9 +707,9 @@ static bool is_for_blas(const tsad_blas_room *room, const Tracks<tsad_product> &
 {
     const tsad_product &p = tracks.track[0];
     size_t rows = (size_t)n * (size_t)p.rows, n_in = (size_t)p.taps * (size_t)p.channels;
-    bool fits = room && rows >= (size_t)room->rows && p.precision == TSAD_FLOAT32 &&
-                p.batches == 1 && rows * n_in <= room->columns_floats &&
-                rows * (size_t)p.n_out <= room->sums_floats;
+    bool fits = room && rows >= (size_t)room->rows &&
+                (p.precision == TSAD_FLOAT32 || p.precision == TSAD_TF32) && p.batches == 1 &&
+                rows * n_in <= room->columns_floats && rows * (size_t)p.n_out <= room->sums_floats;
     for (int i = 1; i < n; i++) { /* folds of several layers go together */
         fits = fits && tracks.track[i].w == p.w;
     }
@@ -745,7 +745,7 @@ static void issue_product(tsad_stream *stream, const tsad_held &held)
     }
     tsad_blas_multiply(stream, plain ? p.x : room->columns, plain ? p.ldx : p.taps * p.channels,
                        static_cast<const float *>(p.w), held.n * p.rows, p.taps * p.channels,
-                       p.n_out, room->sums);
+                       p.n_out, room->sums, p.precision == TSAD_TF32);
     own.kernel = reinterpret_cast<const void *>(finish_kernel);
     own.grid = blocks_of((size_t)p.rows * (size_t)p.n_out, THREADS);
     own.name = "finish";

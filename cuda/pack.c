@@ -175,9 +175,10 @@ static tsad_status upload(void *to, const void *from, size_t bytes)
 static tsad_status check(const tsad_model *m)
 {
     int most = 0;
-    if (m->precision != TSAD_FLOAT32 && !is_half(m->precision)) {
-        return tsad_fail(TSAD_ARGUMENT, "precision: expected 'float32', 'float16' or 'bfloat16' on "
-                                        "device 'cuda', got a CPU's integers; choose one of these");
+    if (m->precision == TSAD_INT16 || m->precision == TSAD_INT8) {
+        return tsad_fail(TSAD_ARGUMENT,
+                         "precision: expected 'float32', 'tf32', 'float16' or 'bfloat16' on device "
+                         "'cuda', got a CPU's integers; choose one of these");
     }
     int heads[] = {m->fold.n_heads, m->pruner.n_heads};
     for (int i = 0; i < 2; i++) {

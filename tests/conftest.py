@@ -50,3 +50,15 @@ def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> str:
     from cuda_library import build_emulated
 
     return build_emulated(tmp_path_factory.mktemp("cuda") / "emulated.so")
+
+
+@pytest.fixture
+def blas(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, with its stand-in for cuBLAS in place."""
+    from tsad import _core, device
+
+    monkeypatch.setenv("TSAD_CUDA_LIBRARY", emulated_cuda)
+    monkeypatch.delenv("TSAD_CUDA_BLAS", raising=False)
+    _core._load_backend(emulated_cuda)  # the last one loaded is the one that runs
+    assert device.cublas().absent is None
+    return emulated_cuda

@@ -241,7 +241,7 @@ MUTANTS = [
         "blas: the weights' rows are as long as the inputs'", B, "w, outputs, x", "w, inputs, x"
     ),
     Mutant("blas: the inputs' rows are close together", B, "x, ldx, &zero", "x, inputs, &zero"),
-    Mutant("blas: results as far apart as inputs", B, "y, outputs);", "y, inputs);"),
+    Mutant("blas: results as far apart as inputs", B, "y, outputs)", "y, inputs)"),
     Mutant("blas: the weights are turned", B, "handle, AS_IT_IS, AS_IT_IS", "handle, 1, AS_IT_IS"),
     Mutant("blas: the inputs are turned", B, "handle, AS_IT_IS, AS_IT_IS", "handle, AS_IT_IS, 1"),
     Mutant("blas: added to what was there", B, "&zero, y", "&one, y"),
@@ -269,7 +269,19 @@ MUTANTS = [
         "room->workspace = room->columns, room->workspace_bytes = 4 * room->columns_floats;",
     ),
     Mutant("blas: of the first layer's matrix", K, "fits && tracks.track[i].w == p.w", "fits"),
-    Mutant("blas: of 16 bits", K, "p.precision == TSAD_FLOAT32 &&", ""),
+    Mutant(
+        "blas: of 16 bits", K, "(p.precision == TSAD_FLOAT32 || p.precision == TSAD_TF32) &&", ""
+    ),
+    Mutant("tf32: not by cuBLAS", K, " || p.precision == TSAD_TF32)", ")"),
+    Mutant("tf32: of no product", K, "room->sums, p.precision == TSAD_TF32)", "room->sums, false)"),
+    Mutant(
+        "tf32: the mode is not set",
+        B,
+        "tf32 ? library.set_math(handle, TF32_TENSOR_OP_MATH)",
+        "0 ? 0",
+    ),
+    Mutant("tf32: the mode stays", B, "tf32 ? library.set_math(handle, DEFAULT_MATH)", "0 ? 0"),
+    Mutant("tf32: the mode of all", B, "int status = tf32 ?", "int status = true ?"),
     Mutant("blas: the first batch alone", K, "p.batches == 1 &&", ""),
     Mutant("gather: all tracks' rows in one place", K, "(blockIdx.z * gridDim.x +", "(0 +"),
     Mutant("gather: a token too many", K, "token < p.tokens", "token <= p.tokens", 1),
@@ -343,6 +355,7 @@ def survives(library: Path, check: Callable[[], None] | None = None) -> bool:
     """Whether the checks, or this one, pass with this library; asked of a child: it may crash."""
     import test_cuda
     import test_cuda_blas
+    import test_cuda_tf32
     import test_device_arrays
 
     from tsad import _core
@@ -361,6 +374,7 @@ def survives(library: Path, check: Callable[[], None] | None = None) -> bool:
                 test_cuda.check_all()
                 test_device_arrays.check_there(str(library))
                 test_cuda_blas.check_blas(str(library))
+                test_cuda_tf32.check_tf32(str(library))
             status = 0
         except BaseException:  # caught: that is what it was planted for
             pass

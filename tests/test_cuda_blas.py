@@ -28,15 +28,6 @@ def load_blas(path: str) -> None:
     assert load(path.encode()) is None
 
 
-@pytest.fixture
-def blas(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("TSAD_CUDA_LIBRARY", emulated_cuda)
-    monkeypatch.delenv("TSAD_CUDA_BLAS", raising=False)
-    _core._load_backend(emulated_cuda)  # the last one loaded is the one that runs
-    assert device.cublas().absent is None
-    return emulated_cuda
-
-
 def kernels(policy: Any, lanes: int = 1, K: int = 1) -> int:
     """Of a chunk."""
     shape = (lanes, policy.n_obs_steps, policy.obs_dim)

@@ -56,9 +56,10 @@ def test_what_was_found_is_said_and_kept(capsys: Any, cuda: str, few: None, tmp_
     assert 0 < parts["conformance"][0]["error"] <= 1e-5
     assert "watches itself" in parts["sanitizer"][0]["skipped"]
     assert "no times" in parts["peers"][0]["skipped"]
-    (row,) = parts["benchmark"]
+    row, rounded = parts["benchmark"]
     assert row["case"] == "tiny, dense" and row["kernels"] > 0 and row["graphs"] == 1
-    assert not any("_ms" in key for key in row)
+    assert not any("_ms" in key for key in row) and "error" not in row
+    assert rounded["precision"] == "tf32" and 1e-5 < rounded["error"] < 1e-2
     code, _, error = check(capsys, "--out", str(out), "--only", "conformance")
     assert code == 1 and "--overwrite" in error  # nothing is lost
 
@@ -71,7 +72,7 @@ def test_settings_of_the_environment_are_followed_and_said(
     code, said, _ = check(capsys, "--out", str(out), "--only", "benchmark")
     assert code == 0 and "TSAD_CUDA_GRAPHS=0: what is checked" in said
     found = json.loads(out.read_text())
-    (row,) = found["parts"]["benchmark"]
+    row = found["parts"]["benchmark"][0]
     assert row["graphs"] == 0 and row["launches"] == row["kernels"] > 1
     assert found["settings"]["TSAD_CUDA_GRAPHS"] == "0"
 

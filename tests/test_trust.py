@@ -38,7 +38,7 @@ def test_it_is_asked_once(cache: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """Of each model, GPU, driver and build."""
     asked = []
     right = trust.problem_of
-    monkeypatch.setattr(trust, "problem_of", lambda make: asked.append(1) or right(make))
+    monkeypatch.setattr(trust, "problem_of", lambda *of: asked.append(1) or right(*of))
     one, other = save_policy(tmp_path / "one"), save_policy(tmp_path / "other", seed=1)
 
     def times(folder: str, **options: Any) -> int:

@@ -168,6 +168,14 @@ def setting(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+@contextlib.contextmanager
+def through_cublas() -> Iterator[bool]:
+    """Policies made within have all products there that can go; whether there is one, in use."""
+    used = cublas().absent is None and os.environ.get("TSAD_CUDA_BLAS") != "0"
+    with setting("TSAD_CUDA_BLAS", "1") if used else contextlib.nullcontext():
+        yield used
+
+
 def _cublas_paths(major: int) -> list[str]:
     """Where it may be: that of the runtime here first, and of the one beside it."""
     found, wheels = [], importlib.util.find_spec("nvidia")

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {
     "cpu": ("auto", "float32", "int16", "int8"),
-    "cuda": ("auto", "float32", "float16", "bfloat16"),
+    "cuda": ("auto", "float32", "tf32", "float16", "bfloat16"),
 }
 MAX_THREADS = 64  # the team's size in csrc/cpu/team.c
 THREADS_PER_LANE = 4  # a lane is shared by at most so many: TSAD_PARTS in csrc/cpu/worker.h
@@ -95,7 +95,8 @@ def load(
     weights of large matrices in 8 bits: half the bytes again, for networks larger than the caches,
     and a loss that you should measure on your policy. These are a CPU's; on a GPU ``"float16"`` and
     ``"bfloat16"`` keep the weights of the large matrices in 16 bits, and all else, activations and
-    sums included, in float32. ``threads`` defaults to
+    sums included, in float32; ``"tf32"`` keeps all in float32 and lets cuBLAS, which has the
+    products of 64 rows and more, round what it multiplies to 10 bits. ``threads`` defaults to
     the CPUs that this process may use, at most four per lane. ``sampler`` (``"ddpm"``,
     ``"ddim"``, ``"dpmsolver++"``; of flow matching ``"euler"``, ``"rk4"``),
     ``num_inference_steps``, which counts passes of the network (``"rk4"`` has four a step), and
@@ -199,7 +200,7 @@ def load(
     model = make_model(config, tensors, pruner, table, backend=backend, precision=precision)
     if backend is not None:
 
-        def alone(where: str) -> policies.SparsePolicy:
+        def alone(where: str, precision: str) -> policies.SparsePolicy:
             same = model
             if where == "cpu":
                 same = make_model(config, tensors, pruner, table, precision=precision)
@@ -311,8 +312,9 @@ def make_model(
 
     ``backend`` pins the instruction set, one of ``_core.backends()``, or is ``"cuda"``; ``None`` is
     the best one of the CPU.
-    ``precision``: ``"float32"``, ``"int16"``, ``"int8"``, or a GPU's ``"float16"`` or
-    ``"bfloat16"``: a CPU rounds the same weights and keeps them in float32, to say what is right.
+    ``precision``: ``"float32"``, ``"int16"``, ``"int8"``, or a GPU's ``"float16"``,
+    ``"bfloat16"`` or ``"tf32"``: a CPU rounds the same weights and keeps them in float32, to say
+    what is right, or, of ``"tf32"``, what their rounding alone costs.
     """
     from tsad import _core
 

@@ -15,7 +15,7 @@ from tsad.attributes import advice
 from tsad.config import block_names, block_types
 from tsad.plan import REUSE_ROLLOUT, SOURCE_NAMES, Plan
 from tsad.planners import Planner
-from tsad.precision import FLOAT32_BOUND, exact_twin, measured_bound
+from tsad.precision import FLOAT32_BOUND, exact_twin, measured_bound, rounding
 from tsad.samplers import tail
 
 if TYPE_CHECKING:
@@ -558,8 +558,8 @@ class SparsePolicy(_core.Policy):
                 return None
             own: dict[str, Any] = {name: getattr(self, name) for name in ("threads", "precision")}
             own |= {"config": self._config, "sampler": self._sampler, "fitted": fitted}
-            twin = SparsePolicy(self.model, **own)
-            self._error_bound = measured_bound(twin, exact)
+            with rounding(self._precision):
+                self._error_bound = measured_bound(SparsePolicy(self.model, **own), exact)
         return self._error_bound
 
     def __repr__(self) -> str:

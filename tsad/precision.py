@@ -7,16 +7,22 @@ ten, with their weights and samplers.
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tsad.device import through_cublas
 
 if TYPE_CHECKING:
     from tsad.policy import SparsePolicy
 
 FLOAT32_BOUND = 1e-4
 """Of float32 to float64, normalised actions of a dense chunk; what the tests hold it to."""
+TF32_MARGIN = 8.0
+"""So many times what rounding a network's weights to TF32 costs may a GPU's TF32: it rounds what
+meets them as well, and may cut bits off for rounding them."""
 MARGIN = 2.0
 """What was not measured may differ more than what was."""
 MOST_CHUNKS, MOST_MACS = 32, 6e10
@@ -57,6 +63,12 @@ def exact_twin(policy: SparsePolicy, load: Any, fitted: Any) -> SparsePolicy | N
     except (ValueError, OSError):
         return None
     return found
+
+
+def rounding(precision: str) -> AbstractContextManager[object]:
+    """A policy made within rounds all that this precision may: the rows of one lane may be too few
+    for products in TF32, those of more lanes are not."""
+    return through_cublas() if precision == "tf32" else nullcontext()
 
 
 def measured_bound(policy: SparsePolicy, exact: SparsePolicy) -> float:

@@ -30,7 +30,7 @@ SCOPE = {
     ),
     "precisions": Row(
         "float32, on a CPU int16 and int8 (large matrices in 16 bits, their weights in 8), on CUDA "
-        "float16 and bfloat16 (of weights)",
+        "float16 and bfloat16 (of weights), tf32 (products of 64 rows and more)",
         "float16 and bfloat16 on a CPU, or of activations",
     ),
     "devices": Row(

@@ -24,7 +24,7 @@ from tsad import _core, device
 from tsad.files import make_folder, sha256, user_folder, write_json
 from tsad.plan import COMPUTE, REUSE_ROLLOUT, SKIP, SOURCE_NAMES, Plan
 from tsad.policy import SparsePolicy
-from tsad.precision import FLOAT32_BOUND, made_up_observations
+from tsad.precision import FLOAT32_BOUND, TF32_MARGIN, made_up_observations
 
 if TYPE_CHECKING:
     from tsad.checkpoint import Tensors
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 BOUND = 2 * FLOAT32_BOUND
 """Of normalised actions, or of the largest where that is above 1: either may be off by half.
-Weights of 16 bits are rounded alike on both."""
+Weights of 16 bits are rounded alike on both; for TF32 see `_allowed`."""
+Policies = Callable[[str, str], SparsePolicy]
 SHARES = (0.3, 0.2, 0.2, 0.2, 0.1)
 """Of the sources of the second chunk."""
 
@@ -43,18 +44,20 @@ class Difference(NamedTuple):
 
     error: float
     where: str
+    bound: float = BOUND
 
     @property
     def matters(self) -> bool:
         """Whether that is more than rounding."""
-        return not self.error <= BOUND
+        return not self.error <= self.bound
 
 
 class Comparison:
     """A model in one lane on the CPU and on the GPU."""
 
-    def __init__(self, cpu: SparsePolicy, gpu: SparsePolicy) -> None:
+    def __init__(self, cpu: SparsePolicy, gpu: SparsePolicy, bound: float = BOUND) -> None:
         self._pair = (gpu, cpu)
+        self._bound = bound
         self._said = ""  # by the GPU, where it gave nothing
         self._scale = np.array(cpu.config["normalizer"]["action"]["scale"], np.float64)
         self._obs = made_up_observations(cpu, 2)
@@ -63,12 +66,23 @@ class Comparison:
         sparse[0] = COMPUTE if len(sparse) > 1 else REUSE_ROLLOUT
         self._cells = np.stack([np.full(shape, COMPUTE), sparse]).astype(np.uint8)
 
+    @property
+    def cells(self) -> int:
+        """Of both chunks."""
+        return int(self._cells.size)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether there is a pruner to ask."""
+        return self._pair[0].has_pruner
+
     def chunks(self, n: int) -> Difference:
         """The first ``n`` cells of the two chunks, the others left out."""
         cells = self._cells.copy()
         cells.reshape(-1)[n:] = SKIP
         got, expected = (self._run(policy, cells, n) * self._scale for policy in self._pair)
-        return _difference(got, expected, max(1.0, float(np.abs(expected).max())), "action")
+        unit = max(1.0, float(np.abs(expected).max()))
+        return _difference(got, expected, unit, "action", self._bound)
 
     def _run(self, policy: SparsePolicy, cells: NDArray[Any], n: int) -> NDArray[np.float64]:
         """(chunks, horizon, action_dim)"""
@@ -90,18 +104,19 @@ class Comparison:
     def scores(self) -> Difference:
         """Of the pruner, for all cells."""
         got, expected = (np.asarray(p._pruner_scores(self._obs[0]), float) for p in self._pair)
-        return _difference(got, expected, float(np.abs(expected).max()), "pruner score")
+        unit = float(np.abs(expected).max())
+        return _difference(got, expected, unit, "pruner score", self._bound)
 
     def problem(self) -> str | None:
         """What is not right of the GPU; None: it agrees."""
-        if self._pair[0].has_pruner and (found := self.scores()).matters:
+        if self.prunes and (found := self.scores()).matters:
             return found.where
-        if not (found := self.chunks(self._cells.size)).matters:
+        if not (found := self.chunks(self.cells)).matters:
             return None
         where = found.where + self._said
         if self.chunks(0).matters:
             return f"{where}; so is it without any block computed"
-        agrees, differs = 0, self._cells.size
+        agrees, differs = 0, self.cells
         while differs - agrees > 1:  # with so many cells
             middle = (agrees + differs) // 2
             if self.chunks(middle).matters:
@@ -116,23 +131,43 @@ class Comparison:
         )
 
 
-def _difference(got: Any, expected: Any, unit: float, what: str) -> Difference:
+def _difference(got: Any, expected: Any, unit: float, what: str, bound: float) -> Difference:
     apart = np.abs(got - expected) / unit
     apart = np.where(np.isnan(apart), np.inf, apart)
     at = tuple(int(i) for i in np.unravel_index(apart.argmax(), apart.shape))
     place = ", ".join(map(str, at))
     return Difference(
-        float(apart[at]), f"{what} [{place}] is {got[at]:.7g}, the CPU's {expected[at]:.7g}"
+        float(apart[at]),
+        f"{what} [{place}] is {got[at]:.7g}, the CPU's {expected[at]:.7g}",
+        bound,
     )
 
 
-def problem_of(policies: Callable[[str], SparsePolicy]) -> str | None:
+def _allowed(policies: Policies, precision: str) -> float:
+    """How far products of cuBLAS may be from float32's: in TF32 a multiple of what rounding the
+    weights alone does on a CPU."""
+    if precision != "tf32":
+        return BOUND
+    rounded = Comparison(policies("cpu", "float32"), policies("cpu", "tf32"))
+    found = [rounded.chunks(rounded.cells).error]
+    if rounded.prunes:
+        found.append(rounded.scores().error)
+    return BOUND + TF32_MARGIN * max(found)
+
+
+def problem_of(policies: Policies, precision: str = "float32") -> str | None:
     """What is not right of the GPU, with this backend's own products and with cuBLAS's."""
-    problem = Comparison(policies("cpu"), policies("cuda")).problem()
-    if problem or device.cublas().absent or os.environ.get("TSAD_CUDA_BLAS") == "0":
+    exact = "float32" if precision == "tf32" else precision
+    own = device.setting("TSAD_CUDA_BLAS", "0") if precision == "tf32" else contextlib.nullcontext()
+    with own:
+        problem = Comparison(policies("cpu", exact), policies("cuda", precision)).problem()
+    if problem:
         return problem
-    with device.setting("TSAD_CUDA_BLAS", "1"):  # of all rows: more lanes may have them
-        problem = Comparison(policies("cpu"), policies("cuda")).problem()
+    with device.through_cublas() as used:  # of all rows: more lanes may have them
+        if not used:
+            return None
+        pair = policies("cpu", exact), policies("cuda", precision)
+        problem = Comparison(*pair, _allowed(policies, precision)).problem()
     without = "TSAD_CUDA_BLAS=0 does without it"
     return problem and f"{problem}, with cuBLAS {device.cublas().version}: {without}"
 
@@ -150,7 +185,7 @@ def _key(facts: dict[str, Any], config: PolicyConfig, sampler: Sampler, tensors:
 
 
 def check(
-    policies: Callable[[str], SparsePolicy],
+    policies: Policies,
     config: PolicyConfig,
     sampler: Sampler,
     tensors: list[Tensors],
@@ -158,7 +193,7 @@ def check(
 ) -> None:
     """Refuse a GPU that computes something else, with a ``RuntimeError`` that says what.
 
-    ``policies`` makes the policy, in one lane, on a device.
+    ``policies`` makes the policy, in one lane, on a device, in a precision (a GPU's is its own).
     """
     if os.environ.get("TSAD_TRUST", "") not in ("", "0"):
         return
@@ -171,7 +206,7 @@ def check(
     known = _folder() / f"{_key(facts, config, sampler, tensors)}.json"
     if known.exists():
         return
-    problem = problem_of(policies)
+    problem = problem_of(policies, precision)
     if problem is not None:
         raise RuntimeError(
             f"device: expected a GPU that computes what the CPU does, got {cuda.name!r}, whose "

@@ -131,15 +131,16 @@ static int read_precision(PyObject *kw, tsad_model_spec *spec)
         return -1;
     }
     static const char *const precisions[] = {/* tsad_precision */
-                                             "float32", "int16", "int8", "float16", "bfloat16"};
+                                             "float32", "int16",    "int8",
+                                             "float16", "bfloat16", "tf32"};
     int which = 0, n = (int)(sizeof precisions / sizeof precisions[0]);
     while (which < n && strcmp(precision, precisions[which]) != 0) {
         which++;
     }
     if (which == n) {
         PyErr_Format(PyExc_ValueError,
-                     "precision: expected 'float32', 'int16', 'int8', 'float16' or 'bfloat16', "
-                     "got '%s'",
+                     "precision: expected 'float32', 'int16', 'int8', 'float16', 'bfloat16' or "
+                     "'tf32', got '%s'",
                      precision);
         return -1;
     }

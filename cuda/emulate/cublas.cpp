@@ -2,11 +2,13 @@
  * in the backend's own library.
  *
  * A product is asked of the handle's stream and done when its turn comes. It must lie in arrays of
- * the device, its workspace too, which is full of NaN after it. Without a workspace, or in a
+ * the device, its workspace too, which is full of NaN after it. In the mode of TF32 it rounds its
+ * inputs to the nearest (the true one may cut the bits off). Without a workspace, or in a
  * capture that its kernel was not loaded before, the true one may allocate: that fails here.
  */
 #include "cuda_runtime.h"
 
+#include <cmath>
 #include <mutex>
 #include <set>
 #include <tuple>
@@ -17,6 +19,7 @@
 namespace
 {
 
+enum Mode { DEFAULT_MATH = 0, TF32_TENSOR_OP_MATH = 3 };
 enum Status { FINE = 0, ALLOC_FAILED = 3, INVALID_VALUE = 7, EXECUTION_FAILED = 13 };
 constexpr int VERSION[] = {0, 0, 1};
 
@@ -24,7 +27,20 @@ struct Handle {
     cudaStream_t stream = (cudaStream_t)1; /* the one that all have who name none */
     void *workspace = nullptr;
     size_t bytes = 0;
+    int mode = DEFAULT_MATH;
 };
+
+/* as the handle's mode has it: 10 of 23 bits of mantissa */
+float input(const Handle &handle, float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0xfff + (bits >> 13 & 1)) & ~UINT32_C(0x1fff);
+    if (handle.mode == TF32_TENSOR_OP_MATH && std::isfinite(x)) {
+        memcpy(&x, &bits, sizeof x);
+    }
+    return x;
+}
 
 /* numbers of a matrix whose columns are ld apart */
 size_t span(int rows, int columns, int ld)
@@ -47,6 +63,7 @@ EXPORTED int cublasCreate_v2(Handle **out);
 EXPORTED int cublasDestroy_v2(Handle *handle);
 EXPORTED int cublasSetStream_v2(Handle *handle, cudaStream_t stream);
 EXPORTED int cublasSetWorkspace_v2(Handle *handle, void *workspace, size_t bytes);
+EXPORTED int cublasSetMathMode(Handle *handle, int mode);
 EXPORTED int cublasGetProperty(int which, int *out);
 EXPORTED const char *cublasGetStatusString(int status);
 EXPORTED int cublasSgemm_v2(Handle *handle, int turn_a, int turn_b, int m, int n, int k,
@@ -67,8 +84,10 @@ int cublasDestroy_v2(Handle *handle)
 
 int cublasSetStream_v2(Handle *handle, cudaStream_t stream)
 {
+    int mode = handle->mode;
     *handle = {};
     handle->stream = stream;
+    handle->mode = mode;
     return FINE;
 }
 
@@ -77,6 +96,12 @@ int cublasSetWorkspace_v2(Handle *handle, void *workspace, size_t bytes)
     handle->workspace = workspace;
     handle->bytes = bytes;
     return emulate::holds(workspace, bytes) ? FINE : INVALID_VALUE;
+}
+
+int cublasSetMathMode(Handle *handle, int mode)
+{
+    handle->mode = mode;
+    return mode == DEFAULT_MATH || mode == TF32_TENSOR_OP_MATH ? FINE : INVALID_VALUE;
 }
 
 int cublasGetProperty(int which, int *out)
@@ -119,11 +144,12 @@ int cublasSgemm_v2(Handle *handle, int turn_a, int turn_b, int m, int n, int k, 
         for (int j = 0; j < n; j++) {
             std::vector<float> column((size_t)m, 0);
             for (int l = 0; l < k; l++) {
-                float x = b[turn_b ? (size_t)l * (size_t)ldb + (size_t)j
-                                   : (size_t)j * (size_t)ldb + (size_t)l];
+                float x = input(with, b[turn_b ? (size_t)l * (size_t)ldb + (size_t)j
+                                               : (size_t)j * (size_t)ldb + (size_t)l]);
                 for (int i = 0; i < m; i++) {
-                    column[(size_t)i] += x * a[turn_a ? (size_t)i * (size_t)lda + (size_t)l
-                                                      : (size_t)l * (size_t)lda + (size_t)i];
+                    float w = a[turn_a ? (size_t)i * (size_t)lda + (size_t)l
+                                       : (size_t)l * (size_t)lda + (size_t)i];
+                    column[(size_t)i] += x * input(with, w);
                 }
             }
             float *to = c + (size_t)j * (size_t)ldc;

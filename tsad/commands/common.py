@@ -85,8 +85,8 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         default="auto",
-        help='"float32", of a CPU "int16" or "int8", of a GPU "float16" or "bfloat16"; "auto" is '
-        "float32 (default: auto)",
+        help='"float32", of a CPU "int16" or "int8", of a GPU "tf32", "float16" or "bfloat16"; '
+        '"auto" is float32 (default: auto)',
     )
 
 

@@ -214,6 +214,8 @@ def report(document: dict[str, Any]) -> str:
                 numbers.append(row.get("share_of_floor"))
                 if "kernels" in row:
                     said = f"{row['kernels']} kernels in {row['launches'] + row['graphs']} launches"
+                if "error" in row:
+                    said += f", {row['error']:.1e} from float32"
             cells.append([str(name), row.get("skipped") or said, *map(_cell, numbers)])
         lines += ["", part, table(cells)]
         lines += [f"{row['check']}: {row['problem']}" for row in rows if "problem" in row]

@@ -13,7 +13,13 @@ import numpy as np
 import tsad
 from tsad import device
 from tsad.evaluation.timing import observations, percentiles, sampler_name
-from tsad.gpu_check.conformance import LARGE_UNET, TRANSFORMER, random_policy
+from tsad.gpu_check.conformance import (
+    LARGE_UNET,
+    TRANSFORMER,
+    Pair,
+    difference,
+    random_policy,
+)
 from tsad.gpu_check.model import find_gpu, floor_ms, work_of
 
 WARM_UP, MOST_CHUNKS, SECONDS = 5, 1000, 8.0
@@ -28,6 +34,8 @@ class Case(NamedTuple):
     small: bool = False
     blas: str | None = None
     """TSAD_CUDA_BLAS; None: as it is."""
+    exact: Callable[[], tsad.SparsePolicy] | None = None
+    """The same in float32: how far a chunk is from its is said."""
 
 
 def _pusht(sparsity: float = 0.0, **options: Any) -> tsad.SparsePolicy:
@@ -38,7 +46,10 @@ def _pusht(sparsity: float = 0.0, **options: Any) -> tsad.SparsePolicy:
 
 def cases() -> Iterator[Case]:
     """What is timed."""
-    yield Case("tiny, dense", partial(random_policy, TRANSFORMER, "cuda"), small=True)
+    tiny = partial(random_policy, TRANSFORMER, "cuda")
+    yield Case("tiny, dense", tiny, small=True)
+    in_tf32 = partial(tiny, precision="tf32")
+    yield Case("tiny, tf32", in_tf32, small=True, blas="1", exact=tiny)
     yield Case("dense", _pusht)
     yield Case("DDIM-10", partial(_pusht, sampler="ddim", num_inference_steps=10))
     for name in ("lossless", "fast"):
@@ -51,8 +62,12 @@ def cases() -> Iterator[Case]:
     yield Case("UNet, float16", partial(unet, precision="float16"))
     # which rows are worth cuBLAS: its products and our own, of 16 rows and of 64
     yield Case("UNet, cuBLAS", unet, blas="1")
+    in_tf32 = partial(unet, precision="tf32")
+    yield Case("UNet, tf32", in_tf32, blas="1", exact=unet)
     yield Case("UNet, 4 lanes, no cuBLAS", partial(unet, lanes=4), blas="0")
     yield Case("UNet, 4 lanes, cuBLAS", partial(unet, lanes=4), blas="1")
+    four = partial(unet, lanes=4)
+    yield Case("UNet, 4 lanes, tf32", partial(in_tf32, lanes=4), blas="1", exact=four)
     yield Case("dense, cuBLAS", _pusht, blas="1")
 
 
@@ -85,6 +100,8 @@ def run(case: Case, *, gpu: str, emulated: bool) -> dict[str, Any]:
         "weights": work.weights,
         "bytes": work.bytes,
     }
+    if case.exact and (case.small or not emulated):
+        facts["error"] = difference(Pair(case.exact(), policy), 1, 0)
     if emulated:
         return facts
     wall: list[float] = []

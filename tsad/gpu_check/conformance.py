@@ -15,6 +15,7 @@ from tsad.config import PolicyConfig, pruner_shapes
 from tsad.device import cublas, setting
 from tsad.families import block_costs, network_shapes
 from tsad.load import make_model, policy_folder
+from tsad.precision import TF32_MARGIN
 from tsad.presets import find_preset
 from tsad.samplers import make_sampler
 from tsad.section import Shapes
@@ -309,6 +310,26 @@ def cublas_differs(network: dict[str, Any], plans: int) -> float:
     return differ if np.array_equal(first, again) else float("inf")
 
 
+def tf32_differs(network: dict[str, Any]) -> float:
+    """Random plans with all products through cuBLAS in TF32, as a part of what its rounding may
+    cost: a multiple of what rounding the weights alone does on the CPU. Float32's products among
+    them are not told apart here."""
+    if (absent := cublas().absent) is not None:
+        raise NotHereError(absent)
+    exact, rounded = (
+        random_policy(network, "cpu", lanes=3, precision=precision)
+        for precision in ("float32", "tf32")
+    )
+    with setting("TSAD_CUDA_BLAS", "1"):
+        gpu = random_policy(network, "cuda", lanes=3, precision="tf32")
+    plans, found = random_plans(exact, 41), []
+    for other in (gpu, rounded):
+        pair = Pair(exact, other)
+        set_plans(pair, plans)
+        found.append(difference(pair, 3, 41))
+    return found[0] / (TF32_MARGIN * found[1] + FEW_STEPS)
+
+
 def bundled_differs(**options: Any) -> float:
     """The bundled policy, dense."""
     return difference(loaded_pair(**options), 2, 0)
@@ -334,6 +355,8 @@ def checks() -> Iterator[Check]:
         for name in ("transformer", "unet"):
             rounds = partial(plans_differ, small[name], 1, 1, precision=precision)
             yield Check(f"{name}, {precision}", rounds, FEW_STEPS)
+    for name in ("transformer", "unet"):
+        yield Check(f"{name}, tf32, of what it may", partial(tf32_differs, small[name]), 1.0)
     yield Check("lanes, some of them", partial(subsets_differ, TRANSFORMER), FEW_STEPS)
     for kind, pruner in (("transformer", PRUNER), ("mlp", {"type": "mlp", "hidden_dim": 19})):
         yield Check(f"pruner {kind}, scores", partial(scores_differ, pruner), FEW_STEPS)
@@ -356,6 +379,8 @@ def checks() -> Iterator[Check]:
         yield Check(f"large {name}, random plans", run, FEW_STEPS, small=False)
         run = partial(cublas_differs, network, 2)
         yield Check(f"large {name}, cuBLAS", run, FEW_STEPS, small=False)
+        run = partial(tf32_differs, network)
+        yield Check(f"large {name}, tf32, of what it may", run, 1.0, small=False)
     for name, network in small.items():
         run = partial(plans_differ, network, 50, 4, seed=100)
         yield Check(f"{name}, 50 random plans of 4 lanes", run, FEW_STEPS, small=False)
