@@ -562,9 +562,17 @@ const char *cudaGetErrorString(cudaError_t error)
     return error == cudaErrorMemoryAllocation ? "out of memory" : message;
 }
 
+/* tsad_emulate_fail: so many more of what takes memory, then one that there is none for */
+static std::atomic<long> until_full{-1}, live_events;
+
+static bool is_full() { return until_full >= 0 && until_full-- == 0; }
+
 cudaError_t cudaMalloc(void **out, size_t bytes)
 {
     std::lock_guard<std::recursive_mutex> lock(everything);
+    if (is_full()) {
+        return cudaErrorMemoryAllocation;
+    }
     size_t size = pages(bytes) + 2 * PAGE;
     void *base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) {
@@ -599,7 +607,7 @@ cudaError_t cudaFree(void *memory)
 
 cudaError_t cudaMallocHost(void **out, size_t bytes)
 {
-    *out = malloc(bytes);
+    *out = is_full() ? nullptr : malloc(bytes);
     if (!*out) {
         return cudaErrorMemoryAllocation;
     }
@@ -621,6 +629,9 @@ cudaError_t cudaFreeHost(void *memory)
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
+    if (is_full()) {
+        return cudaErrorMemoryAllocation;
+    }
     *out = new emulated_stream();
     return cudaSuccess;
 }
@@ -685,6 +696,8 @@ EXPORTED void tsad_emulate_write(void *stream, void *device, const void *host, s
 EXPORTED int tsad_emulate_read(void *stream, void *host, const void *device, size_t bytes);
 EXPORTED size_t tsad_emulate_waiting(void *stream);
 EXPORTED void tsad_emulate_capture(void *stream, int captures);
+EXPORTED long tsad_emulate_fail(long after); /* so many; -1: nothing fails; what was left */
+EXPORTED long tsad_emulate_living();         /* arrays, streams and events */
 
 void *tsad_emulate_memory(size_t bytes)
 {
@@ -715,15 +728,28 @@ void tsad_emulate_capture(void *stream, int captures)
     stream_of((cudaStream_t)stream)->captures = captures != 0;
 }
 
+long tsad_emulate_fail(long after) { return until_full.exchange(after); }
+
+long tsad_emulate_living()
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    return (long)(allocations.size() + pinned.size() + live_streams().size()) + live_events;
+}
+
 /* time does not pass */
 cudaError_t cudaEventCreate(cudaEvent_t *out)
 {
+    if (is_full()) {
+        return cudaErrorMemoryAllocation;
+    }
     *out = new emulated_event();
+    live_events++;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
+    live_events--;
     delete event;
     return cudaSuccess;
 }
@@ -799,6 +825,9 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph,
                                           unsigned long long)
 {
+    if (is_full()) {
+        return cudaErrorMemoryAllocation;
+    }
     *out = new emulated_exec{graph->work};
     live_graphs++;
     return cudaSuccess;

@@ -1,0 +1,112 @@
+"""Where the emulated GPU has no memory left: the call says so, loses nothing and leaves nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import config, random_inputs
+from engine import make
+
+from tsad import COMPUTE, REUSE_ROLLOUT, device
+
+STEPS, LANES = 3, 2
+
+
+class Memory:
+    """What the stand-in for CUDA says of it."""
+
+    def __init__(self, library: str) -> None:
+        backend = ctypes.CDLL(library)
+        self._fail, self._living = backend.tsad_emulate_fail, backend.tsad_emulate_living
+        self._graphs = backend.tsad_emulate_graphs
+        self._fail.argtypes = [ctypes.c_long]
+        self._fail.restype = self._living.restype = self._graphs.restype = ctypes.c_long
+
+    def used(self) -> int:
+        """How many arrays, streams, events and graphs there are."""
+        gc.collect()
+        return int(self._living() + self._graphs())
+
+    def failures(self, call: Callable[[], Any]) -> Iterator[Any]:
+        """The call with its first piece of memory refused, its second ... until it needs no more:
+        what came each time, or what the error says."""
+        left = -1
+        for n in range(1000):
+            self._fail(n)
+            try:
+                came = call()
+            except MemoryError as error:
+                came = str(error)  # not its frames, which hold a model
+            left = self._fail(-1)
+            yield came
+            if left >= 0:
+                return
+        raise AssertionError("it never ends")
+
+
+@pytest.fixture
+def memory(blas: str) -> Iterator[Memory]:
+    found = Memory(blas)
+    yield found
+    found._fail(-1)
+
+
+@pytest.mark.parametrize("rows", ["0", "1"])
+def test_a_policy_that_finds_no_room_leaves_nothing(memory: Memory, rows: str) -> None:
+    """Model, stream, events, arrays of the device and of the host, with and without cuBLAS."""
+    make("tiny", backend="cuda")  # the stream of those who name none comes with the first
+    before, errors = memory.used(), 0
+    with device.setting("TSAD_CUDA_BLAS", rows):
+        for came in memory.failures(lambda: make("tiny_encoder", backend="cuda", pruner=True)):
+            if isinstance(came, str):
+                errors += 1
+                assert "cuda: " in came and "out of memory" in came
+                assert memory.used() == before
+    assert errors > 10
+    del came
+    assert memory.used() == before
+
+
+def test_slots_that_find_no_room_change_nothing(memory: Memory) -> None:
+    """A plan that reads earlier chunks needs more of them."""
+    policy, twin = (make("tiny", lanes=LANES, backend="cuda", steps=STEPS) for _ in range(2))
+    dense = np.full((STEPS, policy.n_blocks), COMPUTE, np.uint8)
+    sources = dense.copy()
+    sources[1:, 2] = REUSE_ROLLOUT
+    wanted = []
+    for seed in range(4):
+        obs, noise = random_inputs(config("tiny"), seed, lanes=LANES, steps=STEPS)
+        if seed == 1:
+            twin.reset()
+            twin._set_plan(0, sources, dense)
+        wanted.append(twin(obs, noise=noise).copy())
+    obs, noise = random_inputs(config("tiny"), 0, lanes=LANES, steps=STEPS)
+    np.testing.assert_array_equal(policy(obs, noise=noise), wanted[0])
+    policy.reset()
+    before, errors = memory.used(), 0
+    for came in memory.failures(lambda: policy._set_plan(0, sources, dense)):
+        errors += isinstance(came, str)
+    assert errors == 1 and memory.used() <= before  # the old slots went, and their graphs
+    for seed in range(1, 4):
+        obs, noise = random_inputs(config("tiny"), seed, lanes=LANES, steps=STEPS)
+        np.testing.assert_array_equal(policy(obs, noise=noise), wanted[seed])
+
+
+def test_a_graph_that_finds_no_room_is_launched(memory: Memory) -> None:
+    """The same bits, and no error."""
+    policy, twin = (make("tiny", lanes=LANES, backend="cuda", steps=STEPS) for _ in range(2))
+    for seed in range(3):
+        obs, noise = random_inputs(config("tiny"), seed, lanes=LANES, steps=STEPS)
+        wanted = twin(obs, noise=noise)
+        if seed:
+            np.testing.assert_array_equal(policy(obs, noise=noise), wanted)
+            continue
+        for came in memory.failures(
+            lambda obs=obs, z=noise: (policy.reset(), policy(obs, noise=z))
+        ):
+            np.testing.assert_array_equal(came[1], wanted)
