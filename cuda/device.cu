@@ -61,6 +61,23 @@ const char *tsad_device_identity(void)
     return text;
 }
 
+int tsad_device_enter(void)
+{
+    int before = 0;
+    if (cudaGetDevice(&before) != cudaSuccess || before == 0) {
+        return 0; /* what is asked for then says what is wrong */
+    }
+    cudaSetDevice(0);
+    return before;
+}
+
+void tsad_device_leave(int before)
+{
+    if (before != 0) {
+        cudaSetDevice(before);
+    }
+}
+
 tsad_status tsad_device_allocate(size_t bytes, void **out)
 {
     cudaError_t error = cudaMalloc(out, bytes ? bytes : 1);

@@ -28,6 +28,11 @@ const char *tsad_device_name(void);   /* "" without one */
 /* the GPU, its driver and the runtime, as far as what they compute may depend on them; "" */
 const char *tsad_device_identity(void);
 
+/* The GPU that the caller's thread works with, which may be another, until it leaves ours: what all
+ * that follows asks for is asked of ours. */
+int tsad_device_enter(void);
+void tsad_device_leave(int before);
+
 tsad_status tsad_device_allocate(size_t bytes, void **out);
 void tsad_device_free(void *memory); /* NULL is fine */
 /* Memory of the host that copies can be made from while the host goes on. */

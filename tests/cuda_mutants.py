@@ -48,7 +48,8 @@ def barriers() -> list[Mutant]:
 
 
 K, R, N, E, G = "kernels.cu", "run.c", "node.c", "engine.c", "graph.c"
-C, D, B = "caller.c", "device.cu", "blas.cu"
+C, D, B, P = "caller.c", "device.cu", "blas.cu", "plugin.c"
+ENTRIES = ("pack", "open", "remember_rollouts", "each", "unfit", "follow", "precede")
 MUTANTS = [
     Mutant("product: a token too many", K, "token < p.tokens", "token <= p.tokens"),
     Mutant("product: a token too few", K, "token >= 0 &&", "token > 0 &&"),
@@ -305,6 +306,9 @@ MUTANTS = [
     Mutant(
         "graph: a failed capture takes what was to be copied", G, "            e->in_to = to;\n", ""
     ),
+    Mutant("another GPU: is not left", D, "cudaSetDevice(0);", ""),
+    Mutant("another GPU: is not come back to", D, "cudaSetDevice(before);", ""),
+    *(Mutant(f"another GPU: {name}", P, f"here.{name} = {name};", "") for name in ENTRIES),
     Mutant(
         "run: noise there is the first row's", R, "(size_t)(row_begin + 1) * run->noise_step", "0"
     ),
@@ -355,6 +359,7 @@ def survives(library: Path, check: Callable[[], None] | None = None) -> bool:
     """Whether the checks, or this one, pass with this library; asked of a child: it may crash."""
     import test_cuda
     import test_cuda_blas
+    import test_cuda_memory
     import test_cuda_tf32
     import test_device_arrays
 
@@ -375,6 +380,7 @@ def survives(library: Path, check: Callable[[], None] | None = None) -> bool:
                 test_device_arrays.check_there(str(library))
                 test_cuda_blas.check_blas(str(library))
                 test_cuda_tf32.check_tf32(str(library))
+                test_cuda_memory.check_another_gpu(str(library))
             status = 0
         except BaseException:  # caught: that is what it was planted for
             pass

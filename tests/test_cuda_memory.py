@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_device_arrays
 from cases import config, random_inputs
 from engine import make
+from policies import make_policy, observations
 
 from tsad import COMPUTE, REUSE_ROLLOUT, device
 
@@ -110,3 +112,42 @@ def test_a_graph_that_finds_no_room_is_launched(memory: Memory) -> None:
             lambda obs=obs, z=noise: (policy.reset(), policy(obs, noise=z))
         ):
             np.testing.assert_array_equal(came[1], wanted)
+
+
+def check_another_gpu(path: str) -> None:
+    """As after torch.cuda.set_device(1): all is done on ours, and the thread keeps its own. (What a
+    planted fault must not pass, cuda_mutants.py.)"""
+    current = ctypes.CDLL(path).tsad_emulate_device
+    try:
+        current(1)
+        library = test_device_arrays.Library(path)
+        with test_device_arrays.current_stream(library):
+            test_device_arrays.check_places(library, "unet")
+            own = make_policy(lanes=LANES, steps=STEPS, backend="cuda")
+            shape = (LANES, own.n_action_steps, own.action_dim)
+            zeros = np.zeros(shape, np.float32)
+            out = test_device_arrays.TorchArray(library, zeros, library.own)
+            before = library.waiting(library.own)  # type: ignore[attr-defined]
+            own(observations(own, 0), out=out)
+            # what comes next there waits for the chunk, and the host did not
+            assert library.waiting(library.own) == before + 1  # type: ignore[attr-defined]
+        policy = make("tiny_encoder", lanes=LANES, backend="cuda", steps=STEPS, pruner=True)
+        dense = np.full((STEPS, policy.n_blocks), COMPUTE, np.uint8)
+        sources = dense.copy()
+        sources[1:, 2] = REUSE_ROLLOUT
+        policy._set_plan(0, sources, dense)
+        for seed in range(3):  # a graph that is made and two that are launched
+            obs, noise = random_inputs(config("tiny_encoder"), seed, lanes=LANES, steps=STEPS)
+            policy(obs, noise=noise)
+            assert current(1) == 1
+        policy._pruner_scores(obs[0])
+        policy.predict_noise(noise[0], 1, obs)
+        del policy
+        gc.collect()
+        assert current(1) == 1
+    finally:
+        current(0)
+
+
+def test_a_thread_may_work_with_another_gpu(blas: str) -> None:
+    check_another_gpu(blas)

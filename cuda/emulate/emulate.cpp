@@ -540,6 +540,21 @@ cudaError_t cudaGetDeviceCount(int *count)
     return cudaSuccess;
 }
 
+/* Of each thread. Another one than 0 makes nothing and launches nothing. */
+static thread_local int current_device;
+
+cudaError_t cudaGetDevice(int *device)
+{
+    *device = current_device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device)
+{
+    current_device = device;
+    return cudaSuccess;
+}
+
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int)
 {
     *properties = {};
@@ -559,19 +574,28 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 const char *cudaGetErrorString(cudaError_t error)
 {
-    return error == cudaErrorMemoryAllocation ? "out of memory" : message;
+    return error == cudaErrorMemoryAllocation ? "out of memory"
+           : error == cudaErrorInvalidDevice  ? "emulated GPU: the thread's own is another one"
+                                              : message;
 }
 
 /* tsad_emulate_fail: so many more of what takes memory, then one that there is none for */
 static std::atomic<long> until_full{-1}, live_events;
 
-static bool is_full() { return until_full >= 0 && until_full-- == 0; }
+/* why there is none of what takes memory */
+static cudaError_t refusal()
+{
+    bool full = until_full >= 0 && until_full-- == 0;
+    return current_device != 0 ? cudaErrorInvalidDevice
+           : full              ? cudaErrorMemoryAllocation
+                               : cudaSuccess;
+}
 
 cudaError_t cudaMalloc(void **out, size_t bytes)
 {
     std::lock_guard<std::recursive_mutex> lock(everything);
-    if (is_full()) {
-        return cudaErrorMemoryAllocation;
+    if (cudaError_t why = refusal(); why != cudaSuccess) {
+        return why;
     }
     size_t size = pages(bytes) + 2 * PAGE;
     void *base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -607,7 +631,10 @@ cudaError_t cudaFree(void *memory)
 
 cudaError_t cudaMallocHost(void **out, size_t bytes)
 {
-    *out = is_full() ? nullptr : malloc(bytes);
+    if (cudaError_t why = refusal(); why != cudaSuccess) {
+        return why;
+    }
+    *out = malloc(bytes);
     if (!*out) {
         return cudaErrorMemoryAllocation;
     }
@@ -629,8 +656,8 @@ cudaError_t cudaFreeHost(void *memory)
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
-    if (is_full()) {
-        return cudaErrorMemoryAllocation;
+    if (cudaError_t why = refusal(); why != cudaSuccess) {
+        return why;
     }
     *out = new emulated_stream();
     return cudaSuccess;
@@ -696,13 +723,22 @@ EXPORTED void tsad_emulate_write(void *stream, void *device, const void *host, s
 EXPORTED int tsad_emulate_read(void *stream, void *host, const void *device, size_t bytes);
 EXPORTED size_t tsad_emulate_waiting(void *stream);
 EXPORTED void tsad_emulate_capture(void *stream, int captures);
-EXPORTED long tsad_emulate_fail(long after); /* so many; -1: nothing fails; what was left */
-EXPORTED long tsad_emulate_living();         /* arrays, streams and events */
+EXPORTED int tsad_emulate_device(int device); /* of this thread; which it was */
+EXPORTED long tsad_emulate_fail(long after);  /* so many; -1: nothing fails; what was left */
+EXPORTED long tsad_emulate_living();          /* arrays, streams and events */
+
+int tsad_emulate_device(int device)
+{
+    std::swap(device, current_device);
+    return device;
+}
 
 void *tsad_emulate_memory(size_t bytes)
 {
     void *memory = nullptr;
+    int before = tsad_emulate_device(0);
     cudaMalloc(&memory, bytes);
+    current_device = before;
     return memory;
 }
 
@@ -739,8 +775,8 @@ long tsad_emulate_living()
 /* time does not pass */
 cudaError_t cudaEventCreate(cudaEvent_t *out)
 {
-    if (is_full()) {
-        return cudaErrorMemoryAllocation;
+    if (cudaError_t why = refusal(); why != cudaSuccess) {
+        return why;
     }
     *out = new emulated_event();
     live_events++;
@@ -759,6 +795,9 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) { return cudaEv
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle)
 {
     const emulated_stream *stream = stream_of(handle);
+    if (current_device != 0) { /* whose the standard stream is */
+        return cudaErrorInvalidDevice;
+    }
     event->stream = stream->number;
     event->asked = stream->done + stream->queue.size();
     return cudaSuccess;
@@ -776,6 +815,9 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *status)
 {
+    if (current_device != 0) {
+        return cudaErrorInvalidDevice;
+    }
     *status =
         stream_of(stream)->captures ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return cudaSuccess;
@@ -825,8 +867,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph,
                                           unsigned long long)
 {
-    if (is_full()) {
-        return cudaErrorMemoryAllocation;
+    if (cudaError_t why = refusal(); why != cudaSuccess) {
+        return why;
     }
     *out = new emulated_exec{graph->work};
     live_graphs++;
@@ -888,6 +930,9 @@ cudaError_t emulate::launch(std::function<void()> thread, dim3 grid, dim3 shape,
                             cudaStream_t stream)
 {
     unsigned threads = shape.x * shape.y * shape.z, blocks = grid.x * grid.y * grid.z;
+    if (current_device != 0) {
+        return cudaErrorInvalidDevice;
+    }
     if (threads == 0 || threads > 1024 || blocks == 0 || grid.y > 65535 || grid.z > 65535 ||
         shared > 48 * 1024) {
         snprintf(message, sizeof message, "emulated GPU: a launch that no GPU takes");
