@@ -433,7 +433,7 @@ def test_what_looking_gains_in_closed_loop(level: str) -> None:
             f"{row['success']:.3f}",
             *between,
         ]
-        assert row["episodes"] == 459
+        assert row["episodes"] == 500
 
 
 def test_rules_beside_evenly_spaced_steps() -> None:
