@@ -410,6 +410,20 @@ def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
     assert [row["name"] for row in settings] == list(document["rows"])
 
 
+def test_three_trainings_of_a_pruner() -> None:
+    document = json.loads((RESULTS / "2026-11-30-pusht-pruner-three.json").read_text())
+    text = read("results.md").partition("| rule | left out | seed 0")[2].partition("\n\n")[0]
+    for line in text.splitlines()[2:]:
+        rule, level, *found = (cell.strip() for cell in line.strip("|").split("|"))
+        name = rule.strip("*").partition(":")[0]
+        for seed, cell in enumerate(found):
+            rows = document[level.replace(" ", "")][f"seed {seed}"]["rows"]
+            (row,) = (row for row in rows if row["rule"].startswith(f"levels-{seed}, {name}, "))
+            low, high = (100 * value for value in row["beside_interval"])
+            beside = f", {100 * row['beside']:+.0f} % ({low:+.0f} to {high:+.0f})"
+            assert cell == f"{row['rms']:.4f}" + ("" if name == "mean" else beside)
+
+
 @pytest.mark.parametrize("level", ["95", "90"])
 def test_what_looking_gains_in_closed_loop(level: str) -> None:
     """The tables of the bundled pruner are those of the committed results."""
