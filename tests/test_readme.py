@@ -410,6 +410,19 @@ def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
     assert [row["name"] for row in settings] == list(document["rows"])
 
 
+def test_a_fine_tune_on_warm_starts() -> None:
+    document = json.loads((RESULTS / "2026-11-30-pusht-warm-tuned-200.json").read_text())
+    text = read("results.md").partition("| fine-tuned | passes")[2].partition("\n\n")[0]
+    for line, (name, row) in zip(text.splitlines()[2:], document["rows"].items(), strict=True):
+        pair = document["pairs"][f"{name} to ../played-pusht/{name}"]
+        cells = [f"{row['passes']:.0f}"]
+        cells += [f"{row[of]['mean']:.3f}" for of in ("score", "success")]
+        for of in ("score", "success"):
+            low, high = pair[of]["interval95"]
+            cells.append(f"{pair[of]['mean_difference']:+.3f} ({low:+.3f} to {high:+.3f})")
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == cells
+
+
 def test_three_trainings_of_a_pruner() -> None:
     document = json.loads((RESULTS / "2026-11-30-pusht-pruner-three.json").read_text())
     text = read("results.md").partition("| rule | left out | seed 0")[2].partition("\n\n")[0]

@@ -159,7 +159,9 @@ def test_the_policy_that_sees() -> None:
         facts = (result["passes"], result["score"]["mean"], result["success"]["mean"])
         for written, value in zip(row[1:], facts, strict=True):
             same(written, value)
-    fast = list(document["rows"])[-1]
+    fast = "ddim-8-int8-warm-4-vision-int16"
+    presets = json.loads((ROOT / "tsad/assets/pusht_pixels/presets.json").read_text())["presets"]
+    assert [preset["measured"]["setting"] for preset in presets] == [fast]
     score, success = (document[k]["rows"][fast] for k in ("compared", "compared_success"))
     said(
         "images.md",
@@ -188,8 +190,18 @@ def test_images_disturbed_and_encoders_in_16_bits() -> None:
     played = list(results(page, "vision-500")["rows"].values())[1:]
     said(
         "images.md",
-        r"score (\S+) with float32 encoders and (\S+) with 16 bits; success (\S+) and (\S+)\s",
+        r"score (\S+) with float32 encoders, (\S+) with 16 bits and (\S+) with weights of 8; "
+        r"success (\S+),\s+(\S+) and (\S+)\. Beside",
         *(row[of]["mean"] for of in ("score", "success") for row in played),
+    )
+    pairs = results(page, "vision-500")["pairs"]
+    found = [pairs[f"ddim-8-int8-warm-4-vision-{kind} to ddim-8-int8-warm-4"]["score"]
+             for kind in ("int16", "int8")]  # fmt: skip
+    said(
+        "images.md",
+        r"16 bits are (\S+) \((\S+) to (\S+)\) in score, "
+        r"weights of 8 (\S+) \((\S+) to (\S+)\), each",
+        *(number for pair in found for number in (pair["mean_difference"], *pair["interval95"])),
     )
 
 
