@@ -176,7 +176,7 @@ def test_the_policy_that_sees() -> None:
 
 def test_images_disturbed_and_encoders_in_16_bits() -> None:
     page = read("images.md")
-    kinds = [results(page, f"{kind}-40") for kind in ("pixels-disturbed", "pixels-together")]
+    kinds = [results(page, f"{kind}-100") for kind in ("pixels-disturbed", "pixels-together")]
     compared = kinds[0]["compared"]["rows"]
     for row, name in zip(rows(page, "images | score"), kinds[0]["rows"], strict=True):
         means = [kind["rows"][name][of]["mean"] for kind in kinds for of in ("score", "success")]
