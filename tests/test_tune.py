@@ -15,7 +15,9 @@ from command_line import run
 
 import tsad
 from tsad.commands import tune
-from tsad.evaluation import judging
+from tsad.evaluation import judging, sweep
+from tsad.evaluation.play import Trial
+from tsad.evaluation.sweep import Sweep
 from tsad.presets import PRESETS_FILE, Preset, model_sha256, read_presets, save_presets
 from tsad.sim import frontier, results
 from tsad.statistics import LEAST_EPISODES
@@ -347,6 +349,35 @@ def test_what_can_not_be_fitted_is_said(capsys: Any, folder: Path, monkeypatch: 
     words += [str(folder / "turns"), "--observations", str(data), "--draws", "2"]
     code, _, err = run(capsys, *words)
     assert code == 2 and "t: what plans that take turns do takes episodes to see" in err
+
+
+def test_what_needs_a_past_is_known_without_loading_again(
+    capsys: Any, folder: Path, monkeypatch: Any
+) -> None:
+    """A large policy takes seconds to load, and there may be thirty settings."""
+    grid, data, loaded, during = folder / "past.json", folder / "one.npz", [], []
+    grid.write_text(json.dumps([DECIDED[0], DECIDED[3]]))
+    np.savez(data, obs=np.full((4, 2, 20), 256, np.float32))
+    load, unmeasured = Trial.load, Sweep.unmeasured
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        loaded.append(self)
+        return load(self, *args, **options)
+
+    def watched(self: Any) -> list[str]:
+        before = len(loaded)
+        found = unmeasured(self)
+        during.append((found, len(loaded) - before))
+        return found
+
+    monkeypatch.setattr(sweep, "HELD", -1)  # as of policies so large that none is kept
+    monkeypatch.setattr(Trial, "load", counted)
+    monkeypatch.setattr(Sweep, "unmeasured", watched)
+    words = ["tune", "--policy", str(folder / "policy"), "--settings", str(grid), "--rounds", "1"]
+    words += ["--observations", str(data), "--draws", "2", "--out", str(folder / "past")]
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
+    assert loaded and set(map(str, during)) == {"([], 0)"}
 
 
 def test_nothing_is_chosen_that_loses_more(capsys: Any, folder: Path) -> None:

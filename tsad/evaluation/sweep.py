@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tsad.arrays import read_any_json
 from tsad.config import EULER, FLOWS, SAMPLERS, TIMESTEP_SPACINGS
 from tsad.evaluation import realtime
-from tsad.evaluation.errors import ERRORS_FILE, Errors, most_windows, recorded_windows, unknown
+from tsad.evaluation.errors import ERRORS_FILE, Errors, most_windows, recorded_windows
 from tsad.evaluation.loading import configure
 from tsad.evaluation.play import Experiment, Trial, check_policy, evaluate, seeds_of
 from tsad.evaluation.progress import Progress
@@ -172,6 +172,7 @@ class Sweep:
         self.rows: dict[str, Any] = {}
         self.episodes: dict[str, list[Episode]] = {}
         self._held: dict[str, SparsePolicy] = {}
+        self._needs_past: dict[str, bool] = {}  # of all that were loaded
         self.add(settings)
         if experiment.simulator is not None:
             trials = self._trials.values()
@@ -220,7 +221,10 @@ class Sweep:
             if held > HELD:
                 self._held.clear()
             own = self._trials[name]
-            self._held[name] = own.load(self._experiment, name=f"--settings: {name}", lanes=1)
+            from tsad.sim.offline import needs_past
+
+            policy = own.load(self._experiment, name=f"--settings: {name}", lanes=1)
+            self._held[name], self._needs_past[name] = policy, needs_past(policy)
         return self._held[name]
 
     @property
@@ -267,7 +271,7 @@ class Sweep:
         """The rows whose errors single observations don't tell."""
         if self.windows is None or self.windows.shape[1] > 1:
             return []
-        return [name for name in self._trials if unknown(self.windows, self.load(name))]
+        return [name for name in self._trials if self._needs_past[name]]  # all were loaded once
 
     def moved(self, name: str) -> bool:
         """Whether a row's executed actions have a lead, or are smoothed."""
