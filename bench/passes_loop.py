@@ -36,11 +36,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pruner_inputs import RIDGES, WIDTHS, fitted, standardised  # noqa: E402
-from pruner_loop import OWN, Arm, lines_of, play, summary  # noqa: E402
+from pruner_loop import OWN, Arm, document_of, lines_of, play, summary  # noqa: E402
 
 import tsad  # noqa: E402
 from tsad import sim  # noqa: E402
-from tsad.arrays import read_any_json, read_npz  # noqa: E402
+from tsad.arrays import read_npz  # noqa: E402
 from tsad.commands.common import table  # noqa: E402
 from tsad.files import write_atomically, write_json  # noqa: E402
 from tsad.load import read_policy  # noqa: E402
@@ -198,14 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         facts["levels"][name] = {"plans": [cheap, dear], **said}
         levels[name] = {**rows, **{mask: alone[mask] for mask in ("10000000", "10001000")}}
     print(facts["levels"], file=sys.stderr)
-    document = {
-        "facts": facts,
-        "episodes": {level: {name: {} for name in rows} for level, rows in levels.items()},
-    }
-    if args.out.exists():
-        document = read_any_json(args.out)
-        if document["facts"] != facts:
-            parser.error(f"argument --out: {args.out} is of {document['facts']}, not of {facts}")
+    document = document_of(args.out, facts, levels, parser)
     environment = sim.make("pusht")
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         shared: dict[str, Any] = {}

@@ -175,6 +175,17 @@ def lines_of(found: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+def document_of(out: Path, facts: Any, levels: Any, parser: argparse.ArgumentParser) -> Any:
+    """What was played before, of the same facts, or nothing yet."""
+    if out.exists():
+        document = read_any_json(out)
+        if document["facts"] != facts:
+            parser.error(f"argument --out: {out} is of {document['facts']}, not of {facts}")
+        return document
+    episodes = {level: {name: {} for name in rows} for level, rows in levels.items()}
+    return {"facts": facts, "episodes": episodes}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(
@@ -209,14 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         price, levels[name] = level_of(policy, scores, plans)
         names = {Path(path).name: plan_sha256(one) for path, one in zip(paths, plans, strict=True)}
         facts["levels"][name] = {"plans": names, "price": price}
-    document = {
-        "facts": facts,
-        "episodes": {level: {name: {} for name in rows} for level, rows in levels.items()},
-    }
-    if args.out.exists():
-        document = read_any_json(args.out)
-        if document["facts"] != facts:
-            parser.error(f"argument --out: {args.out} is of {document['facts']}, not of {facts}")
+    document = document_of(args.out, facts, levels, parser)
     environment = sim.make("pusht")
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for level, rows in levels.items():

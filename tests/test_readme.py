@@ -426,7 +426,9 @@ def test_a_fine_tune_on_warm_starts() -> None:
 def test_three_trainings_of_a_pruner() -> None:
     document = json.loads((RESULTS / "2026-11-30-pusht-pruner-three.json").read_text())
     text = read("results.md").partition("| rule | left out | seed 0")[2].partition("\n\n")[0]
-    for line in text.splitlines()[2:]:
+    lines = text.splitlines()[2:]
+    assert len(lines) == 8
+    for line in lines:
         rule, level, *found = (cell.strip() for cell in line.strip("|").split("|"))
         name = rule.strip("*").partition(":")[0]
         for seed, cell in enumerate(found):
