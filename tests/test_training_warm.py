@@ -130,6 +130,7 @@ def test_the_card_says_what_it_is(old, demos, tmp_path, capsys):
     ("words", "message"),
     [
         (["--warm-start", "8"], "argument --warm-start: got 8 without init"),
+        (["--warm-share", "0.3"], "argument --warm-share: got 0.3 without warm_start"),
         (
             ["--init", "OLD", "--warm-start", "17"],
             "argument --warm-start: expected an integer from",

@@ -101,6 +101,11 @@ class Settings:
             "prediction_type": (self.prediction_type in ("epsilon", "sample"), "epsilon or sample"),
         }
         check_settings(self, checks)
+        if self.warm_share != Settings.warm_share and not self.warm_start:
+            raise ValueError(
+                f"warm_share: got {self.warm_share} without warm_start, expected both; say how "
+                "many steps from the end, e.g. 8"
+            )
         if self.warm_start and not self.init:
             raise ValueError(
                 f"warm_start: got {self.warm_start} without init, expected both: the chunk before "
