@@ -5,6 +5,7 @@ process that a test starts too. Presets of whoever runs the tests are not theirs
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("home")
         patch.setenv("TSAD_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """PyTorch's generator as a new process has it: no test's weights depend on those before it."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -147,6 +147,7 @@ class FakePushT(FakePolicy):
     timings = {"encode": 0.1, "prune": 0.0, "plan": 0.1, "denoise": 0.7, "total": 0.9}
     stats = {"bytes": 4096, "weight_bytes": 1 << 20, "error_bound": 1e-4}
     threads = 1
+    warm_start, lead, _plans = None, 0.0, ()
     config = {
         "network": {
             "type": "diffusion_policy_transformer",

@@ -146,6 +146,8 @@ def randomise(module: nn.Module, seed: int) -> Any:
     """Weights with which every part matters; evaluation mode."""
     torch.manual_seed(seed)
     for name, part in module.named_modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            part.reset_parameters()  # its first values came before the seed
         if isinstance(part, nn.BatchNorm2d | nn.GroupNorm):
             nn.init.uniform_(part.weight, 0.5, 1.5)
             nn.init.normal_(part.bias, 0, 0.2)
