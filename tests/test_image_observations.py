@@ -427,6 +427,7 @@ def test_the_difference_of_images_is_that_of_their_worst_square() -> None:
 def test_a_frame_within_the_bound_takes_the_features_of_the_one_encoded(folder: Path) -> None:
     policy, n = reusing(folder, 3.0), load(folder).n_obs_steps
     assert policy.reuse_images == 3 and load(folder).reuse_images == 0
+    assert "reused within 3)" in repr(policy) and "reused" not in repr(load(folder))
     obs = observed(policy)
 
     def see(top: Any) -> tuple[Any, dict[str, int]]:
@@ -532,6 +533,7 @@ def test_a_preset_has_the_encoders_precision(
     try:
         policy = tsad.load(folder, preset="half")
         assert policy.vision_precision == precision
+        assert f"images in {precision})" in repr(policy)
         assert tsad.load(folder, preset="half", vision_precision=precision) is not None
         with pytest.raises(ValueError, match="vision_precision: got 'float32', but the preset"):
             tsad.load(folder, preset="half", vision_precision="float32")

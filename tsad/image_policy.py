@@ -154,6 +154,10 @@ class ImagePolicy(SparsePolicy):
         stats["weight_bytes"] += self._cameras.weight_bytes
         return {**stats, "images": self._images._asdict()}
 
+    def __repr__(self) -> str:
+        reuse = f", reused within {self._reuse:g}" if self._reuse else ""
+        return f"{super().__repr__()[:-1]}, images in {self.vision_precision}{reuse})"
+
     # ---- observations
 
     def _encoded(
