@@ -116,6 +116,19 @@ def test_an_encoder_with_weights_of_8_bits() -> None:
          max(far))  # fmt: skip
 
 
+def test_memory_beside_peers() -> None:
+    page = read("lerobot.md")
+    cases = results(page, "memory")["cases"]
+    first, *found = rows(page, "MB held once it runs")
+    for written, case in zip(first[1:], cases.values(), strict=True):
+        same(written, case["weight_bytes"] / 1e6)
+    contenders = list(cases["unet-large"]["contenders"])
+    assert len(contenders) == 7  # four peers, three precisions
+    for name, row in zip(contenders, found, strict=True):
+        for written, case in zip(row[1:], cases.values(), strict=True):
+            same(written, case["contenders"][name]["bytes"] / 1e6)
+
+
 def test_whole_chunks_of_lerobots_networks() -> None:
     page = read("lerobot.md")
     settings = json.loads((ROOT / "bench" / "frontier" / "few_passes.json").read_text())
