@@ -34,7 +34,6 @@ NOT_HERE = {
     "test_a_hundred_thousand_chunks_do_not_grow": "hours",
     "test_no_allocation_while_a_chunk_runs": "a process of its own, of a CPU",
     "test_workers_keep_off_the_callers_core": "a process of its own, of a CPU",
-    "test_one_long_chunk": "a chunk of a fixed plan is one graph, which nobody stops",
     "test_the_same_observations_give_the_same_plans": "searches and sweeps thousands of chunks",
     "test_images": "image encoders are a CPU's",
     "test_a_command_that_has_just_begun": "a process of its own, of a CPU",
@@ -45,6 +44,9 @@ NOT_HERE = {
     "test_a_bad_call_is_refused_and_changes_nothing[cuda]": "no bad call",
     "test_a_bad_call_is_refused_and_changes_nothing[out on another device]": "no bad call",
 }
+
+LAUNCHED = ("test_one_long_chunk",)
+"""Without graphs, which nobody stops."""
 
 _core._load_backend(os.environ["TSAD_CUDA_LIBRARY"])
 for name, width in NARROWER.items():
@@ -75,6 +77,15 @@ def bundled_policy_is_small(
         if hasattr(request.module, "SOON"):
             patch.setattr(request.module, "SOON", SOON)
         yield
+
+
+@pytest.fixture(autouse=True)
+def long_chunks_are_launched(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of `LAUNCHED`."""
+    if request.node.name.partition("[")[0] in LAUNCHED:
+        monkeypatch.setenv("TSAD_CUDA_GRAPHS", "0")
 
 
 @pytest.hookimpl(tryfirst=True)

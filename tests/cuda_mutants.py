@@ -5,6 +5,7 @@ python tests/cuda_mutants.py [WORD ...]     all, or those with one of the words 
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import re
@@ -29,6 +30,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     nth: int = 0  # of the places where `old` is
+    queue: int | None = None  # how much of a stream waits at most, where that matters
 
     def text(self) -> str:
         """The file with the change."""
@@ -310,6 +312,22 @@ MUTANTS = [
     Mutant("another GPU: is not come back to", D, "cudaSetDevice(before);", ""),
     *(Mutant(f"another GPU: {name}", P, f"here.{name} = {name};", "") for name in ENTRIES),
     Mutant(
+        "run: sources go before they are made",
+        R,
+        "    make_sources(&t.c, staged);\n    tsad_upload(e->stream, lane->sources, staged, "
+        "sizeof(tsad_reused) * (size_t)program->n_sources);",
+        "    tsad_upload(e->stream, lane->sources, staged, "
+        "sizeof(tsad_reused) * (size_t)program->n_sources);\n    make_sources(&t.c, staged);",
+        queue=1,
+    ),
+    Mutant(
+        "engine: what goes in goes before it is written",
+        E,
+        "    note_in(e, device, bytes);\n    return e->staged_in",
+        "    note_in(e, device, bytes);\n    tsad_cuda_upload(e);\n    return e->staged_in",
+        queue=1,
+    ),
+    Mutant(
         "run: noise there is the first row's", R, "(size_t)(row_begin + 1) * run->noise_step", "0"
     ),
 ]
@@ -355,8 +373,11 @@ class Workshop:
         return library
 
 
-def survives(library: Path, check: Callable[[], None] | None = None) -> bool:
-    """Whether the checks, or this one, pass with this library; asked of a child: it may crash."""
+def survives(
+    library: Path, check: Callable[[], None] | None = None, most: int | None = None
+) -> bool:
+    """Whether the checks, or this one, pass with this library; asked of a child: it may crash.
+    `most` work of a stream waits."""
     import test_cuda
     import test_cuda_blas
     import test_cuda_memory
@@ -373,6 +394,8 @@ def survives(library: Path, check: Callable[[], None] | None = None) -> bool:
             os.close(2)
             faulthandler.disable()  # a planted fault may crash
             _core._load_backend(str(library))
+            if most is not None:
+                ctypes.CDLL(str(library)).tsad_emulate_queue(ctypes.c_long(most))
             if check:
                 check()
             else:
@@ -397,7 +420,7 @@ def main() -> int:
         print(f"{'pass' if survives(workshop.true) else 'FAIL'}  the sources as they are")
         for mutant in [*barriers(), *MUTANTS]:
             if not words or any(word in mutant.name for word in words):
-                lives = survives(workshop.build(mutant))
+                lives = survives(workshop.build(mutant), most=mutant.queue)
                 missed += lives
                 print(f"{'MISSED' if lives else 'seen'}  {mutant.name}", flush=True)
     return missed

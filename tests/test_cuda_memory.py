@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import test_device_arrays
 from cases import config, random_inputs
+from cuda_library import queue
 from engine import make
 from policies import make_policy, observations
 
@@ -127,10 +128,11 @@ def check_another_gpu(path: str) -> None:
             shape = (LANES, own.n_action_steps, own.action_dim)
             zeros = np.zeros(shape, np.float32)
             out = test_device_arrays.TorchArray(library, zeros, library.own)
-            before = library.waiting(library.own)  # type: ignore[attr-defined]
-            own(observations(own, 0), out=out)
-            # what comes next there waits for the chunk, and the host did not
-            assert library.waiting(library.own) == before + 1  # type: ignore[attr-defined]
+            with queue(path, 0):
+                before = library.waiting(library.own)  # type: ignore[attr-defined]
+                own(observations(own, 0), out=out)
+                # what comes next there waits for the chunk, and the host did not
+                assert library.waiting(library.own) == before + 1  # type: ignore[attr-defined]
         policy = make("tiny_encoder", lanes=LANES, backend="cuda", steps=STEPS, pruner=True)
         dense = np.full((STEPS, policy.n_blocks), COMPUTE, np.uint8)
         sources = dense.copy()

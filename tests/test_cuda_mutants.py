@@ -26,6 +26,8 @@ FEW = [
     )
 ]
 
+ORDER = [m for m in MUTANTS if m.name.startswith("stream: ") or m.queue is not None]
+
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
@@ -40,6 +42,18 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.mark.parametrize("mutant", FEW, ids=[mutant.name for mutant in FEW])
 def test_a_planted_fault_is_seen(mutant: Mutant, workshop: Workshop) -> None:
     assert not survives(workshop.build(mutant))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", ORDER, ids=[mutant.name for mutant in ORDER])
+def test_a_fault_of_order_is_seen_where_work_begins_at_once(
+    mutant: Mutant, workshop: Workshop
+) -> None:
+    """One piece of work of a stream waits at most. What the host writes after it has asked for the
+    copy is right as long as all work waits for a wait, and wrong here."""
+    assert not survives(workshop.build(mutant), most=1)
+    if mutant.queue is not None:
+        assert survives(workshop.build(mutant), most=0)
 
 
 def test_a_failure_of_the_device_is_said(workshop: Workshop) -> None:
@@ -76,6 +90,6 @@ def test_a_gpu_that_forgets_what_it_computed_is_refused(
 
 def test_every_fault_can_be_planted() -> None:
     """A change of the sources must not leave the list behind."""
-    assert len(FEW) == 4 and len(barriers()) > 0
+    assert (len(FEW), len(ORDER)) == (4, 5) and len(barriers()) > 0
     for mutant in [*barriers(), *MUTANTS]:
         assert mutant.text() != (Path(__file__).parents[1] / "cuda" / mutant.file).read_text()

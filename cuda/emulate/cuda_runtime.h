@@ -3,8 +3,10 @@
  *
  * A kernel's blocks run one after the other in random order, each thread of a block as a fiber: up
  * to a barrier or a shuffle in random order again. A stream's copies and launches wait until
- * somebody waits for the stream, and between two waits nobody can touch the device's memory.
- * What a stream waits for of another one is done then, and not before. Memory that nobody wrote is
+ * somebody waits for the stream, or until TSAD_EMULATE_QUEUE of them wait (1024; 0: no end): then a
+ * random part is done before the call that asked for more returns, and of other streams what they
+ * come to. The host can never touch the device's memory. What a stream waits for of another one is
+ * done when it comes to that, at the latest. Memory that nobody wrote is
  * full of NaN, so is a block's shared memory, and the bytes after an array are looked at after
  * every launch. A graph is the list of what was asked for while it was captured; memory of the host
  * is full of NaN at first, too. TSAD_EMULATE_SEED (0) chooses the order; with TSAD_EMULATE_COUNT
@@ -26,7 +28,7 @@
 #define __device__
 #define __host__
 #define __global__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 
 struct dim3 {

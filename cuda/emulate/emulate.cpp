@@ -432,16 +432,17 @@ struct emulated_stream {
     size_t done = 0; /* how much of all that was asked for */
     bool captures = false, spoiled = false;
     Work captured;
+    const char *fault = nullptr; /* of what was done of it while others waited */
     emulated_stream();
     ~emulated_stream();
 };
 
 struct emulated_graph {
-    Work work;
+    std::shared_ptr<const Work> work;
 };
 
 struct emulated_exec {
-    Work work;
+    std::shared_ptr<const Work> work;
 };
 
 struct emulated_event {
@@ -478,12 +479,6 @@ cudaStream_t stream_of(cudaStream_t handle)
     return (uintptr_t)handle == 1 ? &standard : handle;
 }
 
-void ask(cudaStream_t handle, std::function<const char *()> what)
-{
-    cudaStream_t stream = stream_of(handle);
-    (stream->captures ? stream->captured : stream->queue).push_back(std::move(what));
-}
-
 /* until so much of it is done; the first fault */
 const char *run_work(emulated_stream *stream, size_t asked)
 {
@@ -502,6 +497,50 @@ const char *run_work(emulated_stream *stream, size_t asked)
     return nullptr;
 }
 
+/* TSAD_EMULATE_QUEUE, or what tsad_emulate_queue said: so much of a stream waits at most, 0: all.
+ * Drivers are said to hold 1024 launches; a graph is one. */
+long longest = -1;
+
+size_t longest_queue()
+{
+    if (longest < 0) {
+        const char *set = getenv("TSAD_EMULATE_QUEUE");
+        longest = set ? strtol(set, nullptr, 10) : 1024;
+    }
+    return (size_t)longest;
+}
+
+/* Some of a stream's work, any number of pieces, and what other streams come to meanwhile, in any
+ * order that the events allow. */
+void make_room(emulated_stream *stream)
+{
+    size_t until = stream->done + 1 + next_random() % stream->queue.size();
+    protect(PROT_READ | PROT_WRITE);
+    while (stream->done < until) {
+        auto any = std::next(live_streams().begin(), (long)(next_random() % live_streams().size()));
+        emulated_stream *next = next_random() % 2 ? stream : any->second;
+        const char *fault = run_work(next, next->done + 1);
+        next->fault = next->fault ? next->fault : fault;
+    }
+    protect(PROT_NONE);
+}
+
+/* A launch that finds the queue full blocks until there is room, and work may begin as soon as it
+ * was asked for: what is too much has come before this returns. */
+void ask(cudaStream_t handle, std::function<const char *()> what)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    cudaStream_t stream = stream_of(handle);
+    if (stream->captures) {
+        stream->captured.push_back(std::move(what));
+        return;
+    }
+    stream->queue.push_back(std::move(what));
+    if (longest_queue() && stream->queue.size() > longest_queue() && !only_counts()) {
+        make_room(stream);
+    }
+}
+
 cudaError_t drain(cudaStream_t stream)
 {
     std::lock_guard<std::recursive_mutex> lock(everything);
@@ -517,6 +556,8 @@ cudaError_t drain(cudaStream_t stream)
     protect(PROT_READ | PROT_WRITE);
     const char *fault = run_work(stream, stream->done + stream->queue.size());
     protect(PROT_NONE);
+    fault = stream->fault ? stream->fault : fault;
+    stream->fault = nullptr;
     if (fault) {
         snprintf(message, sizeof message, "emulated GPU: %s", fault);
         return cudaErrorLaunchFailure;
@@ -722,6 +763,8 @@ EXPORTED void *tsad_emulate_stream();
 EXPORTED void tsad_emulate_write(void *stream, void *device, const void *host, size_t bytes);
 EXPORTED int tsad_emulate_read(void *stream, void *host, const void *device, size_t bytes);
 EXPORTED size_t tsad_emulate_waiting(void *stream);
+EXPORTED size_t tsad_emulate_pending();      /* of all streams */
+EXPORTED long tsad_emulate_queue(long most); /* TSAD_EMULATE_QUEUE from now on; what it was */
 EXPORTED void tsad_emulate_capture(void *stream, int captures);
 EXPORTED int tsad_emulate_device(int device); /* of this thread; which it was */
 EXPORTED long tsad_emulate_fail(long after);  /* so many; -1: nothing fails; what was left */
@@ -757,7 +800,29 @@ int tsad_emulate_read(void *stream, void *host, const void *device, size_t bytes
     return cudaStreamSynchronize((cudaStream_t)stream);
 }
 
-size_t tsad_emulate_waiting(void *stream) { return stream_of((cudaStream_t)stream)->queue.size(); }
+size_t tsad_emulate_waiting(void *stream)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    return stream_of((cudaStream_t)stream)->queue.size();
+}
+
+size_t tsad_emulate_pending()
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    size_t pending = 0;
+    for (const auto &[number, stream] : live_streams()) {
+        pending += stream->queue.size();
+    }
+    return pending;
+}
+
+long tsad_emulate_queue(long most)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    long before = (long)longest_queue();
+    longest = most;
+    return before;
+}
 
 void tsad_emulate_capture(void *stream, int captures)
 {
@@ -798,6 +863,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle)
     if (current_device != 0) { /* whose the standard stream is */
         return cudaErrorInvalidDevice;
     }
+    std::lock_guard<std::recursive_mutex> lock(everything);
     event->stream = stream->number;
     event->asked = stream->done + stream->queue.size();
     return cudaSuccess;
@@ -808,7 +874,11 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     emulated_event recorded = *event;
     ask(stream, [recorded]() -> const char * {
         auto found = live_streams().find(recorded.stream);
-        return found == live_streams().end() ? nullptr : run_work(found->second, recorded.asked);
+        if (found == live_streams().end()) {
+            return nullptr;
+        }
+        const char *fault = run_work(found->second, recorded.asked);
+        return fault ? fault : found->second->fault;
     });
     return cudaSuccess;
 }
@@ -858,7 +928,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
         snprintf(message, sizeof message, "emulated GPU: a capture that was spoiled");
         return cudaErrorStreamCaptureInvalidated;
     }
-    *out = new emulated_graph{std::move(stream->captured)};
+    *out = new emulated_graph{std::make_shared<Work>(std::move(stream->captured))};
     stream->captured.clear();
     live_graphs++;
     return cudaSuccess;
@@ -877,9 +947,14 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t grap
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
 {
-    for (const auto &what : exec->work) {
-        ask(stream, what);
-    }
+    ask(stream, [work = exec->work]() -> const char * {
+        const char *fault = nullptr;
+        for (size_t i = 0; i < work->size() && !fault; i++) {
+            fault = (*work)[i]();
+            fault = fault ? fault : check_guards();
+        }
+        return fault;
+    });
     return cudaSuccess;
 }
 
