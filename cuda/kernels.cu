@@ -16,6 +16,8 @@ namespace
 {
 
 constexpr int WARP = 32, THREADS = 128;
+/* __launch_bounds__(THREADS, 1): a block has the registers that it wants. Without the 1, ptxas of
+ * CUDA 12 keeps two kernels to 32, so that more blocks go at once, and spills. */
 constexpr unsigned ALL = 0xffffffffu;
 
 /* ---- what kernels share ------------------------------------------------------------------ */
@@ -153,9 +155,8 @@ template <typename Arguments> void issue(tsad_stream *stream, const tsad_held &h
     stream->asked->launches++;
     tsad_stream_begin(stream);
     tsad_stream_note(stream,
-                     cudaLaunchKernel(reinterpret_cast<void (*)(tsad_given<Tracks<Arguments>>)>(
-                                          const_cast<void *>(held.kernel)),
-                                      grid, held.block, list, held.bytes, stream->cuda),
+                     cudaLaunchKernel(tsad_launched<Tracks<Arguments>>(held.kernel), grid,
+                                      held.block, list, held.bytes, stream->cuda),
                      held.name);
 }
 
@@ -290,7 +291,7 @@ struct Joined {
 };
 
 /* a block a row */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     gather_kernel(const __grid_constant__ tsad_given<Tracks<Joined>> tracks)
 {
     const Joined &joined = tracks.track[blockIdx.z];
@@ -311,7 +312,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /* a thread a number */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     finish_kernel(const __grid_constant__ tsad_given<Tracks<Joined>> tracks)
 {
     const Joined &joined = tracks.track[blockIdx.z];
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(THREADS)
 /* ---- norms ------------------------------------------------------------------------------- */
 
 /* a block a row */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     layernorm_kernel(const __grid_constant__ tsad_given<Tracks<tsad_layernorm>> tracks)
 {
     const tsad_layernorm &p = tracks.track[blockIdx.z];
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /* a block a group: some channels of all rows */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     groupnorm_kernel(const __grid_constant__ tsad_given<Tracks<tsad_groupnorm>> tracks)
 {
     const tsad_groupnorm &p = tracks.track[blockIdx.z];
@@ -388,7 +389,7 @@ __device__ float dot(const float *a, const float *turn_a, const float *b, const 
 }
 
 /* a block a token and head; shared: a weight a token */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     attention_kernel(const __grid_constant__ tsad_given<Tracks<tsad_attention>> tracks)
 {
     const tsad_attention &p = tracks.track[blockIdx.z];
@@ -430,7 +431,7 @@ __device__ const float *token_of(const tsad_cross_attention &p, int s)
 }
 
 /* a block a row; shared: a weight a head and token */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     cross_attention_kernel(const __grid_constant__ tsad_given<Tracks<tsad_cross_attention>> tracks)
 {
     const tsad_cross_attention &p = tracks.track[blockIdx.z];
@@ -487,7 +488,7 @@ __device__ float sum_of(const tsad_sum &p, size_t at, int c)
     return sum;
 }
 
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     addition_kernel(const __grid_constant__ tsad_given<Tracks<tsad_addition>> tracks)
 {
     const tsad_addition &p = tracks.track[blockIdx.z];
@@ -499,7 +500,7 @@ __global__ void __launch_bounds__(THREADS)
     deliver(p.to, at, c, sum_of(p.sum, at, c));
 }
 
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     copy_kernel(const __grid_constant__ tsad_given<Tracks<tsad_copy>> tracks)
 {
     const tsad_copy &p = tracks.track[blockIdx.z];
@@ -529,7 +530,7 @@ __device__ float updated(const tsad_update &p, int t, int c, float e)
     return next;
 }
 
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     update_kernel(const __grid_constant__ tsad_given<Tracks<tsad_update>> tracks)
 {
     const tsad_update &p = tracks.track[blockIdx.z];
@@ -540,7 +541,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /* a block a token; shared: its row, then its output, which becomes the next sample */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     tail_kernel(const __grid_constant__ tsad_given<Tracks<tsad_tail>> tracks)
 {
     const tsad_tail &p = tracks.track[blockIdx.z];
@@ -586,7 +587,7 @@ __global__ void __launch_bounds__(THREADS)
 
 /* ---- callers' arrays --------------------------------------------------------------------- */
 
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     take_kernel(const __grid_constant__ tsad_given<Tracks<tsad_taking>> tracks)
 {
     const tsad_taking &p = tracks.track[blockIdx.z];
@@ -653,7 +654,7 @@ __device__ float executed(const tsad_hand_over &p, int i)
 }
 
 /* one block */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     hand_over_kernel(const __grid_constant__ tsad_given<Tracks<tsad_hand_over>> tracks)
 {
     const tsad_hand_over &p = tracks.track[blockIdx.z];
@@ -671,7 +672,7 @@ __global__ void __launch_bounds__(THREADS)
 /* ---- the pruner -------------------------------------------------------------------------- */
 
 /* a block a row of y; shared: a weight a head and token */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     prune_query_kernel(const __grid_constant__ tsad_given<Tracks<tsad_prune_query>> tracks)
 {
     const tsad_prune_query &p = tracks.track[blockIdx.z];
