@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -45,3 +47,17 @@ def test_nothing_spills_and_the_library_loads(tmp_path: Path) -> None:
     _core._load_backend(str(tmp_path / "cuda.so"))  # whether there is a GPU or not
     needs = subprocess.run(["ldd", str(tmp_path / "cuda.so")], capture_output=True, text=True)
     assert needs.returncode == 0 and "cuda" not in needs.stdout.replace(str(tmp_path), "")
+
+
+@pytest.mark.slow
+def test_an_older_compiler_takes_the_kernels() -> None:
+    """TSAD_NVRTC: a folder with CUDA 12's wheels (cuda/nvrtc.py says which)."""
+    folder = os.environ.get("TSAD_NVRTC")
+    if folder is None:
+        pytest.skip("needs TSAD_NVRTC")
+    command = [sys.executable, str(SOURCES / "nvrtc.py"), folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = re.findall(r"sm_\d+: (\d+) kernels, 0 spill", done.stdout)
+    text = (SOURCES / "kernels.cu").read_text()
+    assert kernels == [str(text.count("__global__") + 2)] * 5  # products of three kinds of weights

@@ -128,7 +128,11 @@ def interrupted(library: str, call: Any, whole: int) -> None:
 
 
 def long_policy(
-    backend: str | None, lanes: int = 1, graphs: str = "0", pruner: bool = False
+    backend: str | None,
+    lanes: int = 1,
+    graphs: str = "0",
+    pruner: bool = False,
+    steps: int = STEPS,
 ) -> Any:
     """Fixed plans are launched, too, without graphs."""
     with device.setting("TSAD_CUDA_GRAPHS", graphs):
@@ -136,14 +140,14 @@ def long_policy(
             "tiny",
             backend=backend,
             lanes=lanes,
-            steps=STEPS,
-            num_train_timesteps=STEPS,
+            steps=steps,
+            num_train_timesteps=steps,
             sampler="ddim",
             prediction_type="sample",
             clip_sample_range=2.0,
             pruner=pruner,
         )
-    first = np.full((STEPS, policy.n_blocks), REUSE_STEP, np.uint8)
+    first = np.full((steps, policy.n_blocks), REUSE_STEP, np.uint8)
     first[::8] = COMPUTE
     later = first.copy()
     later[8::8, 2] = REUSE_ROLLOUT
@@ -209,6 +213,37 @@ def test_arrays_there_are_let_go(cuda: str) -> None:
         assert policy(arrays[0], noise=arrays[1], out=arrays[2]) is arrays[2]
         np.testing.assert_array_equal(arrays[2].read(library.own), twin(obs, noise=noise))
         policy.reset()  # which says what failed
+
+
+@needs_signals
+def test_out_there_has_the_gangs_that_were_done(cuda: str) -> None:
+    """Four lanes of eight, with an `out` that nobody waits for."""
+    library = Library(cuda)
+    policy, twin = (long_policy("cuda", lanes=8, steps=150) for _ in range(2))
+    obs, noise = observations(policy, 0), noises(policy, 1)
+    before = device.counts()
+    right = twin(obs, noise=noise)
+    gang, begun = device.counts().since(before).launches // 2, device.counts()
+
+    def hear(*_: Any) -> None:
+        if device.counts().since(begun).launches > gang + MOST:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, hear)
+    try:
+        with current_stream(library):
+            out = TorchArray(library, np.full_like(right, 7), library.own)
+            signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+            with pytest.raises(KeyboardInterrupt, match="lanes start anew"):
+                policy(obs, noise=noise, out=out)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    written = out.read(library.own)
+    np.testing.assert_array_equal(written[:4], right[:4])
+    assert (written[4:] == 7).all()
+    assert [policy._stats(lane)["chunks"] for lane in range(8)] == [0] * 8
 
 
 @needs_signals
