@@ -51,6 +51,7 @@ REPO_ID, TASK = "local/pusht", "push the T"
 DOWN_DIMS = (128, 256, 512)
 HORIZON, N_OBS_STEPS, N_ACTION_STEPS = 16, 2, 8
 STEPS = 50_000
+LATER = ("pretrained_revision", "gradient_checkpointing")
 WARMUP, EMA_POWER, EMA_MOST = 500, 0.75, 0.9999
 
 
@@ -84,7 +85,10 @@ def make_dataset(source: Path, out: Path) -> None:
 
 
 def halve(source: Path, out: Path) -> None:
-    """A folder like ``source`` with the weights in float16, which LeRobot and tsad read as well."""
+    """A folder like ``source`` with the weights in float16, which LeRobot and tsad read as well.
+
+    Without the fields that LeRobot 0.4.4 does not know, which are at their defaults.
+    """
     from safetensors.torch import load_file, save_file
 
     if out.exists():
@@ -92,6 +96,9 @@ def halve(source: Path, out: Path) -> None:
     shutil.copytree(source, out, copy_function=shutil.copyfile)
     weights = {name: tensor.half() for name, tensor in load_file(source / WEIGHTS).items()}
     save_file(weights, out / WEIGHTS)
+    config = json.loads((out / "config.json").read_text())
+    assert not any(config.pop(name, None) for name in LATER)
+    (out / "config.json").write_text(json.dumps(config, indent=4))
 
 
 def block_corners() -> np.ndarray[Any, Any]:

@@ -148,6 +148,29 @@ def test_lerobot_itself_is_what_it_is_compared_with(
     assert len(found["beside"]["LeRobot"]) == 2 and found["parity"]["bound"] == 2e-4
 
 
+def test_a_lerobot_that_does_not_load_it(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.4.4 does not know fields of 0.6.1's: the reference takes its place, and a note says so."""
+    from tsad.lerobot import parity
+
+    class Theirs:
+        def __init__(self, folder: Any, features: Any) -> None:
+            raise RuntimeError("The fields `late` are not valid\nfor DiffusionConfig")
+
+    monkeypatch.setattr(parity, "available", lambda: True)
+    monkeypatch.setattr(parity, "name", lambda: "LeRobot 9, PyTorch 9")
+    monkeypatch.setattr(parity, "LerobotPolicy", Theirs)
+    code, text, err = run(capsys, *command(UNET, tmp_path / "out"))
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert found["parity"]["bound"] == 1e-4 and not found["beside"]
+    words = (
+        "LeRobot 9, PyTorch 9 does not load it, so parity is with the reference: The fields `late`"
+    )
+    assert any(note.startswith(words) for note in found["notes"])
+
+
 def test_refused(tmp_path: Path, capsys: Any) -> None:
     source = policies.save_policy(tmp_path / "policy")
     other = policies.save_policy(tmp_path / "other", seed=1)

@@ -116,18 +116,24 @@ def test_changed_weights_are_taken() -> None:
     assert (episode(policy) - episode(plain)).abs().max() < BOUND
 
 
-def test_training_and_gradients_are_lerobots() -> None:
+def test_gradients_are_lerobots() -> None:
     policy = lerobot.accelerate(make())
     cond = torch.randn(2, SHAPE.n_obs_steps * SHAPE.obs_dim)
     engine: Engine = policy.diffusion.__dict__["_tsad"]
     policy.diffusion.conditional_sample(2, global_cond=cond)  # gradients are on
-    policy.train()
-    policy.predict_action_chunk(cond)
-    assert engine._policy is None  # neither ran here
-    policy.eval()
+    assert engine._policy is None  # it did not run here
     policy.predict_action_chunk(cond)
     assert engine._policy is not None
     assert not any("tsad" in name for name in policy.state_dict())
+
+
+def test_in_training_mode_the_network_is_the_same() -> None:
+    """A policy that nobody called ``eval()`` on, as LeRobot's own test of Push-T leaves it."""
+    policy = make().train()
+    expected = episode(policy)
+    lerobot.accelerate(policy)
+    assert (episode(policy) - expected).abs().max() < BOUND
+    assert policy.training and policy.diffusion.__dict__["_tsad"]._policy is not None
 
 
 def test_policies_that_nobody_accelerated_run_as_they_are() -> None:

@@ -30,7 +30,7 @@ JOINTS = ["one.pos", "two.pos"]
 
 def save_policy(folder: Path) -> Path:
     """A small diffusion policy with a camera, random weights, and its processors."""
-    from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+    from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
     from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
     from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
     from lerobot.policies.factory import make_pre_post_processors

@@ -177,8 +177,8 @@ class _Reference:
         return drawn, self._policy(obs, drawn, np.zeros((len(drawn), policy.n_blocks), np.uint8))
 
 
-def _theirs(source: str, policy: SparsePolicy) -> Any:
-    """LeRobot's policy, if it can be had; None for any other."""
+def _theirs(source: str, policy: SparsePolicy, notes: list[str]) -> Any:
+    """LeRobot's policy, if it can be had; None for any other. ``notes`` gets why it fails."""
     from tsad.checkpoint import folder_kind
     from tsad.families import unet1d
     from tsad.lerobot import parity
@@ -191,8 +191,13 @@ def _theirs(source: str, policy: SparsePolicy) -> Any:
         return None  # its encoder is fetched from the Hub
     if "vision" in policy.config:
         return None  # what is compared are actions of features
-    with argument("SRC"):
+    try:
         return parity.LerobotPolicy(folder, policy.config["features"])
+    except Exception as error:  # LeRobot's own: an old one does not know a new one's fields
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        words = "does not load it, so parity is with the reference"
+        notes.append(f"{parity.name()} {words}: {said}")
+        return None
 
 
 def _parity(
@@ -263,7 +268,7 @@ def run(args: argparse.Namespace) -> int:
     n = args.chunks or min(CHUNKS, affordable_chunks(policy))
     recorded = sweep.windows is not None
     obs = made_up_observations(policy, n) if sweep.windows is None else sweep.windows[:n, -1]
-    theirs = _theirs(source, policy)
+    theirs = _theirs(source, policy, notes)
     found = _parity(policy, theirs or _Reference(source, policy.config), obs, recorded)
     losses = _losses(sweep, args)
     notes += [f"no losses of {name}: its {SINGLE}" for name in sweep.unmeasured()]

@@ -33,7 +33,8 @@ def accelerate(policy: Any, **settings: Any) -> Any:
     Keywords are those of `Settings`: ``sampler``, ``num_inference_steps``, ``timestep_spacing``,
     ``precision``, ``threads``, ``sparsity``, ``plan``. Without any, actions are LeRobot's own. The
     core takes the weights at the next chunk, and again when they have changed. While gradients are
-    on, in training mode and away from the CPU, LeRobot's own code runs.
+    on, away from the CPU and, of a ``MultiTaskDiTPolicy``, in training mode (it has dropout),
+    LeRobot's own code runs.
 
     Raises ``TypeError`` for another policy and ``ValueError`` for settings that do not fit.
     """

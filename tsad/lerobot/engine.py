@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsad.lerobot.heads import describe, parameters
+from tsad.lerobot.heads import describe, drops_out, parameters
 from tsad.scope import scope
 
 if TYPE_CHECKING:
@@ -93,13 +93,16 @@ class Engine:
         self._make_sampler(self._config(owner, net))
 
     def runs(self, owner: Any, condition: Any) -> bool:
-        """Whether to sample here; else LeRobot's own loop does."""
+        """Whether to sample here; else LeRobot's own loop does.
+
+        In training mode, too, where it is the same network: the UNet has no dropout.
+        """
         import torch
 
         return (
             condition is not None
             and not torch.is_grad_enabled()
-            and not owner.training
+            and not (owner.training and drops_out(owner))
             and condition.device.type == "cpu"
             and not torch.compiler.is_compiling()
         )

@@ -24,6 +24,11 @@ def describe(owner: Any, net: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return _unet1d(owner, net) if hasattr(owner, "unet") else _dit(owner, net)
 
 
+def drops_out(owner: Any) -> bool:
+    """Whether the network is another one in training mode: the transformer is."""
+    return not hasattr(owner, "unet")
+
+
 def _network(config: Any, condition: int, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
     return {
         "type": kind,

@@ -20,6 +20,12 @@ def available() -> bool:
     return all(importlib.util.find_spec(name) for name in ("lerobot", "torch"))
 
 
+def name() -> str:
+    """LeRobot and PyTorch with their versions."""
+    versions = [importlib.metadata.version(name) for name in ("lerobot", "torch")]
+    return f"LeRobot {versions[0]}, PyTorch {versions[1]}"
+
+
 class LerobotPolicy:
     """A diffusion policy without cameras, in PyTorch, with its processors: raw units on both sides.
 
@@ -42,9 +48,8 @@ class LerobotPolicy:
 
     @property
     def name(self) -> str:
-        """LeRobot and PyTorch with their versions."""
-        versions = [importlib.metadata.version(name) for name in ("lerobot", "torch")]
-        return f"LeRobot {versions[0]}, PyTorch {versions[1]} (float32)"
+        """Who computes it, and how."""
+        return f"{name()} (float32)"
 
     def __call__(self, obs: Floats) -> Floats:
         """Actions (1, n_action_steps, action_dim) for obs (1, n_obs_steps, obs_dim)."""

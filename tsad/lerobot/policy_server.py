@@ -61,7 +61,10 @@ def server_class() -> Any:
             return answer
 
         def _get_action_chunk(self, observation: dict[str, Any]) -> Any:
-            return super()._get_action_chunk(repeated(observation, self.policy.config))
+            frames = repeated(observation, self.policy.config)
+            if getattr(self.policy.config, "type", None) == "diffusion":
+                frames = queued(frames, self.policy)
+            return super()._get_action_chunk(frames)
 
     return PolicyServer
 
@@ -78,6 +81,25 @@ def repeated(observation: dict[str, Any], config: Any) -> dict[str, Any]:
         value = frames.get(name)
         if value is not None and value.ndim == 1 + len(feature.shape):
             frames[name] = value.unsqueeze(1).expand(-1, config.n_obs_steps, *value.shape[1:])
+    return frames
+
+
+def queued(frames: dict[str, Any], policy: Any) -> dict[str, Any]:
+    """Frames (B, n_obs_steps, ...) by name, in the queues of a diffusion policy, too.
+
+    Before LeRobot 0.6 its chunk is of the queues, which only ``select_action`` fills; from then on
+    of what is in them, or, while they are empty, of the batch.
+    """
+    import torch
+
+    frames = {name: value for name, value in frames.items() if name in policy.config.input_features}
+    if policy.config.image_features:
+        cameras = [frames[name] for name in policy.config.image_features]
+        frames["observation.images"] = torch.stack(cameras, dim=-4)
+    for name, queue in policy._queues.items():
+        queue.clear()
+        if name in frames:
+            queue.extend(frames[name].unbind(1))
     return frames
 
 
