@@ -21,6 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from tsad.lerobot import accelerate, is_accelerated, patch, plugin, restore  # noqa: E402
+from tsad.samplers import advance, make_sampler  # noqa: E402
 
 torch.set_num_threads(1)
 FOLDERS: dict[str, Path] = {}
@@ -273,3 +274,21 @@ def test_a_policy_with_cameras_loads_whole(tmp_path: Path, group_norm: bool) -> 
     given = np.concatenate([noise.numpy()[None], np.zeros((2, 2, 8, 2), np.float32)])
     np.testing.assert_allclose(ours(raw, noise=given), theirs.numpy(), rtol=0, atol=1e-4)
     assert float(theirs.std()) > 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_euler_steps_are_those_of_lerobots_loop(steps: int) -> None:
+    """Of the loop that its flow policies share (0.6.1), whose time runs from 1, noise, to 0."""
+    flow = pytest.importorskip("lerobot.policies.common.flow_matching")
+    torch.manual_seed(steps)
+    weights, noise = torch.randn(4, 4) * 0.5, torch.randn(2, 6, 4)
+
+    def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x @ weights + t[:, None, None]
+
+    expected = flow.euler_integrate(lambda x, t: -field(x, 1 - t), noise, steps)
+    sampler = make_sampler({"type": "euler", "num_inference_steps": steps})
+    x, before = noise, (0.0, 0.0)
+    for row, t in zip(sampler.table.tolist(), sampler.timesteps, strict=True):
+        x, before = advance(row, x, field(x, torch.full((2,), float(t))), before)
+    assert (x - expected).abs().max() < 1e-5 * expected.abs().max()
