@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib.metadata
 import json
 import pickle
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,26 +22,12 @@ from tsad.lerobot import accelerate, is_accelerated, patch, plugin, restore  # n
 from tsad.samplers import advance, make_sampler  # noqa: E402
 
 torch.set_num_threads(1)
-FOLDERS: dict[str, Path] = {}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The recorded policies, of LeRobot 0.6.1, in folders that the installed one reads."""
-    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
-
-    known = {field.name for field in dataclasses.fields(DiffusionConfig)} | {"type"}
-    for name in cases.CASES:
-        FOLDERS[name] = folder = cases.copy(name, tmp_path_factory.mktemp("lerobot") / name)
-        later = json.loads((folder / "config.json").read_text()).keys() - known
-        assert later <= {"pretrained_revision", "gradient_checkpointing"}  # at their defaults
-        cases.edit_json(folder / "config.json", **dict.fromkeys(later, ...))
 
 
 def make(name: str) -> Any:
     from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 
-    return DiffusionPolicy.from_pretrained(FOLDERS[name]).eval()
+    return DiffusionPolicy.from_pretrained(cases.FOLDER / name).eval()
 
 
 def make_dit(name: str) -> Any:
@@ -184,7 +168,7 @@ def test_a_sidecar_accelerates_without_code(tmp_path: Path) -> None:
     from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 
     plugin.activate()
-    folder = shutil.copytree(FOLDERS[cases.CASES[0]], tmp_path / "policy")
+    folder = cases.copy(cases.CASES[0], tmp_path / "policy")
     (folder / plugin.SIDECAR).write_text("{}")
     policy = DiffusionPolicy.from_pretrained(folder).eval()
     policy.config.pretrained_path = folder  # as LeRobot's factory sets it
