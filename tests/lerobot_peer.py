@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 # normalised actions, from -1 to 1, after up to 100 steps in float32
-BOUND = 1e-4
+BOUND = 2e-5
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
