@@ -7,8 +7,8 @@ connects as ever). Diffusion policies are sampled by tsad: as their folder's ``t
 ``TSAD`` asks, and without either exactly; ``TSAD=off`` leaves all to LeRobot.
 
 LeRobot's server hands a policy one frame, and a diffusion policy, which sees ``n_obs_steps``, stops
-at an assertion (LeRobot issue 3861). Here the frame stands for those before it, as at the start of
-an episode. Needs ``pip install "lerobot[async,diffusion]"``.
+at an assertion (LeRobot issue 3861), before 0.6 at its empty queues. Here the frame stands for
+those before it, as at the start of an episode. Needs ``pip install "lerobot[async,diffusion]"``.
 """
 
 from __future__ import annotations
