@@ -80,7 +80,7 @@ SETTINGS: Options = (
     ("projections", positive_int, "random directions per chunk (default: 2)"),
     ("power", number, "of the gains that are foreseen: 1 is their mean (default: 0.5)"),
     ("batch", positive_int, "chunks per step (default: 32)"),
-    ("lr", number, "learning rate (default: 1e-3)"),
+    ("lr", number, "learning rate (default: 1e-3, of gates 1e-4)"),
     ("weight-decay", number, "of the weights that see the observation (default: 0.1)"),
     ("warmup", natural, "steps in which the rate rises (default: 50)"),
     ("decay", number, "share of the training in which the rate falls to 0 (default: 0.5)"),

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -73,7 +73,9 @@ from tsad.training.running import (
 )
 from tsad.training.true_errors import TrueErrors
 
-METHODS = ("effects", "levels", "gates")
+# gates move every cell by noisy gradients: at ten times this they forget where they began
+RATES = {"effects": 1e-3, "levels": 1e-3, "gates": 1e-4}
+METHODS = tuple(RATES)
 EFFECTS_FILE, GAINS_FILE, ERRORS_FILE = "effects.npz", "gains.npz", "errors.npz"
 COSTS = 2.0 ** np.arange(-1, 2.5, 0.5)  # levels, in units of what the asked sparsity costs
 _EFFECT_CHUNKS = 64
@@ -92,7 +94,7 @@ class PrunerSettings(SavedSettings):
     chunks: int = 512
     projections: int = 2
     batch: int = 32
-    lr: float = 1e-3
+    lr: float = cast("float", None)  # that of the method
     weight_decay: float = 0.1
     warmup: int = 50
     decay: float = 0.5
@@ -106,6 +108,8 @@ class PrunerSettings(SavedSettings):
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        if self.lr is None:
+            object.__setattr__(self, "lr", RATES.get(self.method, min(RATES.values())))
         checks = budget_checks(self) | {
             "method": (self.method in METHODS, f"one of {', '.join(METHODS)}"),
             "hidden": (self.hidden >= 0, "at least 1, or 0 for as many as fit, up to 256"),
