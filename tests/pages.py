@@ -66,3 +66,10 @@ def said(name: str, pattern: str, *values: float) -> None:
 
 
 # ---- what can be run
+
+
+def bench_case(ending: str, case: str) -> dict[str, Any]:
+    """The contenders of a case by name; those of the file with this ending."""
+    document = json.loads((RESULTS / f"2026-11-25-amd-epyc-25-17{ending}.json").read_text())
+    (found,) = (one for one in document["cases"] if one["name"] == case)
+    return {one["name"]: one for one in found["contenders"]}
