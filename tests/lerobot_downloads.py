@@ -107,7 +107,9 @@ def main() -> None:
     done = folder / "done"
     if done.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        raise SystemExit(f"{folder}: expected a folder that was finished, or a new one; remove it")
+    folder.mkdir(parents=True)
     os.environ.update(HF_HOME=str(folder), HF_HUB_OFFLINE="1")
     if importlib.util.find_spec("transformers"):  # without it no multi_task_dit
         make_clip(folder)
