@@ -187,9 +187,16 @@ def test_the_policy_that_sees() -> None:
         score["mean_difference"], *score["simultaneous"],
         success["mean_difference"], *success["simultaneous"],
     )  # fmt: skip
-    dense = results(page, "ddpm100-100")["rows"]["ddpm-100"]
-    means = (dense["score"]["mean"], dense["success"]["mean"])
-    said("images.md", r"these seeds alone: (\S+), success (\S+), where", *means)
+    document = results(page, "ddpm100-500")
+    dense, pair = document["rows"]["ddpm-100"], document["pairs"][f"{fast} to ddpm-100"]
+    said(
+        "images.md",
+        r"it has (\S+) over these seeds, success (\S+): `fast`, .* is (\S+) \((\S+) to (\S+)\) to "
+        r"that in score and (\S+)\s+\((\S+) to (\S+)\) in success",
+        dense["score"]["mean"], dense["success"]["mean"],
+        pair["score"]["mean_difference"], *pair["score"]["interval95"],
+        pair["success"]["mean_difference"], *pair["success"]["interval95"],
+    )  # fmt: skip
 
 
 def test_images_disturbed_and_encoders_in_16_bits() -> None:
