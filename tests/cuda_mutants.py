@@ -136,6 +136,12 @@ MUTANTS = [
     Mutant("graph: of another plan", G, "key->run[i].serial = runs[i].program->serial;", ""),
     Mutant("graph: the plan that ran before", G, "key->run[i].program = runs[i].program;", ""),
     Mutant("graph: is not launched", G, "tsad_graph_launch(e->stream, graph);", ""),
+    Mutant(
+        "graph: freed before it was done",
+        G,
+        "tsad_graph_launch(e->stream, graph);",
+        "tsad_graph_launch(e->stream, graph);\n    tsad_cuda_drop_graphs(e);",
+    ),
     Mutant("graph: without the runs put off", G, "i < e->n_deferred; i++", "i < 0; i++"),
     Mutant("graph: has the old slots", E, "tsad_cuda_drop_graphs(e); /* which", "/* which"),
     Mutant(

@@ -6,13 +6,13 @@
  * somebody waits for the stream, or until TSAD_EMULATE_QUEUE of them wait (1024; 0: no end): then a
  * random part is done before the call that asked for more returns, and of other streams what they
  * come to. The host can never touch the device's memory. What a stream waits for of another one is
- * done when it comes to that, at the latest. Memory that nobody wrote is
- * full of NaN, so is a block's shared memory, and the bytes after an array are looked at after
- * every launch. A graph is the list of what was asked for while it was captured; memory of the host
- * is full of NaN at first, too. TSAD_EMULATE_SEED (0) chooses the order; with TSAD_EMULATE_COUNT
+ * done when it comes to that, at the latest. Memory that nobody wrote is full of NaN, so is a
+ * block's shared memory, and the bytes after an array are looked at after every launch. A graph is
+ * the list of what was asked for while it was captured; memory of the host is full of NaN at first,
+ * too. TSAD_EMULATE_SEED (0) chooses the order, of the queue too; with TSAD_EMULATE_COUNT
  * launches are counted alone, and all results are 0.
  *
- * Not shown: the hardware's memory model, bank conflicts, alignment, speed.
+ * Not shown: the hardware's memory model, bank conflicts, speed.
  */
 #pragma once
 

@@ -620,6 +620,10 @@ const char *cudaGetErrorString(cudaError_t error)
                                               : message;
 }
 
+/* Of each thread. Who asks for memory, a stream or an event meanwhile spoils the capture, which is
+ * more than CUDA refuses. */
+static thread_local cudaStream_t capturing;
+
 /* tsad_emulate_fail: so many more of what takes memory, then one that there is none for */
 static std::atomic<long> until_full{-1}, live_events;
 
@@ -627,6 +631,10 @@ static std::atomic<long> until_full{-1}, live_events;
 static cudaError_t refusal()
 {
     bool full = until_full >= 0 && until_full-- == 0;
+    if (capturing) {
+        capturing->spoiled = true;
+        return cudaErrorStreamCaptureUnsupported;
+    }
     return current_device != 0 ? cudaErrorInvalidDevice
            : full              ? cudaErrorMemoryAllocation
                                : cudaSuccess;
@@ -911,6 +919,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode)
     if (stream->captures) {
         return cudaErrorStreamCaptureUnsupported;
     }
+    capturing = stream;
     stream->captures = true;
     stream->spoiled = false;
     stream->captured.clear();
@@ -922,6 +931,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
     if (!stream->captures) {
         return cudaErrorInvalidValue;
     }
+    capturing = nullptr;
     stream->captures = false;
     if (stream->spoiled) {
         stream->captured.clear();
@@ -940,15 +950,19 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t grap
     if (cudaError_t why = refusal(); why != cudaSuccess) {
         return why;
     }
-    *out = new emulated_exec{graph->work};
+    *out = new emulated_exec{std::make_shared<const Work>(*graph->work)};
     live_graphs++;
     return cudaSuccess;
 }
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
 {
-    ask(stream, [work = exec->work]() -> const char * {
+    ask(stream, [kept = std::weak_ptr<const Work>(exec->work)]() -> const char * {
+        const auto work = kept.lock();
         const char *fault = nullptr;
+        if (!work) {
+            return "a graph that was freed before it was done";
+        }
         for (size_t i = 0; i < work->size() && !fault; i++) {
             fault = (*work)[i]();
             fault = fault ? fault : check_guards();
