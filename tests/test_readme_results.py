@@ -140,6 +140,7 @@ SWEEPS = [
     ("More seeds", "headline"),
     ("Fewer", "actions"),
     ("One and two passes", "lead"),
+    ("With a tail", "pusht_corners_lead"),
     ("Another task", "metaworld"),
 ]
 
@@ -147,11 +148,31 @@ SWEEPS = [
 @pytest.mark.parametrize(("section", "kind"), SWEEPS)
 def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
     text = read("results.md").partition(f"## {section}")[2].partition("\n## ")[0]
-    document = results(text, kind)
+    document = results(text, kind.replace("_", "-"))
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert lines == frontier.sweep(document, success=kind == "metaworld").splitlines()
+    assert lines == frontier.sweep(document, success="of success" in lines[0]).splitlines()
     settings = json.loads((ROOT / "bench" / "frontier" / f"{kind}.json").read_text())
     assert [row["name"] for row in settings] == list(document["rows"])
+
+
+def test_what_a_tail_makes_up_for() -> None:
+    document = results(read("results.md"), "pusht-corners-lead")
+    two, one = "ddim-4-trailing-warm-2", "ddim-2-trailing-warm-1"
+    values: list[float] = []
+    for key, name in (
+        ("compared", two), ("compared", one), ("compared", f"{one}-smooth-lead-0.25"),
+        ("compared_success", two),
+    ):  # fmt: skip
+        row = document[key]["rows"][name]
+        values += [row["mean_difference"] if values == [] else -row["mean_difference"]]
+        values += row["simultaneous"]
+    said(
+        "results.md",
+        r"lose no score without it, (\S+) \((\S+) to (\S+), all rows together\), .* one loses "
+        r"(\S+) \((\S+) to (\S+)\), or (\S+) with a lead of 0.25 \((\S+) to (\S+)\)\.[\s\S]*"
+        r"at two passes by (\S+) \((\S+) to (\S+)\), though",
+        *values,
+    )
 
 
 def test_a_fine_tune_on_warm_starts() -> None:
