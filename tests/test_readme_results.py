@@ -204,6 +204,29 @@ def test_three_trainings_of_a_pruner() -> None:
             assert cell == f"{row['rms']:.4f}" + ("" if name == "mean" else beside)
 
 
+def test_straight_through_gates() -> None:
+    document = results(read("results.md"), "pruner-gates")
+    table = rows(
+        read("results.md"), "rule | RMS at 95 % | beside mean | RMS at 90 % | beside mean |"
+    )
+    assert len(table) == 4
+    for rule, *cells in table:
+        name = rule.partition(":")[0]
+        for level, error, gain in (("95%", *cells[:2]), ("90%", *cells[2:])):
+            (row,) = (r for r in document[level] if r["rule"] == f"gates-1, {name}, {level}")
+            low, high = (100 * value for value in row["beside_interval"])
+            beside = f"{100 * row['beside']:+.0f} % ({low:+.0f} to {high:+.0f})"
+            assert (error, gain) == (f"{row['rms']:.4f}", "" if name == "mean" else beside)
+    slow, fast = (document["curves"][rate] for rate in ("1e-4", "1e-3"))
+    said(
+        "results.md",
+        r"the table's (\S+) to (\S+)\. At ten .* (\S+) after (\d+) steps and (\S+) after (\d+):",
+        document["training"]["table"]["val_error"],
+        slow[-1]["val_error"],
+        *(value for line in fast for value in (line["val_error"], line["step"])),
+    )
+
+
 @pytest.mark.parametrize(
     ("file", "head"),
     [("inputs", "inputs | 5 episodes | 13"), ("inputs-100", "inputs | 5 episodes | 20")],
