@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tsad
 from tsad.checkpoint import (
     CheckpointError,
     check_tensors,
@@ -436,3 +438,13 @@ def test_the_keypoints_are_the_nine_of_the_dataset() -> None:
     bar = (np.abs(points[:, 0]) <= 61) & (points[:, 1] >= -2) & (points[:, 1] <= 33)
     stem = (np.abs(points[:, 0]) <= 17) & (points[:, 1] >= 28) & (points[:, 1] <= 123)
     assert (bar | stem).all()
+
+
+@pytest.mark.parametrize("name", ["policy.ckpt", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
+    source = tmp_path / "policy"
+    shutil.copytree(Path(tsad.__file__).parent / "assets" / "pusht_corners", source)
+    (source / name).write_text(pointer)
+    with pytest.raises(CheckpointError, match="got a pointer of git LFS .*; run 'git lfs pull'"):
+        tsad.load(source / name if name.endswith(".ckpt") else source)

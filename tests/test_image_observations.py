@@ -267,7 +267,42 @@ REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
     "nan": (
         lambda o: o | {SIDE: floats(o[SIDE]) * np.float32(np.nan)},
         ValueError,
-        r"images.side'\]: expected pixels from 0 to 1, got numbers from nan",
+        r"images.side'\]: expected finite pixels from 0 to 1, got nan at \(0, 0, 0\) of an image",
+    ),
+    "inf": (
+        lambda o: o | {SIDE: floats(o[SIDE]) + np.float32(np.inf)},
+        ValueError,
+        r"images.side'\]: expected finite pixels from 0 to 1, got inf at \(0, 0, 0\)",
+    ),
+    "16 bits": (
+        lambda o: o | {TOP: o[TOP].astype(np.uint16)},
+        TypeError,
+        r"got uint16; use .*astype\(np.uint8\), after bringing its values to 0 to 255",
+    ),
+    "true or false": (
+        lambda o: o | {TOP: o[TOP] > 9},
+        TypeError,
+        r"got bool; use .*astype\(np.uint8\) \* 255",
+    ),
+    "bfloat16": (
+        lambda o: o | {TOP: torch.from_numpy(floats(o[TOP])).bfloat16()},
+        TypeError,
+        r"of a torch tensor use .to\(torch.float32\)",
+    ),
+    "masked": (
+        lambda o: o | {TOP: np.ma.masked_equal(o[TOP], 3)},
+        TypeError,
+        r"images.top'\]: got a masked array, .*\.filled\(0\)",
+    ),
+    "one image": (
+        lambda o: o | {TOP: o[TOP][0, 0]},
+        ValueError,
+        r"got \(40, 48, 3\).*this is one image: of one moment np.stack",
+    ),
+    "images alone": (
+        lambda o: o[TOP],
+        TypeError,
+        r"expected a dict of arrays, its keys .*got uint8 \(2, 2, 40, 48, 3\): put images into the",
     ),
     "float64": (
         lambda o: o | {TOP: floats(o[TOP]).astype(np.float64)},
@@ -311,6 +346,20 @@ def test_a_refused_call_names_the_key_and_changes_nothing(folder: Path, what: st
     }
     assert one._seen == [{}, {}]
     np.testing.assert_array_equal(one(obs), two(obs))  # no noise was drawn
+
+
+@pytest.mark.parametrize("obs", [np.zeros((2, 34), np.float32), None, [1]])
+def test_what_is_encoded_is_a_dict(folder: Path, obs: Any) -> None:
+    with pytest.raises(TypeError, match=r"obs: expected a dict of arrays, its keys \[.*got "):
+        load(folder).encode(obs)
+
+
+def test_no_lanes_at_all(folder: Path) -> None:
+    """As a policy without cameras: an empty answer, nothing changed."""
+    policy = load(folder, lanes=2)
+    none = {name: value[:0] for name, value in observed(policy, 2).items()}
+    assert policy(none, lanes=[]).shape == (0, policy.n_action_steps, policy.action_dim)
+    assert policy.encode(none, lanes=[]).shape == (0, policy.n_obs_steps, policy.obs_dim)
 
 
 def test_a_torch_tensor_of_channels_first_is_told_movedim(folder: Path) -> None:

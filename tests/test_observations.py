@@ -153,6 +153,20 @@ def test_what_is_wrong_is_named(
         read_observations(path, tsad.load(tiny, **LOAD))
 
 
+def test_a_collection_of_another_policy_is_refused(tiny: str, tmp_path: Path) -> None:
+    """By what it saw: sizes of a folder are checked as those of a file are."""
+    policy = tsad.load(tiny, **LOAD)
+    with tsad.Recorder(policy, tmp_path / "mine") as recorded:
+        recorded.reset(seed=0)
+        recorded(np.zeros((policy.n_obs_steps, policy.obs_dim), np.float32))
+    assert len(read_observations(tmp_path / "mine", policy)[1]) == 1
+    other = tsad.load("pusht")
+    seen = (policy.n_obs_steps, policy.obs_dim)
+    message = rf"mine: obs: expected shape \(N, 2, 20\), .*got \(1, {seen[0]}, {seen[1]}\)"
+    with pytest.raises(ValueError, match=message):
+        read_observations(tmp_path / "mine", other)
+
+
 def test_what_is_no_file_of_observations(tiny: str, tmp_path: Path) -> None:
     policy = tsad.load(tiny, **LOAD)
     for name, content, message in (

@@ -7,6 +7,7 @@ that is nearly the same takes its features, too, if a bound is given (`differenc
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ class Cameras:
                 frame.features[:] = features
         made = {
             name: np.array([[f.features for f in now[name]] for now in seen], np.float32).reshape(
-                *rows.shape[:2], -1
+                *rows.shape[:2], self.vision.feature_dim(self.by_name[name])
             )
             for name, rows in images.items()
         }
@@ -191,7 +192,14 @@ def check_range(name: str, image: Images) -> None:
     if image.dtype == np.uint8:
         return
     low, high = float(image.min()), float(image.max())
-    if not (-SLACK <= low and high <= 1 + SLACK):  # so for NaN
+    if not (math.isfinite(low) and math.isfinite(high)):
+        place = np.unravel_index(np.argmin(np.isfinite(image)), image.shape)
+        raise ValueError(
+            f"obs[{name!r}]: expected finite pixels from 0 to 1, got {image[place]:g} at "
+            f"{tuple(map(int, place))} of an image {image.shape}; look at the camera, or leave "
+            "the frame out"
+        )
+    if not (-SLACK <= low and high <= 1 + SLACK):
         fix = "divide by 255, or pass uint8 as the camera gives it"
         if not high > 2:
             fix = "undo a normalisation of your own, the policy has its data's"

@@ -266,6 +266,15 @@ def to_float32(content: bytes, dtype: str) -> NDArray[np.float32]:
         return numbers.astype(np.float32)
 
 
+def refuse_pointer(start: bytes, file: str) -> None:
+    """``CheckpointError`` if a file, by its first eight bytes, only says where the weights are."""
+    if start == b"version ":  # https://git-lfs.github.com/spec/v1
+        raise CheckpointError(
+            f"{file}: got a pointer of git LFS in place of the weights; run 'git lfs pull' in its "
+            "repository, or download the file itself"
+        )
+
+
 def _read_header(stream: IO[bytes], size: int, file: str) -> tuple[dict[str, Any], int]:
     """The parsed JSON header and the offset of the first number."""
     start = stream.read(8)
@@ -273,6 +282,7 @@ def _read_header(stream: IO[bytes], size: int, file: str) -> tuple[dict[str, Any
         raise CheckpointError(
             f"{file}: expected a safetensors file, got {size} bytes; it is empty or truncated"
         )
+    refuse_pointer(start, file)
     length = int.from_bytes(start, "little")
     if length > min(size - 8, _MAX_HEADER):
         raise CheckpointError(

@@ -77,6 +77,7 @@ class ImagePolicy(SparsePolicy):
         with one_caller(self._alone):
             rows = self._lanes(lanes)
             if not isinstance(obs, dict):
+                self._refuse_frames(obs)
                 actions = super().__call__(obs, lanes=rows, **options)
                 self._said(rows, 0.0, Counts(0, 0, 0))
                 return actions
@@ -169,6 +170,15 @@ class ImagePolicy(SparsePolicy):
         features, _, _ = self._cameras.encode(images, windows, bound)
         return super()._side_by_side(_with(obs, features, bare), n_rows)
 
+    def _refuse_frames(self, obs: Any) -> None:
+        """TypeError where an image stands for the array of features."""
+        if str(getattr(obs, "dtype", "")).endswith("uint8"):
+            names = [feature.name for feature in self._config.features]
+            raise TypeError(
+                f"obs: expected a dict of arrays, its keys {names}, or a float32 array of features "
+                f"as policy.encode gives it; got uint8 {tuple(obs.shape)}: put images into the dict"
+            )
+
     def _images_of(
         self, obs: dict[str, Any], n_rows: int, bare_fits: bool
     ) -> tuple[dict[str, Images], bool]:
@@ -178,6 +188,10 @@ class ImagePolicy(SparsePolicy):
         """
         names = [feature.name for feature in self._config.features]
         cameras = self._cameras.vision.cameras
+        if not isinstance(obs, dict):
+            raise TypeError(
+                f"obs: expected a dict of arrays, its keys {names}, got {type(obs).__name__}"
+            )
         if set(obs) != set(names):
             missing = [camera for camera in cameras if camera.name not in obs]
             if missing and set(obs) <= set(names):
@@ -214,6 +228,8 @@ def _array(camera: Camera, images: Any) -> Images:
     label = f"obs[{camera.name!r}]"
     array: Images = images
     form = f"uint8 (..., {camera.height}, {camera.width}, {COLOURS})"
+    if isinstance(images, np.ma.MaskedArray):
+        raise TypeError(f"{label}: got a masked array, expected {form}; use {label}.filled(0)")
     if not isinstance(images, np.ndarray):
         if not hasattr(images, "__dlpack__"):
             raise TypeError(
@@ -225,17 +241,25 @@ def _array(camera: Camera, images: Any) -> Images:
         except MemoryError:
             raise
         except Exception as error:  # any library's
+            fix = ".detach().cpu()"
+            if "bfloat16" in str(getattr(images, "dtype", "")):
+                fix = ".to(torch.float32)"
             raise TypeError(
                 f"{label}: expected an array in host memory, got a {type(images).__name__} that "
-                f"can't be lent ({error}); of a torch tensor use .detach().cpu()"
+                f"can't be lent ({error}); of a torch tensor use {fix}"
             ) from error
     if array.dtype not in (np.uint8, np.float32):
         dtype = "float32" if array.dtype.kind == "f" else "uint8"
         torch = type(images).__module__.startswith("torch")
+        scale = ""
+        if array.dtype.kind in "iu":
+            scale = ", after bringing its values to 0 to 255: others would wrap"
+        elif array.dtype.kind == "b":
+            scale = " * 255"
         raise TypeError(
             f"{label}: expected {form}, or float32 (..., {COLOURS}, {camera.height}, "
             f"{camera.width}) from 0 to 1, got {array.dtype}; use "
-            f"{label}.{'to(torch.' if torch else 'astype(np.'}{dtype})"
+            f"{label}.{'to(torch.' if torch else 'astype(np.'}{dtype}){scale}"
         )
     return array
 
@@ -254,7 +278,9 @@ def _check_shape(camera: Camera, array: Images, lead: tuple[int, ...]) -> None:
             f"{array.dtype} images are ({names}): use np.moveaxis(x, {places}), or of a torch "
             f"tensor x.movedim({places})"
         )
-    elif array.shape[-3:] == wanted and len(lead) > 1:
+    elif array.shape == wanted:
+        fix += "; this is one image: of one moment np.stack the last n_obs_steps, the newest last"
+    elif array.shape[-3:] == wanted and array.ndim == 5 and array.shape[1] == lead[-1]:
         fix += "; pass lanes=[...] to run a subset"
     raise ValueError(
         f"obs[{camera.name!r}]: expected shape {(*lead, *wanted)}, got {array.shape}; {fix}"

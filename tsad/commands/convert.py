@@ -11,7 +11,8 @@ from tsad.commands.common import Formatter, UsageError, add_overwrite, argument,
 from tsad.files import output_folder
 
 DESCRIPTION = """\
-Convert a Diffusion Policy checkpoint (.ckpt) to a tsad folder: config.json and model.safetensors.
+Convert a Diffusion Policy checkpoint (.ckpt) or a LeRobot folder to a tsad folder: config.json and
+model.safetensors.
 With --pruner, add a pruner checkpoint (.pt) of the published layout to an existing tsad folder.
 
 The pickle in a checkpoint is read without running any code in it."""
@@ -19,6 +20,7 @@ The pickle in a checkpoint is read without running any code in it."""
 EPILOG = """\
 examples:
   tsad convert epoch=1500-test_mean_score=0.9.ckpt policy/
+  tsad convert pretrained_model/ policy/                  LeRobot's, as lerobot-train leaves it
   tsad convert latest.ckpt policy/ --dtype float16 --overwrite
   tsad convert pruner.pt policy/ --pruner                 pruner.safetensors beside it
   tsad info policy/                                       then look at it"""
@@ -78,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if not Path(args.source).exists():
         raise UsageError(
             f"argument CHECKPOINT: got {args.source!r}, where nothing is; expected a file of "
-            "Diffusion Policy (.ckpt); check the path"
+            "Diffusion Policy (.ckpt) or a LeRobot folder; check the path (the policies that come "
+            "along are loaded by their names, not converted)"
         )
     if args.pruner and args.weights != "auto":
         raise UsageError("argument --weights: a pruner has one set of weights; leave it out")

@@ -76,7 +76,11 @@ SETTINGS: Options = (
         number,
         "of its own choice, on average (default: 0.95, of few steps less)",
     ),
-    ("chunks", positive_int, "how many of the recorded chunks are measured (default: 512)"),
+    (
+        "chunks",
+        positive_int,
+        "recorded chunks that are measured, in windows of 8, beside those held out (default: 512)",
+    ),
     ("projections", positive_int, "random directions per chunk (default: 2)"),
     ("power", number, "of the gains that are foreseen: 1 is their mean (default: 0.5)"),
     ("batch", positive_int, "chunks per step (default: 32)"),

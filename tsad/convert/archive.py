@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tsad.arrays import entries
-from tsad.checkpoint import CheckpointError
+from tsad.checkpoint import CheckpointError, refuse_pointer
 from tsad.convert.pickle_machine import Vocabulary, read_pickle
 
 _ZIP = b"PK\x03\x04"
@@ -78,7 +78,9 @@ def open_archive(path: str | os.PathLike[str], words: Words) -> Archive:
         raise FileNotFoundError(f"{file}: expected a file of torch.save, found no file")
     stream = _File(path)
     try:
-        kind = ZipArchive if stream.read(4) == _ZIP else StreamArchive
+        start = stream.read(8)
+        refuse_pointer(start, file)
+        kind = ZipArchive if start[:4] == _ZIP else StreamArchive
         stream.seek(0)
         return kind(stream, words, file)
     except BaseException:

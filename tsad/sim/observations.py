@@ -53,7 +53,10 @@ def read_observations(
             "tsad.Recorder, or an npz, npy or zarr file of observations"
         )
     if file.is_dir() and not any((file / name).exists() for name in (".zgroup", "zarr.json")):
-        return read_collection(file)
+        settings, episodes = read_collection(file)
+        for episode in episodes[:1]:  # those of a collection have one shape
+            _check_shape(episode.obs, policy, file)
+        return settings, episodes
     arrays = {"obs": _read_npy(file)} if file.suffix == ".npy" else read_arrays(file)
     if "obs" not in arrays:
         obs = observations_of_states(arrays, file)
