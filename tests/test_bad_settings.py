@@ -155,6 +155,9 @@ def test_bad_raw_plans(policy: Any) -> None:
         (0.9, ValueError, "sparsity: expected at most policy.max_sparsity, 0.875 .*got 0.9"),
         (1.0, ValueError, "sparsity: expected at most policy.max_sparsity"),
         ("much", TypeError, "sparsity: expected a number .*got 'much'"),
+        ("0.5", TypeError, "sparsity: expected a number .*got '0.5'"),
+        (True, TypeError, "sparsity: expected a number .*got True"),
+        (np.False_, TypeError, "sparsity: expected a number .*got "),
         (None, ValueError, "sparsity: None is the pruner's own choice"),
     ],
 )

@@ -279,6 +279,7 @@ def test_foreign_torch_files(tmp_path: Path, value: Any) -> None:
 def test_an_existing_folder_is_kept_unless_told(tmp_path: Path) -> None:
     source, out = save(tmp_path / "x.ckpt", payload()), tmp_path / "out"
     out.mkdir()
+    (out / ".tsad-0123456789abcdef.tmp").write_text("half")  # of one that was killed
     convert(source, out)  # empty is as good as new
     (out / "note.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="overwrite=True"):

@@ -77,6 +77,11 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
             return folder
 
 
+def is_temporary(file: Path) -> bool:
+    """Whether a file is one that is being written, or was when its process was killed."""
+    return file.name.startswith(".tsad-") and file.name.endswith(".tmp")
+
+
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """`output_folder`, and afterwards it is there, with the folders that it is in."""
     folder = output_folder(path)

@@ -271,7 +271,7 @@ class SparsePolicy(_core.Policy):
                 f"{planner!r}; set a number, or policy.planner = 'pruner' first"
             )
         try:
-            number = float(value)
+            number = float("no" if isinstance(value, str | bool | np.bool_) else value)
         except (TypeError, ValueError):
             raise TypeError(
                 f"sparsity: expected a number from 0 (dense) to {self._end_of_dial(planner):.6g}, "

@@ -20,7 +20,7 @@ from tsad.commands.common import (
     real,
 )
 from tsad.evaluation.progress import Progress
-from tsad.files import output_folder
+from tsad.files import is_temporary, output_folder
 
 number, steps = real(lambda value: True, "a number"), integer(1, 10**9)
 
@@ -90,7 +90,7 @@ def check_new(out: str) -> None:
     """UsageError if a training can't begin in this folder."""
     with argument("--out"):
         folder = output_folder(out)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not all(map(is_temporary, folder.iterdir())):
         raise UsageError(
             f"argument --out: {out!r} exists and isn't empty; choose another folder, or go on "
             "with the training in it by --resume"

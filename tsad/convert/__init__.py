@@ -31,7 +31,7 @@ from tsad.convert.diffusion_policy import Converted, read_checkpoint, read_prune
 from tsad.convert.lerobot import read_lerobot
 from tsad.families import as_transformer
 from tsad.families import describe as describe_network
-from tsad.files import sha256
+from tsad.files import is_temporary, sha256
 from tsad.presets import read_presets, stale_note
 
 __all__ = ["Converted", "convert", "convert_pruner", "read_checkpoint", "read_pruner"]
@@ -128,8 +128,8 @@ def convert_pruner(
 
 
 def _check_out(folder: Path, overwrite: bool) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
+    if folder.is_dir() and all(is_temporary(file) for file in folder.iterdir()):
+        return  # or what a run that was killed left
     if not folder.exists():
         return
     if not overwrite:

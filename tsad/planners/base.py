@@ -49,7 +49,7 @@ def of_policy(
 
 def number(name: str, value: Any, what: str) -> float:
     """An argument that is a number; TypeError or ValueError naming it."""
-    if not isinstance(value, SupportsFloat):
+    if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsFloat):
         raise TypeError(f"{name}: expected a number, got {value!r}; {what}")
     found = float(value)
     if np.isnan(found):
