@@ -314,7 +314,7 @@ def test_processors_are_needed(folder):
 @pytest.mark.parametrize("file", [PREPROCESSOR_FILE, POSTPROCESSOR_FILE, STATISTICS])
 def test_one_file_of_the_processors_is_missing(folder, file):
     (folder / file).unlink()
-    refused(folder, f"{file}: expected this file, found nothing")
+    refused(folder, f"{file}: expected this file, found nothing; a LeRobot folder has config")
 
 
 def test_a_step_that_does_something_else(folder):

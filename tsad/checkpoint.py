@@ -462,14 +462,27 @@ def format_json(value: Any, indent: str = "") -> str:
     return "{\n" + ",\n".join(items) + "\n" + indent + "}" + ("" if indent else "\n")
 
 
+def _belongs(folder: Path) -> str:
+    """What is in a folder of this kind."""
+    with contextlib.suppress(CheckpointError, OSError):
+        if folder_kind(folder) == "lerobot":
+            return (
+                f"a LeRobot folder has {CONFIG_FILE}, {MODEL_FILE}, policy_preprocessor.json, "
+                "policy_postprocessor.json and the tensors that these two name; copy all of it"
+            )
+    return (
+        f"a tsad folder has {CONFIG_FILE}, {MODEL_FILE} and perhaps {PRUNER_FILE} (tsad convert "
+        "makes one)"
+    )
+
+
 @contextlib.contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     target = Path(path)
     if not target.is_file():
         found = "something that is not a file" if target.exists() else "nothing"
         raise CheckpointError(
-            f"{target}: expected this file, found {found}; a tsad folder has {CONFIG_FILE}, "
-            f"{MODEL_FILE} and perhaps {PRUNER_FILE} (tsad convert makes one)"
+            f"{target}: expected this file, found {found}; {_belongs(target.parent)}"
         )
     with open(target, "rb") as stream:
         yield stream
