@@ -41,7 +41,8 @@ from torch_unet import Shape  # noqa: E402
 from tsad import _core  # noqa: E402
 
 OURS = ("float32", "int16", "int8")
-PEERS = ("eager", "compile", "onnxruntime", "openvino")
+OF_ONNX = ("onnxruntime", "openvino")
+PEERS = ("eager", "compile", *OF_ONNX)
 CASES: dict[str, Any] = {
     "unet-large": Shape(networks.SIZES[0], horizon=16, n_obs_steps=2, obs_dim=18, n_emb=128),
     "unet-small": Shape(networks.SIZES[1], horizon=16, n_obs_steps=2, obs_dim=18, n_emb=128),
@@ -85,11 +86,16 @@ def weights_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def write(case: Any, folder: Path) -> None:
-    """The tensors, one file each, and the ONNX file that two peers read."""
+    """The tensors, one file each."""
     weights = case.weights() if isinstance(case, Encoder) else case.weights(0)
     (folder / "names.json").write_text(json.dumps(list(weights)))
     for i, tensor in enumerate(weights.values()):
         np.save(folder / f"{i}.npy", tensor)
+
+
+def export(case: Any, folder: Path) -> None:
+    """The ONNX file of what was written, which two peers read."""
+    weights = {key: np.array(tensor) for key, tensor in weights_of(folder).items()}
     example = tuple(map(torch.from_numpy, inputs(case)))
     path = folder / "network.onnx"
     torch.onnx.export(
@@ -111,7 +117,7 @@ def ours(case: Any, folder: Path, precision: str, threads: int) -> Callable[[], 
 
 def theirs(case: Any, folder: Path, name: str, threads: int) -> Callable[[], Any]:
     given = inputs(case)
-    if name in ("onnxruntime", "openvino"):
+    if name in OF_ONNX:
         make = {"onnxruntime": networks.onnx_runner, "openvino": networks.openvino_runner}[name]
         run = make(folder / "network.onnx", threads, names(case))
         return lambda: run(*given)
@@ -129,7 +135,7 @@ def theirs(case: Any, folder: Path, name: str, threads: int) -> Callable[[], Any
 
 def measure(case: Any, folder: Path, name: str, threads: int) -> int:
     """Bytes that a contender adds to this process."""
-    if name in ("onnxruntime", "openvino"):
+    if name in OF_ONNX:
         __import__(name)
     torch.set_num_threads(threads)
     before = resident()
@@ -141,20 +147,29 @@ def measure(case: Any, folder: Path, name: str, threads: int) -> int:
     return resident() - before
 
 
+def reason(done: Any) -> str:
+    """Why a process failed: the last that it said, if anything."""
+    said = done.stderr.strip().splitlines()
+    return str(said[-1][:100]) if said else f"ended with {done.returncode}"
+
+
 def bench(key: str, threads: int) -> dict[str, Any]:
     """All contenders of a case, each in a process."""
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--cases", key, "--threads", str(threads)]
-        command += ["--folder", folder, "--contender"]
+        command += ["--contender", folder]
         subprocess.run([*command, "write"], check=True, stdout=subprocess.DEVNULL)
         size = sum(file.stat().st_size for file in Path(folder).glob("*.npy"))
         print(f"{key}: {size / 1e6:.0f} MB of float32 weights", flush=True)
+        exported = subprocess.run([*command, "export"], capture_output=True, text=True)
         for name in (*PEERS, *(f"tsad {precision}" for precision in OURS)):
+            if exported.returncode and name in OF_ONNX:
+                print(f"  {name}: left out: no ONNX file: {reason(exported)}", flush=True)
+                continue
             done = subprocess.run([*command, name], capture_output=True, text=True)
             if done.returncode:
-                reason = done.stderr.strip().splitlines()[-1][:100]
-                print(f"  {name}: left out: {reason}", flush=True)
+                print(f"  {name}: left out: {reason(done)}", flush=True)
                 continue
             rows[name] = {"bytes": int(done.stdout.split()[-1])}
             print(f"  {name:14} {rows[name]['bytes'] / 1e6:8.0f} MB", flush=True)
@@ -168,16 +183,21 @@ def main() -> None:
     parser.add_argument("--cases", default="unet-large,unet-small,encoder", help=", ".join(CASES))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--contender", nargs=2, help=argparse.SUPPRESS)  # folder, what to do there
     args = parser.parse_args()
-    keys = args.cases.split(",")
+    keys = list(dict.fromkeys(args.cases.split(",")))
     if unknown := set(keys) - set(CASES):
         parser.error(f"argument --cases: got {', '.join(unknown)}, expected of {', '.join(CASES)}")
-    if args.contender == "write":
-        write(CASES[keys[0]], args.folder)
-    elif args.contender:
-        print(measure(CASES[keys[0]], args.folder, args.contender, args.threads))
+    if args.threads < 1:
+        parser.error(f"argument --threads: expected 1 or more, got {args.threads}")
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        parser.error(f"argument --out: expected a file in a folder that exists, got {args.out}")
+    if args.contender:
+        case, folder, name = CASES[keys[0]], Path(args.contender[0]), args.contender[1]
+        if name in ("write", "export"):
+            (write if name == "write" else export)(case, folder)
+        else:
+            print(measure(case, folder, name, args.threads))
     else:
         cases = {key: bench(key, args.threads) for key in keys}
         if args.out:

@@ -149,7 +149,7 @@ def test_overrides_of_flow_matching() -> None:
         ({"sampler": "ddim"}, "sampler: expected one of"),
         (
             {"timestep_spacing": "trailing"},
-            'timestep_spacing: expected one of "leading", got .trailing.',
+            "^timestep_spacing: expected one of .leading., got .trailing.",
         ),
     ):
         with pytest.raises(ValueError, match=message):

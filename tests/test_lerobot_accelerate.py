@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lerobot_standin as standin
@@ -17,7 +21,8 @@ import pytest
 import torch
 from torch_unet import Shape
 
-from tsad import lerobot, planners
+import tsad
+from tsad import Plan, lerobot, planners
 from tsad.lerobot import patch, plugin
 from tsad.lerobot.engine import Engine, Settings
 
@@ -164,12 +169,38 @@ def test_other_settings_sample_otherwise() -> None:
         (dict(sampler="euler"), "sampler"),
         (dict(num_inference_steps=101), "num_inference_steps"),
         (dict(sparsity=0.5, plan=object()), "plan, sparsity: expected one of the two"),
+        (dict(plan=Plan([[0] * 4])), "plan: expected 10 steps x 8 blocks, as this policy has, got"),
+        (dict(plan="x"), "plan: expected a tsad.Plan, a list with one per lane, or None, got str"),
+        (
+            dict(warm_start=4),
+            "accelerate: unknown keyword 'warm_start'; known are sampler, num",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
     policy = make()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         lerobot.accelerate(policy, **settings)
+    assert not lerobot.is_accelerated(policy)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(dict(threads=n) for n in (-1, 0, "2", 1000, True, 1.5)),
+        *(dict(sparsity=s) for s in (2, -1, "x", "0.5", True, float("nan"))),
+        dict(sparsity=0.99, num_inference_steps=6),
+        *(dict(timestep_spacing=s) for s in ("x", 3)),
+    ],
+)
+def test_they_are_refused_as_tsad_load_refuses_them(settings: dict[str, Any]) -> None:
+    loaded = {"num_inference_steps": 10} | settings
+    with pytest.raises((TypeError, ValueError)) as right:
+        tsad.load("pusht", **loaded).planner = "uniform"
+    policy = make()
+    with pytest.raises(right.type) as got:
+        lerobot.accelerate(policy, **settings)
+    assert str(got.value) == str(right.value).replace("'pruner'", "'uniform'")
     assert not lerobot.is_accelerated(policy)
 
 
@@ -206,7 +237,8 @@ def test_the_sidecar_and_the_variable_ask(tmp_path: Path, monkeypatch: pytest.Mo
     ("text", "message"),
     [
         ("[1]", "expected a JSON object of settings"),
-        ("{", "expected a JSON object of settings, got"),
+        ("{", "expected a file with a JSON object of settings, got"),
+        ('{"threads": -1}', "threads: expected an integer from 1 to 64, got -1"),
         ('{"steps": 4}', "unknown setting 'steps': expected only sampler"),
         ('{"precision": "int3"}', "precision: expected one of"),
     ],
@@ -223,6 +255,112 @@ def test_a_variable_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) 
         plugin.wanted(None)
 
 
+def test_a_value_that_does_not_fit_the_policy_is_named_with_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin.activate()
+    caplog.set_level("INFO", "tsad")
+    (tmp_path / "tsad.json").write_text('{"num_inference_steps": "8", "sampler": "ddim"}')
+    with pytest.raises(ValueError, match=r"/tsad\.json: num_inference_steps: .* got '8'"):
+        episode(make(pretrained_path=tmp_path))
+    (tmp_path / "tsad.json").write_text('{"sparsity": "x"}')  # a TypeError of accelerate
+    with pytest.raises(ValueError, match=r"/tsad\.json: sparsity: expected a number .* got 'x'"):
+        episode(make(pretrained_path=tmp_path))
+    monkeypatch.setenv("TSAD", "num_inference_steps=500")
+    with pytest.raises(ValueError, match="^TSAD: num_inference_steps: .* got 500"):
+        episode(make(pretrained_path=tmp_path))
+    assert not caplog.records  # nothing says that tsad samples
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling link"])
+def test_a_sidecar_that_is_no_file_is_named(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "tsad.json"
+    if kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("nothing")
+    with pytest.raises(ValueError, match="tsad.json: expected a file with a JSON object .* remove"):
+        plugin.wanted(tmp_path)
+
+
+def test_a_wrong_variable_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by the first chunk: LeRobot logs what a plugin raises, and goes on."""
+    monkeypatch.setenv("TSAD", "exat")
+    with pytest.raises(ValueError, match='TSAD: expected "exact", "off" or key=value'):
+        plugin.activate()
+    with pytest.raises(ValueError, match='TSAD: expected "exact", "off" or key=value'):
+        episode(make())
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """LeRobot's server of asynchronous inference, as far as tsad's stands on it, and tsad's."""
+    from tsad.lerobot import policy_server
+
+    class Theirs:
+        def SendPolicyInstructions(self, request: Any, context: Any) -> str:  # noqa: N802
+            self.policy = context
+            return "answer"
+
+    for name in ("lerobot.async_inference", "lerobot.async_inference.policy_server"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    theirs: Any = sys.modules["lerobot.async_inference.policy_server"]
+    package: Any = sys.modules["lerobot.async_inference"]
+    package.policy_server, theirs.PolicyServer = theirs, Theirs
+    policy_server.activate()
+    return theirs.PolicyServer()
+
+
+def test_the_server_has_the_core_ready_before_the_first_chunk(server: Any, tmp_path: Path) -> None:
+    policy = make(pretrained_path=tmp_path)
+    assert server.SendPolicyInstructions(None, policy) == "answer"
+    made = policy.diffusion.__dict__["_tsad"]._policy
+    assert made is not None
+    episode(policy, batch=1)
+    assert policy.diffusion.__dict__["_tsad"]._policy is made
+    assert server.SendPolicyInstructions(None, torch.nn.Linear(1, 1)) == "answer"  # another kind
+
+
+def test_the_server_tells_the_client_what_does_not_fit(server: Any, tmp_path: Path) -> None:
+    (tmp_path / "tsad.json").write_text('{"num_inference_steps": 500}')
+    with pytest.raises(ValueError, match=r"tsad\.json: num_inference_steps: .* got 500"):
+        server.SendPolicyInstructions(None, make(pretrained_path=tmp_path))
+    assert server.policy is None
+    broken = make(pretrained_path=tmp_path.parent)
+    with torch.no_grad():
+        next(broken.parameters())[:] = float("nan")
+    with pytest.raises(ValueError, match="nan|finite"):  # found when the weights are taken
+        server.SendPolicyInstructions(None, broken)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (
+            "sys.modules['lerobot'] = None",
+            'install it with: pip install "lerobot[async,diffusion]"',
+        ),
+        (
+            "import lerobot_standin, os, types, _pytest.monkeypatch as m; "
+            "lerobot_standin.install(m.MonkeyPatch()); os.environ['TSAD'] = 'exat'; "
+            "p = types.ModuleType('lerobot.async_inference'); sys.modules[p.__name__] = p; "
+            "p.policy_server = types.SimpleNamespace(PolicyServer=object); ",
+            'TSAD: expected "exact", "off" or key=value',
+        ),
+    ],
+)
+def test_the_server_does_not_start_with_what_cannot_work(prepare: str, message: str) -> None:
+    code = f"import sys; {prepare}\nimport tsad.lerobot.policy_server as s; s.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("tsad.lerobot.policy_server: error: ") and message in done.stderr
+
+
 def test_the_plugins_name_is_one_that_lerobot_finds() -> None:
     """LeRobot looks for the metadata's name, underscores and all."""
     import tomllib
@@ -235,8 +373,5 @@ def test_the_plugins_name_is_one_that_lerobot_finds() -> None:
 
 def test_numpy_is_enough_to_import() -> None:
     assert np.__name__  # tsad.lerobot itself asks for neither torch nor LeRobot
-    import subprocess
-    import sys
-
     code = "import sys, tsad.lerobot; assert not {'torch', 'lerobot'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -107,7 +107,7 @@ def test_settings() -> None:
     assert (inner.num_inference_steps, inner.precision, inner.sparsity) == (4, "int8", 0.4)
     for change, message in (
         (dict(sampler="ddim"), "sampler: expected one of"),
-        (dict(timestep_spacing="trailing"), 'timestep_spacing: expected one of "leading"'),
+        (dict(timestep_spacing="trailing"), "^timestep_spacing: expected one of 'leading', got"),
         (dict(num_inference_steps=0), "num_inference_steps"),
     ):
         refused = make(**FLOW)

@@ -180,6 +180,14 @@ def test_who_asks_for_something_else_gets_it(
         assert engine.settings.num_inference_steps == 2
 
 
+def test_a_sidecar_that_does_not_fit_is_the_clients_error(served: Any, tmp_path: Path) -> None:
+    _, address = served
+    folder = save_policy(tmp_path / "policy")
+    (folder / plugin.SIDECAR).write_text(json.dumps({"num_inference_steps": 500}))
+    with pytest.raises(grpc.RpcError, match=r"tsad\.json: num_inference_steps: .* got 500"):
+        Client(address).load(folder)
+
+
 def test_the_command_serves(tmp_path: Path) -> None:
     folder = save_policy(tmp_path / "policy")
     with socket.socket() as free:

@@ -27,7 +27,7 @@ from tsad.checkpoint import (
     read_folder,
     unfinished,
 )
-from tsad.config import TIMESTEP_SPACINGS, PolicyConfig
+from tsad.config import FLOWS, TIMESTEP_SPACINGS, PolicyConfig
 from tsad.device import check_device
 from tsad.families import Network, arguments
 from tsad.families.dit import DitConfig
@@ -291,11 +291,7 @@ def _configured(config: PolicyConfig, setting: Setting) -> PolicyConfig:
         config = replace(config, network=replace(config.network, n_action_steps=n))
     if spacing is None:
         return config
-    if spacing not in TIMESTEP_SPACINGS:
-        raise ValueError(
-            f"timestep_spacing: expected one of {', '.join(map(repr, TIMESTEP_SPACINGS))}, got "
-            f"{spacing!r}; choose one of these, or None for that of the checkpoint"
-        )
+    check_spacing(spacing, config.scheduler.type)
     return replace(config, scheduler=replace(config.scheduler, timestep_spacing=spacing))
 
 
@@ -362,6 +358,16 @@ def _tables(net: Network, sampler: Sampler) -> dict[str, Any]:
 def bundled() -> list[str]:
     """Names of the policies that come with the package."""
     return sorted(path.parent.name for path in _ASSETS.glob(f"*/{CONFIG_FILE}"))
+
+
+def check_spacing(spacing: Any, sampler: str) -> None:
+    """``ValueError`` for a ``timestep_spacing`` that a checkpoint's sampler has not."""
+    choices = ("leading",) if sampler in FLOWS else TIMESTEP_SPACINGS
+    if spacing not in choices:
+        raise ValueError(
+            f"timestep_spacing: expected one of {', '.join(map(repr, choices))}, got "
+            f"{spacing!r}; choose one of these, or None for that of the checkpoint"
+        )
 
 
 def default_threads(threads: int | None, lanes: int) -> int:

@@ -14,7 +14,7 @@ from tsad import _core, planners
 from tsad.attributes import advice
 from tsad.config import block_names, block_types
 from tsad.plan import REUSE_ROLLOUT, SOURCE_NAMES, Plan
-from tsad.planners import Planner
+from tsad.planners import Planner, checks
 from tsad.precision import FLOAT32_BOUND, exact_twin, measured_bound, rounding
 from tsad.samplers import tail
 
@@ -188,7 +188,7 @@ class SparsePolicy(_core.Policy):
     @property
     def max_sparsity(self) -> float:
         """The end of the dial: 1 - 1/K, as step 0 is computed; 0 with the planner "dense"."""
-        return self._end_of_dial(self._planner)
+        return checks.end_of_dial(self._planner, self.num_inference_steps)
 
     @property
     def planner(self) -> str | Planner:
@@ -257,38 +257,8 @@ class SparsePolicy(_core.Policy):
             )
         self._adopt((self._planner, self._dial, self._plans, self._fixed, bound))
 
-    def _end_of_dial(self, planner: str | Planner) -> float:
-        return 0.0 if planner == "dense" else 1 - 1 / self.num_inference_steps
-
     def _check_dial(self, planner: str | Planner, value: float | None) -> float | None:
-        if isinstance(planner, planners.RowRule):
-            return planner.check_dial(value)
-        if value is None:
-            if planner == "pruner":
-                return None
-            raise ValueError(
-                "sparsity: None is the pruner's own choice, but the planner is "
-                f"{planner!r}; set a number, or policy.planner = 'pruner' first"
-            )
-        try:
-            number = float("no" if isinstance(value, str | bool | np.bool_) else value)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"sparsity: expected a number from 0 (dense) to {self._end_of_dial(planner):.6g}, "
-                f"got {value!r}; set a float"
-            ) from None
-        if not 0 <= number <= 1:
-            raise ValueError(
-                f"sparsity: expected a number from 0 (dense) to {self._end_of_dial(planner):.6g}, "
-                f"got {number!r}; it is the fraction of a chunk's cost to save"
-            )
-        if number > self._end_of_dial(planner):
-            raise ValueError(
-                f"sparsity: expected at most policy.max_sparsity, {self._end_of_dial(planner):.6g} "
-                f"with the planner {planner!r} at {self.num_inference_steps} steps, got "
-                f"{number!r}; use less, or load the policy with more num_inference_steps"
-            )
-        return number
+        return checks.check_dial(planner, value, self.num_inference_steps)
 
     def _follow(self, planner: str | Planner, dial: float | None) -> None:
         """Let the planner decide; if it fails or the policy is busy, nothing has changed."""
@@ -319,40 +289,15 @@ class SparsePolicy(_core.Policy):
 
     def _bind(self, plan: Plan | Sequence[Plan], name: str = "plan") -> list[Plan]:
         """One checked plan per lane, with this policy's names and costs; of cold chunks by name."""
-        given = [plan] * self.lanes if isinstance(plan, Plan) else plan
-        if not isinstance(given, list | tuple) or not all(isinstance(p, Plan) for p in given):
-            raise TypeError(
-                f"{name}: expected a tsad.Plan, a list with one per lane, or None, got "
-                f"{type(plan).__name__}; wrap sources in tsad.Plan(sources)"
-            )
-        if len(given) != self.lanes:
-            raise ValueError(
-                f"{name}: expected one plan per lane, {self.lanes}, got {len(given)}; pass a "
-                "single plan for all lanes"
-            )
+        given = checks.plans_of(plan, self.lanes, name)
         bound: dict[int, Plan] = {}  # one object per distinct plan
         return [bound.setdefault(id(item), self._bind_one(item, name)) for item in given]
 
     def _bind_one(self, plan: Plan, name: str) -> Plan:
         steps = len(self._sampler.timesteps) if name == "cold_plan" else self.num_inference_steps
-        expected = (steps, self.n_blocks)
-        if plan.sources.shape != expected:
-            raise ValueError(
-                f"{name}: expected {expected[0]} steps x {expected[1]} blocks, as this policy has, "
-                f"got {plan.sources.shape[0]} x {plan.sources.shape[1]}; make one for this policy, "
-                "or load it with other num_inference_steps"
-            )
-        if plan.blocks != tuple(self._blocks) and plan.has_block_names:
-            pairs = zip(plan.blocks, self._blocks, strict=True)
-            block, (got, wanted) = next((b, p) for b, p in enumerate(pairs) if p[0] != p[1])
-            raise ValueError(
-                f"{name}: expected a plan for the blocks of this policy, got one whose block "
-                f"{block} is {got!r}, not {wanted!r}; make one for this policy"
-            )
-        try:
-            return self._make_plan(plan.sources, plan.first, plan.metadata)
-        except ValueError as error:  # other types than the plan was made for
-            raise ValueError(f"{name}: {error}") from error
+        return checks.bound_plan(
+            plan, steps, self._blocks, self._types, cost=self.block_costs, name=name
+        )
 
     def _make_plan(
         self, sources: NDArray[np.uint8], first: Plan | None, metadata: dict[str, Any] | None

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 from tsad.lerobot.engine import Engine, Settings
-from tsad.lerobot.patch import attached, install
+from tsad.lerobot.patch import attached, install, parts_of
 
 __all__ = ["Settings", "accelerate", "is_accelerated", "refresh", "restore"]
 
@@ -36,9 +36,16 @@ def accelerate(policy: Any, **settings: Any) -> Any:
     on, away from the CPU and, of a ``MultiTaskDiTPolicy``, in training mode (it has dropout),
     LeRobot's own code runs.
 
-    Raises ``TypeError`` for another policy and ``ValueError`` for settings that do not fit.
+    Raises ``TypeError`` for another policy, another keyword or a value of another type, and
+    ``ValueError`` for settings that do not fit.
     """
     owner, net = _parts(policy)
+    known = tuple(Settings.__dataclass_fields__)
+    for name in settings:
+        if name not in known:
+            raise TypeError(
+                f"accelerate: unknown keyword {name!r}; known are {', '.join(known)}; leave it out"
+            )
     install()
     engine = Engine(Settings(**settings))
     engine.check(owner, net)
@@ -70,18 +77,9 @@ def refresh(policy: Any) -> None:
 
 def _parts(policy: Any) -> tuple[Any, Any]:
     """What samples in a policy, and its network, in whatever wraps it (torch.compile, PEFT)."""
-    from tsad.lerobot.patch import kinds
-
-    for kind in kinds():
-        policy_class, owner_classes = kind.classes()
-        inner = policy
-        for name in ("_orig_mod", "base_model", "model"):
-            if not isinstance(inner, policy_class):
-                inner = getattr(inner, name, inner)
-        if isinstance(inner, policy_class) and isinstance(
-            getattr(inner, kind.owner), owner_classes
-        ):
-            return kind.parts(inner)
+    found = parts_of(policy)
+    if found is not None:
+        return found
     raise TypeError(
         "policy: expected a LeRobot DiffusionPolicy or MultiTaskDiTPolicy, got "
         f"{type(policy).__module__}.{type(policy).__qualname__}; tsad samples LeRobot's "

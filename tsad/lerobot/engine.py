@@ -48,6 +48,9 @@ class Settings:
             )
         if self.sparsity is not None and self.plan is not None:
             raise ValueError("plan, sparsity: expected one of the two, got both; leave one out")
+        from tsad.load import default_threads
+
+        default_threads(self.threads, 1)
 
     @property
     def is_exact(self) -> bool:
@@ -89,8 +92,22 @@ class Engine:
         return Engine, (self.settings,)
 
     def check(self, owner: Any, net: Any) -> None:
-        """Raises ``ValueError`` where the settings or the network do not fit."""
-        self._make_sampler(self._config(owner, net))
+        """Raises ``ValueError`` or ``TypeError`` where the settings or the network do not fit."""
+        from tsad.config import PolicyConfig, block_names, block_types
+        from tsad.planners import checks
+
+        config = self._config(owner, net)
+        steps = len(self._make_sampler(config).timesteps)
+        network = PolicyConfig.from_dict(config, file="policy.config").network
+        if self.settings.plan is not None:
+            for plan in checks.plans_of(self.settings.plan, None):
+                checks.bound_plan(plan, steps, block_names(network), block_types(network))
+        elif self.settings.sparsity is not None:
+            checks.check_dial("uniform", self.settings.sparsity, steps)
+
+    def prepare(self, owner: Any, net: Any) -> None:
+        """Take the weights now: errors of theirs are raised here, not by the first chunk."""
+        self._ready(owner, net, 1)
 
     def runs(self, owner: Any, condition: Any) -> bool:
         """Whether to sample here; else LeRobot's own loop does.
@@ -174,11 +191,13 @@ class Engine:
         }
 
     def _make_sampler(self, config: dict[str, Any]) -> Any:
+        from tsad.load import check_spacing
         from tsad.samplers import make_sampler
 
         s = self.settings
         scheduler = dict(config["scheduler"])
         if s.timestep_spacing is not None:
+            check_spacing(s.timestep_spacing, scheduler["type"])
             scheduler["timestep_spacing"] = s.timestep_spacing
         return make_sampler(
             scheduler,

@@ -48,11 +48,33 @@ def kinds() -> list[Kind]:
         except ImportError as e:
             error = error or e
     if not found:
-        raise ImportError(
-            f"tsad.lerobot needs LeRobot 0.4 or later, which could not be imported ({error}); "
-            'install it with: pip install "lerobot[diffusion]"'
-        ) from error
+        raise missing(error) from error
     return found
+
+
+def missing(error: ImportError | None, extras: str = "diffusion") -> ImportError:
+    """What to raise where LeRobot, or these extras of it, could not be imported."""
+    return ImportError(
+        f"tsad.lerobot needs LeRobot 0.4 or later, which could not be imported ({error}); "
+        f'install it with: pip install "lerobot[{extras}]"'
+    )
+
+
+def parts_of(policy: Any) -> tuple[Any, Any] | None:
+    """What samples in a policy, and its network, in whatever wraps it (torch.compile, PEFT); None
+    for a policy that tsad does not sample.
+    """
+    for kind in kinds():
+        policy_class, owner_classes = kind.classes()
+        inner = policy
+        for name in ("_orig_mod", "base_model", "model"):
+            if not isinstance(inner, policy_class):
+                inner = getattr(inner, name, inner)
+        if isinstance(inner, policy_class) and isinstance(
+            getattr(inner, kind.owner), owner_classes
+        ):
+            return kind.parts(inner)
+    return None
 
 
 def attached(owner: Any, engine: Engine | None) -> None:
@@ -88,11 +110,17 @@ def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
         setattr(owner, name, method)
 
 
-def _engine_of(owner: Any, net: Any, condition: Any) -> Engine | None:
-    """The engine that samples now."""
+def asked(owner: Any, net: Any) -> Engine | None:
+    """The instance's engine; what has not been looked at yet is, and raises what does not fit."""
     if "_tsad" not in owner.__dict__ and on_first_chunk is not None:
         owner.__dict__["_tsad"] = on_first_chunk(owner, net)
     engine: Engine | None = owner.__dict__.get("_tsad")
+    return engine
+
+
+def _engine_of(owner: Any, net: Any, condition: Any) -> Engine | None:
+    """The engine that samples now."""
+    engine = asked(owner, net)
     return engine if engine is not None and engine.runs(owner, condition) else None
 
 

@@ -21,18 +21,29 @@ _log = logging.getLogger("tsad")
 
 
 def activate() -> None:
-    """Look at every policy that tsad can sample from now on; a second time changes nothing."""
+    """Look at every policy that tsad can sample from now on; a second time changes nothing.
+
+    Raises ``ValueError`` for a ``TSAD`` that says nothing known. LeRobot's commands log that and go
+    on, and so the first chunk raises it, too.
+    """
     patch.install()
     patch.on_first_chunk = engine_for
+    wanted(None)
 
 
 def engine_for(owner: Any, net: Any) -> Engine | None:
-    """The engine that a policy asks for; None: it runs as it is."""
+    """The engine that a policy asks for; None: it runs as it is.
+
+    Raises ``ValueError`` naming the file or the variable.
+    """
     settings, source = wanted(getattr(owner.config, "pretrained_path", None))
     if settings is None:
         return None
     engine = Engine(settings)
-    engine.check(owner, net)
+    try:
+        engine.check(owner, net)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
     exact = "the same actions" if settings.is_exact else "other actions than LeRobot's"
     _log.info("tsad samples this policy, as %s asks: %s (%s)", source, engine, exact)
     return engine
@@ -49,12 +60,15 @@ def wanted(folder: str | os.PathLike[str] | None) -> tuple[Settings | None, str]
     if text:
         return _settings(_read_variable(text), f"{VARIABLE}={text}"), VARIABLE
     file = None if folder is None else Path(folder) / SIDECAR
-    if file is None or not file.is_file():
+    if file is None or not os.path.lexists(file):
         return None, ""
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: expected a JSON object of settings, got {error}") from error
+        raise ValueError(
+            f"{file}: expected a file with a JSON object of settings, got {error}; write one, or "
+            "remove it"
+        ) from error
     return _settings(given, str(file)), str(file)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from typing import Any
 
 from tsad.lerobot import patch, plugin
@@ -22,8 +23,14 @@ from tsad.lerobot.engine import Engine, Settings
 
 
 def activate() -> None:
-    """From now on LeRobot's server makes a `server_class` instead of its own."""
-    from lerobot.async_inference import policy_server as theirs
+    """From now on LeRobot's server makes a `server_class` instead of its own.
+
+    Raises ``ImportError`` without LeRobot, and ``ValueError`` for a ``TSAD`` of no known setting.
+    """
+    try:
+        from lerobot.async_inference import policy_server as theirs
+    except ImportError as error:
+        raise patch.missing(error, "async,diffusion") from error
 
     plugin.activate()
     patch.on_first_chunk = _engine_for
@@ -50,14 +57,24 @@ def server_class() -> Any:
 
     class PolicyServer(base):  # type: ignore[misc]
         _tsad = True
+        policy: Any
 
         def SendPolicyInstructions(self, request: Any, context: Any) -> Any:  # noqa: N802
-            """As LeRobot's; the policy knows its folder then, where a tsad.json may be."""
+            """As LeRobot's; the policy knows its folder then, where a tsad.json may be.
+
+            What does not fit is the client's error: one that the first chunk raised would only be
+            logged here, and the robot would wait.
+            """
             answer = super().SendPolicyInstructions(request, context)
             config = getattr(self.policy, "config", None)
             if config is not None and getattr(config, "pretrained_path", None) is None:
                 specs = pickle.loads(request.data)  # which LeRobot's own method has just done
                 config.pretrained_path = specs.pretrained_name_or_path
+            try:
+                make_ready(self.policy)
+            except Exception:
+                self.policy = None  # nothing runs what was refused
+                raise
             return answer
 
         def _get_action_chunk(self, observation: dict[str, Any]) -> Any:
@@ -67,6 +84,19 @@ def server_class() -> Any:
             return super()._get_action_chunk(frames)
 
     return PolicyServer
+
+
+def make_ready(policy: Any) -> None:
+    """Have the policy's engine, and on the CPU its weights, before the first chunk.
+
+    Policies that tsad does not sample stay as they are. Raises what a first chunk would.
+    """
+    parts = None if policy is None else patch.parts_of(policy)
+    if parts is None:
+        return
+    engine = patch.asked(*parts)
+    if engine is not None and next(parts[1].parameters()).device.type == "cpu":
+        engine.prepare(*parts)
 
 
 def repeated(observation: dict[str, Any], config: Any) -> dict[str, Any]:
@@ -105,7 +135,10 @@ def queued(frames: dict[str, Any], policy: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Serve, with LeRobot's options."""
-    activate()
+    try:
+        activate()
+    except (ImportError, ValueError) as error:
+        sys.exit(f"tsad.lerobot.policy_server: error: {error}")
     from lerobot.async_inference.policy_server import serve
 
     serve()
