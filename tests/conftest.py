@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """PyTorch's generator as a new process has it: no test's weights depend on those before it."""
+    """PyTorch's generator at one seed: no test's weights depend on the tests before it."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(0)

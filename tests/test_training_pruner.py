@@ -438,10 +438,9 @@ def test_gates_learn_which_cell_matters(folder, tmp_path):
     assert not torch.equal(before["2.weight"], after["2.weight"])
 
 
-@pytest.mark.parametrize(("method", "rate"), [("effects", 1e-3), ("levels", 1e-3), ("gates", 1e-4)])
-def test_each_method_has_its_rate(method, rate):
-    assert PrunerSettings(method=method, steps=1).lr == rate
-    assert PrunerSettings(method=method, steps=1, lr=0.5).lr == 0.5
+def test_each_method_has_its_rate():
+    settings = [PrunerSettings(method=m, steps=1) for m in ("effects", "levels", "gates")]
+    assert [one.lr for one in settings] == [1e-3, 1e-3, 1e-4]
 
 
 # Stopping and going on
