@@ -51,15 +51,26 @@ def report() -> str:
     counts, times = [], []
     for case in found():
         asked = Counts(*(case[name] for name in Counts._fields))
-        work = Work(case["weights"], case["bytes"])
+        work = Work(case["weights"], case["bytes"], case["multiply_adds"])
         each = asked.launches + asked.graphs
         counts.append([
-            case["case"], f"{asked.kernels}", f"{each}", f"{asked.uploads}", f"{asked.downloads}",
+            case["case"], f"{asked.kernels}", f"{asked.listed}", f"{each}",
+            f"{asked.uploads}", f"{asked.downloads}",
             f"{(asked.uploaded_bytes + asked.downloaded_bytes) / 1e3:.0f}", f"{asked.waits}",
             f"{work.bytes / 1e6:.0f}",
         ])  # fmt: skip
-        times.append([case["case"], *(f"{floor_ms(work, asked, gpu):.2f}" for gpu in GPUS)])
-    names = ["kernels", "launches", "copies in", "out", "kB copied", "waits", "MB read"]
+        floors = [floor_ms(work, asked, gpu, case["blocks"]) for gpu in GPUS]
+        times.append([case["case"], *("-" if ms is None else f"{ms:.2f}" for ms in floors)])
+    names = [
+        "kernels",
+        "in a list",
+        "launches",
+        "copies in",
+        "out",
+        "kB copied",
+        "waits",
+        "MB read",
+    ]
     return "\n\n".join([
         table(["a chunk", *names], counts),
         table(["predicted, ms", *(gpu.word for gpu in GPUS)], times),

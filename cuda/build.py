@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("kernels.cu", "device.cu", "blas.cu")
+KERNELS = ("kernels.cu", "list.cu", "device.cu", "blas.cu")
 STAND_INS = ("emulate.cpp", "cublas.cpp")  # of emulate/
 HOST = ("caller.c", "engine.c", "graph.c", "node.c", "pack.c", "plugin.c", "prune.c", "run.c")
 CORE = ("arena.c",)  # of csrc/: what the files here call and the core does not lend

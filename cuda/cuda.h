@@ -5,6 +5,7 @@
 #include "backend.h"
 #include "blas.h"
 #include "kernels.h"
+#include "list.h"
 
 /* A node's matrices and tables on the device; NULL: it has none. */
 typedef struct tsad_cuda_node {
@@ -102,7 +103,12 @@ struct tsad_engine {
     int n_deferred;
     tsad_graph *graph[TSAD_GRAPHS];
     tsad_graph_key key[TSAD_GRAPHS];
+    void *graph_list[TSAD_GRAPHS]; /* the device's memory of its list; NULL: it is of launches */
     int oldest_graph;
+    int one_kernel; /* TSAD_CUDA_ONE_KERNEL: blocks that do a lane's list, 0: none is made */
+    tsad_list *list;
+    void *list_memory; /* of the device, for lists that are launched once */
+    size_t list_bytes;
     const tsad_interrupt *interrupt; /* of the running call, NULL: none */
     int64_t asked_at;                /* when the call began, or its interrupt was asked last */
 };
@@ -144,6 +150,7 @@ bool tsad_cuda_fault(tsad_engine *e, tsad_given given, size_t *index, float *raw
 void tsad_cuda_bring(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end);
 tsad_status tsad_cuda_run_rows(tsad_engine *e, const tsad_run *runs, int n, int row_begin,
                                int row_end, bool capturing);
+void tsad_cuda_list_rows(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end);
 /* graph.c: the backend's `run`: whole chunks of fixed plans as graphs, the rest as launches */
 tsad_status tsad_cuda_run(tsad_queue *queue, const tsad_run *runs, int n, int row_begin,
                           int row_end);

@@ -252,6 +252,7 @@ void tsad_graph_launch(tsad_stream *stream, tsad_graph *graph)
 {
     tsad_counts.graphs++;
     tsad_counts.replayed += graph->counts.launches;
+    tsad_counts.listed += graph->counts.listed;
     tsad_counts.uploads += graph->counts.uploads;
     tsad_counts.downloads += graph->counts.downloads;
     tsad_counts.uploaded_bytes += graph->counts.uploaded_bytes;
@@ -283,7 +284,6 @@ void tsad_device_time(bool on) { timed = on; }
 tsad_device_counts tsad_device_get_counts(void)
 {
     const tsad_atomic_counts &c = tsad_counts;
-    return {c.launches,         c.graphs,    c.launches + c.replayed,
-            c.uploads,          c.downloads, c.uploaded_bytes,
-            c.downloaded_bytes, c.waits,     c.device_ns};
+    return {c.launches,  c.graphs,         c.launches + c.replayed, c.listed, c.uploads,
+            c.downloads, c.uploaded_bytes, c.downloaded_bytes,      c.waits,  c.device_ns};
 }

@@ -17,9 +17,11 @@ typedef struct tsad_stream tsad_stream;
 typedef struct tsad_graph tsad_graph;
 
 /* What all streams of the process were asked for: launches of kernels and of graphs, kernels of
- * both, copies of both, waits, and the device's time from a stream's first work to its wait. */
+ * both, launches that lists among them stand for, copies of both, waits, and the device's time from
+ * a stream's first work to its wait. */
 typedef struct tsad_device_counts {
-    int64_t launches, graphs, kernels, uploads, downloads, uploaded_bytes, downloaded_bytes, waits;
+    int64_t launches, graphs, kernels, listed, uploads, downloads, uploaded_bytes, downloaded_bytes,
+        waits;
     int64_t device_ns; /* while tsad_device_time is on */
 } tsad_device_counts;
 

@@ -251,6 +251,11 @@ static tsad_status open_memory(tsad_engine *e)
     layout_host(e);
     TSAD_TRY(tsad_stream_make(&e->stream));
     TSAD_TRY(tsad_blas_rows(&e->blas.rows));
+    TSAD_TRY(tsad_list_blocks(&e->one_kernel));
+    if (e->one_kernel) {
+        TSAD_TRY(tsad_list_make(&e->list));
+        e->blas.rows = 0; /* a kernel can't ask for it */
+    }
     layout(e, &s);
     TSAD_TRY(tsad_device_allocate(s.used, &e->memory));
     s = (space){.base = e->memory};
@@ -287,6 +292,8 @@ static void cuda_close(tsad_engine *e)
     }
     tsad_cuda_drop_graphs(e);
     tsad_stream_free(e->stream);
+    tsad_list_free(e->list);
+    tsad_device_free(e->list_memory);
     tsad_pinned_free(e->staged_in);
     tsad_pinned_free(e->staged_sources);
     tsad_pinned_free(e->staged_out);

@@ -6,11 +6,18 @@
 
 #include <string.h>
 
+static void drop(tsad_engine *e, int i)
+{
+    tsad_graph_free(e->graph[i]);
+    tsad_device_free(e->graph_list[i]);
+    e->graph[i] = NULL;
+    e->graph_list[i] = NULL;
+}
+
 void tsad_cuda_drop_graphs(tsad_engine *e)
 {
     for (int i = 0; i < TSAD_GRAPHS; i++) {
-        tsad_graph_free(e->graph[i]);
-        e->graph[i] = NULL;
+        drop(e, i);
     }
 }
 
@@ -48,36 +55,119 @@ static tsad_graph *find(const tsad_engine *e, const tsad_graph_key *key)
 }
 
 /* A lane that is among these and has another program now will not have the old one again. */
-static void keep(tsad_engine *e, const tsad_graph_key *key, tsad_graph *graph)
+static void keep(tsad_engine *e, const tsad_graph_key *key, tsad_graph *graph, void *list)
 {
     int at = e->oldest_graph;
     for (int i = 0; i < TSAD_GRAPHS; i++) {
         for (int j = 0; e->graph[i] && j < e->key[i].n; j++) {
             const tsad_program *program = e->key[i].run[j].program;
             if (program->serial != e->key[i].run[j].serial) {
-                tsad_graph_free(e->graph[i]);
-                e->graph[i] = NULL;
+                drop(e, i);
             }
         }
         at = e->graph[at] && !e->graph[i] ? i : at;
     }
     if (e->graph[at]) {
         e->oldest_graph = (at + 1) % TSAD_GRAPHS;
-        tsad_graph_free(e->graph[at]);
+        drop(e, at);
     }
     e->graph[at] = graph;
+    e->graph_list[at] = list;
     e->key[at] = *key;
 }
 
-/* the runs that were put off, then these */
-static tsad_status run_all(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end,
-                           bool capturing)
+/* ---- launches -------------------------------------------------------------------------------- */
+
+/* The runs that were put off, then these, as a list; whether one kernel can do it. */
+static bool list_all(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end)
+{
+    tsad_list_begin(e->stream, e->list);
+    for (int i = 0; i < e->n_deferred; i++) {
+        const tsad_deferred *d = &e->deferred[i];
+        tsad_cuda_list_rows(e, d->runs, d->n, d->row_begin, d->row_end);
+    }
+    tsad_cuda_list_rows(e, runs, n, row_begin, row_end);
+    return tsad_list_end(e->stream);
+}
+
+/* what was listed, from the device's memory, with what goes in and out */
+static void run_list(tsad_engine *e, const tsad_run *runs, int n, const void *memory)
+{
+    tsad_cuda_upload(e);
+    e->waits = true;
+    tsad_list_launch(e->stream, e->list, memory, e->one_kernel);
+    if (runs->sampler) {
+        tsad_cuda_ask_for(e, runs->part, e->model->nets[runs->part].input, n);
+    }
+}
+
+/* Room for a list that is launched once. One that is longer than all before waits for them. */
+static tsad_status make_list_room(tsad_engine *e)
+{
+    size_t bytes = tsad_list_bytes(e->list);
+    void *memory;
+    if (bytes <= e->list_bytes) {
+        return TSAD_OK;
+    }
+    TSAD_TRY(tsad_device_allocate(bytes, &memory));
+    tsad_status status = tsad_stream_wait(e->stream);
+    tsad_device_free(e->list_memory);
+    e->list_memory = memory;
+    e->list_bytes = bytes;
+    return status;
+}
+
+static tsad_status launch_all(tsad_engine *e, const tsad_run *runs, int n, int row_begin,
+                              int row_end, bool capturing)
 {
     for (int i = 0; i < e->n_deferred; i++) {
         const tsad_deferred *d = &e->deferred[i];
         TSAD_TRY(tsad_cuda_run_rows(e, d->runs, d->n, d->row_begin, d->row_end, capturing));
     }
     return tsad_cuda_run_rows(e, runs, n, row_begin, row_end, capturing);
+}
+
+/* as one kernel, where that is wanted and can be; else as launches */
+static tsad_status run_all(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end)
+{
+    if (!e->one_kernel || !list_all(e, runs, n, row_begin, row_end)) {
+        return launch_all(e, runs, n, row_begin, row_end, false);
+    }
+    if (runs->sampler && tsad_cuda_stops(e)) {
+        return TSAD_INTERRUPTED;
+    }
+    TSAD_TRY(make_list_room(e));
+    tsad_list_upload(e->stream, e->list, e->list_memory);
+    run_list(e, runs, n, e->list_memory);
+    return TSAD_OK;
+}
+
+/* A graph of them, and the device's memory that it needs (NULL: none); no graph where this GPU or
+ * driver cannot capture them. */
+static tsad_status capture(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end,
+                           tsad_graph **graph, void **memory)
+{
+    tsad_status status = TSAD_OK;
+    *memory = NULL;
+    if (e->one_kernel && list_all(e, runs, n, row_begin, row_end)) {
+        TSAD_TRY(tsad_device_allocate(tsad_list_bytes(e->list), memory));
+        tsad_list_upload(e->stream, e->list, *memory);
+    }
+    tsad_capture_begin(e->stream);
+    if (*memory) {
+        run_list(e, runs, n, *memory);
+    } else {
+        status = launch_all(e, runs, n, row_begin, row_end, true);
+    }
+    if (tsad_capture_end(e->stream, graph) == TSAD_OK && status == TSAD_OK) {
+        return TSAD_OK;
+    }
+    tsad_graph_free(*graph);
+    *graph = NULL;
+    status = *memory ? tsad_stream_wait(e->stream) : TSAD_OK; /* its list may be on its way */
+    tsad_device_free(*memory);
+    *memory = NULL;
+    return status;
 }
 
 static tsad_status run_chunk(tsad_engine *e, const tsad_run *runs, int n, int row_begin,
@@ -88,17 +178,17 @@ static tsad_status run_chunk(tsad_engine *e, const tsad_run *runs, int n, int ro
     tsad_graph *graph = find(e, &key);
     if (!graph) {
         size_t from = e->in_from, to = e->in_to;
-        tsad_capture_begin(e->stream);
-        tsad_status status = run_all(e, runs, n, row_begin, row_end, true);
-        if (tsad_capture_end(e->stream, &graph) != TSAD_OK || status != TSAD_OK) {
+        void *memory;
+        TSAD_TRY(capture(e, runs, n, row_begin, row_end, &graph, &memory));
+        if (!graph) {
             /* The launches load the kernel that cuBLAS could not load within: they may be captured
              * then. Otherwise this GPU or driver has none of these: launches do as well. */
             e->graphs_used = e->blas.rows && ++e->captures_failed < TSAD_GRAPHS;
             e->in_from = from;
             e->in_to = to;
-            return run_all(e, runs, n, row_begin, row_end, false);
+            return run_all(e, runs, n, row_begin, row_end);
         }
-        keep(e, &key, graph);
+        keep(e, &key, graph, memory);
     }
     tsad_graph_launch(e->stream, graph);
     e->in_from = e->in_to = 0;
@@ -125,7 +215,7 @@ tsad_status tsad_cuda_run(tsad_queue *queue, const tsad_run *runs, int n, int ro
     }
     tsad_cuda_bring(e, runs, n, row_begin, row_end);
     tsad_status status = fixed && runs->sampler ? run_chunk(e, runs, n, row_begin, row_end)
-                                                : run_all(e, runs, n, row_begin, row_end, false);
+                                                : run_all(e, runs, n, row_begin, row_end);
     e->n_deferred = 0;
     return status;
 }

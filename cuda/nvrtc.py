@@ -27,16 +27,20 @@ HEADERS = {
     "typedef long long int64_t; typedef unsigned char uint8_t; typedef unsigned short uint16_t;"
     "typedef unsigned uint32_t; typedef unsigned long long uint64_t;"
     "typedef unsigned long uintptr_t;",
-    **dict.fromkeys(("string.h", "stddef.h", "stdbool.h"), ""),
+    **dict.fromkeys(("string.h", "stddef.h", "stdbool.h", "stdlib.h", "new"), ""),
     "cuda_runtime.h": "#define cudaLaunchKernel(...) cudaSuccess",
     # C that g++ takes in C++, and this does not
     "net/net.h": NET.replace("return (tsad_tensors){", "return {").replace('"../', '"'),
 }
 
 
-def _kernels() -> str:
-    """What nobody can call from outside would be left out."""
-    text = (SOURCES / "kernels.cu").read_text()
+FILES = ("kernels.cu", "list.cu")
+
+
+def _kernels(file: str) -> str:
+    """What nobody can call from outside would be left out. The host's part of a list is no code of
+    a GPU, and too much for this compiler."""
+    text = (SOURCES / file).read_text().split("/* ---- writing it down")[0]
     named = text.replace("\nnamespace\n{", "\nnamespace kernels\n{")
     return named.replace("} // namespace\n", "}\nusing namespace kernels;\n")
 
@@ -60,13 +64,13 @@ class Nvrtc:
         self.library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
         return f"{major.value}.{minor.value}"
 
-    def compile(self, architecture: int) -> str:
-        """What ptxas says of the kernels."""
+    def compile(self, architecture: int, file: str) -> str:
+        """What ptxas says of a file's kernels."""
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
         names, texts = _list(list(HEADERS)), _list(list(HEADERS.values()))
-        text = _kernels().encode()
+        text = _kernels(file).encode()
         create = self.library.nvrtcCreateProgram
-        if create(ctypes.byref(program), text, b"kernels.cu", len(HEADERS), texts, names):
+        if create(ctypes.byref(program), text, file.encode(), len(HEADERS), texts, names):
             raise SystemExit("nvrtc: no program")
         options = [f"--gpu-architecture=sm_{architecture}", "-std=c++17", "-default-device"]
         options += [f"-I{SOURCES}", f"-I{CSRC}", f"-I{self.folder / 'cuda_runtime/include'}"]
@@ -77,7 +81,7 @@ class Nvrtc:
         self.library.nvrtcGetProgramLog(program, log)
         self.library.nvrtcDestroyProgram(ctypes.byref(program))
         if failed:
-            raise SystemExit(f"sm_{architecture}: {log.value.decode()}")
+            raise SystemExit(f"{file}, sm_{architecture}: {log.value.decode()}")
         return log.value.decode()
 
 
@@ -89,7 +93,7 @@ def main() -> int:
     args = parser.parse_args()
     compiler, spilt = Nvrtc(args.folder), 0
     for number in args.architectures:
-        log = compiler.compile(number)
+        log = "".join(compiler.compile(number, file) for file in FILES)
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
         spills = sum(frame != ("0", "0") for frame in frames)
         print(f"NVRTC {compiler.version()}, sm_{number}: {len(frames)} kernels, {spills} spill")

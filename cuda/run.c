@@ -295,6 +295,18 @@ tsad_status tsad_cuda_run_rows(tsad_engine *e, const tsad_run *runs, int n, int 
     return TSAD_OK;
 }
 
+void tsad_cuda_list_rows(tsad_engine *e, const tsad_run *runs, int n, int row_begin, int row_end)
+{
+    for (int i = 0; i < n; i++) {
+        track t = track_of(e, &runs[i], i, row_begin, row_end);
+        tsad_list_lane(e->list, i);
+        for (int row = row_begin; row < row_end; row++) {
+            enter_row(&t, row, row == row_begin || runs->rows_apart);
+            run_tracks(e, &t, 1);
+        }
+    }
+}
+
 /* ---- what runs need besides the weights ---------------------------------------------------- */
 
 static void bring_sources(tsad_engine *e, const tsad_run *run, int place)

@@ -23,7 +23,7 @@ struct tsad_held {
 
 /* Policies of several threads add to them. */
 struct tsad_atomic_counts {
-    std::atomic<int64_t> launches, graphs, replayed, uploads, downloads, uploaded_bytes,
+    std::atomic<int64_t> launches, graphs, replayed, listed, uploads, downloads, uploaded_bytes,
         downloaded_bytes, waits, device_ns;
 };
 extern tsad_atomic_counts tsad_counts;
@@ -34,6 +34,7 @@ struct tsad_graph {
 };
 
 struct tsad_blas;
+struct tsad_list;
 
 struct tsad_stream {
     cudaStream_t cuda;
@@ -48,6 +49,7 @@ struct tsad_stream {
     cudaEvent_t order;        /* of this stream and a caller's */
     bool busy;                /* begun was recorded */
     tsad_blas *blas;          /* NULL: none */
+    tsad_list *list;          /* launches are written down there; NULL: they are launched */
 };
 
 static inline void tsad_stream_note(tsad_stream *stream, cudaError_t error, const char *what)

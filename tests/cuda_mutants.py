@@ -42,14 +42,15 @@ class Mutant(NamedTuple):
 
 
 def barriers() -> list[Mutant]:
-    """Each __syncthreads of the kernels, removed."""
-    count = (SOURCES / "kernels.cu").read_text().count("__syncthreads()")
+    """Each one of the kernels, removed."""
+    count = (SOURCES / "bodies.cuh").read_text().count("team.meet()")
     return [
-        Mutant(f"barrier {i} removed", "kernels.cu", "__syncthreads()", "", i) for i in range(count)
+        Mutant(f"barrier {i} removed", "bodies.cuh", "team.meet()", "", i) for i in range(count)
     ]
 
 
-K, R, N, E, G = "kernels.cu", "run.c", "node.c", "engine.c", "graph.c"
+K, H, L = "bodies.cuh", "kernels.cu", "list.cu"
+R, N, E, G = "run.c", "node.c", "engine.c", "graph.c"
 C, D, B, P = "caller.c", "device.cu", "blas.cu", "plugin.c"
 ENTRIES = ("pack", "open", "remember_rollouts", "each", "unfit", "follow", "precede")
 MUTANTS = [
@@ -65,16 +66,19 @@ MUTANTS = [
     Mutant("product: the last slice left out", K, "s < SLICES; s++", "s < SLICES - 1; s++"),
     Mutant("product: half of the warps' rows", K, "r += SLICES)", "r += 2 * SLICES)"),
     Mutant(
-        "product: the first row's moments for all", K, "moments[r], p.norm", "moments[0], p.norm"
+        "product: the first row's moments for all", K, "m = room.moments[r]", "m = room.moments[0]"
     ),
-    Mutant("product: not normalised", K, "there && p.norm.used ?", "there && false ?"),
+    Mutant("product: not normalised", K, "if (p.norm.used && (from", "if (false && (from"),
     Mutant("moments: a channel too many", K, "i < n; i += WARP", "i <= n; i += WARP"),
     Mutant("moments: a channel too few", K, "i < n; i += WARP", "i < n - 1; i += WARP"),
+    Mutant("product: the inputs before", K, "if (k0 + CHUNK < n_in)", "if (false)"),
+    Mutant("product: the weights before", K, "if (k0 + at + CHUNK < n_in)", "if (false)"),
+    Mutant("product: the last four left out", K, "if (k0 + at < n_in)", "if (k0 + at + 4 < n_in)"),
+    Mutant("product: rows left out", K, "if (first < rows)", "if (first + FEW <= rows)"),
+    Mutant("product: no zeros around", K, "to.x[i] = there ? v : 0", "to.x[i] = v"),
+    Mutant("product: what is in the place of others", K, "i < n ? i : n - 1", "i"),
     Mutant(
-        "tracks: all have the first one's",
-        K,
-        "&p = tracks.track[blockIdx.z /",
-        "&p = tracks.track[0 *",
+        "tracks: all have the first one's", H, "tracks.track[blockIdx.z / batches]", "*tracks.track"
     ),
     Mutant("tail: nothing is added", K, "p.sum.n ? x + sum_of(p.sum, at, i) : x", "x"),
     Mutant("tail: the next sample is the output", K, "sample[o] = updated(", "updated("),
@@ -89,14 +93,14 @@ MUTANTS = [
     Mutant("groupnorm: a row too few", K, "all = p.rows * n", "all = (p.rows - 1) * n"),
     Mutant("sum: a warp's half", K, "lanes = WARP / 2", "lanes = WARP / 4"),
     Mutant(
-        "sum: the next warp's room", K, "room[threadIdx.x / WARP]", "room[threadIdx.x / WARP + 1]"
+        "sum: the next warp's room", K, "room[team.thread / WARP]", "room[team.thread / WARP + 1]"
     ),
     Mutant(
         "attention: a token ahead", K, "p.causal ? t + 1 : p.tokens", "p.causal ? t + 2 : p.tokens"
     ),
     Mutant(
         "attention: too little shared memory",
-        K,
+        H,
         '(size_t)p.tokens, "attention"',
         '(size_t)p.tokens - 1, "attention"',
     ),
@@ -114,9 +118,10 @@ MUTANTS = [
         "(size_t)u * (size_t)p.head_dim",
         "(size_t)t * (size_t)p.head_dim",
     ),
-    Mutant("addition: the last source left out", K, "s < p.n; s++", "s < p.n - 1; s++"),
-    Mutant("addition: how often is not asked", K, "source.count * p.base", "p.base"),
-    Mutant("addition: the first gate for all", K, "source.gate + c)", "p.source[0].gate + c)"),
+    Mutant("addition: the last source left out", K, "i < p.n ? sum +", "i < p.n - 1 ? sum +"),
+    Mutant("addition: how often is not asked", K, "source[i].count * p.base", "p.base"),
+    Mutant("addition: the first of several", K, "i < p.n ? first + i : first", "i < 0 ? 0 : first"),
+    Mutant("addition: the first gate for all", K, "source[i].gate + c)", "source[0].gate + c)"),
     Mutant("addition: the sum is not kept", K, "p.kept[at] = sum", "(void)p.kept[at]"),
     Mutant("delivery: the slot is not written", K, "to.slot[at] = v;", ""),
     Mutant("delivery: no gate", K, "v * term(to.gate, o) : v", "v : v"),
@@ -178,23 +183,28 @@ MUTANTS = [
     ),
     Mutant("engine: the lane before's actions", E, "e->staged_out + at", "e->staged_out + 0 * at"),
     Mutant("engine: slots one row too few", E, "i < e->n_lanes ? rows : 1", "1"),
-    Mutant("take: a row too few", K, "t >= p.rows", "t >= p.rows - 1", 1),
-    Mutant("take: not normalised", K, "p.scale ? __fadd_rn(", "false ? __fadd_rn("),
-    Mutant("take: not shifted", K, "p.shift ? raw - p.shift[c] : raw", "raw"),
+    Mutant("take: a row too few", H, "t >= p.rows", "t >= p.rows - 1"),
+    Mutant("take: not normalised", H, "p.scale ? __fadd_rn(", "false ? __fadd_rn("),
+    Mutant("take: not shifted", H, "p.shift ? raw - p.shift[c] : raw", "raw"),
     Mutant(
         "take: multiplied and added in one",
-        K,
+        H,
         "__fadd_rn(__fmul_rn(x, p.scale[c]), p.offset[c])",
         "fmaf(x, p.scale[c], p.offset[c])",
     ),
-    Mutant("take: what is wrong stays", K, "x = NAN;", ""),
-    Mutant("take: what is wrong is not said", K, "atomicMin(p.fault,", "(void)(p.fault,"),
-    Mutant("take: counted from the row", K, "(p.index + at)", "(at)"),
-    Mutant("take: the last that is wrong", K, "atomicMin(p.fault,", "*p.fault = ("),
-    Mutant("hand over: the first actions", K, "p.first * p.channels + i", "i"),
-    Mutant("hand over: what is wrong is written", K, "wrong > 0 ? NAN : ", ""),
-    Mutant("hand over: each thread for itself", K, "wrong = block_sum(wrong, room)", "(void)room"),
-    Mutant("hand over: not shifted", K, "p.shift ? x + p.shift[c] : x", "x"),
+    Mutant("take: what is wrong stays", H, "x = NAN;", ""),
+    Mutant("take: what is wrong is not said", H, "atomicMin(p.fault,", "(void)(p.fault,"),
+    Mutant("take: counted from the row", H, "(p.index + at)", "(at)"),
+    Mutant("take: the last that is wrong", H, "atomicMin(p.fault,", "*p.fault = ("),
+    Mutant("hand over: the first actions", H, "p.first * p.channels + i", "i"),
+    Mutant("hand over: what is wrong is written", H, "wrong > 0 ? NAN : ", ""),
+    Mutant(
+        "hand over: each thread for itself",
+        H,
+        "wrong = team_sum(Alone<THREADS>(), wrong, room)",
+        "(void)room",
+    ),
+    Mutant("hand over: not shifted", H, "p.shift ? x + p.shift[c] : x", "x"),
     Mutant("caller: what was staged comes later", C, "tsad_cuda_upload(e);", ""),
     Mutant(
         "caller: all lanes' actions are the first's", C, ".x = e->place[place]", ".x = e->place[0]"
@@ -217,26 +227,26 @@ MUTANTS = [
         "stream: the event of the time before", D, "cudaEventRecord(event, before)", "cudaSuccess"
     ),
     Mutant("graph: with another call's copies", G, "key->in_from = e->in_from;", ""),
-    Mutant("take: nothing of the chunk before", K, "x = p.base ? ", "x = false ? "),
+    Mutant("take: nothing of the chunk before", H, "x = p.base ? ", "x = false ? "),
     Mutant(
         "take: the chunk before added in one",
-        K,
+        H,
         "__fadd_rn(p.base[i], __fmul_rn(p.share, x))",
         "fmaf(p.share, x, p.base[i])",
     ),
-    Mutant("hand over: not corrected", K, "if (!p.move) {", "if (true) {"),
-    Mutant("hand over: no gain", K, "__fmul_rn(p.gain ? p.gain[i] : 0, moved)", "0"),
-    Mutant("hand over: the first is expected", K, "x - p.expected[i] : 0", "x - p.expected[0] : 0"),
-    Mutant("hand over: the first one is moved too", K, "p.smooths && t > 0 &&", "p.smooths &&"),
-    Mutant("hand over: the last one is moved too", K, " && t + 1 < p.rows) {", ") {"),
-    Mutant("hand over: not weighed", K, "if (p.smooths &&", "if (false &&"),
+    Mutant("hand over: not corrected", H, "if (!p.move) {", "if (true) {"),
+    Mutant("hand over: no gain", H, "__fmul_rn(p.gain ? p.gain[i] : 0, moved)", "0"),
+    Mutant("hand over: the first is expected", H, "x - p.expected[i] : 0", "x - p.expected[0] : 0"),
+    Mutant("hand over: the first one is moved too", H, "p.smooths && t > 0 &&", "p.smooths &&"),
+    Mutant("hand over: the last one is moved too", H, " && t + 1 < p.rows) {", ") {"),
+    Mutant("hand over: not weighed", H, "if (p.smooths &&", "if (false &&"),
     Mutant(
-        "hand over: neighbours as they came", K, "before = corrected(p,", "before = handed_over(p,"
+        "hand over: neighbours as they came", H, "before = corrected(p,", "before = handed_over(p,"
     ),
-    Mutant("hand over: no lead", K, "if (p.lead == 0) {", "if (true) {"),
+    Mutant("hand over: no lead", H, "if (p.lead == 0) {", "if (true) {"),
     Mutant(
         "hand over: beyond the clip",
-        K,
+        H,
         "x = fminf(fmaxf(x, fminf(one, other)), fmaxf(one, other));",
         "",
     ),
@@ -277,12 +287,12 @@ MUTANTS = [
         "room->workspace = place(s, room->workspace_bytes);",
         "room->workspace = room->columns, room->workspace_bytes = 4 * room->columns_floats;",
     ),
-    Mutant("blas: of the first layer's matrix", K, "fits && tracks.track[i].w == p.w", "fits"),
+    Mutant("blas: of the first layer's matrix", H, "fits && tracks.track[i].w == p.w", "fits"),
     Mutant(
-        "blas: of 16 bits", K, "(p.precision == TSAD_FLOAT32 || p.precision == TSAD_TF32) &&", ""
+        "blas: of 16 bits", H, "(p.precision == TSAD_FLOAT32 || p.precision == TSAD_TF32) &&", ""
     ),
-    Mutant("tf32: not by cuBLAS", K, " || p.precision == TSAD_TF32)", ")"),
-    Mutant("tf32: of no product", K, "room->sums, p.precision == TSAD_TF32)", "room->sums, false)"),
+    Mutant("tf32: not by cuBLAS", H, " || p.precision == TSAD_TF32)", ")"),
+    Mutant("tf32: of no product", H, "room->sums, p.precision == TSAD_TF32)", "room->sums, false)"),
     Mutant(
         "tf32: the mode is not set",
         B,
@@ -291,19 +301,19 @@ MUTANTS = [
     ),
     Mutant("tf32: the mode stays", B, "tf32 ? library.set_math(handle, DEFAULT_MATH)", "0 ? 0"),
     Mutant("tf32: the mode of all", B, "int status = tf32 ?", "int status = true ?"),
-    Mutant("blas: the first batch alone", K, "p.batches == 1 &&", ""),
-    Mutant("gather: all tracks' rows in one place", K, "(blockIdx.z * gridDim.x +", "(0 +"),
-    Mutant("gather: a token too many", K, "token < p.tokens", "token <= p.tokens", 1),
-    Mutant("gather: not normalised", K, "to[k] = p.norm.used ?", "to[k] = false ?"),
-    Mutant("gather: every row's moments are the first's", K, "p.x + (size_t)row * ", "p.x + 0 * "),
-    Mutant("gather: left out", K, "if (!plain) {", "if (false) {"),
-    Mutant("gather: normalised rows are plain", K, " && !p.norm.used;", ";"),
-    Mutant("gather: rows beside others are plain", K, "plain = held.n == 1 && p.t", "plain = p.t"),
+    Mutant("blas: the first batch alone", H, "p.batches == 1 &&", ""),
+    Mutant("gather: all tracks' rows in one place", H, "(blockIdx.z * gridDim.x +", "(0 +"),
+    Mutant("gather: a token too many", H, "token < p.tokens", "token <= p.tokens"),
+    Mutant("gather: not normalised", H, "to[k] = p.norm.used ?", "to[k] = false ?"),
+    Mutant("gather: every row's moments are the first's", H, "p.x + (size_t)row * ", "p.x + 0 * "),
+    Mutant("gather: left out", H, "if (!plain) {", "if (false) {"),
+    Mutant("gather: normalised rows are plain", H, " && !p.norm.used;", ";"),
+    Mutant("gather: rows beside others are plain", H, "plain = held.n == 1 && p.t", "plain = p.t"),
     Mutant(
-        "finish: all tracks have the first one's", K, "joined.sums[blockIdx.z *", "joined.sums[0 *"
+        "finish: all tracks have the first one's", H, "joined.sums[blockIdx.z *", "joined.sums[0 *"
     ),
-    Mutant("finish: no bias", K, "p.bias ? p.bias[o] + sum : sum", "sum"),
-    Mutant("finish: the next column", K, "finish(p, 0, i / p.n_out, o,", "finish(p, 0, o, o,"),
+    Mutant("finish: no bias", H, "p.bias ? p.bias[o] + sum : sum", "sum"),
+    Mutant("finish: the next column", H, "finish(p, 0, i / p.n_out, o,", "finish(p, 0, o, o,"),
     Mutant(
         "shuffle: by two threads of a warp",
         K,
@@ -332,6 +342,80 @@ MUTANTS = [
         "    note_in(e, device, bytes);\n    return e->staged_in",
         "    note_in(e, device, bytes);\n    tsad_cuda_upload(e);\n    return e->staged_in",
         queue=1,
+    ),
+    Mutant("list: a cluster does not meet", L, "tsad_meet_cluster();", "__syncthreads();"),
+    Mutant(
+        "list: a block does not meet",
+        L,
+        "        if (p.blocks == 1) {\n            __syncthreads();",
+        "        if (p.blocks == 1) {",
+    ),
+    Mutant(
+        "list: the first item comes too late",
+        L,
+        "    __syncthreads();\n    for (int turn",
+        "    for (int turn",
+    ),
+    Mutant(
+        "list: the next item over this one",
+        L,
+        "items[(1 - turn) * ITEM_WORDS",
+        "items[turn * ITEM_WORDS",
+    ),
+    Mutant("list: one item again and again", L, "turn = 1 - turn", "turn = turn"),
+    Mutant(
+        "list: a room used again at once",
+        L,
+        "team.meet(); /* before the room",
+        "/* before the room",
+    ),
+    Mutant("list: teams share a room", L, "place.shared + team.number *", "place.shared + 0 *"),
+    Mutant(
+        "list: teams share a barrier", L, "tsad_meet_part(number + 1, N)", "tsad_meet_part(1, N)"
+    ),
+    Mutant("list: a barrier of all teams", L, "tsad_meet_part(number + 1, N)", "__syncthreads()"),
+    Mutant(
+        "list: all blocks do all",
+        L,
+        "place.rank + place.blocks * team.number",
+        "place.blocks * team.number",
+    ),
+    Mutant("list: teams do the same", L, "place.rank + place.blocks * team.number", "place.rank"),
+    Mutant("list: blocks in the wrong direction", L, "i / item.x % item.y", "i / item.y % item.y"),
+    Mutant("list: the last block left out", L, "i < n; i += step", "i + 1 < n; i += step"),
+    Mutant(
+        "list: all lanes do the first's", L, "p.first[(int)blockIdx.x / p.blocks]", "p.first[0]"
+    ),
+    Mutant("list: a lane begins as another", L, "&list->first[list->lane] :", "list->first :"),
+    Mutant("list: 16 bits read as others", L, "p.precision == TSAD_BFLOAT16", "false"),
+    Mutant(
+        "list: not uploaded for a graph", G, "tsad_list_upload(e->stream, e->list, *memory);", ""
+    ),
+    Mutant(
+        "list: not uploaded for a launch",
+        G,
+        "tsad_list_upload(e->stream, e->list, e->list_memory);",
+        "",
+    ),
+    Mutant(
+        "list: moved while it is read",
+        G,
+        "tsad_status status = tsad_stream_wait(e->stream);\n    tsad_device_free",
+        "tsad_status status = TSAD_OK;\n    tsad_device_free",
+    ),
+    Mutant(
+        "list: without the runs put off",
+        G,
+        "tsad_cuda_list_rows(e, d->runs, d->n, d->row_begin, d->row_end);",
+        "",
+    ),
+    Mutant("list: nothing goes in", G, "tsad_cuda_upload(e);\n    e->waits", "e->waits"),
+    Mutant(
+        "list: freed with another graph", G, "e->graph_list[at] = list;", "tsad_device_free(list);"
+    ),
+    Mutant("list: of one lane", R, "tsad_list_lane(e->list, i);", "tsad_list_lane(e->list, 0);"),
+    Mutant(
+        "list: rows apart are not", R, "row == row_begin || runs->rows_apart", "row == row_begin"
     ),
     Mutant(
         "run: noise there is the first row's", R, "(size_t)(row_begin + 1) * run->noise_step", "0"
@@ -366,8 +450,8 @@ class Workshop:
         shutil.copytree(SOURCES, folder / "cuda")
         (folder / "cuda" / mutant.file).write_text(mutant.text())
         jobs, link = self.commands(folder, folder / "cuda", emulate=True, sanitize=SANITIZED)
-        whole = mutant.file.endswith(".h")
-        own = [job[-1] for job in jobs if whole or Path(job[-1]).name == f"{mutant.file}.o"]
+        whole = {".h": ".o", ".cuh": ".cu.o"}.get(Path(mutant.file).suffix, f"/{mutant.file}.o")
+        own = [job[-1] for job in jobs if job[-1].endswith(whole)]
         for job in jobs:
             if job[-1] in own:
                 self._run(job)
@@ -387,6 +471,7 @@ def survives(
     import test_cuda
     import test_cuda_blas
     import test_cuda_memory
+    import test_cuda_one_kernel
     import test_cuda_tf32
     import test_device_arrays
 
@@ -410,6 +495,7 @@ def survives(
                 test_cuda_blas.check_blas(str(library))
                 test_cuda_tf32.check_tf32(str(library))
                 test_cuda_memory.check_another_gpu(str(library))
+                test_cuda_one_kernel.check_one_kernel()
             status = 0
         except BaseException:  # caught: that is what it was planted for
             pass

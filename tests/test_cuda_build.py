@@ -17,6 +17,10 @@ from tsad import _core
 SHARED_BYTES = 48 * 1024  # of a block, without asking
 
 
+def text_of(*names: str) -> str:
+    return "".join((SOURCES / name).read_text() for name in names)
+
+
 @pytest.mark.slow
 def test_nothing_spills_and_the_library_loads(tmp_path: Path) -> None:
     script = builder()
@@ -30,7 +34,7 @@ def test_nothing_spills_and_the_library_loads(tmp_path: Path) -> None:
         said,
         re.S,
     )
-    kernels = set(re.findall(r"\w+_kernel(?=\()", (SOURCES / "kernels.cu").read_text()))
+    kernels = set(re.findall(r"\w+_kernel(?=\()", text_of("kernels.cu", "list.cu")))
     numbers = script["architectures"](compiler)
     # of products there is one for each kind of weights
     expected = Counter(
@@ -59,5 +63,5 @@ def test_an_older_compiler_takes_the_kernels() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     kernels = re.findall(r"sm_\d+: (\d+) kernels, 0 spill", done.stdout)
-    text = (SOURCES / "kernels.cu").read_text()
+    text = text_of("kernels.cu", "list.cu")
     assert kernels == [str(text.count("__global__") + 2)] * 5  # products of three kinds of weights

@@ -56,7 +56,8 @@ def test_what_was_found_is_said_and_kept(capsys: Any, cuda: str, few: None, tmp_
     assert 0 < parts["conformance"][0]["error"] <= 1e-5
     assert "watches itself" in parts["sanitizer"][0]["skipped"]
     assert "no times" in parts["peers"][0]["skipped"]
-    row, rounded = parts["benchmark"]
+    row, rounded, one = parts["benchmark"]
+    assert one["kernels"] == 1 < one["listed"] and row["listed"] == 0
     assert row["case"] == "tiny, dense" and row["kernels"] > 0 and row["graphs"] == 1
     assert not any("_ms" in key for key in row) and "error" not in row
     assert rounded["precision"] == "tf32" and 1e-5 < rounded["error"] < 1e-2
@@ -182,6 +183,17 @@ def test_the_model_counts_the_weights_once_per_computed_cell() -> None:
     assert sparse.bytes == pytest.approx(0.05 * dense.bytes + slots, rel=0.02)
     gpu = find_gpu("NVIDIA H200 NVL")
     assert gpu is not None and find_gpu("no GPU: emulated on the CPU, for tests") is None
-    launched, captured = Counts(10, 0, 10, *[0] * 6), Counts(0, 1, 10, *[0] * 6)
+    launched, captured = Counts(10, 0, 10, *[0] * 7), Counts(0, 1, 10, *[0] * 7)
     assert floor_ms(dense, launched, gpu) == pytest.approx(10 * 2.5e-3 + dense.bytes / 10e9)
     assert floor_ms(dense, captured, gpu) == pytest.approx(10 * 1.36e-3 + dense.bytes / 10e9)
+    # as one kernel: what a few multiprocessors read and multiply, the longer of the two
+    listed, ada = Counts(0, 1, 1, 100, *[0] * 6), find_gpu("NVIDIA GeForce RTX 4090")
+    assert dense.multiply_adds == 100 * policy.block_costs.sum()
+    multiplies = dense.multiply_adds / (8 * 253e9)
+    assert multiplies > dense.bytes / (8 * 127e9)
+    expected = 1e3 * (1.36e-6 + 100 * 0.65e-6 + multiplies)
+    assert floor_ms(dense, listed, gpu, 8) == pytest.approx(expected)
+    assert ada is not None and floor_ms(dense, listed, ada, 8) is None
+    reads = sparse._replace(multiply_adds=1).bytes / 161e9
+    expected = 1e3 * (1.0e-6 + 100 * 0.111e-6 + reads)
+    assert floor_ms(sparse._replace(multiply_adds=1), listed, ada, 1) == pytest.approx(expected)

@@ -51,6 +51,8 @@ class Counts(NamedTuple):
     """Of graphs."""
     kernels: int
     """Of both."""
+    listed: int
+    """What would be kernels where one does a list of them (``TSAD_CUDA_ONE_KERNEL``)."""
     uploads: int
     downloads: int
     uploaded_bytes: int
@@ -86,7 +88,13 @@ def identity() -> str:
     with contextlib.suppress(OSError):  # which CUDA's runtime does not say
         build = Path("/proc/driver/nvidia/version").read_text()
     blas = f"cuBLAS {cublas().version} {os.environ.get('TSAD_CUDA_BLAS', '')}"
-    return f"{read().decode(errors='replace')} {build} {blas}".strip()
+    one = f"one kernel {os.environ['TSAD_CUDA_ONE_KERNEL']}" if one_kernel() else ""
+    return f"{read().decode(errors='replace')} {build} {blas} {one}".strip()
+
+
+def one_kernel() -> bool:
+    """Whether ``TSAD_CUDA_ONE_KERNEL`` is set: cuBLAS is asked for nothing then."""
+    return os.environ.get("TSAD_CUDA_ONE_KERNEL", "") not in ("", "0")
 
 
 @contextlib.contextmanager
@@ -171,7 +179,8 @@ def setting(name: str, value: str) -> Iterator[None]:
 @contextlib.contextmanager
 def through_cublas() -> Iterator[bool]:
     """Policies made within have all products there that can go; whether there is one, in use."""
-    used = cublas().absent is None and os.environ.get("TSAD_CUDA_BLAS") != "0"
+    wanted = os.environ.get("TSAD_CUDA_BLAS") != "0" and not one_kernel()
+    used = cublas().absent is None and wanted
     with setting("TSAD_CUDA_BLAS", "1") if used else contextlib.nullcontext():
         yield used
 

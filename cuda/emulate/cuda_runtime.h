@@ -1,16 +1,16 @@
 /* cuda_runtime.h: what stands in for CUDA where there is no GPU: the backend's .cu files, compiled
  * as C++ for the host, find this header in the place of CUDA's.
  *
- * A kernel's blocks run one after the other in random order, each thread of a block as a fiber: up
- * to a barrier or a shuffle in random order again. A stream's copies and launches wait until
- * somebody waits for the stream, or until TSAD_EMULATE_QUEUE of them wait (1024; 0: no end): then a
- * random part is done before the call that asked for more returns, and of other streams what they
- * come to. The host can never touch the device's memory. What a stream waits for of another one is
- * done when it comes to that, at the latest. Memory that nobody wrote is full of NaN, so is a
- * block's shared memory, and the bytes after an array are looked at after every launch. A graph is
- * the list of what was asked for while it was captured; memory of the host is full of NaN at first,
- * too. TSAD_EMULATE_SEED (0) chooses the order, of the queue too; with TSAD_EMULATE_COUNT
- * launches are counted alone, and all results are 0.
+ * A kernel's blocks run one after the other in random order, those of a cluster together, each
+ * thread as a fiber: up to a barrier or a shuffle in random order again. A stream's copies and
+ * launches wait until somebody waits for the stream, or until TSAD_EMULATE_QUEUE of them wait
+ * (1024; 0: no end): then a random part is done before the call that asked for more returns, and of
+ * other streams what they come to. The host can never touch the device's memory. What a stream
+ * waits for of another one is done when it comes to that, at the latest. Memory that nobody wrote
+ * is full of NaN, so is a block's shared memory, and the bytes after an array are looked at after
+ * every launch. A graph is the list of what was asked for while it was captured; memory of the host
+ * is full of NaN at first, too. TSAD_EMULATE_SEED (0) chooses the order, of the queue too; with
+ * TSAD_EMULATE_COUNT launches are counted alone, and all results are 0.
  *
  * Not shown: the hardware's memory model, bank conflicts, speed.
  */
@@ -50,6 +50,8 @@ enum cudaError_t {
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 struct cudaDeviceProp {
     char name[256];
     struct {
@@ -100,13 +102,16 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 namespace emulate
 {
 
-cudaError_t launch(std::function<void()> thread, dim3 grid, dim3 block, size_t shared,
-                   cudaStream_t stream);
+cudaError_t launch(const void *kernel, std::function<void()> thread, dim3 grid, dim3 block,
+                   size_t shared, cudaStream_t stream, unsigned cluster = 1);
+cudaError_t allow_shared(const void *kernel, size_t bytes);
 void ask(cudaStream_t stream, std::function<const char *()> what);
 bool holds(const void *at, size_t bytes); /* in an array of the device */
 /* what a stream captures will be no graph; false: it captures nothing */
 bool spoil_capture(cudaStream_t stream);
 float warp_exchange(float value, unsigned lanes); /* with thread `own lane ^ lanes` of the warp */
+void sync_part(int number, int threads); /* barrier 1 to 15 of a block, of so many of its threads */
+void sync_cluster();
 void *shared(int line, size_t bytes);
 float *dynamic();
 
@@ -117,7 +122,44 @@ cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments &), dim3 grid, dim3 
                              void **arguments, size_t shared, cudaStream_t stream)
 {
     Arguments copy = *static_cast<Arguments *>(arguments[0]);
-    return emulate::launch([kernel, copy] { kernel(copy); }, grid, block, shared, stream);
+    return emulate::launch(
+        reinterpret_cast<const void *>(kernel), [kernel, copy] { kernel(copy); }, grid, block,
+        shared, stream);
+}
+
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        struct {
+            unsigned x, y, z;
+        } clusterDim;
+    } val;
+};
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
+
+/* clusters lie along x, and there is no other attribute */
+template <typename Arguments>
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *how, void (*kernel)(const Arguments &),
+                                void **arguments)
+{
+    Arguments copy = *static_cast<Arguments *>(arguments[0]);
+    return emulate::launch(
+        reinterpret_cast<const void *>(kernel), [kernel, copy] { kernel(copy); }, how->gridDim,
+        how->blockDim, how->dynamicSmemBytes, how->stream,
+        how->numAttrs ? how->attrs[0].val.clusterDim.x : 1);
+}
+
+template <typename Arguments>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(const Arguments &), cudaFuncAttribute, int bytes)
+{
+    return emulate::allow_shared(reinterpret_cast<const void *>(kernel), (size_t)bytes);
 }
 
 /* ---- in a kernel ------------------------------------------------------------------------- */
@@ -127,6 +169,10 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 #define TSAD_SHARED(type, name, count)                                                             \
     type *name = static_cast<type *>(emulate::shared(__LINE__, sizeof(type) * (size_t)(count)))
 #define TSAD_DYNAMIC(name) float *name = emulate::dynamic()
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 
 void __syncthreads();
 

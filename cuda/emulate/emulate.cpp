@@ -47,7 +47,7 @@ bool only_counts()
     return only;
 }
 
-constexpr unsigned WARP = 32;
+constexpr unsigned WARP = 32, BARRIERS = 16;
 
 uint64_t next_random()
 {
@@ -136,6 +136,30 @@ struct Fiber {
     size_t stack_bytes = 0;
 };
 
+struct Barrier {
+    unsigned expected = 0, come = 0;
+    std::vector<unsigned> waiting; /* threads, where they are not all of some blocks */
+};
+
+/* warps of a cluster, by their rank */
+struct Ranks {
+    uint64_t bits[2] = {0, 0};
+    void add(unsigned rank) { bits[rank / 64] |= 1ull << rank % 64; }
+    void remove(unsigned rank) { bits[rank / 64] &= ~(1ull << rank % 64); }
+    bool none() const { return !(bits[0] | bits[1]); }
+    /* the first one from here on, else the first of all; there is one */
+    unsigned next(unsigned from) const
+    {
+        for (unsigned i = from / 64; i < 2; i++) {
+            uint64_t left = bits[i] & (i == from / 64 ? ~0ull << from % 64 : ~0ull);
+            if (left) {
+                return 64 * i + (unsigned)__builtin_ctzll(left);
+            }
+        }
+        return next(0);
+    }
+};
+
 struct Thread {
     Fiber *fiber = nullptr; /* none: it has not begun */
     unsigned shuffles = 0;
@@ -151,27 +175,32 @@ struct Warp {
 };
 
 struct Shared {
+    unsigned block; /* of the cluster */
     int line;
     size_t bytes;
     std::unique_ptr<char[]> at;
 };
 
-/* All of a block while it runs; one at a time in the process. */
+/* All of a block, or of a cluster of blocks, while it runs; one at a time in the process. */
 struct Block {
     const std::function<void()> *body;
-    std::vector<dim3> places; /* of threads */
+    unsigned cluster = 1;     /* blocks, side by side in x */
+    dim3 begins;              /* the first one */
+    std::vector<dim3> places; /* of a block's threads */
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<unsigned> order; /* warps, the one that runs ahead first */
-    uint32_t active;             /* bits: warps of this order that have a thread that can go on */
+    Ranks active;                /* warps of this order that have a thread that can go on */
     bool runs_ahead;             /* the first of them goes on, else any */
     std::vector<Fiber *> idle;
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<std::unique_ptr<char[]>> stacks;
     std::vector<Shared> shared;
-    std::vector<char> dynamic; /* and GUARD bytes */
+    std::vector<std::vector<char>> dynamic; /* of each of the cluster, and GUARD bytes */
+    std::vector<Barrier> barriers;          /* BARRIERS of each block, then the cluster's */
     Fiber scheduler, *current_fiber = nullptr, *last_fiber = nullptr;
-    unsigned current = 0, at_barrier = 0, left = 0;
+    unsigned current = 0, own = 0; /* thread, and its block of the cluster */
+    unsigned left = 0;
     int first = -1; /* a thread that is to begin */
     const char *fault = nullptr;
 };
@@ -191,7 +220,9 @@ void switch_to(Fiber *to)
 void place_thread(unsigned i)
 {
     block.current = i;
-    threadIdx = block.places[i];
+    block.own = block.cluster == 1 ? 0 : i / (unsigned)block.places.size();
+    threadIdx = block.places[i - block.own * (unsigned)block.places.size()];
+    blockIdx.x = block.begins.x + block.own;
 }
 
 void fiber_main();
@@ -224,7 +255,7 @@ void release(Warp &warp)
         warp.runnable[i] = (unsigned char)i;
     }
     warp.n_runnable = warp.size;
-    block.active |= 1u << warp.rank;
+    block.active.add(warp.rank);
 }
 
 /* one that waited */
@@ -232,19 +263,17 @@ void release(unsigned i)
 {
     Warp &warp = block.warps[i / WARP];
     warp.runnable[warp.n_runnable++] = (unsigned char)(i % WARP);
-    block.active |= 1u << warp.rank;
+    block.active.add(warp.rank);
 }
 
 constexpr const char *LEFT_OUT =
     "threads wait at a barrier or a shuffle that others of the block have left out";
 
 /* A shuffle is of all of a warp, but nobody waits there for more than the one whose value it is. */
-void check_shuffles()
+void check_shuffles(const Warp &warp)
 {
-    for (const Warp &warp : block.warps) {
-        if (warp.shuffles != warp.size * warp.most_shuffles) {
-            block.fault = LEFT_OUT;
-        }
+    if (warp.shuffles != warp.size * warp.most_shuffles) {
+        block.fault = LEFT_OUT;
     }
 }
 
@@ -254,20 +283,19 @@ unsigned below(unsigned n, uint64_t bits) { return (unsigned)((uint32_t)bits * (
 /* The next thread, any of any warp, or of the one that is to run ahead; -1: there is none. */
 int choose()
 {
-    if (block.fault || !block.active) {
+    if (block.fault || block.active.none()) {
         return -1;
     }
     uint64_t bits = next_random();
     unsigned rank = block.runs_ahead ? 0 : below((unsigned)block.warps.size(), bits >> 32);
-    uint32_t from = block.active >> rank;
-    rank = from ? rank + (unsigned)__builtin_ctz(from) : (unsigned)__builtin_ctz(block.active);
+    rank = block.active.next(rank);
     unsigned number = block.order[rank];
     Warp &warp = block.warps[number];
     unsigned char &chosen = warp.runnable[below(warp.n_runnable, bits)];
     unsigned i = number * WARP + chosen;
     chosen = warp.runnable[--warp.n_runnable];
     if (warp.n_runnable == 0) {
-        block.active &= ~(1u << rank);
+        block.active.remove(rank);
     }
     return (int)i;
 }
@@ -321,14 +349,16 @@ const char *check_shared()
             return "a write past the end of shared memory";
         }
     }
-    if (!is_poisoned(block.dynamic.data() + block.dynamic.size() - GUARD, GUARD)) {
-        return "a write past the end of dynamic shared memory";
+    for (const std::vector<char> &own : block.dynamic) {
+        if (!is_poisoned(own.data() + own.size() - GUARD, GUARD)) {
+            return "a write past the end of dynamic shared memory";
+        }
     }
     return nullptr;
 }
 
 /* what is the same for all blocks of a launch */
-void begin_launch(const std::function<void()> &body, dim3 shape, size_t shared)
+void begin_launch(const std::function<void()> &body, dim3 shape, size_t shared, unsigned cluster)
 {
     unsigned n = shape.x * shape.y * shape.z;
     block.body = &body;
@@ -336,7 +366,8 @@ void begin_launch(const std::function<void()> &body, dim3 shape, size_t shared)
     for (unsigned i = 0; i < n; i++) {
         block.places[i] = dim3(i % shape.x, i / shape.x % shape.y, i / (shape.x * shape.y));
     }
-    block.dynamic.resize(shared + GUARD);
+    block.cluster = cluster;
+    block.dynamic.assign(cluster, std::vector<char>(shared + GUARD));
     block.shared.clear(); /* its lines are another kernel's */
 }
 
@@ -362,15 +393,17 @@ void begin_warps(unsigned n)
 /* why it failed; NULL: it did not */
 const char *run_block()
 {
-    unsigned n = (unsigned)block.places.size();
+    unsigned n = (unsigned)block.places.size() * block.cluster;
     block.threads.assign(n, Thread());
-    block.active = 0;
-    block.at_barrier = 0;
+    block.active = Ranks();
+    block.barriers.assign(BARRIERS * block.cluster + 1, Barrier());
     begin_warps(n);
     for (const Shared &array : block.shared) {
         memset(array.at.get(), POISON, array.bytes + GUARD);
     }
-    memset(block.dynamic.data(), POISON, block.dynamic.size());
+    for (std::vector<char> &own : block.dynamic) {
+        memset(own.data(), POISON, own.size());
+    }
     block.left = n;
     block.first = -1;
     block.fault = nullptr;
@@ -381,7 +414,9 @@ const char *run_block()
         block.idle.clear();
         return block.fault ? block.fault : LEFT_OUT;
     }
-    check_shuffles();
+    for (const Warp &warp : block.warps) {
+        check_shuffles(warp);
+    }
     return block.fault ? block.fault : check_shared();
 }
 
@@ -596,9 +631,12 @@ cudaError_t cudaSetDevice(int device)
     return cudaSuccess;
 }
 
+static int capability = 9; /* which has clusters */
+
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int)
 {
     *properties = {};
+    properties->major = capability;
     snprintf(properties->name, sizeof properties->name, "no GPU: emulated on the CPU, for tests");
     return cudaSuccess;
 }
@@ -777,11 +815,18 @@ EXPORTED void tsad_emulate_capture(void *stream, int captures);
 EXPORTED int tsad_emulate_device(int device); /* of this thread; which it was */
 EXPORTED long tsad_emulate_fail(long after);  /* so many; -1: nothing fails; what was left */
 EXPORTED long tsad_emulate_living();          /* arrays, streams and events */
+EXPORTED int tsad_emulate_major(int major);   /* compute capability from now on; what it was */
 
 int tsad_emulate_device(int device)
 {
     std::swap(device, current_device);
     return device;
+}
+
+int tsad_emulate_major(int major)
+{
+    std::swap(major, capability);
+    return major;
 }
 
 void *tsad_emulate_memory(size_t bytes)
@@ -1015,29 +1060,59 @@ bool emulate::spoil_capture(cudaStream_t stream)
 
 /* ---- what kernels call -------------------------------------------------------------------- */
 
-cudaError_t emulate::launch(std::function<void()> thread, dim3 grid, dim3 shape, size_t shared,
-                            cudaStream_t stream)
+/* what a block may share when its kernel has asked for it; bytes, of each kernel that has */
+static constexpr size_t ASKED_SHARED = 99 * 1024;
+static std::map<const void *, size_t> &shared_limits()
 {
-    unsigned threads = shape.x * shape.y * shape.z, blocks = grid.x * grid.y * grid.z;
+    static std::map<const void *, size_t> limits;
+    return limits;
+}
+
+cudaError_t emulate::allow_shared(const void *kernel, size_t bytes)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    if (bytes > ASKED_SHARED) {
+        return cudaErrorInvalidValue;
+    }
+    shared_limits()[kernel] = bytes;
+    return cudaSuccess;
+}
+
+static bool takes(const void *kernel, dim3 grid, unsigned threads, size_t shared, unsigned cluster)
+{
+    std::lock_guard<std::recursive_mutex> lock(everything);
+    size_t most = std::max((size_t)48 * 1024, shared_limits()[kernel]);
+    return threads > 0 && threads <= 1024 && grid.x * grid.y * grid.z > 0 && grid.y <= 65535 &&
+           grid.z <= 65535 && shared <= most && cluster >= 1 && cluster <= 8 &&
+           grid.x % cluster == 0 && (cluster == 1 || capability >= 9) &&
+           (cluster == 1 || threads % WARP == 0) &&
+           (threads + WARP - 1) / WARP * cluster <= 128; /* of Ranks */
+}
+
+cudaError_t emulate::launch(const void *kernel, std::function<void()> thread, dim3 grid, dim3 shape,
+                            size_t shared, cudaStream_t stream, unsigned cluster)
+{
     if (current_device != 0) {
         return cudaErrorInvalidDevice;
     }
-    if (threads == 0 || threads > 1024 || blocks == 0 || grid.y > 65535 || grid.z > 65535 ||
-        shared > 48 * 1024) {
+    if (!takes(kernel, grid, shape.x * shape.y * shape.z, shared, cluster)) {
         snprintf(message, sizeof message, "emulated GPU: a launch that no GPU takes");
         return cudaErrorInvalidValue;
     }
+    unsigned clusters = grid.x * grid.y * grid.z / cluster;
     ask(stream, [=]() -> const char * {
-        std::vector<unsigned> order(blocks);
-        for (unsigned i = 0; i < blocks; i++) {
+        std::vector<unsigned> order(clusters);
+        for (unsigned i = 0; i < clusters; i++) {
             order[i] = i;
             std::swap(order[i], order[next_random() % (i + 1)]);
         }
-        begin_launch(thread, shape, shared);
+        begin_launch(thread, shape, shared, cluster);
         gridDim = grid;
         blockDim = shape;
-        for (unsigned i : order) {
-            blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y));
+        for (unsigned c : order) {
+            unsigned i = c * cluster;
+            block.begins = dim3(i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y));
+            blockIdx = block.begins;
             const char *fault = run_block();
             if (fault) {
                 return fault;
@@ -1048,14 +1123,62 @@ cudaError_t emulate::launch(std::function<void()> thread, dim3 grid, dim3 shape,
     return cudaSuccess;
 }
 
+/* Whether the current thread is the last of so many that come there; if not, it is to wait. */
+static bool is_last(Barrier &barrier, unsigned expected)
+{
+    if (barrier.come == 0) {
+        barrier.expected = expected;
+    }
+    if (barrier.expected != expected) {
+        block.fault = "threads at a barrier that expect different numbers of them";
+    }
+    bool last = ++barrier.come == expected;
+    barrier.come = last ? 0 : barrier.come;
+    return last;
+}
+
+/* all warps from here on, of threads that are all at a barrier */
+static void go_on(size_t first, size_t n)
+{
+    for (size_t i = first; i < first + n; i++) {
+        check_shuffles(block.warps[i]);
+        release(block.warps[i]);
+    }
+}
+
 void __syncthreads()
 {
-    if (++block.at_barrier == block.threads.size()) {
-        block.at_barrier = 0;
-        check_shuffles();
-        for (Warp &warp : block.warps) {
-            release(warp);
+    size_t warps = block.warps.size() / block.cluster;
+    if (is_last(block.barriers[BARRIERS * block.own], (unsigned)block.places.size())) {
+        go_on(warps * block.own, warps);
+    }
+    pause();
+}
+
+void emulate::sync_part(int number, int threads)
+{
+    if (number < 1 || number >= (int)BARRIERS || threads % (int)WARP != 0) {
+        block.fault = "a barrier that no GPU has";
+        return;
+    }
+    Barrier &barrier = block.barriers[BARRIERS * block.own + (unsigned)number];
+    barrier.waiting.push_back(block.current);
+    if (is_last(barrier, (unsigned)threads)) {
+        for (unsigned i : barrier.waiting) {
+            if (i % WARP == 0) {
+                check_shuffles(block.warps[i / WARP]);
+            }
+            release(i);
         }
+        barrier.waiting.clear();
+    }
+    pause();
+}
+
+void emulate::sync_cluster()
+{
+    if (is_last(block.barriers[BARRIERS * block.cluster], (unsigned)block.threads.size())) {
+        go_on(0, block.warps.size());
     }
     pause();
 }
@@ -1087,14 +1210,15 @@ float emulate::warp_exchange(float value, unsigned lanes)
 void *emulate::shared(int line, size_t bytes)
 {
     for (const Shared &array : block.shared) {
-        if (array.line == line) {
+        if (array.line == line && array.block == block.own) {
             return array.at.get();
         }
     }
-    block.shared.push_back({line, bytes, std::unique_ptr<char[]>(new char[bytes + GUARD])});
+    block.shared.push_back(
+        {block.own, line, bytes, std::unique_ptr<char[]>(new char[bytes + GUARD])});
     char *at = block.shared.back().at.get();
     memset(at, POISON, bytes + GUARD);
     return at;
 }
 
-float *emulate::dynamic() { return reinterpret_cast<float *>(block.dynamic.data()); }
+float *emulate::dynamic() { return reinterpret_cast<float *>(block.dynamic[block.own].data()); }

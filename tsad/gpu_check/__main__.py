@@ -38,7 +38,8 @@ examples:
 exit codes: 0 all agrees, 1 something does not, or there is no GPU, 2 wrong use, 130 interrupted"""
 
 PARTS = ("conformance", "sanitizer", "benchmark", "peers")
-SETTINGS = ("TSAD_CUDA_GRAPHS", "TSAD_CUDA_BLAS")  # of the environment: they change what is checked
+# of the environment: they change what is checked
+SETTINGS = ("TSAD_CUDA_GRAPHS", "TSAD_CUDA_BLAS", "TSAD_CUDA_ONE_KERNEL")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 SANITIZER_FOUND = 86  # its exit status then, and nobody else's
 

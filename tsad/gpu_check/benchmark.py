@@ -34,6 +34,8 @@ class Case(NamedTuple):
     small: bool = False
     blas: str | None = None
     """TSAD_CUDA_BLAS; None: as it is."""
+    blocks: int = 0
+    """On so many multiprocessors as one kernel; 0: as TSAD_CUDA_ONE_KERNEL is."""
     exact: Callable[[], tsad.SparsePolicy] | None = None
     """The same in float32: how far a chunk is from its is said."""
 
@@ -50,6 +52,7 @@ def cases() -> Iterator[Case]:
     yield Case("tiny, dense", tiny, small=True)
     in_tf32 = partial(tiny, precision="tf32")
     yield Case("tiny, tf32", in_tf32, small=True, blas="1", exact=tiny)
+    yield Case("tiny, one kernel on 1", tiny, small=True, blocks=1)
     yield Case("dense", _pusht)
     yield Case("DDIM-10", partial(_pusht, sampler="ddim", num_inference_steps=10))
     for name in ("lossless", "fast"):
@@ -57,6 +60,13 @@ def cases() -> Iterator[Case]:
     for sparsity in (0.8, 0.9, 0.95):
         yield Case(f"{sparsity:.0%} sparse", partial(_pusht, sparsity))
     yield Case("dense, float16", partial(_pusht, precision="float16"))
+    lossless = partial(tsad.load, "pusht", device="cuda", preset="lossless")
+    for blocks in (1, 8):
+        yield Case(f"preset lossless, one kernel on {blocks}", lossless, blocks=blocks)
+        yield Case(f"95% sparse, one kernel on {blocks}", partial(_pusht, 0.95), blocks=blocks)
+    yield Case("dense, one kernel on 8", _pusht, blocks=8)
+    half = partial(_pusht, precision="float16")
+    yield Case("dense, float16, one kernel on 8", half, blocks=8)
     unet = partial(random_policy, LARGE_UNET, "cuda", steps=100)
     yield Case("UNet, DDPM-100", unet)
     yield Case("UNet, float16", partial(unet, precision="float16"))
@@ -76,8 +86,17 @@ def run(case: Case, *, gpu: str, emulated: bool) -> dict[str, Any]:
     absent = device.cublas().absent
     if absent and case.blas not in (None, "0"):
         return {"case": case.name, "skipped": absent}
-    with device.setting("TSAD_CUDA_BLAS", case.blas or os.environ.get("TSAD_CUDA_BLAS", "")):
-        policy = case.make()
+    one_kernel = case.blocks or os.environ.get("TSAD_CUDA_ONE_KERNEL", "")
+    try:
+        with (
+            device.setting("TSAD_CUDA_BLAS", case.blas or os.environ.get("TSAD_CUDA_BLAS", "")),
+            device.setting("TSAD_CUDA_ONE_KERNEL", str(one_kernel)),
+        ):
+            policy = case.make()
+    except ValueError as error:
+        if case.blocks:  # more than this GPU can
+            return {"case": case.name, "skipped": str(error)}
+        raise
     policy.reset(seed=0)
     given = observations(policy, 64)
     for obs in given[: 3 if emulated else WARM_UP]:
@@ -96,9 +115,11 @@ def run(case: Case, *, gpu: str, emulated: bool) -> dict[str, Any]:
         "precision": policy.precision,
         "lanes": policy.lanes,
         "cublas": device.cublas().version,
+        "blocks": case.blocks,
         **asked._asdict(),
         "weights": work.weights,
         "bytes": work.bytes,
+        "multiply_adds": work.multiply_adds,
     }
     if case.exact and (case.small or not emulated):
         facts["error"] = difference(Pair(case.exact(), policy), 1, 0)
@@ -113,7 +134,7 @@ def run(case: Case, *, gpu: str, emulated: bool) -> dict[str, Any]:
             policy(given[len(wall) % len(given)])
             wall.append((time.perf_counter() - tick) * 1e3)
             spent.append(device.counts().since(before).device_ns / 1e6)
-    least = floor_ms(work, asked, find_gpu(gpu))
+    least = floor_ms(work, asked, find_gpu(gpu), case.blocks)
     facts |= {
         "chunks": len(wall),
         "wall_ms": percentiles(wall),

@@ -310,6 +310,21 @@ def cublas_differs(network: dict[str, Any], plans: int) -> float:
     return differ if np.array_equal(first, again) else float("inf")
 
 
+def one_kernel_differs(network: dict[str, Any], blocks: int, plans: int) -> float:
+    """Random plans with a chunk as one kernel on so many multiprocessors, and the same bits
+    again."""
+    try:
+        with setting("TSAD_CUDA_ONE_KERNEL", str(blocks)):
+            policy = random_policy(network, "cuda", lanes=2)
+            first, again = (episode(policy, 21) for _ in range(2))
+            differ = plans_differ(network, plans)
+    except ValueError as error:
+        if "compute capability" in str(error):
+            raise NotHereError(str(error)) from None
+        raise
+    return differ if np.array_equal(first, again) else float("inf")
+
+
 def tf32_differs(network: dict[str, Any]) -> float:
     """Random plans with all products through cuBLAS in TF32, as a part of what its rounding may
     cost: a multiple of what rounding the weights alone does on the CPU. Float32's products among
@@ -365,6 +380,9 @@ def checks() -> Iterator[Check]:
     yield Check("graphs, launches", graphs_differ, 0.0)
     for name, network in small.items():
         yield Check(f"{name}, cuBLAS", partial(cublas_differs, network, 1), FEW_STEPS)
+        for blocks in (1, 8):
+            one = partial(one_kernel_differs, network, blocks, 1)
+            yield Check(f"{name}, one kernel on {blocks}", one, FEW_STEPS)
     chunks: dict[str, Callable[[], float]] = {
         "dense": partial(bundled_differs, lanes=2),
         "DDIM of 10 steps": partial(bundled_differs, sampler="ddim", num_inference_steps=10),
@@ -375,6 +393,8 @@ def checks() -> Iterator[Check]:
     for name, run in chunks.items():
         yield Check(f"pusht, {name}", run, WHOLE_CHUNK, small=False)
     for name, network in (("unet", LARGE_UNET), ("dit", LARGE_DIT)):
+        one = partial(one_kernel_differs, network, 8, 2)
+        yield Check(f"large {name}, one kernel on 8", one, FEW_STEPS, small=False)
         run = partial(plans_differ, network, 2, 2)
         yield Check(f"large {name}, random plans", run, FEW_STEPS, small=False)
         run = partial(cublas_differs, network, 2)
