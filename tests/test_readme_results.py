@@ -140,6 +140,7 @@ SWEEPS = [
     ("More seeds", "headline"),
     ("Fewer", "actions"),
     ("One and two passes", "lead"),
+    ("With a lead, on 1,500", "lead_1500"),
     ("With a tail", "pusht_corners_lead"),
     ("Another task", "metaworld"),
 ]
@@ -334,7 +335,7 @@ def test_what_a_lead_keeps() -> None:
     for pattern, found, sign in (
         (r"scores (\S+) more than dense with its own lead ", cold, 1),
         (r"`warm-8-rows-0-4` (\S+) less ", two, -1),
-        (r"success is not\*\*: (\S+) ", one_pass, 1),
+        (r"success is not kept\*\*: (\S+) ", one_pass, 1),
         (r"success falls by (\S+) ", success, -1),
     ):
         mean = sign * found["mean_difference"]
@@ -352,6 +353,28 @@ def test_what_a_lead_keeps() -> None:
         r"Without a lead one pass loses (\S+) and two warm passes (\S+)\. ",
         *(-alone[f"{name}-int16"]["mean_difference"] for name in (f"{warm}-0", f"{warm}s-0-4")),
     )
+
+
+def test_what_a_lead_keeps_on_more_seeds() -> None:
+    document = json.loads((RESULTS / "2026-11-30-pusht-lead-1500.json").read_text())
+    alone, led = (document[key]["rows"] for key in ("compared", "compared_with_lead"))
+    success = document["compared_success"]["rows"]
+    warm = "ddim-16-trailing-warm-8-row"
+    cold, two = "dpm-8-rows-0-6-int16-smooth-lead-0.1", f"{warm}s-0-4-int16-smooth-lead-0.2"
+    one = f"{warm}-0-int16-smooth-lead-0.25"
+    for before, found, sign in (
+        ("from the chunk before ", led[two], 1),
+        ("`fast` with a lead ", led[cold], 1),
+        ("than dense as it is as well, ", success[cold], 1),
+        (r"One pass does lose\*\*: ", led[one], -1),
+        (r"beside dense as it is \(", alone[one], 1),
+        ("and success falls by ", success[one], -1),
+    ):
+        values = [sign * found["mean_difference"], *found["simultaneous"]]
+        said("results.md", before + r"(\S+?),?[^(\d]*\(?([+-]\S+) to (\S+?)[,)]", *values)
+    before = json.loads((RESULTS / "2026-11-29-pusht-lead.json").read_text())
+    means = [swept["rows"][one]["score"]["mean"] for swept in (before, document)]
+    said("results.md", r"seeds above it had been (\S+) better than here", means[0] - means[1])
 
 
 def test_what_holds_on_another_task() -> None:
