@@ -24,7 +24,7 @@ static inline void tsad_meet_cluster() { emulate::sync_cluster(); }
 #define TSAD_DYNAMIC(name) extern __shared__ __align__(16) float name[]
 __device__ static inline void tsad_meet_part(int number, int threads)
 {
-    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+    asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 /* What was written before is seen after by all of them. */
 __device__ static inline void tsad_meet_cluster()
