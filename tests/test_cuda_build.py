@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -65,3 +66,29 @@ def test_an_older_compiler_takes_the_kernels() -> None:
     kernels = re.findall(r"sm_\d+: (\d+) kernels, 0 spill", done.stdout)
     text = text_of("kernels.cu", "list.cu")
     assert kernels == [str(text.count("__global__") + 2)] * 5  # products of three kinds of weights
+
+
+CODE = """
+\t\tFunction : _ZN12_GLOBAL__N_114product_kernelIfEEvNS_6TracksI12tsad_productEE
+        /*0000*/                   LDG.E R1, desc[UR4][R2.64] ;
+        /*0010*/                   FFMA R1, R1, R1, R1 ;
+        /*0020*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*0030*/              @P1  LDS.128 R8, [R3+0x10] ;
+        /*0040*/                   FFMA.FTZ R1, R4, R8, R1 ;
+        /*0050*/              @!P0 BRA 0x20 ;
+        /*0060*/                   LDG.E R1, desc[UR4][R2.64] ;
+        /*0070*/               @P0 BRA 0x0 ;
+        /*0080*/                   BRA 0x90 ;
+\t\tFunction : _ZN12_GLOBAL__N_111tail_kernelENS_6TracksI9tsad_tailEE
+        /*0000*/                   FADD R1, R1, R2 ;
+        /*0010*/              @!P0 BRA 0x0 ;
+"""
+
+
+def test_inner_loops_are_read_from_machine_code() -> None:
+    """The innermost one of two, and none that reads nothing of the GPU's memory."""
+    if not (SOURCES / "loops.py").exists():
+        pytest.skip("needs the source tree")
+    (found,) = runpy.run_path(str(SOURCES / "loops.py"))["loops"](CODE)
+    assert found.kernel == "product_kernel f"
+    assert found.counts == {"LDG.64": 1, "LDS.128": 1, "FFMA": 1, "BRA": 1}
