@@ -1,6 +1,6 @@
 /* bodies.cuh: what a kernel does for one of its blocks, plain: right before fast. A team of threads
  * does it, which is a block of a launch (kernels.cu) or a part of one of those that do a whole
- * chunk (chunk.cu); `block` says which of the launch's it is. Every sum has an order that depends
+ * chunk (list.cu); `block` says which of the launch's it is. Every sum has an order that depends
  * on sizes only. The same text is compiled for GPUs by nvcc and for the host by a C++ compiler
  * (emulate/), where threads are fibers that run in any order between two barriers.
  */
