@@ -373,6 +373,15 @@ def test_what_a_lead_keeps_on_more_seeds() -> None:
         values = [sign * found["mean_difference"], *found["simultaneous"]]
         said("results.md", before + r"(\S+?),?[^(\d]*\(?([+-]\S+) to (\S+?)[,)]", *values)
     before = json.loads((RESULTS / "2026-11-29-pusht-lead.json").read_text())
+    (path,) = RESULTS.glob("*-lead-times.json")
+    timed = {row["name"]: row["call_ms"] for row in json.loads(path.read_text())["results"]}
+    assert list(document["rows"]) == ["ddim-8", "ddim-8-smooth-lead-0.1", cold, one, two]
+    said(
+        "results.md",
+        r"dense (\S+) and (\S+) ms, with its lead (\S+) and (\S+), `fast` with a lead (\S+) and "
+        r"(\S+), one pass (\S+) and (\S+), two (\S+) and (\S+)\.",
+        *(timed[name][key] for name in document["rows"] for key in ("p50", "p99")),
+    )
     means = [swept["rows"][one]["score"]["mean"] for swept in (before, document)]
     said("results.md", r"seeds above it had been (\S+) better than here", means[0] - means[1])
 
