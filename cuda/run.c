@@ -301,7 +301,7 @@ void tsad_cuda_list_rows(tsad_engine *e, const tsad_run *runs, int n, int row_be
         track t = track_of(e, &runs[i], i, row_begin, row_end);
         tsad_list_lane(e->list, i);
         for (int row = row_begin; row < row_end; row++) {
-            enter_row(&t, row, row == row_begin || runs->rows_apart);
+            enter_row(&t, row, row == row_begin);
             run_tracks(e, &t, 1);
         }
     }

@@ -413,10 +413,6 @@ MUTANTS = [
     Mutant(
         "list: freed with another graph", G, "e->graph_list[at] = list;", "tsad_device_free(list);"
     ),
-    Mutant("list: of one lane", R, "tsad_list_lane(e->list, i);", "tsad_list_lane(e->list, 0);"),
-    Mutant(
-        "list: rows apart are not", R, "row == row_begin || runs->rows_apart", "row == row_begin"
-    ),
     Mutant(
         "run: noise there is the first row's", R, "(size_t)(row_begin + 1) * run->noise_step", "0"
     ),
