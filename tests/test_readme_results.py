@@ -300,6 +300,27 @@ def test_rules_beside_evenly_spaced_steps() -> None:
             f"{found['mean_difference']:+.3f} ({low:+.3f} to {high:+.3f})",
         ]
     assert len(lines) == 7
+    lost = [pairs[pair]["score"] for pair in pairs if not pair.startswith("warm")]
+    worse = sorted(-row["mean_difference"] for row in lost if row["interval95"][1] < 0)
+    assert len(worse) == 5 and not any(row["interval95"][0] > 0 for row in lost)
+    said("results.md", r"five of seven lose (\S+) to (\S+)\*\*", worse[0], worse[-1])
+    one, two, every, share = (
+        [row["score"]["mean"], row["success"]["mean"], row["passes"]]
+        for row in (rows[f"warm-8-{x}"] for x in ("row-0", "rows-0-4", "every-3", "share-0.33"))
+    )
+    turns = pairs["warm-8-every-3 to warm-8-share-0.33"]
+    said(
+        "results.md",
+        r"One warm pass has (\S+) \(success (\S+)\), two (\S+) \((\S+)\), every third .* "
+        r"two (\S+) \((\S+)\) at (\S+) passes, a third of them at random (\S+) \((\S+)\) at (\S+): "
+        r"every third scores (\S+) less than at random \((\S+) to (\S+)\) and .* often, (\S+) "
+        r"\((\S+) to (\S+)\)\.",
+        *(one[:2] + two[:2] + every + share),
+        -turns["score"]["mean_difference"],
+        *turns["score"]["interval95"],
+        turns["success"]["mean_difference"],
+        *turns["success"]["interval95"],
+    )
     settings = json.loads((ROOT / "bench" / "frontier" / "rules.json").read_text())
     assert [row["name"] for row in settings] == list(rows)
 
