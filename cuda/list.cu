@@ -186,7 +186,17 @@ tsad_status tsad_list_blocks(int *blocks)
 tsad_status tsad_list_make(tsad_list **out)
 {
     *out = new (std::nothrow) tsad_list();
-    return *out ? TSAD_OK : tsad_fail(TSAD_MEMORY, "out of memory for a list of launches");
+    if (!*out) {
+        return tsad_fail(TSAD_MEMORY, "out of memory for a list of launches");
+    }
+    /* The kernel's, not a launch's: another thread may be between asking and launching, so all ask
+     * for the same; and not while a graph is captured, as it may load the kernel. */
+    const auto kernel = tsad_launched<Listed>(reinterpret_cast<const void *>(list_kernel));
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)MOST_SHARED);
+    return error == cudaSuccess
+               ? TSAD_OK
+               : tsad_fail(TSAD_BACKEND, "cuda: a list of launches: %s", cudaGetErrorString(error));
 }
 
 void tsad_list_free(tsad_list *list)
@@ -286,9 +296,5 @@ void tsad_list_launch(tsad_stream *stream, const tsad_list *list, const void *de
     stream->asked->launches++;
     stream->asked->listed += list->n;
     tsad_stream_begin(stream);
-    tsad_stream_note(stream,
-                     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          (int)list->shared),
-                     "shared memory");
     tsad_stream_note(stream, cudaLaunchKernelExC(&how, kernel, arguments), "a list of launches");
 }

@@ -27,6 +27,7 @@ from test_engine import OPEN
 
 import tsad
 from tsad import _core, device
+from tsad.gpu_check.conformance import TRANSFORMER, random_policy
 
 SETTING, K = "TSAD_CUDA_ONE_KERNEL", 3
 
@@ -250,6 +251,22 @@ def test_what_finds_no_room_changes_nothing(memory: Memory) -> None:
         expected = twin(obs, noise=noise)
         for actions in came[len(said) :]:  # a graph that finds none is none
             np.testing.assert_array_equal(actions, expected)
+
+
+def test_what_a_block_may_share_is_the_same_for_all_policies() -> None:
+    """It is the kernel's: a policy that asked for less would take it from another thread's, between
+    what that asks for and its launch. The wide one shares more than a product does."""
+    wide = TRANSFORMER | {"horizon": 33, "n_obs_steps": 33, "n_action_steps": 1}
+    wide |= {"n_head": 96, "n_emb": 96, "n_layer": 1}
+    for network in (TRANSFORMER, wide, TRANSFORMER):
+        found = []
+        for blocks in "20":
+            with device.setting(SETTING, blocks):
+                policy = random_policy(network, "cuda", steps=1)
+            obs = np.ones((1, policy.n_obs_steps, policy.obs_dim), np.float32)
+            noise = np.ones((1, 1, policy.horizon, policy.action_dim), np.float32)
+            found.append(policy(obs, noise=noise, return_horizon=True))
+        np.testing.assert_array_equal(*found)
 
 
 # ---- where one kernel can't

@@ -1060,7 +1060,9 @@ bool emulate::spoil_capture(cudaStream_t stream)
 
 /* ---- what kernels call -------------------------------------------------------------------- */
 
-/* what a block may share when its kernel has asked for it; bytes, of each kernel that has */
+/* What a block may share when its kernel has asked for it; bytes, of each kernel that has. Who asks
+ * for less than before takes it from a thread that may be about to launch; within a capture, which
+ * may load the kernel, it spoils that. */
 static constexpr size_t ASKED_SHARED = 99 * 1024;
 static std::map<const void *, size_t> &shared_limits()
 {
@@ -1071,7 +1073,12 @@ static std::map<const void *, size_t> &shared_limits()
 cudaError_t emulate::allow_shared(const void *kernel, size_t bytes)
 {
     std::lock_guard<std::recursive_mutex> lock(everything);
-    if (bytes > ASKED_SHARED) {
+    if (capturing) {
+        capturing->spoiled = true;
+        return cudaErrorStreamCaptureUnsupported;
+    }
+    if (bytes > ASKED_SHARED || bytes < shared_limits()[kernel]) {
+        snprintf(message, sizeof message, "emulated GPU: shared memory that is not to be had");
         return cudaErrorInvalidValue;
     }
     shared_limits()[kernel] = bytes;
