@@ -210,16 +210,22 @@ tsad_status tsad_stream_wait(tsad_stream *stream)
 
 /* ---- graphs ------------------------------------------------------------------------------ */
 
-void tsad_capture_begin(tsad_stream *stream)
+bool tsad_capture_begin(tsad_stream *stream)
 {
     stream->capturing = new (std::nothrow) tsad_graph();
     if (!stream->capturing) {
         tsad_stream_note(stream, cudaErrorMemoryAllocation, "a graph");
-        return;
+        return false;
+    }
+    cudaError_t error = cudaStreamBeginCapture(stream->cuda, cudaStreamCaptureModeThreadLocal);
+    if (error != cudaSuccess) {
+        tsad_stream_note(stream, error, "capturing a graph");
+        tsad_graph_free(stream->capturing);
+        stream->capturing = NULL;
+        return false;
     }
     stream->asked = &stream->capturing->counts;
-    tsad_stream_note(stream, cudaStreamBeginCapture(stream->cuda, cudaStreamCaptureModeThreadLocal),
-                     "capturing a graph");
+    return true;
 }
 
 tsad_status tsad_capture_end(tsad_stream *stream, tsad_graph **out)

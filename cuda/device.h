@@ -59,8 +59,9 @@ tsad_status tsad_stream_precede(tsad_stream *stream, uintptr_t other);
 tsad_status tsad_stream_wait(tsad_stream *stream);
 
 /* Between the two nothing is done: it is kept as a graph, with the addresses and arguments of now.
- * A failure leaves none, and the stream as before. */
-void tsad_capture_begin(tsad_stream *stream);
+ * A failure leaves none, and the stream as before; where the first says false nothing may be asked
+ * for before the second, as it would be done. */
+bool tsad_capture_begin(tsad_stream *stream);
 tsad_status tsad_capture_end(tsad_stream *stream, tsad_graph **out);
 void tsad_graph_launch(tsad_stream *stream, tsad_graph *graph);
 void tsad_graph_free(tsad_graph *graph); /* NULL is fine; none of its launches may be under way */

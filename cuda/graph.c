@@ -153,11 +153,12 @@ static tsad_status capture(tsad_engine *e, const tsad_run *runs, int n, int row_
         TSAD_TRY(tsad_device_allocate(tsad_list_bytes(e->list), memory));
         tsad_list_upload(e->stream, e->list, *memory);
     }
-    tsad_capture_begin(e->stream);
-    if (*memory) {
-        run_list(e, runs, n, *memory);
-    } else {
-        status = launch_all(e, runs, n, row_begin, row_end, true);
+    if (tsad_capture_begin(e->stream)) {
+        if (*memory) {
+            run_list(e, runs, n, *memory);
+        } else {
+            status = launch_all(e, runs, n, row_begin, row_end, true);
+        }
     }
     if (tsad_capture_end(e->stream, graph) == TSAD_OK && status == TSAD_OK) {
         return TSAD_OK;

@@ -115,6 +115,31 @@ def test_a_graph_that_finds_no_room_is_launched(memory: Memory) -> None:
             np.testing.assert_array_equal(came[1], wanted)
 
 
+@pytest.mark.parametrize("blocks", ["0", "2"])
+def test_a_capture_that_cannot_begin_does_nothing(memory: Memory, blas: str, blocks: str) -> None:
+    """The sample is the caller's, on the GPU, and copied once: what is done in place of a capture,
+    and then launched, would begin with the chunk's result."""
+    library = test_device_arrays.Library(blas)
+    with device.setting("TSAD_CUDA_ONE_KERNEL", blocks):
+        policy, twin = (make("tiny", lanes=LANES, backend="cuda", steps=STEPS) for _ in range(2))
+    obs, noise = random_inputs(config("tiny"), 0, lanes=LANES, steps=STEPS)
+    wanted = twin(obs, noise=noise)
+    there = test_device_arrays.TorchArray(library, noise, library.own)
+
+    def call() -> Any:
+        policy.reset()
+        return policy(obs, noise=there)
+
+    with test_device_arrays.current_stream(library):
+        came = list(memory.failures(call))
+    assert len(came) == 3  # the list's memory or the graph, where it begins, and none
+    for actions in came:
+        if isinstance(actions, str):
+            assert blocks == "2" and "out of memory" in actions
+        else:
+            np.testing.assert_array_equal(actions, wanted)
+
+
 def check_another_gpu(path: str) -> None:
     """As after torch.cuda.set_device(1): all is done on ours, and the thread keeps its own. (What a
     planted fault must not pass, cuda_mutants.py.)"""

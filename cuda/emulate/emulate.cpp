@@ -964,6 +964,9 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode)
     if (stream->captures) {
         return cudaErrorStreamCaptureUnsupported;
     }
+    if (cudaError_t why = refusal(); why != cudaSuccess) {
+        return why;
+    }
     capturing = stream;
     stream->captures = true;
     stream->spoiled = false;
