@@ -107,8 +107,8 @@ struct tsad_engine {
     int oldest_graph;
     int one_kernel; /* TSAD_CUDA_ONE_KERNEL: blocks that do a lane's list, 0: none is made */
     tsad_list *list;
-    void *list_memory; /* of the device, for lists that are launched once */
-    size_t list_bytes;
+    char *staged_list, *list_memory; /* of the host and of the device, for several lists */
+    size_t list_room, list_used;
     const tsad_interrupt *interrupt; /* of the running call, NULL: none */
     int64_t asked_at;                /* when the call began, or its interrupt was asked last */
 };

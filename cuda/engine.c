@@ -293,6 +293,7 @@ static void cuda_close(tsad_engine *e)
     tsad_cuda_drop_graphs(e);
     tsad_stream_free(e->stream);
     tsad_list_free(e->list);
+    tsad_pinned_free(e->staged_list);
     tsad_device_free(e->list_memory);
     tsad_pinned_free(e->staged_in);
     tsad_pinned_free(e->staged_sources);
@@ -323,6 +324,7 @@ static bool cuda_prepare(tsad_engine *e, int lane, const tsad_program *program)
 static tsad_status wait(tsad_engine *e)
 {
     e->waits = false;
+    e->list_used = 0;
     return tsad_stream_wait(e->stream);
 }
 

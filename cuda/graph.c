@@ -101,20 +101,38 @@ static void run_list(tsad_engine *e, const tsad_run *runs, int n, const void *me
     }
 }
 
-/* Room for a list that is launched once. One that is longer than all before waits for them. */
-static tsad_status make_list_room(tsad_engine *e)
+/* The list where copies can be made from, from `at` on: what is there stays until the next wait. As
+ * much of the device's memory is for lists that are launched once. */
+static tsad_status stage_list(tsad_engine *e, size_t *at)
 {
-    size_t bytes = tsad_list_bytes(e->list);
-    void *memory;
-    if (bytes <= e->list_bytes) {
-        return TSAD_OK;
+    size_t bytes = tsad_list_bytes(e->list), room = 2 * bytes;
+    void *host, *device;
+    if (e->list_used + bytes > e->list_room) {
+        TSAD_TRY(tsad_stream_wait(e->stream));
+        e->list_used = 0;
     }
-    TSAD_TRY(tsad_device_allocate(bytes, &memory));
-    tsad_status status = tsad_stream_wait(e->stream);
-    tsad_device_free(e->list_memory);
-    e->list_memory = memory;
-    e->list_bytes = bytes;
-    return status;
+    if (bytes > e->list_room) {
+        TSAD_TRY(tsad_pinned_allocate(room, &host));
+        tsad_status status = tsad_device_allocate(room, &device);
+        if (status != TSAD_OK) {
+            tsad_pinned_free(host);
+            return status;
+        }
+        tsad_pinned_free(e->staged_list);
+        tsad_device_free(e->list_memory);
+        e->staged_list = host;
+        e->list_memory = device;
+        e->list_room = room;
+    }
+    *at = e->list_used;
+    e->list_used += bytes;
+    memcpy(e->staged_list + *at, tsad_list_items(e->list), bytes);
+    return TSAD_OK;
+}
+
+static void upload_list(tsad_engine *e, void *memory, size_t at)
+{
+    tsad_upload(e->stream, memory, e->staged_list + at, tsad_list_bytes(e->list));
 }
 
 static tsad_status launch_all(tsad_engine *e, const tsad_run *runs, int n, int row_begin,
@@ -136,9 +154,10 @@ static tsad_status run_all(tsad_engine *e, const tsad_run *runs, int n, int row_
     if (runs->sampler && tsad_cuda_stops(e)) {
         return TSAD_INTERRUPTED;
     }
-    TSAD_TRY(make_list_room(e));
-    tsad_list_upload(e->stream, e->list, e->list_memory);
-    run_list(e, runs, n, e->list_memory);
+    size_t at;
+    TSAD_TRY(stage_list(e, &at));
+    upload_list(e, e->list_memory + at, at);
+    run_list(e, runs, n, e->list_memory + at);
     return TSAD_OK;
 }
 
@@ -150,8 +169,10 @@ static tsad_status capture(tsad_engine *e, const tsad_run *runs, int n, int row_
     tsad_status status = TSAD_OK;
     *memory = NULL;
     if (e->one_kernel && list_all(e, runs, n, row_begin, row_end)) {
+        size_t at;
+        TSAD_TRY(stage_list(e, &at));
         TSAD_TRY(tsad_device_allocate(tsad_list_bytes(e->list), memory));
-        tsad_list_upload(e->stream, e->list, *memory);
+        upload_list(e, *memory, at);
     }
     if (tsad_capture_begin(e->stream)) {
         if (*memory) {

@@ -268,10 +268,7 @@ void tsad_list_add(tsad_list *list, tsad_kind kind, const void *arguments, size_
 
 size_t tsad_list_bytes(const tsad_list *list) { return sizeof *list->items * (size_t)list->n; }
 
-void tsad_list_upload(tsad_stream *stream, const tsad_list *list, void *device)
-{
-    tsad_upload(stream, device, list->items, tsad_list_bytes(list));
-}
+const void *tsad_list_items(const tsad_list *list) { return list->items; }
 
 void tsad_list_launch(tsad_stream *stream, const tsad_list *list, const void *device, int blocks)
 {
@@ -279,6 +276,9 @@ void tsad_list_launch(tsad_stream *stream, const tsad_list *list, const void *de
     int lanes = 0;
     for (; lanes < TSAD_TOGETHER && list->first[lanes] >= 0; lanes++) {
         p.first[lanes] = list->first[lanes];
+    }
+    if (lanes == 0) {
+        return;
     }
     void *arguments[] = {&p};
     cudaLaunchAttribute cluster = {};

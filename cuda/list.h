@@ -25,9 +25,9 @@ void tsad_list_lane(tsad_list *list, int lane);
  */
 bool tsad_list_end(tsad_stream *stream);
 
-/* To so many bytes of the device's memory, and from there. */
+/* So many bytes, which have to be copied to the device before it is launched from there. */
 size_t tsad_list_bytes(const tsad_list *list);
-void tsad_list_upload(tsad_stream *stream, const tsad_list *list, void *device);
+const void *tsad_list_items(const tsad_list *list);
 void tsad_list_launch(tsad_stream *stream, const tsad_list *list, const void *device, int blocks);
 
 #ifdef __cplusplus

@@ -388,21 +388,15 @@ MUTANTS = [
     ),
     Mutant("list: a lane begins as another", L, "&list->first[list->lane] :", "list->first :"),
     Mutant("list: 16 bits read as others", L, "p.precision == TSAD_BFLOAT16", "false"),
-    Mutant(
-        "list: not uploaded for a graph", G, "tsad_list_upload(e->stream, e->list, *memory);", ""
-    ),
+    Mutant("list: not uploaded for a graph", G, "upload_list(e, *memory, at);", ""),
     Mutant(
         "list: not uploaded for a launch",
         G,
-        "tsad_list_upload(e->stream, e->list, e->list_memory);",
+        "upload_list(e, e->list_memory + at, at);",
         "",
     ),
-    Mutant(
-        "list: moved while it is read",
-        G,
-        "tsad_status status = tsad_stream_wait(e->stream);\n    tsad_device_free",
-        "tsad_status status = TSAD_OK;\n    tsad_device_free",
-    ),
+    Mutant("list: moved while it is read", G, "TSAD_TRY(tsad_stream_wait(e->stream));", ""),
+    Mutant("list: over one that is read", G, "e->list_used += bytes;", ""),
     Mutant(
         "list: without the runs put off",
         G,

@@ -247,7 +247,7 @@ def test_what_finds_no_room_changes_nothing(memory: Memory) -> None:
         policy, twin = (policy_of("transformer", n, graphs=graphs) for n in (2, 0))
         came = list(memory.failures(partial(policy, obs, noise=noise)))
         said = [error for error in came if isinstance(error, str)]
-        assert set(said) == {"cuda: memory of the device: out of memory"}
+        assert len(said) > 1 and all("out of memory" in error for error in said)
         expected = twin(obs, noise=noise)
         for actions in came[len(said) :]:  # a graph that finds none is none
             np.testing.assert_array_equal(actions, expected)
