@@ -281,6 +281,8 @@ __device__ void product(const Team &team, const tsad_product &p, dim3 block, Pro
     const float *x = p.x + batch * p.x_batch;
     const Weight *w = static_cast<const Weight *>(p.w) + batch * p.w_batch;
     w += within(column, p.n_out);
+    TSAD_GLOBAL(x); /* of a list the compiler can't tell */
+    TSAD_GLOBAL(w);
     float sum[ROWS];
     Fetched<Team> next;
     fetch_inputs(team, p, x, row, 0, next);
@@ -489,6 +491,7 @@ __device__ void cross_attention(const Team &team, const tsad_cross_attention &p,
 __device__ float sum_of(const tsad_sum &p, size_t at, int c)
 {
     constexpr int SEVERAL = 8;
+    TSAD_GLOBAL(p.base);
     float sum = p.source ? 0 : p.base[at];
     for (int first = 0; p.source && first < p.n; first += SEVERAL) {
         tsad_reused source[SEVERAL];

@@ -8,18 +8,19 @@
 #define TSAD_PRAGMA(words) _Pragma(#words)
 
 #ifdef TSAD_EMULATE
-#define TSAD_UNROLL(n) /* of the loop that follows: what it reads does not depend on what it does  \
-                        */
+#define TSAD_UNROLL(n) /* of the loop that follows: its reads need nothing of each other */
 template <typename Arguments> using tsad_given = const Arguments &;
 template <typename Arguments> auto tsad_launched(const void *kernel)
 {
     return reinterpret_cast<void (*)(const Arguments &)>(const_cast<void *>(kernel));
 }
+#define TSAD_GLOBAL(at) ((void)0) /* it is in the memory of the device, not of a block */
 /* so many threads of a block meet at its barrier of this number; all of a cluster's blocks meet */
 static inline void tsad_meet_part(int number, int threads) { emulate::sync_part(number, threads); }
 static inline void tsad_meet_cluster() { emulate::sync_cluster(); }
 #else
 #define TSAD_UNROLL(n) TSAD_PRAGMA(unroll n)
+#define TSAD_GLOBAL(at) __builtin_assume(__isGlobal(at))
 #define TSAD_SHARED(type, name, count) __shared__ type name[count]
 #define TSAD_DYNAMIC(name) extern __shared__ __align__(16) float name[]
 __device__ static inline void tsad_meet_part(int number, int threads)
