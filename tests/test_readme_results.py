@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,6 +205,38 @@ def test_three_trainings_of_a_pruner() -> None:
             low, high = (100 * value for value in row["beside_interval"])
             beside = f", {100 * row['beside']:+.0f} % ({low:+.0f} to {high:+.0f})"
             assert cell == f"{row['rms']:.4f}" + ("" if name == "mean" else beside)
+
+
+def test_what_more_episodes_teach_a_pruner() -> None:
+    document = results(read("results.md"), "pruner-episodes")
+    table = rows(read("results.md"), "learned from | R2 |")
+    assert [row[0] for row in table] == list(document["95%"]) == list(document["90%"])
+
+    def found(level: str, episodes: str, rule: str) -> dict[str, Any]:
+        name = f"levels, {rule}, {level}"
+        (row,) = (row for row in document[level][episodes]["rows"] if row["rule"] == name)
+        return row  # type: ignore[no-any-return]
+
+    for episodes, r2, *cells in table:
+        assert r2 == f"{document['95%'][episodes]['pruners']['levels']['result']['r2']:.2f}"
+        for cell, (level, rule) in zip(
+            cells, itertools.product(document, ("own", "another's")), strict=True
+        ):
+            row = found(level, episodes, rule)
+            low, high = (100 * value for value in row["beside_interval"])
+            assert (
+                cell
+                == f"{row['rms']:.4f}, {100 * row['beside']:+.0f} % ({low:+.0f} to {high:+.0f})"
+            )
+    said(
+        "results.md",
+        r"what five of them teach costs (\S+) % at 95 %, .* \((\S+) at 95 %, (\S+) at 90 %\), "
+        r".* choices cost (\S+) and (\S+) %\. Hindsight would gain (\S+) and (\S+) %\.",
+        100 * found("95%", "5 episodes", "own")["beside"],
+        *(found(level, "80 episodes", "mean")["rms"] for level in document),
+        *(100 * found(level, "80 episodes", "another's")["beside"] for level in document),
+        *(-100 * found(level, "80 episodes", "hindsight")["beside"] for level in document),
+    )
 
 
 def test_straight_through_gates() -> None:
