@@ -157,8 +157,10 @@ void tsad_blas_multiply(tsad_stream *stream, const float *x, int ldx, const floa
 {
     enum { AS_IT_IS = 0, DEFAULT_MATH = 0, TF32_TENSOR_OP_MATH = 3 };
     const float one = 1, zero = 0;
+    if (!tsad_stream_begin(stream)) {
+        return;
+    }
     stream->asked->launches++;
-    tsad_stream_begin(stream);
     Handle handle = stream->blas->handle;
     int status = tf32 ? library.set_math(handle, TF32_TENSOR_OP_MATH) : 0;
     status = status == 0 ? library.multiply(handle, AS_IT_IS, AS_IT_IS, outputs, rows, inputs, &one,

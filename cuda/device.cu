@@ -130,25 +130,34 @@ void tsad_stream_free(tsad_stream *stream)
     delete stream;
 }
 
-void tsad_stream_begin(tsad_stream *stream)
+bool tsad_stream_begin(tsad_stream *stream)
 {
+    if (stream->failed != cudaSuccess) {
+        return false;
+    }
     if (timed && !stream->busy && !stream->capturing) {
         stream->busy = true;
         tsad_stream_note(stream, cudaEventRecord(stream->begun, stream->cuda), "an event");
     }
+    return true;
 }
 
 void tsad_upload(tsad_stream *stream, void *to, const void *from, size_t bytes)
 {
+    if (!tsad_stream_begin(stream)) {
+        return;
+    }
     stream->asked->uploads++;
     stream->asked->uploaded_bytes += (int64_t)bytes;
-    tsad_stream_begin(stream);
     tsad_stream_note(stream, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream->cuda),
                      "upload");
 }
 
 void tsad_download(tsad_stream *stream, void *to, const void *from, size_t bytes)
 {
+    if (!tsad_stream_begin(stream)) {
+        return;
+    }
     stream->asked->downloads++;
     stream->asked->downloaded_bytes += (int64_t)bytes;
     tsad_stream_note(stream, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream->cuda),
@@ -157,7 +166,9 @@ void tsad_download(tsad_stream *stream, void *to, const void *from, size_t bytes
 
 void tsad_zero(tsad_stream *stream, void *at, size_t bytes)
 {
-    tsad_stream_note(stream, cudaMemsetAsync(at, 0, bytes, stream->cuda), "memset");
+    if (tsad_stream_begin(stream)) {
+        tsad_stream_note(stream, cudaMemsetAsync(at, 0, bytes, stream->cuda), "memset");
+    }
 }
 
 const char *tsad_stream_unfit(uintptr_t other)
@@ -212,6 +223,9 @@ tsad_status tsad_stream_wait(tsad_stream *stream)
 
 bool tsad_capture_begin(tsad_stream *stream)
 {
+    stream->failed_before = stream->failed;
+    stream->failed_before_in = stream->failed_in;
+    stream->failed = cudaSuccess;
     stream->capturing = new (std::nothrow) tsad_graph();
     if (!stream->capturing) {
         tsad_stream_note(stream, cudaErrorMemoryAllocation, "a graph");
@@ -245,10 +259,12 @@ tsad_status tsad_capture_end(tsad_stream *stream, tsad_graph **out)
         cudaGraphDestroy(graph);
     }
     cudaError_t error = stream->failed;
-    stream->failed = cudaSuccess;
+    const char *failed_in = stream->failed_in;
+    stream->failed = stream->failed_before; /* which is no failure of the capture, and to be said */
+    stream->failed_in = stream->failed_before_in;
     if (error != cudaSuccess) {
         tsad_graph_free(made);
-        return fail(error, stream->failed_in);
+        return fail(error, failed_in);
     }
     *out = made;
     return TSAD_OK;
@@ -256,6 +272,9 @@ tsad_status tsad_capture_end(tsad_stream *stream, tsad_graph **out)
 
 void tsad_graph_launch(tsad_stream *stream, tsad_graph *graph)
 {
+    if (!tsad_stream_begin(stream)) {
+        return;
+    }
     tsad_counts.graphs++;
     tsad_counts.replayed += graph->counts.launches;
     tsad_counts.listed += graph->counts.listed;
@@ -263,7 +282,6 @@ void tsad_graph_launch(tsad_stream *stream, tsad_graph *graph)
     tsad_counts.downloads += graph->counts.downloads;
     tsad_counts.uploaded_bytes += graph->counts.uploaded_bytes;
     tsad_counts.downloaded_bytes += graph->counts.downloaded_bytes;
-    tsad_stream_begin(stream);
     tsad_stream_note(stream, cudaGraphLaunch(graph->exec, stream->cuda), "a graph");
 }
 

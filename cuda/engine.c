@@ -321,11 +321,24 @@ static bool cuda_prepare(tsad_engine *e, int lane, const tsad_program *program)
 
 /* ---- a call ------------------------------------------------------------------------------ */
 
+/* Nothing is under way any more, and what was brought for programs may not be there. */
+static void forget(tsad_engine *e)
+{
+    for (int i = 0; i <= e->n_lanes; i++) {
+        e->lanes[i].program = NULL;
+    }
+    tsad_cuda_drop_graphs(e);
+}
+
 static tsad_status wait(tsad_engine *e)
 {
     e->waits = false;
     e->list_used = 0;
-    return tsad_stream_wait(e->stream);
+    tsad_status status = tsad_stream_wait(e->stream);
+    if (status != TSAD_OK) {
+        forget(e);
+    }
+    return status;
 }
 
 /* what was staged of `in` is to be copied */
@@ -390,9 +403,7 @@ static tsad_status cuda_each(tsad_engine *e, int count, bool alone, tsad_each_fn
     }
     if (status != TSAD_OK) {
         wait(e); /* nothing of the call goes on; what failed is said */
-        for (int i = 0; i <= e->n_lanes; i++) {
-            e->lanes[i].program = NULL;
-        }
+        forget(e);
         e->in_from = e->in_to = 0;
         e->out_reg = -1; /* otherwise it may still be asked for */
     }

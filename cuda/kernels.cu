@@ -36,8 +36,10 @@ template <typename Arguments> void issue(tsad_stream *stream, const tsad_held &h
     void *list[] = {const_cast<char *>(held.arguments)};
     dim3 grid = held.grid;
     grid.z *= (unsigned)held.n;
+    if (!tsad_stream_begin(stream)) {
+        return;
+    }
     stream->asked->launches++;
-    tsad_stream_begin(stream);
     tsad_stream_note(stream,
                      cudaLaunchKernel(tsad_launched<Tracks<Arguments>>(held.kernel), grid,
                                       held.block, list, held.bytes, stream->cuda),

@@ -277,7 +277,7 @@ void tsad_list_launch(tsad_stream *stream, const tsad_list *list, const void *de
     for (; lanes < TSAD_TOGETHER && list->first[lanes] >= 0; lanes++) {
         p.first[lanes] = list->first[lanes];
     }
-    if (lanes == 0) {
+    if (lanes == 0 || !tsad_stream_begin(stream)) {
         return;
     }
     void *arguments[] = {&p};
@@ -295,6 +295,5 @@ void tsad_list_launch(tsad_stream *stream, const tsad_list *list, const void *de
     const auto kernel = tsad_launched<Listed>(reinterpret_cast<const void *>(list_kernel));
     stream->asked->launches++;
     stream->asked->listed += list->n;
-    tsad_stream_begin(stream);
     tsad_stream_note(stream, cudaLaunchKernelExC(&how, kernel, arguments), "a list of launches");
 }

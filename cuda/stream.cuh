@@ -40,6 +40,8 @@ struct tsad_stream {
     cudaStream_t cuda;
     cudaError_t failed; /* the first failure since the last wait */
     const char *failed_in;
+    cudaError_t failed_before; /* the same, before what is captured */
+    const char *failed_before_in;
     tsad_atomic_counts *asked; /* of all, or of the graph that is being captured */
     tsad_graph *capturing;
     bool together; /* launches are held back */
@@ -60,5 +62,6 @@ static inline void tsad_stream_note(tsad_stream *stream, cudaError_t error, cons
     }
 }
 
-/* before anything is asked of it */
-void tsad_stream_begin(tsad_stream *stream);
+/* Before anything is asked of it: whether it may be. What follows a failure would work with what is
+ * not there, and is left out until the next wait says it. */
+bool tsad_stream_begin(tsad_stream *stream);

@@ -15,7 +15,7 @@ from cuda_library import queue
 from engine import make
 from policies import make_policy, observations
 
-from tsad import COMPUTE, REUSE_ROLLOUT, device
+from tsad import COMPUTE, REUSE_ROLLOUT, REUSE_STEP, device
 
 STEPS, LANES = 3, 2
 
@@ -125,6 +125,8 @@ def test_a_capture_that_cannot_begin_does_nothing(memory: Memory, blas: str, blo
     obs, noise = random_inputs(config("tiny"), 0, lanes=LANES, steps=STEPS)
     wanted = twin(obs, noise=noise)
     there = test_device_arrays.TorchArray(library, noise, library.own)
+    one_obs, one_noise = random_inputs(config("tiny"), 1, lanes=1, steps=STEPS)
+    policy(one_obs, noise=one_noise, lanes=[0])  # of two such lists there is room then
 
     def call() -> Any:
         policy.reset()
@@ -138,6 +140,46 @@ def test_a_capture_that_cannot_begin_does_nothing(memory: Memory, blas: str, blo
             assert blocks == "2" and "out of memory" in actions
         else:
             np.testing.assert_array_equal(actions, wanted)
+
+
+@pytest.mark.parametrize("graphs", ["0", "1"])
+@pytest.mark.parametrize("blocks", ["0", "2"])
+def test_a_copy_that_fails_is_said(blas: str, blocks: str, graphs: str) -> None:
+    """Each in turn, also where it comes before what is captured: no failure of a capture, after
+    which all is launched with what was not copied."""
+    fail = ctypes.CDLL(blas).tsad_emulate_fail_copy
+    fail.argtypes, fail.restype = [ctypes.c_long], ctypes.c_long
+    obs, noise = random_inputs(config("tiny"), 0, lanes=LANES, steps=STEPS)
+    plan = np.full((STEPS, 6), REUSE_STEP, np.uint8)
+    plan[0] = COMPUTE  # with sources, which are copied before
+    failures = 0
+    for n in range(20):
+        with (
+            device.setting("TSAD_CUDA_ONE_KERNEL", blocks),
+            device.setting("TSAD_CUDA_GRAPHS", graphs),
+        ):
+            policy, twin = (
+                make("tiny", lanes=LANES, backend="cuda", steps=STEPS) for _ in range(2)
+            )
+        for lane in range(LANES):
+            policy._set_plan(lane, plan, plan)
+            twin._set_plan(lane, plan, plan)
+        wanted = twin(obs, noise=noise)
+        fail(n)
+        try:
+            came = policy(obs, noise=noise)
+        except RuntimeError as error:
+            assert "cuda: upload: " in str(error)
+            failures += 1
+            fail(-1)
+            policy.reset()
+            came = policy(obs, noise=noise)
+        finally:
+            left = fail(-1)
+        np.testing.assert_array_equal(came, wanted)
+        if left >= 0 and n >= failures:
+            break
+    assert failures >= 2
 
 
 def check_another_gpu(path: str) -> None:

@@ -663,7 +663,7 @@ const char *cudaGetErrorString(cudaError_t error)
 static thread_local cudaStream_t capturing;
 
 /* tsad_emulate_fail: so many more of what takes memory, then one that there is none for */
-static std::atomic<long> until_full{-1}, live_events;
+static std::atomic<long> until_full{-1}, until_copy_fails{-1}, live_events;
 
 /* why there is none of what takes memory */
 static cudaError_t refusal()
@@ -773,6 +773,10 @@ static bool is_pinned(const void *memory)
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream)
 {
+    if (kind == cudaMemcpyHostToDevice && until_copy_fails >= 0 && until_copy_fails-- == 0) {
+        snprintf(message, sizeof message, "emulated GPU: a copy that fails");
+        return cudaErrorUnknown;
+    }
     if (kind == cudaMemcpyHostToDevice && !is_pinned(from)) {
         const char *begin = static_cast<const char *>(from);
         std::vector<char> copy(begin, begin + bytes);
@@ -812,10 +816,11 @@ EXPORTED size_t tsad_emulate_waiting(void *stream);
 EXPORTED size_t tsad_emulate_pending();      /* of all streams */
 EXPORTED long tsad_emulate_queue(long most); /* TSAD_EMULATE_QUEUE from now on; what it was */
 EXPORTED void tsad_emulate_capture(void *stream, int captures);
-EXPORTED int tsad_emulate_device(int device); /* of this thread; which it was */
-EXPORTED long tsad_emulate_fail(long after);  /* so many; -1: nothing fails; what was left */
-EXPORTED long tsad_emulate_living();          /* arrays, streams and events */
-EXPORTED int tsad_emulate_major(int major);   /* compute capability from now on; what it was */
+EXPORTED int tsad_emulate_device(int device);     /* of this thread; which it was */
+EXPORTED long tsad_emulate_fail(long after);      /* so many; -1: nothing fails; what was left */
+EXPORTED long tsad_emulate_fail_copy(long after); /* of copies from the host, the same */
+EXPORTED long tsad_emulate_living();              /* arrays, streams and events */
+EXPORTED int tsad_emulate_major(int major);       /* compute capability from now on; what it was */
 
 int tsad_emulate_device(int device)
 {
@@ -883,6 +888,8 @@ void tsad_emulate_capture(void *stream, int captures)
 }
 
 long tsad_emulate_fail(long after) { return until_full.exchange(after); }
+
+long tsad_emulate_fail_copy(long after) { return until_copy_fails.exchange(after); }
 
 long tsad_emulate_living()
 {
