@@ -1,5 +1,5 @@
-/* list.cu: list.h, and the kernel. Its blocks have more threads than a launch's: each is several
- * teams, which take the launch's blocks in turn, all teams of a lane side by side. What one launch
+/* list.cu: list.h, and the kernel. Each of its blocks is one team that multiplies, or two for all
+ * else, which take the launch's blocks in turn, all teams of a lane side by side. What one launch
  * writes the next may read, so all threads of a lane's cluster meet between them: on one
  * multiprocessor that is a barrier of the block, on several the cluster's, which compute capability
  * 9.0 has. Nothing else is shared between blocks but the device's memory.
