@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import config as case_config
-from cases import random_tensors
-from command_line import run
 
 import tsad
-from tsad.checkpoint import read_folder, write_folder
-from tsad.config import PolicyConfig
+from tsad.checkpoint import read_folder
 from tsad.load import read_policy
 
 torch = pytest.importorskip("torch")
 
+from pruner_cases import CHUNKS, HIDDEN, SETTINGS, STEPS, episodes, make, write_policy  # noqa: E402
+
 from tsad.planners.base import own_values  # noqa: E402
 from tsad.reference import ReferencePolicy  # noqa: E402
 from tsad.samplers import make_sampler  # noqa: E402
-from tsad.sim.recording import Recorded  # noqa: E402
 from tsad.training import gates as gates_module  # noqa: E402
 from tsad.training import pruner, pruner_net, sensitivity  # noqa: E402
 from tsad.training.pruner import PrunerSettings, PrunerTrainer  # noqa: E402
-from tsad.training.running import InterruptedTrainingError, load_state  # noqa: E402
 from tsad.training.true_errors import TrueErrors  # noqa: E402
-
-STEPS, CHUNKS, HIDDEN = 6, 6, 16
-SETTINGS = PrunerSettings(
-    hidden=HIDDEN, sparsity=0.6, chunks=24, projections=1, batch=8, lr=1e-2, warmup=5, ema=0.9,
-    val_episodes=1, steps=20,
-)  # fmt: skip
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,41 +36,7 @@ def any_width(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: Any) -> Path:
-    case = case_config(
-        "tiny", prediction_type="sample", clip_sample=False, num_inference_steps=STEPS
-    )
-    path: Path = tmp_path_factory.mktemp("policy") / "tiny"
-    tensors = random_tensors(case["network"], 0)
-    write_folder(path, PolicyConfig.from_dict(case), tensors, dtype="float32")
-    return path
-
-
-def episodes(count: int = 4) -> list[Recorded]:
-    rng = np.random.default_rng(0)
-    return [
-        Recorded(n, rng.standard_normal((CHUNKS, 3, 6)).astype(np.float32)) for n in range(count)
-    ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: Any) -> Path:
-    path: Path = tmp_path_factory.mktemp("data") / "obs.npz"
-    found = episodes()
-    ends = CHUNKS * np.arange(1, len(found) + 1)
-    np.savez(path, obs=np.concatenate([e.obs for e in found]), episode_ends=ends)
-    return path
-
-
-def make(
-    folder: Path, out: Path, settings: PrunerSettings = SETTINGS, **options: Any
-) -> PrunerTrainer:
-    config, tensors, _ = read_folder(folder)
-    whole = [(episode, slice(0, CHUNKS)) for episode in episodes()]
-    policy = tsad.load(folder)
-    facts = {"num_inference_steps": STEPS}
-    return PrunerTrainer(
-        (config, tensors), policy, whole[:3], whole[3:], out, settings, facts=facts, **options
-    )
+    return write_policy(tmp_path_factory.mktemp("policy") / "tiny")
 
 
 # What is learned from
@@ -441,153 +392,6 @@ def test_gates_learn_which_cell_matters(folder, tmp_path):
 def test_each_method_has_its_rate():
     settings = [PrunerSettings(method=m, steps=1) for m in ("effects", "levels", "gates")]
     assert [one.lr for one in settings] == [1e-3, 1e-3, 1e-4]
-
-
-# Stopping and going on
-
-
-@pytest.mark.parametrize(
-    ("method", "at"),
-    [
-        ("effects", "measuring"),
-        ("effects", "training"),
-        ("levels", "measuring"),
-        ("gates", "training"),
-    ],
-)
-def test_resuming_equals_not_stopping_to_the_bit(folder, tmp_path, monkeypatch, method, at):
-    settings = replace(SETTINGS, method=method, batch=4)
-    whole = make(folder, tmp_path / "whole", settings)
-    whole.prepare()
-    whole.fit(report_every=4)
-    first = make(folder, tmp_path / "parts", settings)
-    if at == "measuring":
-        ran: list[int] = []
-
-        def stop(done: int) -> None:
-            ran.append(done)
-            if len(ran) == 5:  # three windows of effects, then gains
-                os.kill(os.getpid(), signal.SIGINT)
-
-        with pytest.raises(InterruptedTrainingError):
-            first.prepare(stop)
-    else:
-        first.prepare()
-        for _ in range(7):
-            first.train_step()
-            if first.step == 4:
-                first._report(None)
-        first.save()
-    torch.manual_seed(99)
-    second = make(folder, tmp_path / "parts", settings)
-    again: list[int] = []
-    second.prepare(again.append)
-    second.restore(load_state(tmp_path / "parts"))
-    second.fit(report_every=4)
-    assert second.step == whole.step == 20
-    assert [replace(r, seconds=0.0) for r in second.curve] == [
-        replace(r, seconds=0.0) for r in whole.curve
-    ]
-    files = [(tmp_path / d / "pruner.safetensors").read_bytes() for d in ("whole", "parts")]
-    assert files[0] == files[1]
-
-
-OPTIONS = (
-    "--steps 8 --hidden 16 --sparsity 0.6 --chunks 24 --projections 1 --batch 8 --val-episodes 1 "
-    "--device cpu --report-every 4"
-).split()
-
-
-def test_the_command_and_its_interruptions(folder, data, tmp_path, monkeypatch, capsys):
-    words = ["train-pruner", str(folder), "--data", str(data), "--out", str(tmp_path / "out")]
-    window, step = PrunerTrainer._window, PrunerTrainer.train_step
-    count = [0]
-
-    def interrupted(self, *args):
-        count[0] += 1
-        if count[0] == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return window(self, *args)
-
-    monkeypatch.setattr(PrunerTrainer, "_window", interrupted)
-    code, _, err = run(capsys, *words, *OPTIONS)
-    assert code == 130 and "measured 30 of 42 chunks; go on with: tsad train-pruner" in err, err
-    assert not (tmp_path / "out" / "config.json").exists()
-    monkeypatch.undo()
-    monkeypatch.setattr(pruner_net, "MOST", 0.5)
-
-    def stopped(self):
-        if self.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(PrunerTrainer, "train_step", stopped)
-    command = re.split("go on with: tsad ", err)[1].split()
-    code, _, err = run(capsys, *command)
-    assert code == 130 and "saved at step 5" in err
-    monkeypatch.undo()
-    monkeypatch.setattr(pruner_net, "MOST", 0.5)
-    code, _, err = run(capsys, *command, "--lr", "0.5")
-    assert code == 2 and "argument --lr: got 0.5, but the training in" in err
-    code, out, err = run(capsys, *command, "--json")
-    assert code == 0, err
-    summary = json.loads(out)
-    assert summary["steps"] == 8 and 0 < summary["share_of_dense_macs"] < 0.5
-    config, _, _ = read_folder(tmp_path / "out")
-    assert config.provenance["sha256"]["pruner.safetensors"] == summary["sha256"]
-    assert config.provenance["pruner"]["of"]["held_out"]
-    whole = [*words[:-1], str(tmp_path / "whole"), *OPTIONS]
-    assert run(capsys, *whole)[0] == 0
-    files = [(tmp_path / d / "pruner.safetensors").read_bytes() for d in ("out", "whole")]
-    assert files[0] == files[1]
-    code, _, err = run(capsys, *words, *OPTIONS)
-    assert code == 2 and "argument --out: " in err and "isn't empty" in err
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--steps 5 --hidden 5000", "argument --hidden: got 5000, expected 1 to "),
-        ("--steps 5 --sparsity 0.99", "argument --sparsity: expected up to 0.833333"),
-        ("--steps 5 --sparsity 1", "argument --sparsity: expected a number in (0, 1), got 1.0"),
-        ("--steps 5 --method magic", "argument --method: expected one of effects, levels, gates"),
-        ("--steps 5 --plans nothing.npz", "argument --plans: got 'nothing.npz'"),
-        ("--steps 5 --lr 2", "argument --lr: expected a number in (0, 1)"),
-        ("", "argument --minutes, --steps: expected one of them"),
-        ("--steps 5 --val-episodes 4", "argument --val-episodes: got 4, expected 0 to 3"),
-        ("--steps 5 --effects nothing.npz", "argument --effects: "),
-        ("--steps 5 --device nowhere", "argument --device: got 'nowhere'"),
-        ("--resume", "argument --resume: "),
-    ],
-)
-def test_the_command_names_what_is_wrong(folder, data, tmp_path, capsys, words, message):
-    command = ["train-pruner", str(folder), "--data", str(data), "--out", str(tmp_path / "out")]
-    code, _, err = run(capsys, *command, *words.split())
-    assert code == 2 and message in err, err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_other_data_and_other_trainings_are_not_resumed(folder, data, tmp_path, capsys):
-    words = ["train-pruner", str(folder), "--data", str(data), "--out", str(tmp_path / "out")]
-    assert run(capsys, *words, *OPTIONS)[0] == 0
-    arrays = dict(np.load(data))
-    np.savez(tmp_path / "other.npz", obs=arrays["obs"] + 1, episode_ends=arrays["episode_ends"])
-    words[3] = str(tmp_path / "other.npz")
-    code, _, err = run(capsys, *words, "--resume")
-    assert code == 2 and "of another policy or other data; held_out: " in err, err
-    state = {"version": 1, "settings": {}, "data": []}
-    torch.save(state, tmp_path / "out" / "training.pt")
-    code, _, err = run(capsys, *words, "--resume")
-    assert code == 2 and "holds the training of a policy" in err, err
-
-
-def test_an_encoder_with_attention_is_refused(tmp_path, data, capsys):
-    case = case_config("tiny_encoder", num_inference_steps=STEPS)
-    tensors = random_tensors(case["network"], 0)
-    write_folder(tmp_path / "p", PolicyConfig.from_dict(case), tensors)
-    words = ["train-pruner", str(tmp_path / "p"), "--data", str(data), "--out"]
-    code, _, err = run(capsys, *words, str(tmp_path / "out"), "--steps", "5")
-    assert code == 2 and "argument POLICY: " in err and "n_cond_layers 0" in err, err
 
 
 def test_the_default_width_costs_at_most_a_five_hundredth(monkeypatch):

@@ -22,6 +22,7 @@ The pruner is the MLP of `tsad.config.PrunerConfig`, on the policy's own memory 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -313,6 +314,15 @@ class PrunerTrainer(Training[PrunerReport]):
             self.effects.save(path)
         return self.effects
 
+    def _made_of(self) -> str:
+        """Hash of all that decides what is measured along the order of cells."""
+        places = [(e.number, part.start, part.stop) for e, part in [*self.windows, *self.held_out]]
+        own = [places, self.settings.seed, self.settings.projections, self.facts]
+        said = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+        for array in (self.order.scores, self.errors.obs):
+            said.update(np.ascontiguousarray(array).tobytes())
+        return said.hexdigest()
+
     def _measure(
         self,
         name: str,
@@ -323,13 +333,13 @@ class PrunerTrainer(Training[PrunerReport]):
         """``one`` of every window, in the order of the table, side by side; kept in a file."""
         path, done = self.out / name, []
         rows = [*self.windows, *self.held_out]
-        made_of = hashlib.sha256(self.order.scores.tobytes()).hexdigest()
+        made_of = self._made_of()
         if path.exists():
             found = read_npz(path)
-            if str(found["order"]) != made_of:
+            if str(found.get("made_of")) != made_of:
                 raise ValueError(
-                    f"{path}: expected what was measured in the order of this training, got "
-                    "another's; delete it, or train in another folder"
+                    f"{path}: expected what was measured of the cells' order, chunks and seed of "
+                    "this training, got another's; delete it, or train in another folder"
                 )
             done = list(np.split(found["values"], np.cumsum(found["lengths"])[:-1]))
             progress(sum(len(part) for part in done))
@@ -338,7 +348,7 @@ class PrunerTrainer(Training[PrunerReport]):
             lengths, values = [len(part) for part in done], np.concatenate(done)
             if received or number % 4 == 3 or number + 1 == len(rows):
                 stream = BytesIO()
-                np.savez(stream, values=values, lengths=lengths, order=made_of)
+                np.savez(stream, values=values, lengths=lengths, made_of=made_of)
                 write_atomically(path, stream.getvalue())
             progress(lengths[-1])
             if received:
