@@ -1,5 +1,6 @@
-/* avx512.c: 16 floats, 32 registers. */
-#if defined(__x86_64__)
+/* avx512.c: 16 floats, 32 registers. TSAD_NO_AVX512 leaves it out: sanitizers take minutes over it,
+ * which are lost on a CPU that can't run it. */
+#if defined(__x86_64__) && !defined(TSAD_NO_AVX512)
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")

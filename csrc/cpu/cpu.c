@@ -3,7 +3,9 @@
 
 const tsad_backend *const tsad_backends[] = {
 #if defined(__x86_64__)
+#if !defined(TSAD_NO_AVX512)
     &tsad_cpu_avx512.base,
+#endif
     &tsad_cpu_avx2.base,
 #elif defined(__aarch64__)
     &tsad_cpu_neon.base,
