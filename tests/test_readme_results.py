@@ -230,8 +230,8 @@ def test_what_more_episodes_teach_a_pruner() -> None:
             )
     said(
         "results.md",
-        r"what five of them teach costs (\S+) % at 95 %, .* \((\S+) at 95 %, (\S+) at 90 %\), "
-        r".* choices cost (\S+) and (\S+) %\. Hindsight would gain (\S+) and (\S+) %\.",
+        r"what five of them teach costs (\S+) % at 95 %, .* \((\S+) at 95 %, (\S+) at 90 %\) in "
+        r".* choices cost (\S+) and (\S+) % \(seed 0\)\. Hindsight would gain (\S+) and (\S+) %\.",
         100 * found("95%", "5 episodes", "own")["beside"],
         *(found(level, "80 episodes", "mean")["rms"] for level in document),
         *(100 * found(level, "80 episodes", "another's")["beside"] for level in document),
@@ -308,7 +308,20 @@ def test_what_looking_gains_in_closed_loop(
             cost, most = f"{row['cost'] * times:.2f}", f"{row['most'] * times:.0f}"
         said = [cost, most, f"{row['score']:.3f}", f"{row['success']:.3f}"]
         assert cells[1:] == [*said, *between]
-        assert kind != "pruner" or row["episodes"] == 500
+        assert row["episodes"] == 500
+
+
+def test_choosing_chunks_beside_as_many_at_random() -> None:
+    document = json.loads((RESULTS / "2026-11-30-pusht-passes-loop.json").read_text())["summary"]
+    found = [document[level]["random"]["pruner_less_this_score"] for level in ("1.33", "2.00")]
+    number = r"(\S+) \((\S+) to (\S+)\)"
+    said(
+        "results.md",
+        rf"as many at random it is {number} at 1\.33 passes and {number} at 2,",
+        *(value for one in found for value in (one["mean_difference"], *one["simultaneous"])),
+    )
+    most = document["2.00"]["10001000"]["score"]
+    said("results.md", r"two passes for every chunk score most of all, (\S+)\. After", most)
 
 
 def test_rules_beside_evenly_spaced_steps() -> None:
