@@ -31,7 +31,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import cma
 import numpy as np
 
 import tsad
@@ -39,6 +38,7 @@ from tsad import sim
 from tsad.arrays import read_any_json
 from tsad.evaluation.loading import setting_of
 from tsad.evaluation.sweep import read_settings
+from tsad.evaluation.usage import UsageError
 from tsad.files import write_atomically, write_json
 from tsad.fitted import FITTED, Fitted, coefficients_of, rows_of
 from tsad.load import weights_sha256
@@ -113,17 +113,24 @@ class Search:
         if self.file.exists():
             before = read_any_json(self.file)
             if before["facts"] != facts:
-                raise SystemExit(f"{self.file} is of another search; name another folder")
+                raise UsageError(
+                    f"argument --out: {self.file} is of another search; name another folder"
+                )
             self.document = before
         options = {
             **{"popsize": facts["population"], "seed": facts["seed"], "verbose": -9},
             "CMA_stds": facts["scales"],
         }
+        import cma  # which nothing else here needs
+
         self.strategy = cma.CMAEvolutionStrategy(facts["begin"], facts["sigma"], options)
         for generation in self.document["generations"]:
             asked = np.array(self.strategy.ask())
             if not np.allclose(asked, generation["candidates"], rtol=0, atol=1e-9):
-                raise SystemExit(f"{self.file}: another version of cma asks otherwise")
+                raise UsageError(
+                    f"argument --out: this version of cma asks otherwise than that of {self.file}; "
+                    "name another folder"
+                )
             self._tell(asked, generation["scores"])
 
     def _tell(self, asked: Any, found: list[list[list[float]]]) -> None:
@@ -154,13 +161,16 @@ class Search:
 
 
 def row_of(file: str, name: str) -> dict[str, Any]:
-    """A row of a settings file; what is wrong with it ends the command."""
+    """A row of a settings file; UsageError says what is wrong with it."""
     rows = {row["name"]: row for row in read_settings(file)}
     if name not in rows:
-        raise SystemExit(f"--row: expected one of {', '.join(rows)}, got {name!r}")
-    if rows[name].get("warm_start") is None:
-        raise SystemExit(f"--row: expected one that starts warm, got {name!r}")
-    return rows[name]
+        raise UsageError(f"argument --row: expected one of {', '.join(rows)}, got {name!r}")
+    row = rows[name]
+    if row.get("warm_start") is None:
+        raise UsageError(f"argument --row: expected one that starts warm, got {name!r}")
+    if row.get("fitted") is not None:
+        raise UsageError(f"argument --row: expected one that is not fitted yet, got {name!r}")
+    return row
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,8 +191,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, metavar="N")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args(argv)
+    try:
+        return fit(args)
+    except UsageError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the last generation", file=sys.stderr)
+        return 130
+
+
+def fit(args: argparse.Namespace) -> int:
+    """The search, and its result written."""
     row = row_of(args.settings, args.row)
-    setting = setting_of({name: row.get(name) for name in row}, args.source)
+    setting = setting_of(row, args.source)
     begin = [0.0, 0.0, 0.0, setting.lead or 0.0]
     facts = {
         **{"policy": args.source, "sha256": weights_sha256(args.source), "row": row},
