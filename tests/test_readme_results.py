@@ -143,6 +143,7 @@ SWEEPS = [
     ("Fewer", "actions"),
     ("One and two passes", "lead"),
     ("With a lead, on 1,500", "lead_1500"),
+    ("Fitted by what", "closed_loop_fit"),
     ("With a tail", "pusht_corners_lead"),
     ("Another task", "metaworld"),
 ]
@@ -156,6 +157,29 @@ def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
     assert lines == frontier.sweep(document, success="of success" in lines[0]).splitlines()
     settings = json.loads((ROOT / "bench" / "frontier" / f"{kind}.json").read_text())
     assert [row["name"] for row in settings] == list(document["rows"])
+
+
+def test_what_fitting_in_closed_loop_gains() -> None:
+    text = read("results.md")
+    ended = results(text, "closed-loop-search")["generations"][-1]["mean"]
+    first, last, eps, lead = ended
+    said(
+        "results.md",
+        r"gains of (\S+) and (\S+), a factor of (\S+), a lead of (\S+)\. 500",
+        *(first, last, 1 + eps, lead),
+    )
+    document = results(text, "closed-loop-fit")
+    (pair,) = document["pairs"].values()
+    number = r"(\S+) \((\S+) to (\S+)"
+    said(
+        "results.md",
+        rf"over a lead alone\*\*: {number}, that pair alone\), success {number}\)\.",
+        *(x for one in pair.values() if isinstance(one, dict)
+          for x in (one["mean_difference"], *one["interval95"])),
+    )  # fmt: skip
+    beside = document["compared_with_lead"]["rows"]
+    losses = [-beside[name]["mean_difference"] for name in list(document["rows"])[:1:-1]]
+    said("results.md", r"with its own lead, (\S+) here and (\S+) unfitted", *losses)
 
 
 def test_what_a_tail_makes_up_for() -> None:
