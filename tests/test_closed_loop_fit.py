@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ WARM = Setting(
 
 
 def horizons(setting: Setting) -> Any:
-    """(2, horizon, action_dim): a cold chunk and a warm one, normalised; and the second's start."""
+    """(2, horizon, action_dim): a cold chunk and a warm one after it, normalised."""
     policy = closed_loop_fit.loaded("pusht", setting)
     policy.reset(seed=[3] * policy.lanes)
     obs = np.random.default_rng(0).uniform(100, 400, (policy.lanes, 2, 20)).astype(np.float32)
@@ -62,7 +61,7 @@ def test_the_output_s_factor_is_one_of_every_row() -> None:
 
 def test_a_lead_is_not_negative() -> None:
     assert closed_loop_fit.moved("pusht", WARM, {**NOTHING, "lead": -0.2}).lead == 0
-    assert closed_loop_fit.moved("pusht", replace(WARM), {**NOTHING, "lead": 0.2}).lead == 0.2
+    assert closed_loop_fit.moved("pusht", WARM, {**NOTHING, "lead": 0.2}).lead == 0.2
 
 
 @pytest.mark.parametrize(
