@@ -37,12 +37,16 @@ from tsad.setting import WORDS, Setting, steady_sha256
 
 if TYPE_CHECKING:
     from tsad import SparsePolicy
+    from tsad.config import PolicyConfig
     from tsad.fitted import Fitted
     from tsad.sim.recording import Recorded
-    from tsad.training.fit import FitSettings, FitTrainer, Windows
+    from tsad.training.fit import FitSettings
+    from tsad.training.targets import SettingTraining, Windows
 
 PLAN_FILE, SETTINGS_FILE, GUARD_FILE = "plan.npz", "settings.json", "guard.npz"
 MANY = 100
+MOST_HELD_OUT = 256  # chunks: they run at every report
+REPORT_EVERY, WEIGHTS_REPORT_EVERY = 25, 100  # a step of weights takes longer
 minutes = BUDGET_OPTIONS[0][1]
 
 DESCRIPTION = f"""\
@@ -65,6 +69,10 @@ command goes on.
 Where actions are recorded, too, a warm start begins where they led: best record the setting itself,
 with tsad.Recorder, or any with as many actions executed.
 
+--weights fits the policy's own weights instead, so that the setting ends where many steps do:
+another policy, in DIR, for this setting alone, with weights of the same size and speed. A warm
+start's comes closest to what many steps make of the same start. It takes an hour or more of a core.
+
 --guard makes a bound instead, for tsad.Guard and tsad eval --guard: how far an observation may be
 from what the one before and the actions in between lead to expect. --audit adds how far what a
 chunk computes may be from the values that this replaces, of the setting as it runs."""
@@ -77,17 +85,20 @@ examples:
       --plan 10000000 --out warm
   tsad fit pusht --data recorded --preset fast --updates 500 --out fast
   tsad fit pusht --data recorded --sampler ddim --steps 8 --warm-start 4 --updates 0 --out bias
+  tsad fit pusht --data recorded --sampler ddim --steps 16 --spacing trailing --warm-start 8 \\
+      --plan 10000000 --weights --against 16 --minutes 60 --out jump
+  tsad eval pusht --policy jump --settings jump/settings.json --out played --seeds 200
   tsad fit pusht --data recorded --out guard --guard
   tsad fit pusht --data recorded --out guard --guard --audit --preset one_pass
   tsad eval pusht --settings warm/settings.json --out played --seeds 200         then see"""
 
 OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("updates", natural, "steps of the gradient; 0: the sampler stays (default: 300)"),
-    ("minutes", minutes, "stop the gradient after so many"),
-    ("chunks", positive_int, "how many of the recorded chunks to fit on (default: 256)"),
-    ("draws", positive_int, "of noise for each, to average (default: 8)"),
-    ("batch", positive_int, "chunks per step (default: 32)"),
-    ("lr", number, "learning rate, relative to the coefficients (default: 1e-2)"),
+    ("updates", natural, "steps of the gradient; 0: the sampler stays (default: 300; 1000)"),
+    ("minutes", minutes, "stop the gradient after so many; of weights, alone, that long"),
+    ("chunks", positive_int, "how many of the recorded chunks to fit on (default: 256; 4096)"),
+    ("draws", positive_int, "of noise for each, to average, or to learn (default: 8; 2)"),
+    ("batch", positive_int, "chunks per step (default: 32; 64)"),
+    ("lr", number, "learning rate, of coefficients relative to them (default: 1e-2; 1e-4)"),
     ("val-episodes", natural, "held out: the last ones (default: a fifth)"),
     ("seed", natural, "of what is random (default: 0)"),
 )
@@ -115,7 +126,15 @@ def add_parser(subparsers: Any) -> None:
     choice.add_argument("--sparsity", type=sparsity, metavar="S", help="share not computed")
     add_warm_start(choice)
     add_policy_options(parser)
-    group = parser.add_argument_group("the fit", argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group(
+        "the fit (defaults: of coefficients; of weights)", argument_default=argparse.SUPPRESS
+    )
+    group.add_argument(
+        "--weights",
+        action="store_true",
+        default=False,
+        help="fit the policy's weights instead; DIR is then a policy, for this setting",
+    )
     group.add_argument(
         "--against",
         type=positive_int,
@@ -150,7 +169,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="Q",
         help=f"of recorded chunks that are let pass (default: {QUANTILE})",
     )
-    parser.set_defaults(run=run, report_every=25)
+    parser.set_defaults(run=run, report_every=REPORT_EVERY)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -164,12 +183,14 @@ def run(args: argparse.Namespace) -> int:
     torch = require("torch", extra="train", purpose="tsad fit")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.weights:
+        args.report_every = WEIGHTS_REPORT_EVERY
     setting = setting_of(vars(args), args.source)
     trainer, fitted = fit_setting(args, setting, _settings(args), out)
     bare = replace(setting, lead=None, smoothing=None, fitted=None)
-    rows = _rows(bare, out, trainer)
+    rows = _rows(bare, out, trainer, weights=args.weights)
     write_json(out / SETTINGS_FILE, rows)
-    measured = fitted.measured
+    measured = fitted.provenance["fitted"] if args.weights else fitted.measured
     if args.json:
         print(json.dumps({"out": str(out), **measured}))
         return 0
@@ -181,28 +202,30 @@ def run(args: argparse.Namespace) -> int:
             f"with gain and shift {measured['move_after']:.3f}; their means are apart by "
             f"{measured['mean_off_before']:.4f} and {measured['mean_off_after']:.4f}"
         )
-    print(f"play both: tsad eval SIMULATOR --settings {out / SETTINGS_FILE} --out DIR")
+    policy, what = (f" --policy {out}", "it") if args.weights else ("", "both")
+    print(f"play {what}: tsad eval SIMULATOR{policy} --settings {out / SETTINGS_FILE} --out DIR")
     return 0
 
 
 def fit_setting(
     args: argparse.Namespace, setting: Setting, settings: FitSettings, out: Path
-) -> tuple[FitTrainer, Fitted]:
+) -> tuple[SettingTraining, Any]:
     """Fit one setting of ``args.source`` on ``args.data`` into a folder, or go on with it there."""
     bare = replace(setting, lead=None, smoothing=None, fitted=None)
     trainer = _trainer(args, bare, settings, out)
     _prepare(trainer)
     if trainer.state_there:
         trainer.resume()
-    fitted: Fitted = fit(trainer, args, ["the", "same", "command"])
+    fitted: Fitted | PolicyConfig = fit(trainer, args, ["the", "same", "command"])
     return trainer, fitted
 
 
 def _trainer(
     args: argparse.Namespace, setting: Setting, settings: FitSettings, out: Path
-) -> FitTrainer:
+) -> SettingTraining:
     from tsad.load import read_policy, weights_sha256
     from tsad.training.fit import FitTrainer
+    from tsad.training.weights import WeightSettings, WeightTrainer
 
     policy = load_policy(args.source, args, name="POLICY", lanes=1, setting=setting)
     configure(policy, setting)
@@ -218,7 +241,8 @@ def _trainer(
             f"argument --val-episodes: got {asked}, expected 0 to {len(episodes) - 1}: --data has "
             f"{len(episodes)} episodes, and one is to fit on"
         )
-    parts = (episodes[:split], settings.chunks), (episodes[split:], max(settings.chunks // 4, 8))
+    probe = min(max(settings.chunks // 4, 8), MOST_HELD_OUT)
+    parts = (episodes[:split], settings.chunks), (episodes[split:], probe)
     windows, held_out = (_windows(args, policy, *part, settings.seed) for part in parts)
     facts = policy_facts(policy, args.source) | {
         "model_sha256": weights_sha256(args.source),
@@ -229,10 +253,11 @@ def _trainer(
         "against": many.model.n_steps,
         "data": [episode.name for episode in episodes],
     }
+    kind: type[SettingTraining] = FitTrainer
+    if isinstance(settings, WeightSettings):
+        kind, facts["fitted"] = WeightTrainer, "weights"
     with named(NAMES, "POLICY", steps="--updates", plan="--plan", data="--data"):
-        return FitTrainer(
-            (config, tensors), policy, many, windows, held_out, out, settings, facts=facts
-        )
+        return kind((config, tensors), policy, many, windows, held_out, out, settings, facts=facts)
 
 
 def _guard(args: argparse.Namespace, out: Path) -> int:
@@ -270,13 +295,16 @@ def _guard(args: argparse.Namespace, out: Path) -> int:
 
 def _settings(args: argparse.Namespace) -> FitSettings:
     from tsad.training.fit import FitSettings
+    from tsad.training.weights import WeightSettings
 
     keys = {name: name.replace("-", "_") for name in NAMES}
     found = {key: getattr(args, key) for key in keys.values() if hasattr(args, key)}
     if "updates" in found:
         found["steps"] = found.pop("updates")
+    elif args.weights and "minutes" in found:
+        found["steps"] = None  # by the clock alone
     with named(NAMES, "POLICY", steps="--updates"):
-        return FitSettings(**found)
+        return (WeightSettings if args.weights else FitSettings)(**found)
 
 
 def _many(args: argparse.Namespace, policy: SparsePolicy) -> SparsePolicy:
@@ -311,7 +339,7 @@ def _windows(
     whole: bool = False,
 ) -> Windows:
     from tsad.sim import recording
-    from tsad.training.fit import WINDOW
+    from tsad.training.targets import WINDOW
 
     folder, found = Path(args.data), []
     length = max(len(episode.obs) for episode in episodes) if whole else WINDOW
@@ -325,7 +353,7 @@ def _windows(
     return found
 
 
-def _prepare(trainer: FitTrainer) -> None:
+def _prepare(trainer: SettingTraining) -> None:
     from tsad.training.running import InterruptedTrainingError
 
     with Progress(trainer.measured_chunks, "many steps", unit="chunks") as progress:
@@ -339,8 +367,10 @@ def _prepare(trainer: FitTrainer) -> None:
             ) from None
 
 
-def _rows(setting: Setting, out: Path, trainer: FitTrainer) -> list[dict[str, Any]]:
-    """The setting as it is, and fitted, for --settings."""
+def _rows(
+    setting: Setting, out: Path, trainer: SettingTraining, *, weights: bool
+) -> list[dict[str, Any]]:
+    """The setting as it is, and fitted, for --settings; by fitted weights as it is."""
     values = setting.alone(trainer.policy).to_dict()
     row = {WORDS.get(name, name): value for name, value in values.items()}
     if setting.plan is not None:
@@ -348,4 +378,6 @@ def _rows(setting: Setting, out: Path, trainer: FitTrainer) -> list[dict[str, An
         write_atomically(out / PLAN_FILE, trainer.policy._plans[0].write)
         if not isinstance(setting.plan, Path) and is_mask(str(setting.plan)):
             row["plan"] = str(setting.plan)
+    if weights:
+        return [{"name": "fitted-weights", **row}]
     return [{"name": "plain", **row}, {"name": "fitted", **row, "fitted": "fitted.json"}]

@@ -9,6 +9,8 @@ from tsad.checkpoint import MODEL_FILE
 from tsad.config import PolicyConfig
 from tsad.families import describe
 
+CARD_FILE = "README.md"
+
 _SETTINGS = {
     "batch": "batch",
     "lr": "learning rate",
@@ -90,6 +92,47 @@ def model_card(name: str, config: PolicyConfig, *, held_out: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def fitted_card(name: str, config: PolicyConfig) -> str:
+    """README.md of a folder of ``tsad fit --weights``; facts are in ``config.provenance``."""
+    fitted: Mapping[str, Any] = config.provenance["fitted"]
+    setting = {k: v for k, v in fitted["setting"].items() if v is not None}
+    words = ", ".join(f"{key}={value!r}" for key, value in setting.items())
+    before, after = fitted["mean_rms"]
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            "A policy for tsad, made by `tsad fit --weights`: weights of another, SHA-256 "
+            f"`{fitted['from']}`, fitted to end where many steps of that policy end, run by "
+            f"`tsad.load(folder, {words})` along the plan of `settings.json`.",
+            "",
+            *_table(
+                [
+                    ("", ""),
+                    ("network", describe(config.network)),
+                    (f"SHA-256 of `{MODEL_FILE}`", f"`{config.provenance['sha256'][MODEL_FILE]}`"),
+                    ("many steps", str(fitted["against"])),
+                    ("chunks with their noise", "{}, {} held out".format(*fitted["chunks"])),
+                    (
+                        "error of executed actions, held out, of their normalised range -1 to 1",
+                        f"{before:.4f} before, {after:.4f} after",
+                    ),
+                    ("step", f"{fitted['step']:,}"),
+                    ("fitted in", f"{fitted['seconds'] / 60:.0f} minutes on {fitted['hardware']}"),
+                ]
+            ),
+            "",
+            "## What it can't do",
+            "",
+            "- What is known of the policy that it was made from is not known of this one, and by",
+            "  any other setting, many steps included, it may do something else.",
+            "- The error above isn't success in closed loop, which isn't measured here "
+            "(`tsad eval`).",
+            "",
+        ]
+    )
 
 
 def _warm(training: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> list[str]:

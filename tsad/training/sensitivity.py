@@ -68,6 +68,14 @@ class Twin:
         self._w = {name: np.array(tensor, self._numpy) for name, tensor in tensors.items()}
         self._traced = {name: Traced(torch.from_numpy(w)) for name, w in self._w.items()}
 
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors that steps run by, by name."""
+        return {name: traced.tensor for name, traced in self._traced.items()}
+
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        """Let steps run by these; what conditions them is encoded by the policy's own."""
+        self._traced = {name: Traced(weight) for name, weight in weights.items()}
+
     def condition(self, obs: NDArray[Any], k: int) -> NDArray[Any]:
         """What conditions step ``k``, (C, ...), of raw observations (C, n_obs_steps, obs_dim)."""
         normalised = self.config.normalizer.obs.normalise(obs, np.float64).astype(self._numpy)

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tsad.checkpoint import network_tensors, read_folder, write_folder
 from tsad.config import NetworkConfig, NormalizerConfig, PolicyConfig, SchedulerConfig, block_costs
 from tsad.files import write_atomically
-from tsad.training.card import model_card
+from tsad.training.card import CARD_FILE, model_card
 from tsad.training.data import (
     DataError,
     Demonstrations,
@@ -47,7 +47,6 @@ from tsad.training.running import (
 )
 from tsad.training.warm import STEPS, WarmStarts, before_windows, spread
 
-CARD_FILE = "README.md"
 NOISE_BINS = 5
 PRECISIONS = ("auto", "float32", "bfloat16")
 _PROBE_WINDOWS = 512
