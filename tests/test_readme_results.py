@@ -379,6 +379,14 @@ def test_rules_beside_evenly_spaced_steps() -> None:
         [row["score"]["mean"], row["success"]["mean"], row["passes"]]
         for row in (rows[f"warm-8-{x}"] for x in ("row-0", "rows-0-4", "every-3", "share-0.33"))
     )
+    often = pairs["ddpm-100-fbcache-0.4 to ddpm-100-even-24"]["success"]
+    said(
+        "results.md",
+        r"succeeds more often, (\S+) \((\S+) to (\S+)\); eight steps",
+        often["mean_difference"],
+        *often["interval95"],
+    )
+    assert rows["ddim-16-even-8"]["score"]["mean"] > rows["ddpm-100-even-24"]["score"]["mean"]
     turns = pairs["warm-8-every-3 to warm-8-share-0.33"]
     said(
         "results.md",
