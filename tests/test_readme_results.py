@@ -1,4 +1,4 @@
-"""The figures of docs/results.md are the committed ones."""
+"""The figures of docs/results.md, adaptation.md and fitting.md are the committed ones."""
 
 from __future__ import annotations
 
@@ -139,19 +139,20 @@ def test_sentences_about_the_frontier() -> None:
 
 
 SWEEPS = [
-    ("More seeds", "headline"),
-    ("Fewer", "actions"),
-    ("One and two passes", "lead"),
-    ("With a lead, on 1,500", "lead_1500"),
-    ("Fitted by what", "closed_loop_fit"),
-    ("With a tail", "pusht_corners_lead"),
-    ("Another task", "metaworld"),
+    ("results.md", "More seeds", "headline"),
+    ("results.md", "Fewer", "actions"),
+    ("results.md", "One and two passes", "lead"),
+    ("results.md", "With a lead, on 1,500", "lead_1500"),
+    ("results.md", "With a tail", "pusht_corners_lead"),
+    ("results.md", "Another task", "metaworld"),
+    ("fitting.md", "The sampler", "fitted"),
+    ("fitting.md", "Fitted by what", "closed_loop_fit"),
 ]
 
 
-@pytest.mark.parametrize(("section", "kind"), SWEEPS)
-def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
-    text = read("results.md").partition(f"## {section}")[2].partition("\n## ")[0]
+@pytest.mark.parametrize(("page", "section", "kind"), SWEEPS)
+def test_the_sweeps_are_the_committed_ones(page: str, section: str, kind: str) -> None:
+    text = read(page).partition(f"## {section}")[2].partition("\n## ")[0]
     document = results(text, kind.replace("_", "-"))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines == frontier.sweep(document, success="of success" in lines[0]).splitlines()
@@ -160,11 +161,11 @@ def test_the_sweeps_are_the_committed_ones(section: str, kind: str) -> None:
 
 
 def test_what_fitting_in_closed_loop_gains() -> None:
-    text = read("results.md")
+    text = read("fitting.md")
     ended = results(text, "closed-loop-search")["generations"][-1]["mean"]
     first, last, eps, lead = ended
     said(
-        "results.md",
+        "fitting.md",
         r"gains of (\S+) and (\S+), a factor of (\S+), a lead of (\S+)\. 500",
         *(first, last, 1 + eps, lead),
     )
@@ -172,14 +173,14 @@ def test_what_fitting_in_closed_loop_gains() -> None:
     (pair,) = document["pairs"].values()
     number = r"(\S+) \((\S+) to (\S+)"
     said(
-        "results.md",
+        "fitting.md",
         rf"over a lead alone\*\*: {number}, that pair alone\), success {number}\)\.",
         *(x for one in pair.values() if isinstance(one, dict)
           for x in (one["mean_difference"], *one["interval95"])),
     )  # fmt: skip
     beside = document["compared_with_lead"]["rows"]
     losses = [-beside[name]["mean_difference"] for name in list(document["rows"])[:1:-1]]
-    said("results.md", r"with its own lead, (\S+) here and (\S+) unfitted", *losses)
+    said("fitting.md", r"with its own lead, (\S+) here and (\S+) unfitted", *losses)
 
 
 def test_what_a_tail_makes_up_for() -> None:
@@ -204,7 +205,7 @@ def test_what_a_tail_makes_up_for() -> None:
 
 def test_a_fine_tune_on_warm_starts() -> None:
     document = json.loads((RESULTS / "2026-11-30-pusht-warm-tuned-200.json").read_text())
-    text = read("results.md").partition("| fine-tuned | passes")[2].partition("\n\n")[0]
+    text = read("fitting.md").partition("| fine-tuned | passes")[2].partition("\n\n")[0]
     for line, (name, row) in zip(text.splitlines()[2:], document["rows"].items(), strict=True):
         pair = document["pairs"][f"{name} to ../played-pusht/{name}"]
         cells = [f"{row['passes']:.0f}"]
@@ -217,7 +218,7 @@ def test_a_fine_tune_on_warm_starts() -> None:
 
 def test_three_trainings_of_a_pruner() -> None:
     document = json.loads((RESULTS / "2026-11-30-pusht-pruner-three.json").read_text())
-    text = read("results.md").partition("| rule | left out | seed 0")[2].partition("\n\n")[0]
+    text = read("adaptation.md").partition("| rule | left out | seed 0")[2].partition("\n\n")[0]
     lines = text.splitlines()[2:]
     assert len(lines) == 8
     for line in lines:
@@ -232,8 +233,8 @@ def test_three_trainings_of_a_pruner() -> None:
 
 
 def test_what_more_episodes_teach_a_pruner() -> None:
-    document = results(read("results.md"), "pruner-episodes")
-    table = rows(read("results.md"), "learned from | R2 |")
+    document = results(read("adaptation.md"), "pruner-episodes")
+    table = rows(read("adaptation.md"), "learned from | R2 |")
     assert [row[0] for row in table] == list(document["95%"]) == list(document["90%"])
 
     def found(level: str, episodes: str, rule: str) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def test_what_more_episodes_teach_a_pruner() -> None:
                 == f"{row['rms']:.4f}, {100 * row['beside']:+.0f} % ({low:+.0f} to {high:+.0f})"
             )
     said(
-        "results.md",
+        "adaptation.md",
         r"what five of them teach costs (\S+) % at 95 %, .* \((\S+) at 95 %, (\S+) at 90 %\) in "
         r".* choices cost (\S+) and (\S+) % \(seed 0\)\. Hindsight would gain (\S+) and (\S+) %\.",
         100 * found("95%", "5 episodes", "own")["beside"],
@@ -264,9 +265,9 @@ def test_what_more_episodes_teach_a_pruner() -> None:
 
 
 def test_straight_through_gates() -> None:
-    document = results(read("results.md"), "pruner-gates")
+    document = results(read("adaptation.md"), "pruner-gates")
     table = rows(
-        read("results.md"), "rule | RMS at 95 % | beside mean | RMS at 90 % | beside mean |"
+        read("adaptation.md"), "rule | RMS at 95 % | beside mean | RMS at 90 % | beside mean |"
     )
     assert len(table) == 4
     for rule, *cells in table:
@@ -278,7 +279,7 @@ def test_straight_through_gates() -> None:
             assert (error, gain) == (f"{row['rms']:.4f}", "" if name == "mean" else beside)
     slow, fast = (document["curves"][rate] for rate in ("1e-4", "1e-3"))
     said(
-        "results.md",
+        "adaptation.md",
         r"the table's (\S+) to (\S+)\. At ten .* (\S+) after (\d+) steps and (\S+) after (\d+):",
         document["training"]["table"]["val_error"],
         slow[-1]["val_error"],
@@ -291,9 +292,9 @@ def test_straight_through_gates() -> None:
     [("inputs", "inputs | 5 episodes | 13"), ("inputs-100", "inputs | 5 episodes | 20")],
 )
 def test_what_further_inputs_foresee(file: str, head: str) -> None:
-    document = results(read("results.md"), f"pusht-pruner-{file}")
+    document = results(read("adaptation.md"), f"pusht-pruner-{file}")
     sets = list(dict.fromkeys(row["inputs"] for row in document["rows"]))
-    table = rows(read("results.md"), head)
+    table = rows(read("adaptation.md"), head)
     assert len(table) == len(sets) == 6
     for (_, *cells), name in zip(table, sets, strict=True):
         found = [row["r2"] for row in document["rows"] if row["inputs"] == name]
@@ -315,7 +316,7 @@ def test_what_looking_gains_in_closed_loop(
 ) -> None:
     """The tables are those of the committed results."""
     rows = json.loads((RESULTS / f"2026-11-30-pusht-{kind}-loop.json").read_text())["summary"]
-    text = read("results.md").partition(head)[2].partition("\n\n")[0]
+    text = read("adaptation.md").partition(head)[2].partition("\n\n")[0]
     lines = text.splitlines()[2:]
     for line, row in zip(lines, rows[level].values(), strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -340,19 +341,19 @@ def test_choosing_chunks_beside_as_many_at_random() -> None:
     found = [document[level]["random"]["pruner_less_this_score"] for level in ("1.33", "2.00")]
     number = r"(\S+) \((\S+) to (\S+)\)"
     said(
-        "results.md",
+        "adaptation.md",
         rf"as many at random it is {number} at 1\.33 passes and {number} at 2,",
         *(value for one in found for value in (one["mean_difference"], *one["simultaneous"])),
     )
     most = document["2.00"]["10001000"]["score"]
-    said("results.md", r"two passes for every chunk score most of all, (\S+)\. After", most)
+    said("adaptation.md", r"two passes for every chunk score most of all, (\S+)\. After", most)
 
 
 def test_rules_beside_evenly_spaced_steps() -> None:
     """The table is that of the committed results, a row for each pair."""
     document = json.loads((RESULTS / "2026-11-30-pusht-rules.json").read_text())
     rows, pairs = document["rows"], document["pairs"]
-    text = read("results.md").partition("**In closed loop** each rule")[2].partition("\n## ")[0]
+    text = read("adaptation.md").partition("**In closed loop** each rule")[2].partition("\n## ")[0]
     lines = [line for line in text.splitlines() if line.startswith("| DD")]
     names = {"first-block cache": "fbcache", "TeaCache": "teacache"}
     for line in lines:
@@ -374,14 +375,14 @@ def test_rules_beside_evenly_spaced_steps() -> None:
     lost = [pairs[pair]["score"] for pair in pairs if not pair.startswith("warm")]
     worse = sorted(-row["mean_difference"] for row in lost if row["interval95"][1] < 0)
     assert len(worse) == 5 and not any(row["interval95"][0] > 0 for row in lost)
-    said("results.md", r"five of seven lose (\S+) to (\S+)\*\*", worse[0], worse[-1])
+    said("adaptation.md", r"five of seven lose (\S+) to (\S+)\*\*", worse[0], worse[-1])
     one, two, every, share = (
         [row["score"]["mean"], row["success"]["mean"], row["passes"]]
         for row in (rows[f"warm-8-{x}"] for x in ("row-0", "rows-0-4", "every-3", "share-0.33"))
     )
     often = pairs["ddpm-100-fbcache-0.4 to ddpm-100-even-24"]["success"]
     said(
-        "results.md",
+        "adaptation.md",
         r"succeeds more often, (\S+) \((\S+) to (\S+)\); eight steps",
         often["mean_difference"],
         *often["interval95"],
@@ -389,7 +390,7 @@ def test_rules_beside_evenly_spaced_steps() -> None:
     assert rows["ddim-16-even-8"]["score"]["mean"] > rows["ddpm-100-even-24"]["score"]["mean"]
     turns = pairs["warm-8-every-3 to warm-8-share-0.33"]
     said(
-        "results.md",
+        "adaptation.md",
         r"One warm pass has (\S+) \(success (\S+)\), two (\S+) \((\S+)\), every third .* "
         r"two (\S+) \((\S+)\) at (\S+) passes, a third of them at random (\S+) \((\S+)\) at (\S+): "
         r"every third scores (\S+) less than at random \((\S+) to (\S+)\) and .* often, (\S+) "
@@ -418,7 +419,7 @@ def test_what_the_audit_of_a_guard_sees() -> None:
             parts.append(f"{row['false']:.1%}")
         return re.sub(" +", " ", "| " + " | ".join(parts) + " |")
 
-    text = read("results.md").partition("**Does the audit see more?**")[2]
+    text = read("adaptation.md").partition("**Does the audit see more?**")[2]
     lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert [re.sub(" +", " ", line) for line in lines] == [cells(kind) for kind in document["rows"]]
 
