@@ -158,6 +158,8 @@ def test_it_goes_on_where_it_stopped(
         (["--updates", "0"], "argument --updates: expected at least 1 to fit weights, got 0"),
         (["--terms", "gain"], "argument --terms: got 'gain', expected none"),
         (["--draws", "0"], "argument --draws: "),
+        ([], "argument --weights: got a setting that computes all of its 4 steps"),
+        (["--warm-start", "3"], "argument --weights: got a setting that computes all"),
         (["--planner", "pruner"], "argument "),
     ],
 )

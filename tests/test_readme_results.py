@@ -277,6 +277,7 @@ def test_what_fitted_weights_lose() -> None:
     said("fitting.md", r"eight steps \((\S+), (\S+) to (\S+)\)", *found[0])
     said("fitting.md", r"two passes \((\S+), (\S+) to (\S+)\)", *found[10])
     assert found[11][1] > 0  # succeeds more often than these
+    said("plans.md", r"scores (\S+) and (\S+) more, and", pairs("pusht")[6][0], found[4][0])
     said("fitting.md", rf"than eight steps, {n}, with leads for both {n}\.", *found[1], *found[7])
     corners = results(text, "pusht-corners-fitted-weights")["rows"]["ddim-2-trailing-warm-1"]
     others = results(read("results.md"), "pusht-corners-lead")["rows"]["ddim-8"]

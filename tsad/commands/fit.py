@@ -253,6 +253,11 @@ def _trainer(
         "against": many.model.n_steps,
         "data": [episode.name for episode in episodes],
     }
+    if isinstance(settings, WeightSettings) and _same_steps(policy, many):
+        raise UsageError(
+            f"argument --weights: got a setting that computes all of its {many.model.n_steps} "
+            "steps, which are what it would learn from, expected less: --steps, --plan"
+        )
     kind: type[SettingTraining] = FitTrainer
     if isinstance(settings, WeightSettings):
         kind, facts["fitted"] = WeightTrainer, "weights"
@@ -327,6 +332,13 @@ def _many(args: argparse.Namespace, policy: SparsePolicy) -> SparsePolicy:
         timestep_spacing=None if kind in FLOWS else scheduler["timestep_spacing"],
     )
     return load_policy(args.source, args, name="--against", lanes=8, setting=setting)
+
+
+def _same_steps(policy: SparsePolicy, many: SparsePolicy) -> bool:
+    """Whether a setting is dense, in the steps of another."""
+    words = ("type", "num_inference_steps", "timestep_spacing")
+    alike = all(policy.config["scheduler"][w] == many.config["scheduler"][w] for w in words)
+    return alike and policy.sparsity == 0
 
 
 def _windows(
