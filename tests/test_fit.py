@@ -287,6 +287,8 @@ def test_a_fit_goes_on_where_it_stopped(
     capsys: Any, tmp_path: Path, data: str, monkeypatch: Any
 ) -> None:
     pytest.importorskip("torch", reason="pip install 'tsad-policy[test]'")
+    from tsad.training.running import load_state, save_state
+
     folder, files = save_policy(tmp_path / "p"), []
     for name in ("apart", "at once"):
         words = ["fit", folder, "--data", data, "--out", str(tmp_path / name), *FEW]
@@ -300,6 +302,12 @@ def test_a_fit_goes_on_where_it_stopped(
     assert files[0].coefficients == files[1].coefficients and files[0].shift == files[1].shift
     code, _, err = run(capsys, *words, "--seed", "1")
     assert code == 2 and "argument --out" in err and "seed: the file has 0, this run 1" in err
+    path = tmp_path / "at once" / "training.pt"
+    state = load_state(path.parent)
+    del state["parameters"]  # as of a version that called them otherwise
+    save_state(path, state)
+    code, _, err = run(capsys, *words)
+    assert code == 2 and "argument --out" in err and "holds a fit of an earlier version" in err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     words[words.index("--out") + 1] = str(tmp_path / "other")

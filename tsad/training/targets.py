@@ -192,6 +192,10 @@ class SettingTraining(Training[FitReport]):
                 raise ValueError(f"{self.out} is not empty and holds no fit; name another folder")
             return
         state = load_state(self.out)
+        if "parameters" not in state:
+            raise ValueError(
+                f"{self.out} holds a fit of an earlier version of tsad; name another folder"
+            )
         free = {"steps": None, "minutes": None}
         before, now = (
             {**facts, "settings": {**dict(settings), **free}}
@@ -415,10 +419,6 @@ class SettingTraining(Training[FitReport]):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of the same facts."""
-        if "parameters" not in state:
-            raise ValueError(
-                f"{self.out} holds a fit of an earlier version of tsad; name another folder"
-            )
         with torch.no_grad():
             for mine, its in zip(self.parameters, state["parameters"], strict=True):
                 mine.copy_(its)
