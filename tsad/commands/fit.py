@@ -70,8 +70,9 @@ Where actions are recorded, too, a warm start begins where they led: best record
 with tsad.Recorder, or any with as many actions executed.
 
 --weights fits the policy's own weights instead, so that the setting ends where many steps do:
-another policy, in DIR, for this setting alone, with weights of the same size and speed. A warm
-start's comes closest to what many steps make of the same start. It takes an hour or more of a core.
+another policy, in DIR, for this setting alone, of the same size and speed. It takes half an hour or
+so of a core, and more of what is recorded than the rest: a hundred episodes, say. A preset's lead,
+smoothing and fitted numbers are no part of it: DIR/settings.json is without, and may be given them.
 
 --guard makes a bound instead, for tsad.Guard and tsad eval --guard: how far an observation may be
 from what the one before and the actions in between lead to expect. --audit adds how far what a
@@ -178,6 +179,10 @@ def run(args: argparse.Namespace) -> int:
 
     with argument("--out"):
         out = output_folder(args.out)
+    if args.only_guard and args.weights:
+        raise UsageError("argument --weights: got it beside --guard, expected one of the two")
+    if args.audit and not args.only_guard:
+        raise UsageError("argument --audit: expected --guard beside it, whose bound it is")
     if args.only_guard:
         return _guard(args, out)
     torch = require("torch", extra="train", purpose="tsad fit")
@@ -195,7 +200,13 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"out": str(out), **measured}))
         return 0
     before, after = measured["mean_rms"]
-    print(f"{out}: error of held-out chunks {before:.4f} before, {after:.4f} after")
+    probe = "held-out chunks" if measured["held_out"] else "the chunks that were fitted on"
+    print(f"{out}: error of {probe} {before:.4f} before, {after:.4f} after")
+    if args.weights and not measured["step"]:
+        print(
+            "nothing was learned: no report was better, and the weights are those of POLICY; "
+            "give more --updates, or another --lr, in another folder"
+        )
     if "move_before" in measured:
         print(
             f"of the move that many steps make on average it makes {measured['move_before']:.3f}, "
@@ -326,6 +337,11 @@ def _many(args: argparse.Namespace, policy: SparsePolicy) -> SparsePolicy:
         steps = scheduler["num_inference_steps"]
     elif kind not in FLOWS:
         kind = "ddim"
+    if steps < scheduler["num_inference_steps"]:
+        raise UsageError(
+            f"argument --against: got {steps}, expected at least the setting's own "
+            f"{scheduler['num_inference_steps']} steps, of which less is computed"
+        )
     setting = Setting(
         sampler=kind,
         num_inference_steps=steps,

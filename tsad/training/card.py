@@ -100,13 +100,14 @@ def fitted_card(name: str, config: PolicyConfig) -> str:
     setting = {k: v for k, v in fitted["setting"].items() if v is not None}
     words = ", ".join(f"{key}={value!r}" for key, value in setting.items())
     before, after = fitted["mean_rms"]
+    probe = "held out" if fitted["held_out"] else "of those that were fitted on"
     return "\n".join(
         [
             f"# {name}",
             "",
             "A policy for tsad, made by `tsad fit --weights`: weights of another, SHA-256 "
             f"`{fitted['from']}`, fitted to end where many steps of that policy end, run by "
-            f"`tsad.load(folder, {words})` along the plan of `settings.json`.",
+            f"`tsad.load(folder, {words})` as `settings.json` has it.",
             "",
             *_table(
                 [
@@ -114,9 +115,10 @@ def fitted_card(name: str, config: PolicyConfig) -> str:
                     ("network", describe(config.network)),
                     (f"SHA-256 of `{MODEL_FILE}`", f"`{config.provenance['sha256'][MODEL_FILE]}`"),
                     ("many steps", str(fitted["against"])),
-                    ("chunks with their noise", "{}, {} held out".format(*fitted["chunks"])),
+                    ("chunks with their noise", f"{fitted['chunks'][0]}"),
                     (
-                        "error of executed actions, held out, of their normalised range -1 to 1",
+                        f"error of executed actions, {fitted['chunks'][1]} chunks {probe}, of "
+                        "their normalised range -1 to 1",
                         f"{before:.4f} before, {after:.4f} after",
                     ),
                     ("step", f"{fitted['step']:,}"),

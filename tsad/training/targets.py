@@ -192,6 +192,8 @@ class SettingTraining(Training[FitReport]):
                 raise ValueError(f"{self.out} is not empty and holds no fit; name another folder")
             return
         state = load_state(self.out)
+        if "facts" not in state:
+            raise ValueError(f"{self.out} holds another training, no fit; name another folder")
         if "parameters" not in state:
             raise ValueError(
                 f"{self.out} holds a fit of an earlier version of tsad; name another folder"
@@ -271,7 +273,8 @@ class SettingTraining(Training[FitReport]):
             )
         self.data = {name: value[:n] for name, value in data.items()}
         rest = {name: value[n:] for name, value in data.items()}
-        self.probe = rest if len(rest["obs"]) else {k: v[:64] for k, v in self.data.items()}
+        self.probe_is_held_out = len(rest["obs"]) > 0
+        self.probe = rest if self.probe_is_held_out else {k: v[:64] for k, v in self.data.items()}
         self.ready = True
         self.begun = self._errors(self.probe, self._numbers())
 
@@ -432,6 +435,7 @@ class SettingTraining(Training[FitReport]):
         after = self._errors(self.probe, self.best)
         return {
             "chunks": [len(self.data["obs"]), len(self.probe["obs"])],
+            "held_out": self.probe_is_held_out,
             "mean_rms": [self.begun[0], after[0]],
             "rms": [self.begun[1], after[1]],
             "step": self.best_step,

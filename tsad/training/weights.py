@@ -61,6 +61,7 @@ class WeightTrainer(SettingTraining):
         super().__init__(*args, **options)
         weights = self.twin.weights()
         self._names = list(weights)
+        self._first = list(weights.values())
         self.parameters = tuple(weight.clone().requires_grad_() for weight in weights.values())
         self._average = [weight.detach().clone() for weight in weights.values()]
         s = self.settings
@@ -118,6 +119,10 @@ class WeightTrainer(SettingTraining):
         The configuration's ``provenance["fitted"]`` says what was fitted and measured.
         """
         folder = folder or self.out
+        # the numbers that the policy itself is kept in; what is measured is what is kept
+        half = all(torch.equal(w, w.half().float()) for w in self._first)
+        if half:
+            self.best = tuple(weight.half().float() for weight in self.best)
         config: PolicyConfig = self.twin.config
         old = config.provenance
         measured = self._measured() | {
@@ -130,12 +135,15 @@ class WeightTrainer(SettingTraining):
             "num_inference_steps": scheduler["num_inference_steps"],
             "timestep_spacing": scheduler["timestep_spacing"],
             "warm_start": self.policy.warm_start,
+            "precision": self.facts["precision"],
         }
         provenance = {name: old[name] for name in KEPT if name in old} | {
             "fitted": {"from": self.facts["model_sha256"], "setting": setting, **measured}
         }
         config = replace(config, pruner=None, provenance=provenance)
         weights = dict(zip(self._names, self.best, strict=True))
-        config = write_folder(folder, config, {name: w.numpy() for name, w in weights.items()})
+        dtype = "float16" if half else "float32"
+        tensors = {name: weight.numpy() for name, weight in weights.items()}
+        config = write_folder(folder, config, tensors, dtype=dtype)
         write_atomically(folder / CARD_FILE, fitted_card(folder.resolve().name, config).encode())
         return config
