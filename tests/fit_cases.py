@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from command_line import run
 
+from tsad.sim.rollout import noise_seed
+
 
 def slow_episodes(folder: Path) -> str:
     """Five episodes of five successive chunks, which move slowly, for the case "tiny"."""
@@ -17,6 +19,20 @@ def slow_episodes(folder: Path) -> str:
     steps = random.normal(size=(5, 5, 3, 6)).cumsum(1).astype(np.float32) / 3
     np.savez(folder / "data.npz", obs=steps.reshape(25, 3, 6), episode_ends=np.arange(5, 26, 5))
     return str(folder / "data.npz")
+
+
+def last_error(policy: Any, many: Any, data: str) -> float:
+    """The mean over the last episode's chunks, each a first one, of executed actions' RMS error."""
+    obs = np.load(data)["obs"][20:]
+    random = np.random.default_rng(noise_seed(4))
+    noise = random.standard_normal((5, 1, many.horizon, many.action_dim), np.float32)
+    scale, errors = np.array(many.config["normalizer"]["action"]["scale"]), []
+    for seen, z in zip(obs, noise, strict=True):
+        many.reset()
+        policy.reset()
+        apart = (policy(seen, noise=z) - many(seen, noise=z)) * scale
+        errors.append(np.sqrt((apart.astype(np.float64) ** 2).mean()))
+    return float(np.mean(errors))
 
 
 def fit_stopped(capsys: Any, monkeypatch: Any, words: list[str], stop: int) -> str:

@@ -12,7 +12,7 @@ import cases
 import numpy as np
 import pytest
 from command_line import run
-from fit_cases import fit_stopped, slow_episodes
+from fit_cases import fit_stopped, last_error, slow_episodes
 from policies import make_policy, noises, observations, save_policy
 
 import tsad
@@ -266,21 +266,11 @@ def test_a_fit_lowers_what_a_plan_loses(capsys: Any, tmp_path: Path, data: str) 
     rows = json.loads((out / "settings.json").read_text())
     options = {"sampler": "ddim", "num_inference_steps": 4, "timestep_spacing": "trailing"}
     many = tsad.load(folder, **{**options, "num_inference_steps": 12})
-    obs = np.load(data)["obs"][20:]
-    random = np.random.default_rng(tsad.sim.rollout.noise_seed(4))
-    noise = random.standard_normal((5, 1, many.horizon, many.action_dim), np.float32)
-    scale = np.array(many.config["normalizer"]["action"]["scale"])
     for row, wanted in zip(rows, (before, after), strict=True):
         fitted = out / row["fitted"] if "fitted" in row else None
         policy = tsad.load(folder, fitted=fitted, **options)
         policy.plan = tsad.planners.from_steps(policy, row["plan"])
-        errors = []
-        for seen, z in zip(obs, noise, strict=True):
-            many.reset()
-            policy.reset()
-            apart = (policy(seen, noise=z) - many(seen, noise=z)) * scale
-            errors.append(np.sqrt((apart.astype(np.float64) ** 2).mean()))
-        assert np.mean(errors) == pytest.approx(wanted, rel=1e-3)
+        assert last_error(policy, many, data) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_fit_goes_on_where_it_stopped(

@@ -10,7 +10,7 @@ import lerobot_cases as lerobot
 import numpy as np
 import pytest
 from command_line import run
-from fit_cases import fit_stopped, slow_episodes
+from fit_cases import fit_stopped, last_error, slow_episodes
 from policies import save_policy
 
 import tsad
@@ -43,20 +43,10 @@ def test_the_engine_loses_what_was_measured_and_less_than_before(
     before, after = found["mean_rms"]
     assert after < 0.9 * before and found["chunks"] == [20, 5]
     many = tsad.load(folder, **SAMPLER)
-    obs = np.load(data)["obs"][20:]
-    random = np.random.default_rng(tsad.sim.rollout.noise_seed(4))
-    noise = random.standard_normal((5, 1, many.horizon, many.action_dim), np.float32)
-    scale = np.array(many.config["normalizer"]["action"]["scale"])
     for source, wanted in ((folder, before), (str(out), after)):
         policy = tsad.load(source, **SAMPLER)
         policy.plan = tsad.planners.from_steps(policy, plan)
-        errors = []
-        for seen, z in zip(obs, noise, strict=True):
-            many.reset()
-            policy.reset()
-            apart = (policy(seen, noise=z) - many(seen, noise=z)) * scale
-            errors.append(np.sqrt((apart.astype(np.float64) ** 2).mean()))
-        assert np.mean(errors) == pytest.approx(wanted, rel=1e-3)
+        assert last_error(policy, many, data) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_warm_start_learns_what_many_steps_make_of_it(

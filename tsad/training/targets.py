@@ -202,7 +202,7 @@ class SettingTraining(Training[FitReport]):
         before, now = (
             {**facts, "settings": {**dict(settings), **free}}
             for facts, settings in (
-                (state.get("facts", {}), state["settings"]),
+                (state["facts"], state["settings"]),
                 (self.facts, asdict(self.settings)),
             )
         )
